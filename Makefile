@@ -1,0 +1,107 @@
+# make                release build, the program is build/quench
+# make check          unit tests, kernels, layers, every header alone
+# make asan|ubsan|tsan   the tests in a build folder of their own
+# make kernels        every operation of every backend and ISA mask against ref
+# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60
+# make bench          the programs under bench/
+# make fmt            clang-format in place
+# STATIC=1            a binary that needs only libc; WERROR=1 warnings are errors; BUILD=dir another folder
+
+ifeq ($(origin CC),default)
+CC      := gcc
+endif
+BUILD   ?= build
+OPT     ?= -O3
+PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1
+COMMIT  := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+
+WARN    := -Wall -Wextra -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
+CONVERT := -Wconversion -Wno-sign-conversion
+ifeq ($(WERROR),1)
+WARN    += -Werror
+endif
+CFLAGS  ?= $(OPT) -g
+override CFLAGS += -std=c17 -D_GNU_SOURCE -Isrc $(WARN) $(SAN) -MMD -MP -fno-math-errno \
+                   -ffp-contract=off $(shell pkg-config --cflags $(PKGS))
+LDFLAGS += $(SAN) -pthread
+ifeq ($(STATIC),1)
+LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -Wl,-Bdynamic -lm
+else
+LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lm
+endif
+
+SRC     := $(wildcard src/*/*.c src/*/*/*.c)
+OBJ     := $(SRC:%.c=$(BUILD)/%.o)
+LIB     := $(BUILD)/libquench.a
+LIBOBJ  := $(filter-out $(BUILD)/src/cli/main.o,$(OBJ))
+HDR     := $(wildcard src/*/*.h src/*/*/*.h)
+TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
+BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
+TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+FUZZ_SECONDS ?= 60
+
+all: $(BUILD)/quench
+
+$(BUILD)/quench: $(BUILD)/src/cli/main.o $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(LIB): $(LIBOBJ)
+	rm -f $@ && $(AR) rcs $@ $^
+
+# Kernels: one file per ISA, with the flags its name asks for. ref keeps one meaning everywhere.
+$(BUILD)/src/backend/cpu/%_avx2.o:   ISA := -mavx2 -mfma -mf16c
+$(BUILD)/src/backend/cpu/%_avx512.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/cli/version.o: override CFLAGS += -DQUENCH_COMMIT='"$(COMMIT)"'
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(STRICT) $(ISA) -c -o $@ $<
+
+$(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(TESTLIB) $(LIB) $(LDLIBS) -lcmocka
+
+$(BUILD)/bench/%: bench/%.c $(LIB)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $< $(LIB) $(LDLIBS)
+
+check: all layers headers test
+
+test: $(TESTS) all
+	BUILD=$(BUILD) tools/run_tests.sh $(TESTS)
+
+kernels: $(BUILD)/tests/backend/test_kernels
+	$<
+
+layers:
+	tools/layers.sh
+
+headers: $(HDR:%=$(BUILD)/%.alone)
+$(BUILD)/%.h.alone: %.h
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(CFLAGS)) -fsyntax-only -x c $< && touch $@
+
+SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
+SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
+SAN_tsan  := -fsanitize=thread
+asan ubsan tsan:
+	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
+
+fuzz-%: tests/fuzz/fuzz_%.c
+	@mkdir -p build-fuzz/corpus-$*
+	clang $(filter-out -MMD -MP,$(CFLAGS)) -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build-fuzz/fuzz_$* $< \
+	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(LDLIBS)
+	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 \
+	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
+
+bench: $(BENCHES)
+
+fmt:
+	clang-format -i $(wildcard src/*/*.[ch] src/*/*/*.[ch] tests/*/*.[ch] bench/*.[ch])
+
+clean:
+	rm -rf build build-*
+
+.PHONY: all check test kernels layers headers asan ubsan tsan bench fmt clean
+-include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

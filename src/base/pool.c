@@ -1,0 +1,168 @@
+#include "base/pool.h"
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* A worker looks at `epoch` this many times before it sleeps: about 20 µs, the gap between two operations of a step,
+ * so that a running step never pays a wake-up while an idle program uses no CPU. */
+enum { LOOKS = 4000 };
+
+struct pool {
+    int n_threads;
+    pthread_t *threads;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    atomic_uint epoch; /* changes when there is work; written under lock */
+    bool stop;
+    void (*body)(void *ctx, int64_t item, int thread);
+    void *ctx;
+    int64_t n_items;
+    _Alignas(64) atomic_llong next;
+    _Alignas(64) atomic_int busy;
+};
+
+struct start {
+    struct pool *pool;
+    int thread;
+};
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void take_items(struct pool *p, int thread)
+{
+    for (;;) {
+        int64_t item = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
+        if (item >= p->n_items) return;
+        p->body(p->ctx, item, thread);
+    }
+}
+
+static unsigned await_epoch(struct pool *p, unsigned seen)
+{
+    for (int i = 0; i < LOOKS; i++) {
+        if (atomic_load_explicit(&p->epoch, memory_order_acquire) != seen) return atomic_load(&p->epoch);
+        relax();
+    }
+    pthread_mutex_lock(&p->lock);
+    while (atomic_load(&p->epoch) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    return atomic_load(&p->epoch);
+}
+
+static void *work(void *arg)
+{
+    struct start start = *(struct start *)arg;
+    free(arg);
+    struct pool *p = start.pool;
+    unsigned seen = 0;
+    for (;;) {
+        seen = await_epoch(p, seen);
+        if (p->stop) return NULL;
+        take_items(p, start.thread);
+        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
+    }
+}
+
+static bool start_thread(struct pool *p, int thread, struct err *e)
+{
+    struct start *s = malloc(sizeof *s);
+    if (!s) return err_memory(e, "thread", sizeof *s);
+    *s = (struct start){ p, thread };
+    errno = pthread_create(&p->threads[thread], NULL, work, s);
+    if (errno == 0) return true;
+    err_errno(e, "pthread_create");
+    free(s);
+    return false;
+}
+
+bool pool_create(struct pool **out, int n_threads, struct err *e)
+{
+    *out = NULL;
+    struct pool *p = aligned_alloc(64, sizeof *p);
+    if (!p) return err_memory(e, "thread pool", sizeof *p);
+    *p = (struct pool){ .n_threads = 1 };
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->threads = calloc((size_t)n_threads, sizeof *p->threads);
+    bool ok = p->threads || err_memory(e, "thread pool", (unsigned long long)n_threads * sizeof *p->threads);
+    for (; ok && p->n_threads < n_threads; p->n_threads++) {
+        ok = start_thread(p, p->n_threads, e);
+        if (!ok) break;
+    }
+    if (!ok) {
+        pool_free(p);
+        return false;
+    }
+    *out = p;
+    return true;
+}
+
+static void announce(struct pool *p)
+{
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add_explicit(&p->epoch, 1, memory_order_release);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pool_free(struct pool *p)
+{
+    if (!p) return;
+    p->stop = true;
+    announce(p);
+    for (int i = 1; p->threads && i < p->n_threads; i++) pthread_join(p->threads[i], NULL);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->lock);
+    free(p->threads);
+    free(p);
+}
+
+int pool_threads(const struct pool *p)
+{
+    return p->n_threads;
+}
+
+void pool_run(struct pool *p, int64_t n_items, void (*body)(void *ctx, int64_t item, int thread), void *ctx)
+{
+    if (p->n_threads == 1 || n_items <= 1) {
+        for (int64_t i = 0; i < n_items; i++) body(ctx, i, 0);
+        return;
+    }
+    p->body = body;
+    p->ctx = ctx;
+    p->n_items = n_items;
+    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&p->busy, p->n_threads - 1, memory_order_relaxed);
+    announce(p);
+    take_items(p, 0);
+    for (int looks = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; looks++)
+        if (looks < LOOKS) relax();
+        else sched_yield();
+}
+
+static int quota_of_container(void)
+{
+    long long quota, period;
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (!f) return 0;
+    int n = fscanf(f, "%lld %lld", &quota, &period);
+    fclose(f);
+    return n == 2 && period > 0 ? (int)((quota + period - 1) / period) : 0;
+}
+
+int pool_default_threads(void)
+{
+    cpu_set_t set;
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    int quota = quota_of_container();
+    if (quota > 0 && quota < n) n = quota;
+    return n > 0 ? n : 1;
+}

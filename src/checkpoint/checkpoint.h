@@ -1,0 +1,32 @@
+/* A checkpoint folder as it is on disk: config.json, the shards named by model.safetensors.index.json (or one
+ * model.safetensors), every tensor by name. Opening proves: each shard of the index exists, each name of the index is
+ * in the shard it names, no shard holds a tensor the index does not place there, and no model.safetensors lies unused
+ * beside an index. The message says what to do. */
+#ifndef CHECKPOINT_CHECKPOINT_H
+#define CHECKPOINT_CHECKPOINT_H
+#include "base/err.h"
+#include "checkpoint/config.h"
+#include "checkpoint/quantization.h"
+#include "checkpoint/safetensors.h"
+#include <stddef.h>
+
+struct checkpoint {
+    char *path;
+    json_t *config_json; /* config.json as read */
+    struct config config;
+    struct quantization *quantization; /* NULL: not quantized */
+    struct safetensors *shards;
+    char **shard_names; /* file names, in order */
+    int n_shards;
+    const struct tensor **tensors; /* all, sorted by name; borrow from the shards */
+    int *tensor_shard;             /* [n_tensors] index into shards, parallel to tensors */
+    size_t n_tensors;
+};
+
+bool checkpoint_open(struct checkpoint *c, const char *path, struct err *e);
+void checkpoint_close(struct checkpoint *c); /* accepts a zeroed one */
+const struct tensor *checkpoint_find(const struct checkpoint *c, const char *name); /* NULL: absent */
+/* One of eos ids of generation_config.json (int or list) joined with config.json's; ids[] gets at most `max`,
+ * returns how many. A missing generation_config.json is fine, a broken one is an error. */
+bool checkpoint_eos_tokens(const struct checkpoint *c, int32_t *ids, int max, int *n, struct err *e);
+#endif

@@ -1,0 +1,28 @@
+/* quantization_config of a compressed-tensors checkpoint (config.json, top level or inside text_config): which scheme
+ * each module has. Source: compressed-tensors quant_config.py, quant_args.py, utils/match.py (docs/formats.md).
+ * Errors name what is not supported: quant_method other than "compressed-tensors", a non-empty transform_config or
+ * sparsity_config, a scheme that is none of enum scheme. */
+#ifndef CHECKPOINT_QUANTIZATION_H
+#define CHECKPOINT_QUANTIZATION_H
+#include "base/doc.h"
+#include "base/err.h"
+#include <stddef.h>
+
+enum scheme {
+    SCHEME_NONE,        /* ignored, or matched by no target: as stored */
+    SCHEME_NVFP4,       /* weights 4-bit float, tensor_group 16; activations likewise, dynamic "local" (W4A4) */
+    SCHEME_NVFP4A16,    /* the same weights, activations not quantized */
+    SCHEME_FP8_DYNAMIC, /* weights e4m3 per channel (or per tensor); activations e4m3 per token, dynamic */
+    SCHEME_FP8A16,      /* the same weights, activations not quantized */
+};
+const char *scheme_name(enum scheme s); /* "NVFP4", "NVFP4A16", "FP8_DYNAMIC", "FP8A16", "-" */
+
+struct quantization; /* groups with compiled targets, and the ignore list */
+/* root = config.json. *out is NULL when there is no quantization_config. */
+bool quantization_parse(struct quantization **out, const json_t *root, struct err *e);
+void quantization_free(struct quantization *q); /* NULL is fine */
+/* Scheme of a module by its name without ".weight"; class_name e.g. "Linear". Ignore wins over targets; among targets
+ * exact names come first, then "re:" patterns (Python re.match: anchored at the start only), then class names; sorted
+ * order inside a class. q may be NULL (SCHEME_NONE). */
+enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name);
+#endif
