@@ -38,6 +38,7 @@ HDR     := $(wildcard src/*/*.h src/*/*/*.h)
 TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
 BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
 TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+$(TESTLIB): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
@@ -49,8 +50,9 @@ $(LIB): $(LIBOBJ)
 	rm -f $@ && $(AR) rcs $@ $^
 
 # Kernels: one file per ISA, with the flags its name asks for. ref keeps one meaning everywhere.
-$(BUILD)/src/backend/cpu/%_avx2.o:   ISA := -mavx2 -mfma -mf16c
-$(BUILD)/src/backend/cpu/%_avx512.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
+$(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma
+$(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
 $(BUILD)/src/cli/version.o: override CFLAGS += -DQUENCH_COMMIT='"$(COMMIT)"'
 

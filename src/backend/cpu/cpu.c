@@ -1,0 +1,157 @@
+/* The CPU backend's queue: threads, scratch sized for the largest step, and the table of operations. */
+#include "backend/cpu/parts.h"
+#include "base/arena.h"
+#include <stdlib.h>
+#include <string.h>
+
+const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512)) return &cpu_kernels_avx512;
+    if (avx2 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX2)) return &cpu_kernels_avx2;
+#else
+    (void)isa;
+#endif
+    return &cpu_kernels_generic;
+}
+
+bool cpu_queue_create(struct queue **out, int threads, enum cpu_isa isa, struct err *e)
+{
+    struct queue *q = calloc(1, sizeof *q);
+    *out = q;
+    if (!q) return err_memory(e, "CPU backend", sizeof *q);
+    q->k = cpu_kernels_select(isa);
+    if (pool_create(&q->pool, threads > 0 ? threads : pool_default_threads(), e)) return true;
+    free(q);
+    *out = NULL;
+    return false;
+}
+
+void cpu_queue_free(struct queue *q)
+{
+    if (!q) return;
+    pool_free(q->pool);
+    free(q->memory);
+    free(q->threads);
+    free(q);
+}
+
+int cpu_queue_threads(const struct queue *q)
+{
+    return pool_threads(q->pool);
+}
+
+const char *cpu_queue_isa(const struct queue *q)
+{
+    return q->k->name;
+}
+
+static int64_t largest(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static void layout(struct queue *q, struct arena *a)
+{
+    const struct step_limits *l = &q->limits;
+    int n_threads = pool_threads(q->pool);
+    int64_t picked = l->rows * l->picks, wide = largest(l->cols, l->intermediate);
+    int64_t delta = DELTA_CHUNK * (l->cols + 2 * DELTA_CHUNK + l->cols); /* a head is no wider than a row */
+    for (int t = 0; t < n_threads; t++) {
+        struct cpu_thread *s = &q->threads[t];
+        s->panel = arena_take(a, (int64_t)DECODE_COLUMNS * PANEL, sizeof(float), 64);
+        s->sums = arena_take(a, 2 * l->rows * PANEL, sizeof(float), 64);
+        s->scores = arena_take(a, l->context, sizeof(float), 64);
+        s->work = arena_take(a, delta, sizeof(float), 64);
+        s->quantized = arena_take(a, wide, sizeof(float), 64);
+    }
+    q->packed = arena_take(a, largest(l->rows * l->cols, picked * wide), sizeof(float), 64);
+    q->row_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
+    q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
+    q->outputs = arena_take(a, picked * l->cols, sizeof(float), 64);
+    q->order = arena_take(a, picked, sizeof *q->order, 64);
+    q->begin = arena_take(a, l->n_experts + 1, sizeof *q->begin, 64);
+    q->active = arena_take(a, l->n_experts, sizeof *q->active, 64);
+}
+
+static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
+{
+    struct step_limits *have = &q->limits;
+    have->rows = largest(have->rows, l->rows);
+    have->cols = largest(have->cols, l->cols);
+    have->context = largest(have->context, l->context);
+    have->intermediate = largest(have->intermediate, l->intermediate);
+    have->picks = (int)largest(have->picks, l->picks);
+    have->n_experts = (int)largest(have->n_experts, l->n_experts);
+    if (!q->threads) q->threads = calloc((size_t)pool_threads(q->pool), sizeof *q->threads);
+    if (!q->threads) return err_memory(e, "CPU backend", 0);
+    free(q->memory);
+    q->memory = NULL;
+    struct arena a = { 0 };
+    layout(q, &a);
+    if (!arena_back(&a, "scratch of the CPU backend", e)) return false;
+    q->memory = (float *)a.memory;
+    layout(q, &a);
+    return true;
+}
+
+static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
+{
+    (void)q;
+    uint64_t rounded = (bytes + 63) & ~(uint64_t)63;
+    *out = rounded >= bytes ? aligned_alloc(64, rounded ? rounded : 64) : NULL;
+    if (!*out) return err_memory(e, "activations and state", bytes);
+    memset(*out, 0, rounded);
+    return true;
+}
+
+static void memory_free(struct queue *q, void *memory)
+{
+    (void)q;
+    free(memory);
+}
+
+static void copy(struct queue *q, void *to, const void *from, uint64_t bytes)
+{
+    (void)q;
+    memcpy(to, from, bytes);
+}
+
+static void zero(struct queue *q, void *memory, uint64_t bytes)
+{
+    (void)q;
+    memset(memory, 0, bytes);
+}
+
+const struct ops cpu_ops = {
+    .name = "cpu",
+    .weight_create = cpu_weight_create,
+    .weight_free = cpu_weight_free,
+    .memory_create = memory_create,
+    .memory_free = memory_free,
+    .upload = copy,
+    .download = copy,
+    .zero = zero,
+    .reserve = reserve,
+    .embed = cpu_embed,
+    .matmul = cpu_matmul,
+    .add = cpu_add,
+    .rmsnorm = cpu_rmsnorm,
+    .gather = cpu_gather,
+    .silu_mul = cpu_silu_mul,
+    .add_gated = cpu_add_gated,
+    .norm_rope = cpu_norm_rope,
+    .kv_append = cpu_kv_append,
+    .attention = cpu_attention,
+    .conv = cpu_conv,
+    .delta = cpu_delta,
+    .gated_norm = cpu_gated_norm,
+    .route = cpu_route,
+    .experts = cpu_experts,
+    .log_softmax = cpu_log_softmax,
+    .divergence = cpu_divergence,
+};

@@ -1,0 +1,277 @@
+/* Kernels of one ISA, second part: attention and the gated delta rule. Included by kernels_*.c only. */
+
+/* --- attention ---------------------------------------------------------------------------------------------------- */
+
+INLINE vec kv_vec(const void *base, const enum kv_dtype dtype, int64_t at)
+{
+    if (dtype == KV_F32) return vload((const float *)base + at);
+    if (dtype == KV_BF16) return vload_bf16((const uint16_t *)base + at);
+    return vfrom_e4m3(vload_u8((const uint8_t *)base + at));
+}
+
+INLINE float kv_one(const void *base, const enum kv_dtype dtype, int64_t at)
+{
+    if (dtype == KV_F32) return ((const float *)base)[at];
+    if (dtype == KV_BF16) return bf16_to_f32(((const bf16 *)base)[at]);
+    return e4m3_to_f32(((const e4m3 *)base)[at]);
+}
+
+INLINE float kv_dot(const float *query, const void *keys, const enum kv_dtype dtype, int64_t at, int dim)
+{
+    vec sum[4] = { { 0 } };
+    int d = 0;
+    for (; d + 4 * VL <= dim; d += 4 * VL)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++)
+            sum[v] = vload(query + d + v * VL) * kv_vec(keys, dtype, at + d + v * VL) + sum[v];
+    for (; d + VL <= dim; d += VL) sum[0] = vload(query + d) * kv_vec(keys, dtype, at + d) + sum[0];
+    float dot = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; d < dim; d++) dot += query[d] * kv_one(keys, dtype, at + d);
+    return dot;
+}
+
+/* scores[t] = e^(q.k_t / sqrt(dim) - top); returns their sum. */
+INLINE float kv_softmax(float *scores, const float *query, const struct kv_cache *kv, const enum kv_dtype dtype,
+                        const int32_t *pages, int head, int64_t n_tokens)
+{
+    int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim;
+    float scale = 1 / sqrtf((float)kv->head_dim), top = -INFINITY;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        int64_t at = (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + (int64_t)head * kv->head_dim;
+        scores[t] = kv_dot(query, kv->keys, dtype, at, kv->head_dim) * scale;
+        top = scores[t] > top ? scores[t] : top;
+    }
+    vec sum = { 0 };
+    int64_t t = 0;
+    for (; t + VL <= n_tokens; t += VL) {
+        vec p = vexp(vload(scores + t) - top);
+        vstore(scores + t, p);
+        sum += p;
+    }
+    for (; t < n_tokens; t++) {
+        vec p = vexp(vset(scores[t] - top));
+        scores[t] = p[0];
+        sum[0] += p[0];
+    }
+    return vsum(sum);
+}
+
+/* y[d .. d + n * VL) = sum_t scores[t] * v_t * r * sigmoid(gate). */
+INLINE void kv_mix(float *y, const float *scores, const float *gate, const struct kv_cache *kv,
+                   const enum kv_dtype dtype, const int32_t *pages, int64_t column, int64_t n_tokens, float r,
+                   const int n)
+{
+    int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim;
+    vec sum[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < n; v++) sum[v] = (vec){ 0 };
+    for (int64_t t = 0; t < n_tokens; t++) {
+        int64_t at = (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column;
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v++) sum[v] = scores[t] * kv_vec(kv->values, dtype, at + v * VL) + sum[v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < n; v++) vstore(y + v * VL, sum[v] * r * vsigmoid(vload(gate + v * VL)));
+}
+
+INLINE void attend_dtype(float *y, const float *query, const float *gate, const struct kv_cache *kv,
+                         const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens, float *scores)
+{
+    int dim = kv->head_dim, d = 0;
+    int64_t line = (int64_t)kv->n_kv_heads * dim, column = (int64_t)head * dim;
+    float r = 1 / kv_softmax(scores, query, kv, dtype, pages, head, n_tokens);
+    for (; d + 8 * VL <= dim; d += 8 * VL)
+        kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 8);
+    for (; d + VL <= dim; d += VL) kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 1);
+    for (; d < dim; d++) {
+        float sum = 0;
+        for (int64_t t = 0; t < n_tokens; t++)
+            sum += scores[t] * kv_one(kv->values, dtype,
+                                      (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column + d);
+        y[d] = sum * r * vsigmoid(vset(gate[d]))[0];
+    }
+}
+
+static void attend(float *y, const float *query, const float *gate, const struct kv_cache *kv, const int32_t *pages,
+                   int head, int64_t n_tokens, float *scores)
+{
+    if (kv->dtype == KV_F32) attend_dtype(y, query, gate, kv, KV_F32, pages, head, n_tokens, scores);
+    else if (kv->dtype == KV_BF16) attend_dtype(y, query, gate, kv, KV_BF16, pages, head, n_tokens, scores);
+    else attend_dtype(y, query, gate, kv, KV_FP8, pages, head, n_tokens, scores);
+}
+
+/* --- the delta rule ----------------------------------------------------------------------------------------------- */
+
+static float dot(const float *a, const float *b, int64_t n)
+{
+    vec sum = { 0 };
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) sum = vload(a + i) * vload(b + i) + sum;
+    float s = vsum(sum);
+    for (; i < n; i++) s += a[i] * b[i];
+    return s;
+}
+
+/* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first cache. S is
+ * read once a token: with p = S^T k and w = S^T q of the old state, d = beta (v - e^g p) and o = e^g w + (k.q) d. */
+INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int column, const int n)
+{
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const float *q = h->q + t * h->stride, *k = h->k + t * h->stride, *v = h->v + t * h->stride + column;
+        float decay = expf(h->log_decay[t * h->gate_stride]), beta = h->beta[t * h->gate_stride];
+        float kq = dot(k, q, h->dk);
+        vec p[4], w[4], d[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) p[i] = w[i] = (vec){ 0 };
+        for (int r = 0; r < h->dk; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                vec s = vload(h->S + (int64_t)r * h->dv + column + i * VL);
+                p[i] = k[r] * s + p[i];
+                w[i] = q[r] * s + w[i];
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            d[i] = beta * (vload(v + i * VL) - decay * p[i]);
+            vstore(h->o + t * h->o_stride + column + i * VL, decay * w[i] + kq * d[i]);
+        }
+        for (int r = 0; r < h->dk; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                float *s = h->S + (int64_t)r * h->dv + column + i * VL;
+                vstore(s, decay * vload(s) + k[r] * d[i]);
+            }
+    }
+}
+
+/* The columns past the last whole vector. */
+static void delta_column(const struct delta_head *h, int64_t n_tokens, int column)
+{
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const float *q = h->q + t * h->stride, *k = h->k + t * h->stride;
+        float decay = expf(h->log_decay[t * h->gate_stride]), p = 0, w = 0;
+        for (int r = 0; r < h->dk; r++) {
+            p += k[r] * h->S[(int64_t)r * h->dv + column];
+            w += q[r] * h->S[(int64_t)r * h->dv + column];
+        }
+        float d = h->beta[t * h->gate_stride] * (h->v[t * h->stride + column] - decay * p);
+        h->o[t * h->o_stride + column] = decay * w + dot(k, q, h->dk) * d;
+        for (int r = 0; r < h->dk; r++) {
+            float *s = h->S + (int64_t)r * h->dv + column;
+            *s = decay * *s + k[r] * d;
+        }
+    }
+}
+
+static void delta(const struct delta_head *h, int64_t n_tokens)
+{
+    enum { WIDE = 32 / VL < 4 ? 32 / VL : 4 };
+    int c = 0;
+    for (; c + WIDE * VL <= h->dv; c += WIDE * VL) delta_columns(h, n_tokens, c, WIDE);
+    for (; c + VL <= h->dv; c += VL) delta_columns(h, n_tokens, c, 1);
+    for (; c < h->dv; c++) delta_column(h, n_tokens, c);
+}
+
+/* C[i][j] += sum_k A(i, k) B[k][j], A(i, k) at a[i * a_row + k * a_col]; i < m, j < n, any sizes. */
+INLINE void tile_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                      int64_t depth, int64_t n, const int rows)
+{
+    int64_t j = 0;
+    for (; j + 2 * VL <= n; j += 2 * VL) {
+        vec sum[4][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) sum[i][v] = vload(c + i * ldc + j + v * VL);
+        for (int64_t k = 0; k < depth; k++) {
+            vec b0 = vload(b + k * ldb + j), b1 = vload(b + k * ldb + j + VL);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows; i++) {
+                float x = a[i * a_row + k * a_col];
+                sum[i][0] = x * b0 + sum[i][0];
+                sum[i][1] = x * b1 + sum[i][1];
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) vstore(c + i * ldc + j + v * VL, sum[i][v]);
+    }
+    for (int rest = (int)(n % (2 * VL)); rest > 0; rest--, j++)
+        for (int i = 0; i < rows; i++)
+            for (int64_t k = 0; k < depth; k++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * ldb + j];
+}
+
+static void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                 int64_t depth, int64_t m, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 4);
+    for (; i < m; i++) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 1);
+}
+
+/* With c_i the running sum of log decays, M_ij = (x_i . k_j) e^(c_i - c_j) for j <= i (j < i when strict), times
+ * row_scale[i] if given; zero elsewhere. The exponent is only formed where it is <= 0: above the diagonal it overflows. */
+static void masked_products(float *M, const float *x, int64_t stride, const float *kT, const float *c,
+                            const float *row_scale, int64_t gate_stride, int64_t n, int dk, bool strict)
+{
+    memset(M, 0, (size_t)n * DELTA_CHUNK * sizeof *M);
+    tile(M, DELTA_CHUNK, x, stride, 1, kT, DELTA_CHUNK, dk, n, DELTA_CHUNK);
+    for (int64_t i = 0; i < n; i++) {
+        float scale = row_scale ? row_scale[i * gate_stride] : 1;
+        int64_t last = strict ? i : i + 1;
+        for (int64_t j = 0; j < last; j++) M[i * DELTA_CHUNK + j] *= expf(c[i] - c[j]) * scale;
+        for (int64_t j = last; j < DELTA_CHUNK; j++) M[i * DELTA_CHUNK + j] = 0;
+    }
+}
+
+/* N = (I + A)^-1 diag(beta) (V - diag(e^c) K S), by forward substitution. */
+static void chunk_updates(float *N, const float *A, const struct delta_head *h, const float *c, int64_t n)
+{
+    memset(N, 0, (size_t)n * (size_t)h->dv * sizeof *N);
+    tile(N, h->dv, h->k, h->stride, 1, h->S, h->dv, h->dk, n, h->dv);
+    for (int64_t i = 0; i < n; i++) {
+        float decay = expf(c[i]), beta = h->beta[i * h->gate_stride];
+        const float *v = h->v + i * h->stride;
+        float *row = N + i * h->dv;
+        for (int d = 0; d < h->dv; d++) row[d] = beta * (v[d] - decay * row[d]);
+        for (int64_t j = 0; j < i; j++) scale_add(row, N + j * h->dv, -A[i * DELTA_CHUNK + j], h->dv);
+    }
+}
+
+/* O = diag(e^c) Q S + P N with P the masked products of q and k. */
+static void chunk_outputs(const struct delta_head *h, const float *P, const float *N, const float *c, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) memset(h->o + i * h->o_stride, 0, (size_t)h->dv * sizeof *h->o);
+    tile(h->o, h->o_stride, h->q, h->stride, 1, h->S, h->dv, h->dk, n, h->dv);
+    for (int64_t i = 0; i < n; i++) {
+        float decay = expf(c[i]), *row = h->o + i * h->o_stride;
+        for (int d = 0; d < h->dv; d++) row[d] *= decay;
+    }
+    tile(h->o, h->o_stride, P, DELTA_CHUNK, 1, N, h->dv, n, n, h->dv);
+}
+
+static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
+{
+    float *kT = work, *A = kT + (int64_t)h->dk * DELTA_CHUNK, *P = A + DELTA_CHUNK * DELTA_CHUNK;
+    float *N = P + DELTA_CHUNK * DELTA_CHUNK, c[DELTA_CHUNK] = { 0 };
+    float sum = 0;
+    assert(n >= 1 && n <= DELTA_CHUNK && h->dk > 0 && h->dv > 0);
+    memset(kT, 0, (size_t)h->dk * DELTA_CHUNK * sizeof *kT);
+    for (int64_t i = 0; i < n; i++) {
+        c[i] = sum += h->log_decay[i * h->gate_stride];
+        for (int r = 0; r < h->dk; r++) kT[(int64_t)r * DELTA_CHUNK + i] = h->k[i * h->stride + r];
+    }
+    masked_products(A, h->k, h->stride, kT, c, h->beta, h->gate_stride, n, h->dk, true);
+    masked_products(P, h->q, h->stride, kT, c, NULL, 0, n, h->dk, false);
+    chunk_updates(N, A, h, c, n);
+    chunk_outputs(h, P, N, c, n);
+    /* S <- e^(c_last) S + (diag(e^(c_last - c_i)) K)^T N: the factors go into N, which is done with. */
+    for (int64_t i = 0; i < n; i++) {
+        float decay = expf(c[n - 1] - c[i]);
+        for (int d = 0; d < h->dv; d++) N[i * h->dv + d] *= decay;
+    }
+    float decay = expf(c[n - 1]);
+    for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
+    tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
+}

@@ -1,0 +1,199 @@
+/* Operations along a sequence on the CPU: KV cache, attention, convolution, the gated delta rule. */
+#include "backend/cpu/parts.h"
+#include "num/e4m3.h"
+#include <math.h>
+#include <string.h>
+
+/* --- KV cache and attention --------------------------------------------------------------------------------------- */
+
+static void kv_store(void *to, enum kv_dtype dtype, int64_t at, const float *x, int64_t n)
+{
+    if (dtype == KV_F32) memcpy((float *)to + at, x, (size_t)n * sizeof *x);
+    else if (dtype == KV_BF16)
+        for (int64_t i = 0; i < n; i++) ((bf16 *)to)[at + i] = bf16_from_f32(x[i]);
+    else
+        for (int64_t i = 0; i < n; i++) ((e4m3 *)to)[at + i] = e4m3_from_f32(x[i]);
+}
+
+void cpu_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
+                   const struct step_rows *rows)
+{
+    (void)q;
+    for (int64_t s = 0; s < rows->n_spans; s++) {
+        const struct span *span = &rows->spans[s];
+        for (int64_t i = 0; i < span->n; i++) {
+            int64_t token = span->past + i, row = span->first + i;
+            int64_t line = (span->pages[token / KV_PAGE] * (int64_t)KV_PAGE + token % KV_PAGE) * k.cols;
+            kv_store(kv->keys, kv->dtype, line, k.data + row * k.stride, k.cols);
+            kv_store(kv->values, kv->dtype, line, v.data + row * v.stride, v.cols);
+        }
+    }
+}
+
+/* The span that holds a row: spans are few, and sorted. */
+static const struct span *span_of(const struct step_rows *rows, int64_t row)
+{
+    int64_t low = 0, high = rows->n_spans - 1;
+    while (low < high) {
+        int64_t mid = (low + high + 1) / 2;
+        if (rows->spans[mid].first <= row) low = mid;
+        else high = mid - 1;
+    }
+    return &rows->spans[low];
+}
+
+struct attention_job {
+    struct queue *q;
+    struct mat y, qg;
+    int n_heads;
+    const struct kv_cache *kv;
+    const struct step_rows *rows;
+};
+
+/* Item = one row and one kv head: the query heads that share its keys. Late rows first, they are the longest. */
+static void attend_item(void *ctx, int64_t item, int thread)
+{
+    struct attention_job *j = ctx;
+    int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, dim = j->kv->head_dim, kv_head = (int)(item % n_kv);
+    int64_t row = j->rows->n - 1 - item / n_kv;
+    const struct span *span = span_of(j->rows, row);
+    for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
+        const float *query = j->qg.data + row * j->qg.stride + (int64_t)h * 2 * dim;
+        j->q->k->attend(j->y.data + row * j->y.stride + (int64_t)h * dim, query, query + dim, j->kv, span->pages,
+                        kv_head, span->past + row - span->first + 1, j->q->threads[thread].scores);
+    }
+}
+
+void cpu_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                   const struct step_rows *rows)
+{
+    struct attention_job j = { q, y, qg, n_heads, kv, rows };
+    pool_run(q->pool, rows->n * kv->n_kv_heads, attend_item, &j);
+}
+
+/* --- convolution -------------------------------------------------------------------------------------------------- */
+
+enum { KERNEL_MAX = 32 };
+
+struct conv_job {
+    struct queue *q;
+    struct mat y, u;
+    const float *weight;
+    const struct delta_state *state;
+    int kernel;
+    const struct step_rows *rows;
+};
+
+static float *conv_state(const struct conv_job *j, const struct span *span)
+{
+    return j->state->conv + span->slot * (int64_t)(j->kernel - 1) * j->u.cols;
+}
+
+static void conv_row(void *ctx, int64_t row, int thread)
+{
+    struct conv_job *j = ctx;
+    (void)thread;
+    const struct span *span = span_of(j->rows, row);
+    const float *past = conv_state(j, span), *taps[KERNEL_MAX];
+    for (int t = 0; t < j->kernel; t++) {
+        int64_t at = row - span->first - (j->kernel - 1) + t; /* row of the span; negative: before this step */
+        taps[t] = at >= 0 ? j->u.data + (span->first + at) * j->u.stride : past + (j->kernel - 1 + at) * j->u.cols;
+    }
+    j->q->k->conv_row(j->y.data + row * j->y.stride, taps, j->weight, j->kernel, j->u.cols);
+}
+
+/* The last kernel - 1 raw rows of the span, or what is left of the state before them. */
+static void conv_keep(const struct conv_job *j, const struct span *span)
+{
+    int64_t keep = j->kernel - 1, n = j->u.cols, fresh = span->n < keep ? span->n : keep;
+    float *past = conv_state(j, span);
+    memmove(past, past + fresh * n, (size_t)((keep - fresh) * n) * sizeof *past);
+    for (int64_t i = 0; i < fresh; i++)
+        memcpy(past + (keep - fresh + i) * n, j->u.data + (span->first + span->n - fresh + i) * j->u.stride,
+               (size_t)n * sizeof *past);
+}
+
+void cpu_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
+              const struct delta_shape *shape, const struct step_rows *rows)
+{
+    struct conv_job j = { q, y, u, weight, state, shape->kernel, rows };
+    pool_run(q->pool, rows->n, conv_row, &j);
+    for (int64_t s = 0; s < rows->n_spans; s++) conv_keep(&j, &rows->spans[s]);
+}
+
+/* --- the delta rule ----------------------------------------------------------------------------------------------- */
+
+struct delta_job {
+    struct queue *q;
+    struct mat o, qkv, a, b;
+    const float *A_log, *dt_bias;
+    const struct delta_state *state;
+    const struct delta_shape *shape;
+    const struct step_rows *rows;
+};
+
+/* q and k of a row become normalised, a the log decay, b beta. */
+static void delta_prepare(void *ctx, int64_t row, int thread)
+{
+    struct delta_job *j = ctx;
+    (void)thread;
+    const struct delta_shape *s = j->shape;
+    float *x = j->qkv.data + row * j->qkv.stride, *a = j->a.data + row * j->a.stride, *b = j->b.data + row * j->b.stride;
+    for (int h = 0; h < 2 * s->key_heads; h++)
+        j->q->k->l2norm(x + (int64_t)h * s->key_dim, s->key_dim, h < s->key_heads ? 1 / sqrtf((float)s->key_dim) : 1);
+    for (int h = 0; h < s->value_heads; h++) {
+        float x_h = a[h] + j->dt_bias[h];
+        a[h] = -expf(j->A_log[h]) * (x_h > 20 ? x_h : log1pf(expf(x_h)));
+        b[h] = 1 / (1 + expf(-b[h]));
+    }
+}
+
+static struct delta_head delta_head(const struct delta_job *j, const struct span *span, int h)
+{
+    const struct delta_shape *s = j->shape;
+    int64_t key = (int64_t)(h / (s->value_heads / s->key_heads)) * s->key_dim, keys = (int64_t)s->key_heads * s->key_dim;
+    const float *x = j->qkv.data + span->first * j->qkv.stride;
+    return (struct delta_head){
+        .o = j->o.data + span->first * j->o.stride + (int64_t)h * s->value_dim,
+        .q = x + key,
+        .k = x + keys + key,
+        .v = x + 2 * keys + (int64_t)h * s->value_dim,
+        .log_decay = j->a.data + span->first * j->a.stride + h,
+        .beta = j->b.data + span->first * j->b.stride + h,
+        .o_stride = j->o.stride,
+        .stride = j->qkv.stride,
+        .gate_stride = j->a.stride,
+        .S = j->state->matrix + ((int64_t)span->slot * s->value_heads + h) * s->key_dim * s->value_dim,
+        .dk = s->key_dim,
+        .dv = s->value_dim,
+    };
+}
+
+static void delta_item(void *ctx, int64_t item, int thread)
+{
+    struct delta_job *j = ctx;
+    const struct span *span = &j->rows->spans[item / j->shape->value_heads];
+    struct delta_head h = delta_head(j, span, (int)(item % j->shape->value_heads));
+    if (span->n <= ROWS_EXACT) {
+        j->q->k->delta(&h, span->n);
+        return;
+    }
+    for (int64_t t = 0; t < span->n; t += DELTA_CHUNK) {
+        j->q->k->delta_chunk(&h, span->n - t < DELTA_CHUNK ? span->n - t : DELTA_CHUNK, j->q->threads[thread].work);
+        h.o += DELTA_CHUNK * h.o_stride;
+        h.q += DELTA_CHUNK * h.stride;
+        h.k += DELTA_CHUNK * h.stride;
+        h.v += DELTA_CHUNK * h.stride;
+        h.log_decay += DELTA_CHUNK * h.gate_stride;
+        h.beta += DELTA_CHUNK * h.gate_stride;
+    }
+}
+
+void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
+               const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
+               const struct step_rows *rows)
+{
+    struct delta_job j = { q, o, qkv, a, b, A_log, dt_bias, state, shape, rows };
+    pool_run(q->pool, rows->n, delta_prepare, &j);
+    pool_run(q->pool, rows->n_spans * shape->value_heads, delta_item, &j);
+}

@@ -1,0 +1,136 @@
+/* Vectors of VL floats in GCC's and clang's own notation, so that one kernel source serves every ISA: the file that
+ * includes this is compiled once per ISA (kernels_generic.c, kernels_avx2.c, kernels_avx512.c). Products that feed a sum
+ * become fused where the ISA has them (-ffp-contract=fast on those files only). */
+#ifndef BACKEND_CPU_SIMD_H
+#define BACKEND_CPU_SIMD_H
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { VL = 16 };
+#elif defined(__AVX2__)
+enum { VL = 8 };
+#else
+enum { VL = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * VL)));
+typedef int32_t veci __attribute__((vector_size(4 * VL)));
+typedef uint32_t vecu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vech __attribute__((vector_size(2 * VL)));
+typedef uint8_t vecb __attribute__((vector_size(VL)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec vload(const float *p)
+{
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void vstore(float *p, vec v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vec vset(float x)
+{
+    return x - (vec){ 0 };
+}
+
+INLINE vec vselect(veci mask, vec yes, vec no) /* mask lanes are 0 or -1 */
+{
+    return (vec)((mask & (veci)yes) | (~mask & (veci)no));
+}
+
+INLINE vec vmax(vec a, vec b)
+{
+    return vselect(a > b, a, b);
+}
+
+/* Halves added until one is left: the order is fixed. */
+INLINE float vsum(vec v)
+{
+    float x[VL];
+    vstore(x, v);
+    for (int half = VL / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+INLINE float vmaximum(vec v)
+{
+    float x[VL];
+    vstore(x, v);
+    for (int i = 1; i < VL; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+}
+
+INLINE vec vload_bf16(const uint16_t *p)
+{
+    vech h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, vecu) << 16);
+}
+
+INLINE vecu vload_u8(const uint8_t *p)
+{
+    vecb b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vecu);
+}
+
+/* E4M3 codes to f32, exact; codes are not NaN (rejected when the weight was laid out, never made by a cache). */
+INLINE vec vfrom_e4m3(vecu code)
+{
+    vecu rest = code & 0x7f, sign = (code & 0x80) << 24;
+    vec normal = (vec)((rest << 20) + (120u << 23));
+    vec tiny = __builtin_convertvector((veci)rest, vec) * 0x1p-9f;
+    return (vec)((vecu)vselect((veci)(rest < 8), tiny, normal) | sign);
+}
+
+/* E2M1 codes 0..15 to f32. */
+INLINE vec vfrom_e2m1(vecu code)
+{
+#if defined(__AVX512F__)
+    const __m512 value = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    return (vec)_mm512_permutexvar_ps((__m512i)code, value);
+#elif defined(__AVX2__)
+    const __m256 value = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
+    return (vec)((vecu)_mm256_permutevar8x32_ps(value, (__m256i)code) | ((code & 8) << 28));
+#else
+    /* 1 + m/2 times 2^(e-1), but 0 and 0.5 where e = 0 */
+    vecu magnitude = code & 7;
+    vec normal = (vec)((magnitude << 22) + (126u << 23));
+    vec tiny = __builtin_convertvector((veci)magnitude, vec) * 0.5f;
+    return (vec)((vecu)vselect((veci)(magnitude < 2), tiny, normal) | ((code & 8) << 28));
+#endif
+}
+
+/* e^x within 2 units in the last place for |x| < 87, saturating beyond; e^x = 2^n e^r with |r| <= ln 2 / 2. */
+INLINE vec vexp(vec x)
+{
+    x = vselect(x > 88.0f, vset(88.0f), x);
+    x = vselect(x < -87.0f, vset(-87.0f), x);
+    const vec magic = vset(0x1.8p23f);
+    vec shifted = x * 0x1.715476p0f + magic, n = shifted - magic;
+    vec r = x - n * 0x1.62e4p-1f;
+    r = r - n * 0x1.7f7d1cp-20f;
+    vec p = r * (1 / 5040.0f) + 1 / 720.0f;
+    p = p * r + 1 / 120.0f;
+    p = p * r + 1 / 24.0f;
+    p = p * r + 1 / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (vec)((vecu)p + ((vecu)shifted << 23));
+}
+
+INLINE vec vsigmoid(vec x)
+{
+    return 1.0f / (1.0f + vexp(-x));
+}
+#endif

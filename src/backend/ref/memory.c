@@ -1,0 +1,162 @@
+/* Weights and memory of the reference backend: a weight is the f32 matrix it stands for. */
+#include "backend/ref/parts.h"
+#include "base/checked.h"
+#include "num/e4m3.h"
+#include "num/f16.h"
+#include "num/nvfp4.h"
+#include <stdlib.h>
+#include <string.h>
+
+static float element(enum weight_format format, const void *data, int64_t i)
+{
+    uint16_t half;
+    float x;
+    switch (format) {
+    case WEIGHT_BF16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return bf16_to_f32((bf16){ half });
+    case WEIGHT_F16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return f16_to_f32(half);
+    case WEIGHT_FP8: return e4m3_to_f32(((const e4m3 *)data)[i]);
+    default: memcpy(&x, (const uint8_t *)data + 4 * i, 4); return x;
+    }
+}
+
+void ref_row(float *out, const struct ref_weight *w, int64_t row)
+{
+    int64_t n = w->head.cols;
+    if (w->dense) memcpy(out, w->dense + row * n, (size_t)n * sizeof *out);
+    else
+        for (int64_t c = 0; c < n; c++) out[c] = element(w->head.format, w->table, row * n + c);
+}
+
+static void fill(struct ref_weight *w, const struct weight_source *src)
+{
+    for (int64_t r = 0; r < src->rows; r++) {
+        float *row = w->dense + r * src->cols;
+        if (src->format == WEIGHT_NVFP4) {
+            nvfp4_unpack_row(row, (const uint8_t *)src->data + r * src->cols / 2,
+                             (const e4m3 *)src->scale + r * src->cols / NVFP4_GROUP, src->global, src->cols);
+            continue;
+        }
+        for (int64_t c = 0; c < src->cols; c++) row[c] = element(src->format, src->data, r * src->cols + c);
+        if (src->format == WEIGHT_FP8) w->scale[r] = ((const float *)src->scale)[r];
+    }
+}
+
+static bool weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e)
+{
+    (void)q;
+    *out = NULL;
+    uint64_t elements = 0, bytes = 0;
+    struct ref_weight *w = calloc(1, sizeof *w);
+    if (!w) return err_memory(e, "weight", sizeof *w);
+    w->head = (struct weight){ src->format, src->rows, src->cols, src->quantize_input, src->is_table };
+    w->table = src->data;
+    bool ok = fits_mul((uint64_t)src->rows, (uint64_t)src->cols, &elements) && fits_mul(elements, 4, &bytes);
+    if (ok && !src->is_table) {
+        w->dense = malloc(bytes ? bytes : 1);
+        w->scale = malloc((size_t)src->rows * sizeof *w->scale + 1);
+        ok = w->dense && w->scale;
+        if (ok) fill(w, src);
+    }
+    *out = &w->head;
+    if (ok) return true;
+    ref_ops.weight_free(q, &w->head);
+    *out = NULL;
+    return err_memory(e, "weight", bytes);
+}
+
+static void weight_free(struct queue *q, struct weight *weight)
+{
+    (void)q;
+    if (!weight) return;
+    struct ref_weight *w = (struct ref_weight *)weight;
+    free(w->dense);
+    free(w->scale);
+    free(w);
+}
+
+static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
+{
+    (void)q;
+    uint64_t rounded = (bytes + 63) & ~(uint64_t)63;
+    *out = rounded >= bytes ? aligned_alloc(64, rounded ? rounded : 64) : NULL;
+    if (!*out) return err_memory(e, "activations and state", bytes);
+    memset(*out, 0, rounded);
+    return true;
+}
+
+static void memory_free(struct queue *q, void *memory)
+{
+    (void)q;
+    free(memory);
+}
+
+static void upload(struct queue *q, void *to, const void *host, uint64_t bytes)
+{
+    (void)q;
+    memcpy(to, host, bytes);
+}
+
+static void zero(struct queue *q, void *memory, uint64_t bytes)
+{
+    (void)q;
+    memset(memory, 0, bytes);
+}
+
+static bool grow(float **buffer, int64_t *room, int64_t want, struct err *e)
+{
+    if (want <= *room) return true;
+    float *grown = realloc(*buffer, (size_t)want * sizeof *grown);
+    if (!grown) return err_memory(e, "scratch", (uint64_t)want * sizeof *grown);
+    *buffer = grown;
+    *room = want;
+    return true;
+}
+
+static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
+{
+    return grow(&q->scratch, &q->room, 2 * l->cols > l->context ? 2 * l->cols : l->context, e) &&
+           grow(&q->row, &q->row_room, 3 * l->cols, e);
+}
+
+bool ref_queue_create(struct queue **out, struct err *e)
+{
+    *out = calloc(1, sizeof **out);
+    return *out || err_memory(e, "reference backend", sizeof **out);
+}
+
+void ref_queue_free(struct queue *q)
+{
+    if (!q) return;
+    free(q->scratch);
+    free(q->row);
+    free(q);
+}
+
+const struct ops ref_ops = {
+    .name = "ref",
+    .weight_create = weight_create,
+    .weight_free = weight_free,
+    .memory_create = memory_create,
+    .memory_free = memory_free,
+    .upload = upload,
+    .download = upload,
+    .zero = zero,
+    .reserve = reserve,
+    .embed = ref_embed,
+    .matmul = ref_matmul,
+    .add = ref_add,
+    .rmsnorm = ref_rmsnorm,
+    .gather = ref_gather,
+    .silu_mul = ref_silu_mul,
+    .add_gated = ref_add_gated,
+    .norm_rope = ref_norm_rope,
+    .kv_append = ref_kv_append,
+    .attention = ref_attention,
+    .conv = ref_conv,
+    .delta = ref_delta,
+    .gated_norm = ref_gated_norm,
+    .route = ref_route,
+    .experts = ref_experts,
+    .log_softmax = ref_log_softmax,
+    .divergence = ref_divergence,
+};

@@ -1,0 +1,152 @@
+/* The forward pass: rows in, hidden rows and logits out. Prefill, decode, batches and verification are this one function
+ * with different rows. Takes a model and per-layer state; gives matrices in the backend's memory. */
+#include "model/step.h"
+#include <assert.h>
+#include <stdlib.h>
+
+static int64_t largest(const int64_t *x, int n)
+{
+    int64_t top = 0;
+    for (int i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+static struct mat take(struct arena *a, int64_t rows, int64_t cols)
+{
+    float *data = arena_take(a, rows, (uint64_t)cols * sizeof *data, 64);
+    return mat_of(data, rows, cols);
+}
+
+static void layout(struct step *s, struct arena *a)
+{
+    const struct config *c = s->model->config;
+    int64_t n = s->rows_max, hidden = c->hidden_size, heads = (int64_t)c->n_heads * c->head_dim;
+    int64_t kv = (int64_t)c->n_kv_heads * c->head_dim, values = (int64_t)c->linear_value_heads * c->linear_value_dim;
+    int64_t channels = 2 * (int64_t)c->linear_key_heads * c->linear_key_dim + values;
+    s->x = take(a, n, hidden);
+    s->h = take(a, n, hidden);
+    s->y = take(a, n, hidden);
+    s->qg = take(a, n, 2 * heads);
+    s->k = take(a, n, kv);
+    s->v = take(a, n, kv);
+    s->att = take(a, n, heads);
+    s->u = take(a, n, channels);
+    s->conv = take(a, n, channels);
+    s->z = take(a, n, values);
+    s->a = take(a, n, c->linear_value_heads);
+    s->b = take(a, n, c->linear_value_heads);
+    s->o = take(a, n, values);
+    s->router = take(a, n, c->n_experts);
+    s->gate = take(a, n, c->shared_intermediate);
+    s->up = take(a, n, c->shared_intermediate);
+    s->shared = take(a, n, hidden);
+    s->shared_gate = take(a, n, 1);
+    s->picks.k = c->experts_per_token;
+    s->picks.expert = arena_take(a, n * c->experts_per_token, sizeof *s->picks.expert, 64);
+    s->picks.weight = arena_take(a, n * c->experts_per_token, sizeof *s->picks.weight, 64);
+    s->chosen = take(a, s->logits_max, hidden);
+    s->logits = take(a, s->logits_max, c->vocab_size);
+}
+
+static struct step_limits limits_of(const struct step *s, int64_t context)
+{
+    const struct config *c = s->model->config;
+    int64_t cols[] = { c->hidden_size, s->qg.cols, s->u.cols, c->shared_intermediate, c->moe_intermediate };
+    return (struct step_limits){
+        .rows = s->rows_max > s->logits_max ? s->rows_max : s->logits_max,
+        .cols = largest(cols, sizeof cols / sizeof *cols),
+        .context = context,
+        .intermediate = c->moe_intermediate,
+        .picks = c->experts_per_token,
+        .n_experts = c->n_experts,
+    };
+}
+
+bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
+                 struct err *e)
+{
+    struct step *s = calloc(1, sizeof *s);
+    *out = NULL;
+    if (!s) return err_memory(e, "step", sizeof *s);
+    s->model = m;
+    s->op = m->backend->ops;
+    s->q = m->backend->queue;
+    s->rows_max = rows_max;
+    s->logits_max = logits_max;
+    struct arena a = { 0 };
+    layout(s, &a);
+    bool ok = !a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max);
+    ok = ok && s->op->memory_create(s->q, &s->memory, a.used, e);
+    if (ok) {
+        a = (struct arena){ .memory = s->memory, .size = a.used };
+        layout(s, &a);
+        struct step_limits limits = limits_of(s, context);
+        ok = s->op->reserve(s->q, &limits, e);
+    }
+    if (ok) *out = s;
+    else step_free(s);
+    return ok;
+}
+
+void step_free(struct step *s)
+{
+    if (!s) return;
+    s->op->memory_free(s->q, s->memory);
+    free(s);
+}
+
+int64_t step_rows_max(const struct step *s)
+{
+    return s->rows_max;
+}
+
+void step_set_tap(struct step *s, struct tap tap)
+{
+    s->tap = tap;
+}
+
+struct mat step_embed(struct step *s, const struct step_rows *rows)
+{
+    struct mat x = mat_rows(s->x, rows->n);
+    assert(rows->n <= s->rows_max);
+    s->op->embed(s->q, x, s->model->embed, rows);
+    step_tap(s, "embed", -1, x);
+    return x;
+}
+
+void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows, const struct layer_state *state)
+{
+    const struct layer *l = &s->model->layers[layer];
+    struct mat h = mat_rows(s->h, rows->n), y = mat_rows(s->y, rows->n);
+    float eps = (float)s->model->config->rms_norm_eps;
+    s->op->rmsnorm(s->q, h, x, l->input_norm, eps);
+    step_tap(s, "mixer.in", layer, h);
+    if (l->kind == LAYER_FULL_ATTENTION) step_attention(s, l, rows, &state->kv);
+    else step_delta(s, l, rows, &state->delta);
+    step_tap(s, "mixer.out", layer, y);
+    s->op->add(s->q, x, y);
+    s->op->rmsnorm(s->q, h, x, l->post_norm, eps);
+    step_tap(s, "moe.in", layer, h);
+    step_moe(s, l, rows->n);
+    step_tap(s, "moe.out", layer, y);
+    s->op->add(s->q, x, y);
+    step_tap(s, "layer", layer, x);
+}
+
+struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states)
+{
+    struct mat x = step_embed(s, rows), h = mat_rows(s->h, rows->n);
+    for (int i = 0; i < s->model->config->n_layers; i++) step_layer(s, i, x, rows, &states[i]);
+    s->op->rmsnorm(s->q, h, x, s->model->final_norm, (float)s->model->config->rms_norm_eps);
+    step_tap(s, "final", -1, h);
+    return h;
+}
+
+struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
+{
+    struct mat chosen = mat_rows(s->chosen, n), logits = mat_rows(s->logits, n);
+    assert(n <= s->logits_max);
+    s->op->gather(s->q, chosen, hidden, index);
+    s->op->matmul(s->q, logits, chosen, s->model->head);
+    return logits;
+}

@@ -1,0 +1,96 @@
+/* The network: bound weights and the forward pass. Takes an open checkpoint and a backend; knows tensor names and the
+ * order of operations, but neither files nor threads. Weights are bound once, dtype and shape checked, no strings after. */
+#ifndef MODEL_MODEL_H
+#define MODEL_MODEL_H
+#include "backend/ops.h"
+#include "base/report.h"
+#include "checkpoint/checkpoint.h"
+
+struct attention_weights {
+    struct weight *q, *k, *v, *o;
+    float *q_norm, *k_norm; /* gains, 1 + w */
+};
+
+struct delta_weights {
+    struct weight *qkv, *z, *a, *b, *out;
+    float *conv; /* [kernel][channels] */
+    float *A_log, *dt_bias, *norm;
+};
+
+struct moe_weights {
+    struct weight *router, *shared_gate; /* shared_gate: one logit */
+    struct weight *gate, *up, *down;     /* shared expert */
+    struct experts experts;
+};
+
+struct layer {
+    enum layer_kind kind;
+    float *input_norm, *post_norm; /* gains, 1 + w */
+    struct attention_weights attention;
+    struct delta_weights delta;
+    struct moe_weights moe;
+};
+
+/* What a layer's forward needs besides weights: one of the two is set, by kind. */
+struct layer_state {
+    struct kv_cache kv;
+    struct delta_state delta;
+};
+
+struct model {
+    const struct checkpoint *checkpoint; /* borrow: the embedding table stays mapped */
+    const struct config *config;         /* borrow from checkpoint */
+    struct backend *backend;             /* borrow */
+    const struct report *report;         /* borrow, may be NULL: warnings about odd scales go here */
+    struct delta_shape delta_shape;
+    struct rope rope;
+    float *rope_inverse;
+    uint8_t *rope_axis;
+    const char *prefix; /* "model.language_model." or "model." */
+    struct weight *embed, *head;
+    float *final_norm;
+    struct layer *layers; /* [n_layers]; zeroed until bound */
+};
+
+/* Everything but the layers; binds embedding, head and final norm. report may be NULL. */
+bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, const struct report *report,
+                struct err *e);
+/* All layers, with progress. */
+bool model_bind_layers(struct model *m, struct err *e);
+/* One layer, for work that holds a single layer at a time. */
+bool model_bind_layer(struct model *m, int layer, struct err *e);
+void model_free_layer(struct model *m, int layer);
+void model_deinit(struct model *m); /* accepts a zeroed one */
+
+/* Buffers of one step, in the backend's memory. */
+struct step;
+/* rows_max rows a step, logits_max rows of logits at a time (0: none). context: tokens of the longest sequence. */
+bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
+                 struct err *e);
+void step_free(struct step *s);
+int64_t step_rows_max(const struct step *s);
+
+/* Called with intermediate results, in the backend's memory: "embed"; per layer "mixer.in", "mixer.out", "moe.in",
+ * "moe.out", "layer"; "final". One hook serves calibration, golden tests and debugging. */
+struct tap {
+    void *ctx;
+    void (*call)(void *ctx, const char *name, int layer, struct mat x); /* layer -1: outside the layers */
+};
+void step_set_tap(struct step *s, struct tap tap);
+
+/* x[n, hidden] = embeddings of the rows. The result is the step's own matrix, valid until the next call. */
+struct mat step_embed(struct step *s, const struct step_rows *rows);
+/* One layer, x in place. */
+void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows, const struct layer_state *state);
+/* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows. */
+struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states);
+/* Logits [n, vocab] of chosen rows of what step_run returned; n <= logits_max. index in host memory. */
+struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n);
+
+/* State of sequences. bytes of one layer's state for `slots` sequences and `pages` KV pages. */
+bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype, int64_t pages,
+                        int64_t slots, struct err *e);
+void layer_state_free(struct layer_state *state, const struct model *m);
+/* The state of a sequence that has seen nothing. */
+void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);
+#endif

@@ -1,0 +1,34 @@
+#include "support/models.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+void must(bool ok, const struct err *e)
+{
+    if (ok) return;
+    fprintf(stderr, "unexpected error: %s\n", e->text);
+    abort();
+}
+
+void load_model(struct loaded *l, const char *path, const struct backend_options *o)
+{
+    struct err e = { 0 };
+    *l = (struct loaded){ 0 };
+    must(checkpoint_open(&l->checkpoint, path, &e), &e);
+    must(backend_create(&l->backend, o, &e), &e);
+    must(model_init(&l->model, &l->checkpoint, &l->backend, NULL, &e), &e);
+    must(model_bind_layers(&l->model, &e), &e);
+}
+
+void unload_model(struct loaded *l)
+{
+    model_deinit(&l->model);
+    backend_destroy(&l->backend);
+    checkpoint_close(&l->checkpoint);
+}
+
+const char *shared_folder(const char *what)
+{
+    const char *folder = getenv("QUENCH_SHARED");
+    if (!folder) printf("SKIP: %s: QUENCH_SHARED is not set\n", what);
+    return folder;
+}
