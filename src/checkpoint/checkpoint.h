@@ -1,14 +1,16 @@
 /* A checkpoint folder as it is on disk: config.json, the shards named by model.safetensors.index.json (or one
- * model.safetensors), every tensor by name. Opening proves: each shard of the index exists, each name of the index is
- * in the shard it names, no shard holds a tensor the index does not place there, and no model.safetensors lies unused
- * beside an index. The message says what to do. */
+ * model.safetensors), every tensor by name. Opening proves: each shard of the index exists, each name of the
+ * index is in the shard it names, no shard holds a tensor the index does not place there, and no
+ * model.safetensors lies unused beside an index. The message says what to do. */
 #ifndef CHECKPOINT_CHECKPOINT_H
 #define CHECKPOINT_CHECKPOINT_H
+#include "base/doc.h"
 #include "base/err.h"
 #include "checkpoint/config.h"
 #include "checkpoint/quantization.h"
 #include "checkpoint/safetensors.h"
 #include <stddef.h>
+#include <stdint.h>
 
 struct checkpoint {
     char *path;
@@ -25,8 +27,10 @@ struct checkpoint {
 
 bool checkpoint_open(struct checkpoint *c, const char *path, struct err *e);
 void checkpoint_close(struct checkpoint *c); /* accepts a zeroed one */
+
 const struct tensor *checkpoint_find(const struct checkpoint *c, const char *name); /* NULL: absent */
-/* One of eos ids of generation_config.json (int or list) joined with config.json's; ids[] gets at most `max`,
- * returns how many. A missing generation_config.json is fine, a broken one is an error. */
+/* Every eos id of generation_config.json (an integer or a list), then those of config.json, each once; ids[]
+ * gets at most `max` of them, *n says how many. A missing generation_config.json is fine, a broken one is an
+ * error. */
 bool checkpoint_eos_tokens(const struct checkpoint *c, int32_t *ids, int max, int *n, struct err *e);
 #endif

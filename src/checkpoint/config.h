@@ -1,8 +1,10 @@
-/* config.json of a Qwen3.5/3.6-MoE checkpoint: every field that changes the computation, checked where it enters.
- * Source: spec of the released config.json (docs/formats.md). Text fields are read from "text_config" when present,
- * else from the top level (text-only exports). Fields that select something not implemented are errors that name it:
- * hidden_act other than "silu", attention_bias true, attn_output_gate false, rope_type other than "default",
- * mrope_interleaved false, attention other than "linear_attention" / "full_attention" in layer_types. */
+/* config.json of a Qwen3.5/3.6-MoE checkpoint: every field that changes the computation, checked where it
+ * enters. Source: spec of the released config.json (docs/formats.md). Text fields are read from "text_config"
+ * when present, else from the top level (text-only exports). Fields that select something not implemented are
+ * errors that name it: hidden_act other than "silu", attention_bias true, attn_output_gate false, rope_type
+ * other than "default", mrope_interleaved false, attention other than "linear_attention" / "full_attention"
+ * in layer_types, a vision tower with deepstack. Numbers are positive and small enough that the elements of
+ * every tensor they describe, and so its bytes, fit 63 bits. */
 #ifndef CHECKPOINT_CONFIG_H
 #define CHECKPOINT_CONFIG_H
 #include "base/doc.h"
@@ -15,13 +17,13 @@ struct config {
     char model_type[64], architecture[64];
     int64_t vocab_size, hidden_size;
     int n_layers;
-    enum layer_kind *layer_kinds; /* [n_layers], owned. layer_types, or else full_attention_interval (default 4) */
+    enum layer_kind *layer_kinds; /* [n_layers], owned. From layer_types or full_attention_interval */
     double rms_norm_eps;
     bool tie_word_embeddings; /* top level or text_config */
     int64_t max_position_embeddings;
     /* gated full attention */
     int n_heads, n_kv_heads, head_dim; /* head_dim absent: hidden_size / n_heads */
-    int rotary_dim;                    /* head_dim * partial_rotary_factor, even; rope_parameters or the flat keys */
+    int rotary_dim; /* head_dim * partial_rotary_factor, even; rope_parameters or the flat keys */
     double rope_theta;
     int mrope_section[3]; /* sums to rotary_dim / 2; absent: {rotary_dim / 2, 0, 0} */
     /* Gated DeltaNet; all 0 when no layer uses it */

@@ -1,7 +1,7 @@
-/* quantization_config of a compressed-tensors checkpoint (config.json, top level or inside text_config): which scheme
- * each module has. Source: compressed-tensors quant_config.py, quant_args.py, utils/match.py (docs/formats.md).
- * Errors name what is not supported: quant_method other than "compressed-tensors", a non-empty transform_config or
- * sparsity_config, a scheme that is none of enum scheme. */
+/* quantization_config of a compressed-tensors checkpoint (config.json, top level or inside text_config):
+ * which scheme each module has. Source: compressed-tensors quant_config.py, quant_args.py, utils/match.py
+ * (docs/formats.md). Errors name what is not supported: quant_method other than "compressed-tensors", a
+ * non-empty transform_config or sparsity_config, a scheme that is none of enum scheme. */
 #ifndef CHECKPOINT_QUANTIZATION_H
 #define CHECKPOINT_QUANTIZATION_H
 #include "base/doc.h"
@@ -9,9 +9,9 @@
 #include <stddef.h>
 
 enum scheme {
-    SCHEME_NONE,        /* ignored, or matched by no target: as stored */
-    SCHEME_NVFP4,       /* weights 4-bit float, tensor_group 16; activations likewise, dynamic "local" (W4A4) */
-    SCHEME_NVFP4A16,    /* the same weights, activations not quantized */
+    SCHEME_NONE,     /* ignored, or matched by no target: as stored */
+    SCHEME_NVFP4,    /* weights 4-bit float, tensor_group 16; activations likewise, dynamic "local" (W4A4) */
+    SCHEME_NVFP4A16, /* the same weights, activations not quantized */
     SCHEME_FP8_DYNAMIC, /* weights e4m3 per channel (or per tensor); activations e4m3 per token, dynamic */
     SCHEME_FP8A16,      /* the same weights, activations not quantized */
 };
@@ -21,8 +21,9 @@ struct quantization; /* groups with compiled targets, and the ignore list */
 /* root = config.json. *out is NULL when there is no quantization_config. */
 bool quantization_parse(struct quantization **out, const json_t *root, struct err *e);
 void quantization_free(struct quantization *q); /* NULL is fine */
-/* Scheme of a module by its name without ".weight"; class_name e.g. "Linear". Ignore wins over targets; among targets
- * exact names come first, then "re:" patterns (Python re.match: anchored at the start only), then class names; sorted
- * order inside a class. q may be NULL (SCHEME_NONE). */
+/* Scheme of a module by its name without ".weight"; class_name e.g. "Linear". Ignore wins over targets; among
+ * targets exact names come first, then "re:" patterns (Python re.match: anchored at the start only), then
+ * class names; sorted order inside a class. q may be NULL (SCHEME_NONE). One thread at a time: matches share
+ * q's scratch memory. A pattern that gives up at its step limit counts as not matching. */
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name);
 #endif

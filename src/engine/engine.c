@@ -110,6 +110,11 @@ int64_t engine_logits_rows(const struct engine *g)
     return g->logits_rows;
 }
 
+int64_t engine_vocab(const struct engine *g)
+{
+    return g->model->config->vocab_size;
+}
+
 int64_t engine_length(const struct engine *g, int handle)
 {
     return g->sequences[handle].length;

@@ -1,0 +1,123 @@
+#include "cli/common.h"
+#include "base/clock.h"
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+const char *const common_devices[] = { "auto", "cpu", "ref", NULL };
+const char *const common_masks[] = { "best", "generic", "avx2", "avx512", NULL };
+const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
+
+enum kv_dtype common_kv_dtype(const struct common *c)
+{
+    static const enum kv_dtype of[] = { KV_F32, KV_F32, KV_BF16, KV_FP8 };
+    return of[c->kv];
+}
+
+const char *common_kv_name(enum kv_dtype d)
+{
+    return d == KV_F32 ? "f32" : d == KV_BF16 ? "bf16" : "fp8";
+}
+
+/* One bar at a time; the only state of this file that changes, and only for display. */
+static struct {
+    const char *what;
+    double begin, shown;
+} bar;
+
+static void draw(void *ctx, const char *what, uint64_t done, uint64_t total)
+{
+    (void)ctx;
+    double now = clock_seconds();
+    if (bar.what != what) {
+        bar.what = what;
+        bar.begin = bar.shown = now;
+    }
+    bool ends = done >= total;
+    if (now - bar.begin < 0.5 || (now - bar.shown < 0.1 && !ends)) {
+        if (ends) bar.what = NULL;
+        return;
+    }
+    bar.shown = now;
+    int filled = total ? (int)(30 * done / total) : 30;
+    double left = done ? (now - bar.begin) * (double)(total - done) / (double)done : 0;
+    fprintf(stderr, "\r%-12s [%.*s%*s] %3d %%  %s %.0f s\033[K", what, filled, "##############################", 30 - filled,
+            "", total ? (int)(100 * done / total) : 100, ends ? "took" : "left", ends ? now - bar.begin : left);
+    if (ends) {
+        fputc('\n', stderr);
+        bar.what = NULL;
+    }
+    fflush(stderr);
+}
+
+static void warn(void *ctx, const char *text)
+{
+    (void)ctx;
+    fprintf(stderr, "%squench: note: %s\n", bar.what ? "\n" : "", text);
+}
+
+struct report common_report(const struct common *c)
+{
+    if (c->quiet) return (struct report){ 0 };
+    return (struct report){ .progress = isatty(STDERR_FILENO) ? draw : NULL, .warn = warn };
+}
+
+int common_fail(const struct command *command, const struct err *e)
+{
+    fprintf(stderr, "quench %s: %s\n", command->name, e->text);
+    return e->code == ERR_ARGUMENT ? 2 : 1;
+}
+
+bool common_parse(const struct command *command, const struct flag *flags, int argc, char **argv, const char **arguments,
+                  int *status)
+{
+    struct err e = { 0 };
+    bool help = false;
+    if (!flags_parse(command, flags, argc, argv, arguments, &help, &e)) {
+        *status = common_fail(command, &e);
+        fprintf(stderr, "try: quench %s --help\n", command->name);
+        return false;
+    }
+    if (!help) return true;
+    flags_help(command, flags);
+    *status = 0;
+    return false;
+}
+
+bool common_backend(struct backend *b, const struct common *c, struct err *e)
+{
+    if (c->threads < 0 || c->threads > 1024)
+        return err_set(e, ERR_ARGUMENT, "--threads: expected 1 to 1024, found %lld", (long long)c->threads);
+    struct backend_options o = { .device = (enum device)(c->device == 2 ? DEVICE_REF : DEVICE_CPU),
+                                 .threads = (int)c->threads,
+                                 .isa = (enum cpu_isa)c->mask };
+    return backend_create(b, &o, e);
+}
+
+bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report, struct err *e)
+{
+    *o = (struct opened){ 0 };
+    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e) &&
+        model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_layers(&o->model, e))
+        return true;
+    common_close(o);
+    return false;
+}
+
+void common_close(struct opened *o)
+{
+    model_deinit(&o->model);
+    tokenizer_free(o->tokenizer);
+    checkpoint_close(&o->checkpoint);
+    *o = (struct opened){ 0 };
+}
+
+char *common_bytes(char *out, size_t size, uint64_t bytes)
+{
+    static const char *const units[] = { "B", "kB", "MB", "GB", "TB" };
+    double x = (double)bytes;
+    int unit = 0;
+    for (; x >= 1000 && unit < 4; unit++) x /= 1000;
+    snprintf(out, size, unit ? "%.2f %s" : "%.0f %s", x, units[unit]);
+    return out;
+}

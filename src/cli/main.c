@@ -1,0 +1,42 @@
+/* The program: finds the subcommand and runs it. Only cli/ reads argv and the environment, prints, and exits. */
+#include "cli/commands.h"
+#include <stdio.h>
+#include <stdbool.h>
+#include <string.h>
+
+static const struct {
+    const char *name, *purpose;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    { "quantize", "write the card's NVFP4 + FP8 checkpoint from a BF16 one", cli_quantize },
+    { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
+    { "generate", "continue a prompt", cli_generate },
+    { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
+};
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+static void usage(FILE *f)
+{
+    fprintf(f, "%s\n\nusage: quench COMMAND ...   (quench COMMAND --help for its flags)\n\n", cli_version);
+    for (int i = 0; i < N_COMMANDS; i++) fprintf(f, "  %-12s %s\n", commands[i].name, commands[i].purpose);
+}
+
+int main(int argc, char **argv)
+{
+    const char *name = argc > 1 ? argv[1] : "";
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (strcmp(name, commands[i].name) == 0) {
+            int status = commands[i].run(argc - 2, argv + 2);
+            if (fflush(stdout) == 0 && !ferror(stdout)) return status;
+            perror("quench: standard output");
+            return 1;
+        }
+    if (strcmp(name, "--version") == 0 || strcmp(name, "version") == 0) {
+        puts(cli_version);
+        return 0;
+    }
+    bool asked = strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0;
+    if (!asked && *name) fprintf(stderr, "quench: unknown command '%s'\n", name);
+    usage(asked ? stdout : stderr);
+    return asked ? 0 : 2;
+}

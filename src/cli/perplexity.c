@@ -1,0 +1,140 @@
+/* quench perplexity MODEL --text FILE [--against OTHER] */
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "base/file.h"
+#include "eval/perplexity.h"
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct command command = {
+    "perplexity", "MODEL --text FILE",
+    "Perplexity of a text. Rule \"card\": consecutive chunks of --ctx tokens, each from an empty state, no BOS, first token\n"
+    "of a chunk not scored, last short chunk kept. With --against, OTHER is set against MODEL on the same chunks.",
+    1,
+};
+
+static const char *const rules[] = { "card", NULL };
+
+struct settings {
+    struct common common;
+    const char *model, *text, *against;
+    int rule;
+    int64_t ctx, max_chunks;
+};
+
+static bool read_tokens(struct token_list *list, const struct opened *o, const char *path, struct err *e)
+{
+    struct file_map map;
+    if (!file_map_open(&map, path, e)) return false;
+    bool ok = map.bytes > 0 || err_set(e, ERR_FORMAT, "%s: the text is empty", path);
+    ok = ok && (tokenizer_encode(o->tokenizer, list, (const char *)map.data, (size_t)map.bytes, 0, e) ||
+                err_note(e, "%s", path));
+    file_map_close(&map);
+    return ok;
+}
+
+static void print_text(const struct settings *s, const struct perplexity_result *r, const struct backend *b)
+{
+    printf("model       %s\ntext        %s\nrule        %s, ctx %lld\ntokens      %lld\nchunks      %lld\nscored      %lld\n"
+           "kv cache    %s\ndevice      %s\nperplexity  %.5f\ntime        %.1f s, %.0f tokens/s\n",
+           s->model, s->text, rules[s->rule], (long long)s->ctx, (long long)r->tokens, (long long)r->chunks,
+           (long long)r->scored, common_kv_name(common_kv_dtype(&s->common)), b->name, r->perplexity, r->seconds,
+           (double)(r->scored + r->chunks) / r->seconds);
+}
+
+static void print_comparison(const struct settings *s, const struct comparison *c)
+{
+    printf("\nagainst     %s\nperplexity  %.5f\ndelta       %+.5f (%+.3f %%)\nratio       %.6f, 95 %% interval %.6f to %.6f "
+           "(paired over chunks)\nkld         %.6f nats a token\nsame top    %.3f %%\n",
+           s->against, c->other.perplexity, c->delta, 100 * (c->ratio - 1), c->ratio, c->ratio_low, c->ratio_high, c->kld,
+           100 * c->same_top);
+}
+
+static void print_json(const struct settings *s, const struct perplexity_result *r, const struct comparison *c)
+{
+    json_t *o = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", s->model, "text", s->text, "rule",
+                          rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens", (json_int_t)r->tokens, "chunks",
+                          (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored, "kv_cache_dtype",
+                          common_kv_name(common_kv_dtype(&s->common)), "perplexity", r->perplexity, "seconds", r->seconds);
+    if (c) {
+        json_t *more = json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against", s->against, "against_perplexity",
+                                 c->other.perplexity, "delta", c->delta, "ratio", c->ratio, "ratio_low", c->ratio_low,
+                                 "ratio_high", c->ratio_high, "kld", c->kld, "same_top", c->same_top);
+        json_object_update(o, more);
+        json_decref(more);
+    }
+    json_dumpf(o, stdout, JSON_COMPACT);
+    putchar('\n');
+    json_decref(o);
+}
+
+static bool check(const struct settings *s, struct err *e)
+{
+    if (!s->text) return err_set(e, ERR_ARGUMENT, "--text FILE is needed");
+    if (s->ctx < 2 || s->ctx > 1 << 20)
+        return err_set(e, ERR_ARGUMENT, "--ctx: expected 2 to 1048576, found %lld", (long long)s->ctx);
+    if (s->max_chunks < 0)
+        return err_set(e, ERR_ARGUMENT, "--max-chunks: expected 1 or more, found %lld", (long long)s->max_chunks);
+    return true;
+}
+
+/* The same text must be the same tokens for both, or the chunks would not pair. */
+static bool same_tokens(const struct token_list *a, const struct opened *other, const struct settings *s, struct err *e)
+{
+    struct token_list b = { 0 };
+    bool ok = read_tokens(&b, other, s->text, e);
+    if (ok && (a->n != b.n || memcmp(a->ids, b.ids, a->n * sizeof *a->ids) != 0))
+        ok = err_set(e, ERR_ARGUMENT, "the tokenizers of %s and %s differ on %s", s->model, s->against, s->text);
+    free(b.ids);
+    return ok;
+}
+
+static bool run(const struct settings *s, struct err *e)
+{
+    struct report report = common_report(&s->common);
+    struct perplexity_options o = { .ctx = s->ctx, .max_chunks = s->max_chunks, .kv = common_kv_dtype(&s->common),
+                                    .report = &report };
+    struct backend b = { 0 };
+    struct opened base = { 0 }, other = { 0 };
+    struct token_list tokens = { 0 };
+    struct comparison c = { 0 };
+    bool ok = check(s, e) && common_backend(&b, &s->common, e) && common_open(&base, s->model, &b, &report, e) &&
+              read_tokens(&tokens, &base, s->text, e);
+    if (ok && s->against)
+        ok = common_open(&other, s->against, &b, &report, e) && same_tokens(&tokens, &other, s, e) &&
+             perplexity_compare(&c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
+    else if (ok)
+        ok = perplexity_run(&c.base, &base.model, tokens.ids, (int64_t)tokens.n, &o, e);
+    if (ok && s->common.json) {
+        print_json(s, &c.base, s->against ? &c : NULL);
+    } else if (ok) {
+        print_text(s, &c.base, &b);
+        if (s->against) print_comparison(s, &c);
+    }
+    free(tokens.ids);
+    common_close(&base);
+    common_close(&other);
+    backend_destroy(&b);
+    return ok;
+}
+
+int cli_perplexity(int argc, char **argv)
+{
+    struct settings s = { .ctx = 512 };
+    const struct flag flags[] = {
+        { "--text", 0, FLAG_TEXT, &s.text, "FILE", "UTF-8 text to score", NULL },
+        { "--against", 0, FLAG_TEXT, &s.against, "OTHER", "a second checkpoint, compared chunk by chunk", NULL },
+        { "--rule", 0, FLAG_CHOICE, &s.rule, "card", "how the text is cut and scored", rules },
+        { "--ctx", 0, FLAG_INT, &s.ctx, "N", "tokens a chunk (default 512)", NULL },
+        { "--max-chunks", 0, FLAG_INT, &s.max_chunks, "N", "score only the first N chunks", NULL },
+        COMMON_KV_FLAG(s.common),
+        COMMON_FLAGS(s.common),
+        FLAGS_END,
+    };
+    int status;
+    struct err e = { 0 };
+    if (!common_parse(&command, flags, argc, argv, &s.model, &status)) return status;
+    return run(&s, &e) ? 0 : common_fail(&command, &e);
+}

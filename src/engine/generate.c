@@ -1,0 +1,152 @@
+#include "engine/generate.h"
+#include "base/clock.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* Decoded text not handed out yet. */
+struct pending {
+    char *bytes;
+    size_t n, capacity;
+    bool stopped;
+};
+
+static bool reserve(struct pending *p, size_t more, struct err *e)
+{
+    if (p->capacity - p->n >= more) return true;
+    size_t capacity = 2 * (p->n + more);
+    char *grown = realloc(p->bytes, capacity);
+    if (!grown) return err_memory(e, "text", capacity);
+    p->bytes = grown;
+    p->capacity = capacity;
+    return true;
+}
+
+/* Where the earliest stop string begins, or n. */
+static size_t find_stop(const struct pending *p, const struct generation *o)
+{
+    size_t best = p->n;
+    for (int i = 0; i < o->n_stops; i++) {
+        const char *at = memmem(p->bytes, p->n, o->stops[i], strlen(o->stops[i]));
+        if (at && (size_t)(at - p->bytes) < best) best = (size_t)(at - p->bytes);
+    }
+    return best;
+}
+
+/* How many bytes at the end may be the beginning of a stop string. */
+static size_t held_back(const struct pending *p, const struct generation *o)
+{
+    size_t held = 0;
+    for (int i = 0; i < o->n_stops; i++) {
+        size_t len = strlen(o->stops[i]), k = len - 1 < p->n ? len - 1 : p->n;
+        while (k > held && memcmp(p->bytes + p->n - k, o->stops[i], k) != 0) k--;
+        if (k > held) held = k;
+    }
+    return held;
+}
+
+static void hand_out(struct pending *p, const struct generation *o, bool all)
+{
+    size_t stop = find_stop(p, o), certain = p->n - (all ? 0 : held_back(p, o));
+    p->stopped = stop < p->n;
+    if (p->stopped) certain = stop;
+    if (certain > 0 && o->text) o->text(o->ctx, p->bytes, certain);
+    memmove(p->bytes, p->bytes + certain, p->n - certain);
+    p->n -= certain;
+}
+
+static bool is_stop_token(const struct generation *o, int32_t id)
+{
+    for (int i = 0; i < o->n_stop_tokens; i++)
+        if (o->stop_tokens[i] == id) return true;
+    return false;
+}
+
+/* Rows of the head without a token behind them hold ordinary finite logits; picture placeholders are input only. */
+static bool never_sampled(void *ctx, int32_t id)
+{
+    const struct tokenizer *t = ctx;
+    size_t n;
+    tokenizer_bytes(t, id, &n);
+    return n == 0;
+}
+
+static bool append(struct token_list *list, int32_t id, struct err *e)
+{
+    if (list->n == list->capacity) {
+        size_t capacity = list->capacity ? 2 * list->capacity : 256;
+        int32_t *grown = realloc(list->ids, capacity * sizeof *grown);
+        if (!grown) return err_memory(e, "tokens", capacity * sizeof *grown);
+        list->ids = grown;
+        list->capacity = capacity;
+    }
+    list->ids[list->n++] = id;
+    return true;
+}
+
+struct decoding {
+    struct engine *engine;
+    const struct tokenizer *tokenizer;
+    const struct generation *o;
+    struct candidate *work;
+    struct detokenizer detokenizer;
+    struct pending pending;
+};
+
+static bool take_token(struct decoding *d, struct generated *out, int32_t id, struct err *e)
+{
+    size_t n;
+    tokenizer_bytes(d->tokenizer, id, &n);
+    if (!append(&out->tokens, id, e) || !reserve(&d->pending, 3 * n + DETOKENIZER_ROOM, e)) return false;
+    d->pending.n += detokenizer_push(&d->detokenizer, d->tokenizer, id, !d->o->keep_special,
+                                     d->pending.bytes + d->pending.n);
+    hand_out(&d->pending, d->o, false);
+    return true;
+}
+
+static bool decode(struct decoding *d, struct generated *out, int handle, const float *logits, int64_t vocab,
+                   struct err *e)
+{
+    out->finish = FINISH_LENGTH;
+    for (int64_t i = 0; i < d->o->max_tokens; i++) {
+        int32_t id = sample_token(&d->o->sampling, logits, vocab, (uint64_t)i, d->work, never_sampled,
+                                  (void *)(uintptr_t)d->tokenizer);
+        if (is_stop_token(d->o, id)) {
+            out->finish = FINISH_STOP;
+            break;
+        }
+        if (!take_token(d, out, id, e)) return false;
+        if (d->pending.stopped) {
+            out->finish = FINISH_STOP;
+            return true;
+        }
+        if (i + 1 < d->o->max_tokens && !engine_prefill(d->engine, handle, &id, 1, &logits, NULL, e)) return false;
+    }
+    if (!reserve(&d->pending, DETOKENIZER_ROOM, e)) return false;
+    d->pending.n += detokenizer_finish(&d->detokenizer, d->pending.bytes + d->pending.n);
+    hand_out(&d->pending, d->o, true);
+    return true;
+}
+
+bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt, int64_t n,
+              const struct generation *o, struct err *e)
+{
+    *out = (struct generated){ 0 };
+    struct decoding d = { .engine = g, .tokenizer = t, .o = o };
+    int64_t vocab = engine_vocab(g);
+    int handle;
+    const float *logits;
+    if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
+    if (!engine_open(g, &handle, e)) return false;
+    d.work = malloc((size_t)vocab * sizeof *d.work);
+    bool ok = d.work || err_memory(e, "sampling", (uint64_t)vocab * sizeof *d.work);
+    double begin = clock_seconds();
+    ok = ok && engine_prefill(g, handle, prompt, n, &logits, o->report, e);
+    out->prefill_seconds = clock_seconds() - begin;
+    begin = clock_seconds();
+    ok = ok && decode(&d, out, handle, logits, vocab, e);
+    out->decode_seconds = clock_seconds() - begin;
+    engine_close(g, handle);
+    free(d.work);
+    free(d.pending.bytes);
+    return ok;
+}

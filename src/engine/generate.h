@@ -1,0 +1,33 @@
+/* One prompt continued: prefill, then a token a step until a stop token, a stop string, or the limit. Text is handed
+ * out as it becomes certain: whole characters, and nothing that may yet turn out to begin a stop string. */
+#ifndef ENGINE_GENERATE_H
+#define ENGINE_GENERATE_H
+#include "engine/engine.h"
+#include "engine/sample.h"
+#include "tokenizer/tokenizer.h"
+
+struct generation {
+    struct sampling sampling;
+    int64_t max_tokens;
+    const char *const *stops; /* strings, not part of the text when met */
+    int n_stops;
+    const int32_t *stop_tokens;
+    int n_stop_tokens;
+    bool keep_special; /* print special tokens as their text */
+    void *ctx;
+    void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
+    const struct report *report;
+};
+
+enum finish { FINISH_STOP, FINISH_LENGTH };
+
+struct generated {
+    struct token_list tokens; /* without the stop token; free(tokens.ids) */
+    enum finish finish;
+    double prefill_seconds, decode_seconds;
+};
+
+/* The engine needs room for the prompt and max_tokens. */
+bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt, int64_t n,
+              const struct generation *o, struct err *e);
+#endif
