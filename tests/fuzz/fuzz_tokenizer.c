@@ -1,4 +1,5 @@
-/* Any bytes as tokenizer.json: creation refuses them, or what it made encodes and decodes a text with everything in it. */
+/* Any bytes as tokenizer.json: creation refuses them, or what it made encodes and decodes a text with
+ * everything in it. */
 #include "tokenizer/tokenizer.h"
 #include "tokenizer/utf8.h"
 #include <stdlib.h>
@@ -7,9 +8,12 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static const char text[] =
-    "  Hello\t w\u00f6rld, it's 'S '\u017ft 12 \u0661\u216b!!\r\n\r\n \n x<x>y<p><x <|im_end|>abcabc ab\u180e\u2028"
-    "e\u0301\u0327 \u1100\u1161\u11a8 \u304b\u3099 \u0958 \U0001d15e \U00011935\U00011930 \U00031350\U0001e4ec\u0897 "
-    "\U0001F469\u200d\U0001F4BB aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabcabcabc     ";
+    "  Hello\t w\u00f6rld, it's 'S '\u017ft 12 \u0661\u216b!!\r\n\r\n \n x<x>y<p><x <|im_end|>abcabc "
+    "ab\u180e\u2028"
+    "e\u0301\u0327 \u1100\u1161\u11a8 \u304b\u3099 \u0958 \U0001d15e \U00011935\U00011930 "
+    "\U00031350\U0001e4ec\u0897 "
+    "\U0001F469\u200d\U0001F4BB "
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabcabcabc     ";
 
 static void check(const struct tokenizer *t, unsigned flags)
 {
