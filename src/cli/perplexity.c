@@ -15,6 +15,8 @@ static const struct command command = {
     1,
 };
 
+enum { TEXT_BYTES_MAX = 1 << 30 };
+
 static const char *const rules[] = { "card", NULL };
 
 struct settings {
@@ -24,15 +26,28 @@ struct settings {
     int64_t ctx, max_chunks;
 };
 
+/* CR LF and lone CR become LF, as when a text file is opened in text mode: the published token counts of WikiText-2 are of
+ * such readers, while copies of the file with CR LF are in use. Returns the new length. */
+static size_t normalise_line_ends(char *text, size_t n)
+{
+    size_t out = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (text[i] == '\r' && i + 1 < n && text[i + 1] == '\n') continue;
+        text[out++] = text[i] == '\r' ? '\n' : text[i];
+    }
+    return out;
+}
+
 static bool read_tokens(struct token_list *list, const struct opened *o, const char *path, struct err *e)
 {
-    struct file_map map;
-    if (!file_map_open(&map, path, e)) return false;
-    bool ok = map.bytes > 0 || err_set(e, ERR_FORMAT, "%s: the text is empty", path);
-    ok = ok && (tokenizer_encode(o->tokenizer, list, (const char *)map.data, (size_t)map.bytes, 0, e) ||
-                err_note(e, "%s", path));
-    file_map_close(&map);
-    return ok;
+    char *text;
+    size_t bytes;
+    if (!file_read(&text, &bytes, path, TEXT_BYTES_MAX, e)) return false;
+    bytes = normalise_line_ends(text, bytes);
+    bool ok = bytes > 0 || err_set(e, ERR_FORMAT, "the text is empty");
+    ok = ok && tokenizer_encode(o->tokenizer, list, text, bytes, 0, e);
+    free(text);
+    return ok || err_note(e, "%s", path);
 }
 
 static void print_text(const struct settings *s, const struct perplexity_result *r, const struct backend *b)

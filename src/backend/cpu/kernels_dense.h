@@ -130,20 +130,17 @@ static void rmsnorm(float *y, const float *x, const float *gain, int64_t n, floa
 static void gated_norm(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps)
 {
     float r = 1 / sqrtf(sum_of_squares(x, n) / (float)n + eps);
-    for (int64_t i = 0; i < n; i += VL) {
-        int64_t k = n - i < VL ? n - i : VL;
-        vec zi = vload_part(z + i, k);
-        vstore_part(y + i, vload_part(x + i, k) * r * vload_part(gain + i, k) * (zi * vsigmoid(zi)), k);
-    }
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) vstore(y + i, vload(x + i) * r * vload(gain + i) * vsilu(vload(z + i)));
+    if (k > 0)
+        vstore_part(y + i, vload_part(x + i, k) * r * vload_part(gain + i, k) * vsilu(vload_part(z + i, k)), k);
 }
 
 static void silu_mul(float *y, const float *gate, const float *up, int64_t n)
 {
-    for (int64_t i = 0; i < n; i += VL) {
-        int64_t k = n - i < VL ? n - i : VL;
-        vec g = vload_part(gate + i, k);
-        vstore_part(y + i, g * vsigmoid(g) * vload_part(up + i, k), k);
-    }
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) vstore(y + i, vsilu(vload(gate + i)) * vload(up + i));
+    if (k > 0) vstore_part(y + i, vsilu(vload_part(gate + i, k)) * vload_part(up + i, k), k);
 }
 
 static void scale_add(float *y, const float *x, float scale, int64_t n)
@@ -161,12 +158,16 @@ static void l2norm(float *x, int64_t n, float scale)
 
 static void conv_row(float *y, const float *const *rows, const float *w, int kernel, int64_t n)
 {
-    for (int64_t i = 0; i < n; i += VL) {
-        int64_t k = n - i < VL ? n - i : VL;
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) {
         vec sum = { 0 };
-        for (int j = 0; j < kernel; j++) sum = vload_part(w + j * n + i, k) * vload_part(rows[j] + i, k) + sum;
-        vstore_part(y + i, sum * vsigmoid(sum), k);
+        for (int j = 0; j < kernel; j++) sum = vload(w + j * n + i) * vload(rows[j] + i) + sum;
+        vstore(y + i, vsilu(sum));
     }
+    if (k == 0) return;
+    vec sum = { 0 };
+    for (int j = 0; j < kernel; j++) sum = vload_part(w + j * n + i, k) * vload_part(rows[j] + i, k) + sum;
+    vstore_part(y + i, vsilu(sum), k);
 }
 
 /* --- log-probabilities --------------------------------------------------------------------------------------------- */

@@ -133,4 +133,9 @@ INLINE vec vsigmoid(vec x)
 {
     return 1.0f / (1.0f + vexp(-x));
 }
+
+INLINE vec vsilu(vec x)
+{
+    return x / (1.0f + vexp(-x));
+}
 #endif

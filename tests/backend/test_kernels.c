@@ -1,0 +1,577 @@
+/* Every operation of every backend and ISA mask against ref: random shapes with ragged tails, random strides, inputs with
+ * zeros, extremes and tiny scales, outputs poisoned beforehand with guards on both sides. A failure prints the mask, the
+ * shape and the first bad index; the sequence of trials is fixed by SEED (environment QUENCH_SEED). */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include "backend/ops.h"
+#include "num/e4m3.h"
+#include "num/fp8.h"
+#include "support/models.h"
+#include <jansson.h>
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t state_of_random = 1;
+
+static uint32_t random_u32(void)
+{
+    state_of_random = state_of_random * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state_of_random >> 32);
+}
+
+static int64_t random_below(int64_t n)
+{
+    return (int64_t)(random_u32() % (uint64_t)n);
+}
+
+static float random_normal(void)
+{
+    float s = 0;
+    for (int i = 0; i < 6; i++) s += (float)random_u32() * 0x1p-32f - 0.5f;
+    return s * 1.4f;
+}
+
+static struct backend ref, cpu;
+
+/* --- matrices with guards ------------------------------------------------------------------------------------------ */
+
+enum { GUARD = 32 };
+static const uint32_t POISON = 0x7fc0dead;
+
+struct guarded {
+    struct mat m;
+    uint32_t *all;
+    int64_t n;
+};
+
+static struct guarded guarded(int64_t rows, int64_t cols, int64_t pad)
+{
+    struct guarded g;
+    g.n = rows * (cols + pad) + 2 * GUARD;
+    g.all = malloc((size_t)g.n * 4);
+    for (int64_t i = 0; i < g.n; i++) g.all[i] = POISON;
+    g.m = (struct mat){ (float *)g.all + GUARD, rows, cols, cols + pad };
+    return g;
+}
+
+static void fill(struct mat m, float scale)
+{
+    for (int64_t r = 0; r < m.rows; r++)
+        for (int64_t c = 0; c < m.cols; c++)
+            m.data[r * m.stride + c] = random_below(10) == 0 ? 0 : random_normal() * scale;
+}
+
+static struct guarded filled(int64_t rows, int64_t cols, int64_t pad, float scale)
+{
+    struct guarded g = guarded(rows, cols, pad);
+    fill(g.m, scale);
+    return g;
+}
+
+static struct guarded copy_of(const struct guarded *g)
+{
+    struct guarded c = *g;
+    c.all = malloc((size_t)g->n * 4);
+    memcpy(c.all, g->all, (size_t)g->n * 4);
+    c.m.data = (float *)c.all + GUARD;
+    return c;
+}
+
+static void check_guards(const struct guarded *g, const char *what)
+{
+    for (int64_t i = 0; i < g->n; i++) {
+        int64_t at = i - GUARD;
+        bool inside = at >= 0 && at < g->m.rows * g->m.stride && at % g->m.stride < g->m.cols;
+        if (!inside && g->all[i] != POISON) fail_msg("%s on %s wrote outside at %d", what, cpu.name, (int)at);
+    }
+}
+
+static void drop(struct guarded *g)
+{
+    free(g->all);
+}
+
+/* |got - want| <= relative * |want| + absolute; a NaN fails. */
+static void check_close(const struct guarded *got, const struct guarded *want, double relative, double absolute,
+                        const char *what)
+{
+    check_guards(got, what);
+    for (int64_t r = 0; r < want->m.rows; r++)
+        for (int64_t c = 0; c < want->m.cols; c++) {
+            double g = got->m.data[r * got->m.stride + c], w = want->m.data[r * want->m.stride + c];
+            if (!(fabs(g - w) <= relative * fabs(w) + absolute))
+                fail_msg("%s on %s, [%d x %d]: (%d, %d) is %.9g, ref %.9g", what, cpu.name, (int)want->m.rows,
+                         (int)want->m.cols, (int)r, (int)c, g, w);
+        }
+}
+
+/* --- weights ------------------------------------------------------------------------------------------------------- */
+
+struct made {
+    struct weight_source src;
+    struct weight *ref, *cpu;
+    void *data, *scale;
+};
+
+static struct made make_weight(enum weight_format format, int64_t rows, int64_t cols, bool quantize_input)
+{
+    static const int bytes[] = { 2, 2, 4, 1, 1 };
+    struct made w = { .src = { .format = format, .rows = rows, .cols = cols, .quantize_input = quantize_input } };
+    int64_t n = rows * cols;
+    uint8_t *data = w.data = malloc((size_t)(n * bytes[format]) + 1);
+    for (int64_t i = 0; i < n; i++) {
+        float x = random_normal() * 0.1f;
+        uint16_t b = bf16_from_f32(x).bits;
+        if (format == WEIGHT_BF16) memcpy(data + 2 * i, &b, 2);
+        else if (format == WEIGHT_F16) memcpy(data + 2 * i, &(uint16_t){ (uint16_t)(random_u32() & 0x8fff) }, 2);
+        else if (format == WEIGHT_F32) memcpy(data + 4 * i, &x, 4);
+        else {
+            data[i] = (uint8_t)random_u32();
+            if (format == WEIGHT_FP8 && (data[i] & 0x7f) == 0x7f) data[i] = 0;
+        }
+    }
+    if (format == WEIGHT_FP8) {
+        float *scale = w.scale = malloc((size_t)rows * 4);
+        for (int64_t r = 0; r < rows; r++) scale[r] = bf16_round(0.001f + (float)random_below(100) * 1e-4f);
+    } else if (format == WEIGHT_NVFP4) {
+        uint8_t *scale = w.scale = malloc((size_t)(n / 16) + 1);
+        for (int64_t i = 0; i < n / 16; i++) scale[i] = (uint8_t)random_below(0x7f); /* subnormal scales included */
+        w.src.global = 900;
+    }
+    w.src.data = w.data;
+    w.src.scale = w.scale;
+    struct err e = { 0 };
+    must(ref.ops->weight_create(ref.queue, &w.ref, &w.src, &e), &e);
+    must(cpu.ops->weight_create(cpu.queue, &w.cpu, &w.src, &e), &e);
+    return w;
+}
+
+static void drop_weight(struct made *w)
+{
+    ref.ops->weight_free(ref.queue, w->ref);
+    cpu.ops->weight_free(cpu.queue, w->cpu);
+    free(w->data);
+    free(w->scale);
+}
+
+static void reserve(int64_t rows, int64_t cols, int64_t intermediate, int picks, int n_experts)
+{
+    struct step_limits l = { rows, cols, 1024, intermediate, picks, n_experts };
+    struct err e = { 0 };
+    must(ref.ops->reserve(ref.queue, &l, &e), &e);
+    must(cpu.ops->reserve(cpu.queue, &l, &e), &e);
+}
+
+/* --- products ------------------------------------------------------------------------------------------------------ */
+
+/* |got - want| <= 8 eps * sum|x * w|, what entered the sum, found by running ref on absolute values. */
+static void check_product(struct made *w, const struct guarded *x, const struct guarded *got, const char *what)
+{
+    struct guarded want = guarded(x->m.rows, w->src.rows, 0), size = guarded(x->m.rows, w->src.rows, 0);
+    struct made a = make_weight(WEIGHT_F32, w->src.rows, w->src.cols, false);
+    struct guarded ax = copy_of(x), one = guarded(w->src.cols, w->src.cols, 0), dense = guarded(w->src.cols, w->src.rows, 0);
+    /* |W| through ref itself: W times the identity gives its columns */
+    for (int64_t i = 0; i < w->src.cols; i++)
+        for (int64_t c = 0; c < w->src.cols; c++) one.m.data[i * w->src.cols + c] = i == c;
+    bool quantize = w->ref->quantize_input;
+    w->ref->quantize_input = false;
+    ref.ops->matmul(ref.queue, dense.m, one.m, w->ref);
+    w->ref->quantize_input = quantize;
+    float *abs_w = malloc((size_t)(w->src.rows * w->src.cols) * 4);
+    for (int64_t r = 0; r < w->src.rows; r++)
+        for (int64_t c = 0; c < w->src.cols; c++) abs_w[r * w->src.cols + c] = fabsf(dense.m.data[c * w->src.rows + r]);
+    struct weight_source src = { .format = WEIGHT_F32, .rows = w->src.rows, .cols = w->src.cols, .data = abs_w };
+    struct weight *absolute;
+    struct err e = { 0 };
+    must(ref.ops->weight_create(ref.queue, &absolute, &src, &e), &e);
+    for (int64_t r = 0; r < ax.m.rows; r++)
+        for (int64_t c = 0; c < ax.m.cols; c++)
+            ax.m.data[r * ax.m.stride + c] = fabsf(ax.m.data[r * ax.m.stride + c]) * (quantize ? 1.07f : 1);
+    ref.ops->matmul(ref.queue, want.m, x->m, w->ref);
+    ref.ops->matmul(ref.queue, size.m, ax.m, absolute);
+    check_guards(got, what);
+    for (int64_t r = 0; r < want.m.rows; r++)
+        for (int64_t c = 0; c < want.m.cols; c++) {
+            double g = got->m.data[r * got->m.stride + c], v = want.m.data[r * want.m.stride + c];
+            double bound = 8 * (double)FLT_EPSILON * (double)size.m.data[r * size.m.stride + c];
+            if (!(fabs(g - v) <= bound))
+                fail_msg("%s on %s, %d rows, [%d x %d] format %d: (%d, %d) is %.9g, ref %.9g, bound %.3g", what, cpu.name,
+                         (int)x->m.rows, (int)w->src.rows, (int)w->src.cols, (int)w->src.format, (int)r, (int)c, g, v, bound);
+        }
+    ref.ops->weight_free(ref.queue, absolute);
+    free(abs_w);
+    drop_weight(&a);
+    struct guarded *all[] = { &want, &size, &ax, &one, &dense };
+    for (int i = 0; i < 5; i++) drop(all[i]);
+}
+
+static void product_case(enum weight_format f, int64_t n, int64_t rows, int64_t cols, bool quantize)
+{
+    struct made w = make_weight(f, rows, cols, quantize);
+    struct guarded x = filled(n, cols, random_below(5), 1), y = guarded(n, rows, random_below(5));
+    cpu.ops->matmul(cpu.queue, y.m, x.m, w.cpu);
+    check_product(&w, &x, &y, "matmul");
+    /* a row alone has the bits it has among others */
+    struct guarded one = guarded(1, rows, 0);
+    int64_t r = random_below(n);
+    cpu.ops->matmul(cpu.queue, one.m, (struct mat){ x.m.data + r * x.m.stride, 1, cols, cols }, w.cpu);
+    assert_memory_equal(one.m.data, y.m.data + r * y.m.stride, (size_t)rows * 4);
+    drop(&one);
+    drop(&x);
+    drop(&y);
+    drop_weight(&w);
+}
+
+static void products(void)
+{
+    static const int64_t ns[] = { 1, 2, 3, 7, 16, 17, 33 }, rows[] = { 1, 15, 16, 17, 48, 131 };
+    static const int64_t cols[] = { 16, 32, 48, 256, 272, 528 }, odd[] = { 1, 7, 100, 257 };
+    reserve(64, 1024, 64, 2, 4);
+    for (size_t i = 0; i < sizeof ns / sizeof *ns; i++)
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+            enum weight_format f = (enum weight_format)random_below(5);
+            product_case(f, ns[i], rows[r], cols[random_below(6)], f == WEIGHT_FP8 && random_below(2));
+            product_case(WEIGHT_NVFP4, ns[i], rows[r], cols[random_below(6)], false);
+            product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], true);
+            product_case(WEIGHT_BF16, ns[i], rows[r], odd[random_below(4)], false);
+        }
+}
+
+static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_t inner, int n_experts, int k)
+{
+    struct made w[3][8];
+    struct weight *of_ref[24], *of_cpu[24];
+    for (int e = 0; e < n_experts; e++)
+        for (int m = 0; m < 3; m++) {
+            w[m][e] = make_weight(f, m < 2 ? inner : hidden, m < 2 ? hidden : inner, f == WEIGHT_FP8);
+            of_ref[m * n_experts + e] = w[m][e].ref;
+            of_cpu[m * n_experts + e] = w[m][e].cpu;
+        }
+    struct experts xr = { n_experts, of_ref, of_ref + n_experts, of_ref + 2 * n_experts };
+    struct experts xc = { n_experts, of_cpu, of_cpu + n_experts, of_cpu + 2 * n_experts };
+    struct guarded x = filled(n, hidden, 3, 1), want = guarded(n, hidden, 0), got = guarded(n, hidden, 2);
+    struct guarded logits = filled(n, n_experts, 1, 3);
+    int32_t id[2][64 * 4];
+    float weight[2][64 * 4];
+    struct picks pr = { id[0], weight[0], k }, pc = { id[1], weight[1], k };
+    ref.ops->route(ref.queue, &pr, logits.m);
+    cpu.ops->route(cpu.queue, &pc, logits.m);
+    assert_memory_equal(id[0], id[1], (size_t)(n * k) * 4);
+    for (int64_t i = 0; i < n * k; i++) assert_true(fabsf(weight[0][i] - weight[1][i]) <= 1e-6f);
+    ref.ops->experts(ref.queue, want.m, x.m, &pr, &xr);
+    cpu.ops->experts(cpu.queue, got.m, x.m, &pr, &xc);
+    /* two products deep: bounded by what a row holds, not by each element */
+    double top = 0;
+    for (int64_t i = 0; i < n * hidden; i++) top = fmax(top, fabs((double)want.m.data[i]));
+    check_close(&got, &want, 1e-5, (f == WEIGHT_FP8 ? 2e-2 : 4e-6) * top, "experts");
+    struct guarded one = guarded(1, hidden, 0);
+    struct picks last = { id[0] + (n - 1) * k, weight[0] + (n - 1) * k, k };
+    cpu.ops->experts(cpu.queue, one.m, mat_of(x.m.data + (n - 1) * x.m.stride, 1, hidden), &last, &xc);
+    assert_memory_equal(one.m.data, got.m.data + (n - 1) * got.m.stride, (size_t)hidden * 4);
+    struct guarded *all[] = { &x, &want, &got, &logits, &one };
+    for (int i = 0; i < 5; i++) drop(all[i]);
+    for (int e = 0; e < n_experts; e++)
+        for (int m = 0; m < 3; m++) drop_weight(&w[m][e]);
+}
+
+static void experts(void)
+{
+    static const enum weight_format formats[] = { WEIGHT_NVFP4, WEIGHT_BF16, WEIGHT_FP8 };
+    reserve(64, 256, 80, 4, 8);
+    for (int f = 0; f < 3; f++)
+        for (int i = 0; i < 6; i++) experts_case(formats[f], 1 + random_below(40), 16 * (1 + random_below(12)), 16 * (1 + random_below(5)), 8, 1 + (int)random_below(4));
+}
+
+/* --- rows ---------------------------------------------------------------------------------------------------------- */
+
+static void both(struct guarded *want, struct guarded *got, int64_t rows, int64_t cols)
+{
+    *want = guarded(rows, cols, 1);
+    *got = guarded(rows, cols, 3);
+}
+
+static void row_case(int64_t n, int64_t cols)
+{
+    struct guarded x = filled(n, cols, 2, 3), z = filled(n, cols, 1, 8), gain = filled(1, cols, 0, 1), gate = filled(n, 1, 2, 4);
+    struct guarded want, got;
+    both(&want, &got, n, cols);
+    ref.ops->rmsnorm(ref.queue, want.m, x.m, gain.m.data, 1e-6f);
+    cpu.ops->rmsnorm(cpu.queue, got.m, x.m, gain.m.data, 1e-6f);
+    check_close(&got, &want, 2e-6, 1e-30, "rmsnorm");
+    ref.ops->silu_mul(ref.queue, want.m, z.m, x.m);
+    cpu.ops->silu_mul(cpu.queue, got.m, z.m, x.m);
+    check_close(&got, &want, 1e-6, 1e-30, "silu_mul");
+    fill(want.m, 1);
+    for (int64_t r = 0; r < n; r++) memcpy(got.m.data + r * got.m.stride, want.m.data + r * want.m.stride, (size_t)cols * 4);
+    ref.ops->add(ref.queue, want.m, x.m);
+    cpu.ops->add(cpu.queue, got.m, x.m);
+    check_close(&got, &want, 0, 0, "add");
+    ref.ops->add_gated(ref.queue, want.m, x.m, gate.m);
+    cpu.ops->add_gated(cpu.queue, got.m, x.m, gate.m);
+    check_close(&got, &want, 1e-6, 1e-5, "add_gated");
+    ref.ops->gated_norm(ref.queue, want.m, x.m, z.m, gain.m.data, (int)cols, 1e-6f);
+    cpu.ops->gated_norm(cpu.queue, got.m, x.m, z.m, gain.m.data, (int)cols, 1e-6f);
+    check_close(&got, &want, 3e-6, 1e-30, "gated_norm");
+    struct guarded lw = copy_of(&z), lg = copy_of(&z), other = filled(n, cols, 1, 8);
+    ref.ops->log_softmax(ref.queue, lw.m);
+    cpu.ops->log_softmax(cpu.queue, lg.m);
+    check_close(&lg, &lw, 1e-6, 4e-6, "log_softmax");
+    ref.ops->log_softmax(ref.queue, other.m);
+    double kr[64], kc[64];
+    ref.ops->divergence(ref.queue, kr, lw.m, other.m);
+    cpu.ops->divergence(cpu.queue, kc, lw.m, other.m);
+    for (int64_t i = 0; i < n; i++) assert_true(fabs(kr[i] - kc[i]) <= 1e-5 * fabs(kr[i]) + 1e-5);
+    int64_t index[] = { n - 1, 0, n / 2 };
+    struct guarded picked = guarded(3, cols, 1), picked_ref = guarded(3, cols, 1);
+    ref.ops->gather(ref.queue, picked_ref.m, x.m, index);
+    cpu.ops->gather(cpu.queue, picked.m, x.m, index);
+    check_close(&picked, &picked_ref, 0, 0, "gather");
+    struct guarded *all[] = { &x, &z, &gain, &gate, &want, &got, &lw, &lg, &other, &picked, &picked_ref };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);
+}
+
+static void embed_case(enum weight_format f)
+{
+    struct made w = make_weight(f, 50, 37, false);
+    struct weight_source table = w.src;
+    table.is_table = true;
+    struct weight *tr, *tc;
+    struct err e = { 0 };
+    must(ref.ops->weight_create(ref.queue, &tr, &table, &e), &e);
+    must(cpu.ops->weight_create(cpu.queue, &tc, &table, &e), &e);
+    float own[37];
+    for (int i = 0; i < 37; i++) own[i] = (float)i;
+    struct row rows[] = { { .token = 49 }, { .token = 0 }, { .embedding = own }, { .token = 7 } };
+    struct step_rows s = { .rows = rows, .n = 4 };
+    struct guarded want, got;
+    both(&want, &got, 4, 37);
+    ref.ops->embed(ref.queue, want.m, tr, &s);
+    cpu.ops->embed(cpu.queue, got.m, tc, &s);
+    check_close(&got, &want, 0, 0, "embed");
+    assert_true(got.m.data[2 * got.m.stride + 5] == 5.0f);
+    ref.ops->weight_free(ref.queue, tr);
+    cpu.ops->weight_free(cpu.queue, tc);
+    drop(&want);
+    drop(&got);
+    drop_weight(&w);
+}
+
+static void rows(void)
+{
+    static const int64_t cols[] = { 1, 3, 4, 15, 16, 17, 64, 100, 129, 1000 };
+    for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) row_case(1 + random_below(40), cols[i]);
+    embed_case(WEIGHT_BF16);
+    embed_case(WEIGHT_F16);
+    embed_case(WEIGHT_F32);
+}
+
+/* --- sequences ----------------------------------------------------------------------------------------------------- */
+
+struct plan {
+    struct row rows[300];
+    struct span spans[3];
+    int32_t pages[3][8];
+    struct step_rows step;
+};
+
+static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
+{
+    p->step = (struct step_rows){ p->rows, 0, p->spans, 3 };
+    for (int s = 0; s < 3; s++) {
+        for (int i = 0; i < 8; i++) p->pages[s][i] = (2 - s) + 3 * (7 - i); /* scattered over 24 pages */
+        p->spans[s] = (struct span){ p->step.n, n[s], past[s], p->pages[s], 2 - s };
+        for (int64_t i = 0; i < n[s]; i++) {
+            int32_t t = (int32_t)(past[s] + i);
+            p->rows[p->step.n++] = (struct row){ .position = { t, t / 2 + 1, 3 * t } };
+        }
+    }
+}
+
+static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, const int64_t *n, const int64_t *past)
+{
+    static const int bytes[] = { 4, 2, 1 };
+    struct plan p;
+    make_plan(&p, n, past);
+    size_t size = (size_t)24 * KV_PAGE * (size_t)(n_kv * dim);
+    uint8_t *memory[4];
+    for (int i = 0; i < 4; i++) memory[i] = malloc(size * 4);
+    struct kv_cache kr = { memory[0], memory[1], dtype, n_kv, dim }, kc = { memory[2], memory[3], dtype, n_kv, dim };
+    for (size_t i = 0; i < size; i++) { /* what earlier steps left */
+        float x = random_normal();
+        if (dtype == KV_F32) ((float *)memory[0])[i] = x, ((float *)memory[1])[i] = -x;
+        else if (dtype == KV_BF16) ((bf16 *)memory[0])[i] = bf16_from_f32(x), ((bf16 *)memory[1])[i] = bf16_from_f32(-x);
+        else memory[0][i] = e4m3_from_f32(x).bits, memory[1][i] = e4m3_from_f32(-x).bits;
+    }
+    memcpy(memory[2], memory[0], size * (size_t)bytes[dtype]);
+    memcpy(memory[3], memory[1], size * (size_t)bytes[dtype]);
+    int64_t rows = p.step.n;
+    struct guarded q = filled(rows, (int64_t)n_heads * 2 * dim, 3, 2), k = filled(rows, (int64_t)n_kv * dim, 0, 1);
+    struct guarded v = filled(rows, (int64_t)n_kv * dim, 0, 600), gain = filled(1, dim, 0, 1), qr = copy_of(&q), want, got;
+    float inverse[3] = { 1, 0.3f, 0.01f };
+    uint8_t axis[3] = { 0, 1, 2 };
+    struct rope rope = { dim >= 6 ? 3 : 0, inverse, axis };
+    ref.ops->norm_rope(ref.queue, qr.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
+    cpu.ops->norm_rope(cpu.queue, q.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
+    check_close(&q, &qr, 4e-6, 4e-6, "norm_rope");
+    ref.ops->kv_append(ref.queue, &kr, k.m, v.m, &p.step);
+    cpu.ops->kv_append(cpu.queue, &kc, k.m, v.m, &p.step);
+    assert_memory_equal(memory[0], memory[2], size * (size_t)bytes[dtype]);
+    assert_memory_equal(memory[1], memory[3], size * (size_t)bytes[dtype]);
+    both(&want, &got, rows, (int64_t)n_heads * dim);
+    ref.ops->attention(ref.queue, want.m, qr.m, n_heads, &kr, &p.step);
+    cpu.ops->attention(cpu.queue, got.m, qr.m, n_heads, &kc, &p.step);
+    check_close(&got, &want, 1e-5, 600 * 2e-5, "attention");
+    struct guarded *all[] = { &q, &k, &v, &gain, &qr, &want, &got };
+    for (int i = 0; i < 7; i++) drop(all[i]);
+    for (int i = 0; i < 4; i++) free(memory[i]);
+}
+
+static void delta_case(int key_heads, int group, int dk, int dv, int kernel, const int64_t *n)
+{
+    struct plan p;
+    int64_t none[] = { 0, 0, 0 };
+    make_plan(&p, n, none);
+    struct delta_shape s = { key_heads, key_heads * group, dk, dv, kernel };
+    int64_t channels = 2 * (int64_t)key_heads * dk + (int64_t)s.value_heads * dv, rows = p.step.n;
+    struct guarded u = filled(rows, channels, 1, 1), w = filled(kernel, channels, 0, 0.5f), want, got;
+    struct guarded cr = filled(3, (kernel - 1) * channels, 0, 1), cc = copy_of(&cr);
+    struct guarded mr = filled(3, (int64_t)s.value_heads * dk * dv, 0, 0.3f), mc = copy_of(&mr);
+    struct delta_state sr = { mr.m.data, cr.m.data }, sc = { mc.m.data, cc.m.data };
+    both(&want, &got, rows, channels);
+    ref.ops->conv(ref.queue, want.m, u.m, w.m.data, &sr, &s, &p.step);
+    cpu.ops->conv(cpu.queue, got.m, u.m, w.m.data, &sc, &s, &p.step);
+    check_close(&got, &want, 3e-6, 1e-6, "conv");
+    check_close(&cc, &cr, 0, 0, "conv state");
+    struct guarded a = filled(rows, s.value_heads, 1, 2), b = filled(rows, s.value_heads, 1, 2), ac = copy_of(&a), bc = copy_of(&b);
+    struct guarded A = filled(1, s.value_heads, 0, 1), bias = filled(1, s.value_heads, 0, 1), qkv = copy_of(&want);
+    struct guarded o, oc;
+    both(&o, &oc, rows, (int64_t)s.value_heads * dv);
+    ref.ops->delta(ref.queue, o.m, want.m, a.m, b.m, A.m.data, bias.m.data, &sr, &s, &p.step);
+    cpu.ops->delta(cpu.queue, oc.m, qkv.m, ac.m, bc.m, A.m.data, bias.m.data, &sc, &s, &p.step);
+    check_close(&oc, &o, 2e-5, 1e-5, "delta");
+    check_close(&mc, &mr, 2e-5, 1e-5, "delta state");
+    struct guarded *all[] = { &u, &w, &want, &got, &cr, &cc, &mr, &mc, &a, &b, &ac, &bc, &A, &bias, &qkv, &o, &oc };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);
+}
+
+static void sequences(void)
+{
+    static const int64_t n[][3] = { { 1, 1, 1 }, { 3, 1, 40 }, { 32, 33, 2 }, { 65, 2, 130 }, { 1, 64, 63 } };
+    static const int64_t past[][3] = { { 0, 63, 64 }, { 5, 100, 0 }, { 0, 0, 1 }, { 200, 1, 127 }, { 300, 0, 65 } };
+    static const int dims[] = { 16, 64, 128, 256, 20, 3 };
+    reserve(300, 2048, 64, 2, 4);
+    for (int i = 0; i < 5; i++)
+        for (int d = 0; d < 6; d++) {
+            int n_kv = 1 + (int)random_below(2), group = 1 + (int)random_below(3);
+            attention_case((enum kv_dtype)((i + d) % 3), n_kv * group, n_kv, dims[d], n[i], past[i]);
+        }
+    for (int i = 0; i < 5; i++) {
+        delta_case(1, 2, 4, 3, 4, n[i]);
+        delta_case(2, 2, 16, 20, 4, n[i]);
+        delta_case(2, 1, 128, 128, 4, n[i]);
+        delta_case(1, 3, 20, 48, 2, n[i]);
+    }
+}
+
+/* --- the small case computed in double from the recurrence, by an outside program ---------------------------------- */
+
+static void numbers(float *out, const json_t *v, int *n)
+{
+    size_t i;
+    json_t *item;
+    if (json_is_number(v)) out[(*n)++] = (float)json_number_value(v);
+    else json_array_foreach(v, i, item) numbers(out, item, n);
+}
+
+static void gdn_small(void **state)
+{
+    (void)state;
+    /* another section of the file holds an integer past 64 bits */
+    json_t *root = json_load_file("tests/golden/model_vectors.json", JSON_DECODE_INT_AS_REAL, NULL);
+    assert_non_null(root);
+    const json_t *g = json_object_get(root, "gdn_small");
+    float q[64], k[64], v[64], a[64], b[64], A_log[4], bias[4], want[64], S[24], conv[1] = { 0 };
+    struct { const char *key; float *to; int n; } in[] = { { "q", q, 24 }, { "k", k, 24 }, { "v", v, 36 }, { "a", a, 12 }, { "b", b, 12 }, { "A_log", A_log, 2 }, { "dt_bias", bias, 2 }, { "o", want, 36 } };
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++) {
+        int n = 0;
+        numbers(in[i].to, json_object_get(g, in[i].key), &n);
+        if (n != in[i].n) fail_msg("gdn_small.%s has %d numbers, expected %d", in[i].key, n, in[i].n);
+    }
+    struct backend *all[] = { &ref, &cpu };
+    for (int x = 0; x < 2; x++) {
+        float qkv[6 * 14], ga[12], gb[12], o[36];
+        memset(S, 0, sizeof S);
+        for (int t = 0; t < 6; t++) {
+            memcpy(qkv + t * 14, q + t * 4, 16);
+            memcpy(qkv + t * 14 + 4, k + t * 4, 16);
+            memcpy(qkv + t * 14 + 8, v + t * 6, 24);
+        }
+        memcpy(ga, a, sizeof ga);
+        memcpy(gb, b, sizeof gb);
+        struct delta_shape s = { 1, 2, 4, 3, 1 };
+        struct span span = { 0, 6, 0, NULL, 0 };
+        struct step_rows rows_of = { NULL, 6, &span, 1 };
+        all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2), mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ S, conv }, &s, &rows_of);
+        for (int i = 0; i < 36; i++)
+            if (!(fabsf(o[i] - want[i]) <= 2e-6f * (1 + fabsf(want[i])))) fail_msg("gdn_small on %s: o[%d] is %g, expected %g", all[x]->name, i, (double)o[i], (double)want[i]);
+    }
+    json_decref(root);
+}
+
+static void every_mask(void **state)
+{
+    void (*const families[])(void) = { products, experts, rows, sequences };
+    static const enum cpu_isa masks[] = { CPU_ISA_GENERIC, CPU_ISA_AVX2, CPU_ISA_AVX512 };
+    static const char *const names[] = { "generic", "avx2", "avx512" };
+    (void)state;
+    for (int m = 0; m < 3; m++)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            struct err e = { 0 };
+            backend_destroy(&cpu);
+            must(backend_create(&cpu, &(struct backend_options){ .device = DEVICE_CPU, .threads = threads, .isa = masks[m] }, &e), &e);
+            if (!strstr(cpu.name, names[m])) {
+                if (threads == 1) printf("SKIP: mask %s: this machine has only %s\n", names[m], cpu.name);
+                continue;
+            }
+            for (size_t f = 0; f < sizeof families / sizeof *families; f++) families[f]();
+            printf("note: %s agrees with ref\n", cpu.name);
+        }
+}
+
+static void nan_weights_are_refused(void **state)
+{
+    (void)state;
+    uint8_t codes[32] = { 0 };
+    float scale[2] = { 1, 1 };
+    codes[17] = 0xff;
+    struct weight_source src = { .format = WEIGHT_FP8, .rows = 2, .cols = 16, .data = codes, .scale = scale };
+    struct weight *w;
+    struct err e = { 0 };
+    assert_false(cpu.ops->weight_create(cpu.queue, &w, &src, &e));
+    assert_string_equal(e.text, "NaN at row 1, column 1");
+}
+
+int main(void)
+{
+    const char *seed = getenv("QUENCH_SEED");
+    struct err e = { 0 };
+    state_of_random = seed ? strtoull(seed, NULL, 0) : 1;
+    must(backend_create(&ref, &(struct backend_options){ .device = DEVICE_REF }, &e), &e);
+    must(backend_create(&cpu, &(struct backend_options){ .device = DEVICE_CPU }, &e), &e);
+    reserve(64, 64, 64, 2, 4);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(gdn_small),
+        cmocka_unit_test(nan_weights_are_refused),
+        cmocka_unit_test(every_mask),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    backend_destroy(&cpu);
+    backend_destroy(&ref);
+    return failed;
+}
