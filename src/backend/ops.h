@@ -1,12 +1,14 @@
-/* The operations a forward pass is made of. One table per backend; `ref` (backend/ref) is the meaning of every entry and
- * what the others are tested against. Activations are f32 matrices in the backend's memory, row per token.
+/* The operations a forward pass is made of. One table per backend; `ref` (backend/ref) is the meaning of
+ * every entry and what the others are tested against. Activations are f32 matrices in the backend's memory,
+ * row per token.
  *
- * Operations return nothing: they allocate nothing, and everything that can fail (weights, memory, room for a step's
- * size) failed before the first one. A queue runs them in order. So the forward pass reads plainly.
+ * Operations return nothing: they allocate nothing, and everything that can fail (weights, memory, room for a
+ * step's size) failed before the first one. A queue runs them in order. So the forward pass reads plainly.
  *
- * Every operation computes a row from that row and its own sequence only, in an order of additions that does not depend
- * on the other rows of the step: the same row has the same bits alone and in a batch (steps up to ROWS_EXACT rows;
- * longer spans of one sequence may use the chunked DeltaNet scan, which differs by rounding). */
+ * Every operation computes a row from that row and its own sequence only, in an order of additions that does
+ * not depend on the other rows of the step: the same row has the same bits alone and in a batch (steps up to
+ * ROWS_EXACT rows; longer spans of one sequence may use the chunked DeltaNet scan, which differs by
+ * rounding). */
 #ifndef BACKEND_OPS_H
 #define BACKEND_OPS_H
 #include "base/err.h"
@@ -31,17 +33,19 @@ static inline struct mat mat_columns(struct mat m, int64_t first, int64_t cols)
     return (struct mat){ m.data + first, m.rows, cols, m.stride };
 }
 
-/* --- weights ---------------------------------------------------------------------------------------------------- */
+/* Weights. */
 
 enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4 };
 
-/* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, except a table. */
+/* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, except a table.
+ */
 struct weight_source {
     enum weight_format format;
     int64_t rows, cols; /* rows = outputs, cols = inputs */
-    const void *data;   /* row-major: elements, e4m3 codes, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
-    const void *scale;  /* FP8: f32 [rows]. NVFP4: e4m3 [rows][cols / 16]. Else NULL */
-    float global;       /* NVFP4: divides the scales; else unused */
+    const void
+        *data; /* row-major: elements, e4m3 codes, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
+    const void *scale;   /* FP8: f32 [rows]. NVFP4: e4m3 [rows][cols / 16]. Else NULL */
+    float global;        /* NVFP4: divides the scales; else unused */
     bool quantize_input; /* FP8: inputs are quantized per row to e4m3 first (W8A8, num/fp8.h) */
     bool is_table;       /* only read row by row (embeddings): `data` stays borrowed where it is */
 };
@@ -59,7 +63,7 @@ struct experts {
     struct weight **gate, **up, **down; /* [n_experts] each */
 };
 
-/* --- the rows of a step ------------------------------------------------------------------------------------------- */
+/* The rows of a step. */
 
 struct row {
     int32_t token;          /* index into the embedding table; unused when embedding is set */
@@ -69,10 +73,11 @@ struct row {
 
 /* Consecutive rows of one sequence, in order. Row i of the span is the sequence's token number past + i. */
 struct span {
-    int64_t first, n;      /* rows [first, first + n) of the step */
-    int64_t past;          /* tokens of the sequence before this step */
-    const int32_t *pages;  /* KV pages of the sequence: token t lives in pages[t / KV_PAGE], line t % KV_PAGE */
-    int32_t slot;          /* its recurrent and convolution state */
+    int64_t first, n; /* rows [first, first + n) of the step */
+    int64_t past;     /* tokens of the sequence before this step */
+    const int32_t
+        *pages;   /* KV pages of the sequence: token t lives in pages[t / KV_PAGE], line t % KV_PAGE */
+    int32_t slot; /* its recurrent and convolution state */
 };
 
 struct step_rows {
@@ -82,7 +87,7 @@ struct step_rows {
     int64_t n_spans;
 };
 
-/* --- state of sequences ------------------------------------------------------------------------------------------- */
+/* State of sequences. */
 
 enum kv_dtype { KV_F32, KV_BF16, KV_FP8 }; /* FP8: e4m3, scale 1, saturating */
 
@@ -93,14 +98,15 @@ struct kv_cache {
     int n_kv_heads, head_dim;
 };
 
-/* Of one DeltaNet layer. matrix: [slot][value head][key dim][value dim]. conv: [slot][kernel - 1][channels], the raw
- * projections of the last tokens, oldest first. Zero at the start of a sequence. */
+/* Of one DeltaNet layer. matrix: [slot][value head][key dim][value dim]. conv: [slot][kernel - 1][channels],
+ * the raw projections of the last tokens, oldest first. Zero at the start of a sequence. */
 struct delta_state {
     float *matrix, *conv;
 };
 
 struct delta_shape {
-    int key_heads, value_heads, key_dim, value_dim, kernel; /* value head j reads key head j / (value / key heads) */
+    int key_heads, value_heads, key_dim, value_dim,
+        kernel; /* value head j reads key head j / (value / key heads) */
 };
 
 struct rope {
@@ -116,9 +122,9 @@ struct picks {
 };
 
 struct step_limits {
-    int64_t rows;    /* of a step */
-    int64_t cols;    /* widest activation, the vocabulary's logits aside */
-    int64_t context; /* tokens of a sequence */
+    int64_t rows;         /* of a step */
+    int64_t cols;         /* widest activation, the vocabulary's logits aside */
+    int64_t context;      /* tokens of a sequence */
     int64_t intermediate; /* of a routed expert */
     int picks;            /* experts a token */
     int n_experts;
@@ -128,20 +134,24 @@ struct ops {
     const char *name;
 
     /* memory and weights; these may fail and are never called inside a step */
-    bool (*weight_create)(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
+    bool (*weight_create)(struct queue *q, struct weight **out, const struct weight_source *src,
+                          struct err *e);
     void (*weight_free)(struct queue *q, struct weight *w); /* NULL is fine */
-    bool (*memory_create)(struct queue *q, void **out, uint64_t bytes, struct err *e); /* zeroed, 64-byte aligned */
+    bool (*memory_create)(struct queue *q, void **out, uint64_t bytes,
+                          struct err *e); /* zeroed, 64-byte aligned */
     void (*memory_free)(struct queue *q, void *memory);
     void (*upload)(struct queue *q, void *to, const void *host, uint64_t bytes);
-    void (*download)(struct queue *q, void *host, const void *from, uint64_t bytes); /* done when it returns */
+    void (*download)(struct queue *q, void *host, const void *from,
+                     uint64_t bytes); /* done when it returns */
     void (*zero)(struct queue *q, void *memory, uint64_t bytes);
     /* Room for what operations need inside. To be called before the first step and whenever a limit grows. */
     bool (*reserve)(struct queue *q, const struct step_limits *limits, struct err *e);
 
     /* y[i] = row's embedding, or row `token` of the table. y: [n, table->cols]. */
     void (*embed)(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
-    /* y[i][r] = sum_c x[i][c] * W[r][c]. x: [n, w->cols]; y: [n, w->rows]; any n >= 0. With w->quantize_input:
-     * y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as fp8_quantize_activations. */
+    /* y[i][r] = sum_c x[i][c] * W[r][c]. x: [n, w->cols]; y: [n, w->rows]; any n >= 0. With
+     * w->quantize_input: y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as
+     * fp8_quantize_activations. */
     void (*matmul)(struct queue *q, struct mat y, struct mat x, const struct weight *w);
     void (*add)(struct queue *q, struct mat y, struct mat x); /* y += x */
     /* y = x / sqrt(mean(x^2) + eps) * gain, per row. gain: [cols], already 1 + w where the model says so. */
@@ -153,29 +163,32 @@ struct ops {
     /* y[i] += sigmoid(gate[i][0]) * x[i]. gate: [n, 1]. */
     void (*add_gated)(struct queue *q, struct mat y, struct mat x, struct mat gate);
 
-    /* In place, for each of n_heads heads at x[i][h * head_stride .. + head_dim): RMS norm with gain [head_dim], then
-     * rotation of the pairs (j, j + rope->n) by position[axis[j]] * inverse[j], angle, cos and sin in f32. */
-    void (*norm_rope)(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                      float eps, const struct rope *rope, const struct step_rows *rows);
+    /* In place, for each of n_heads heads at x[i][h * head_stride .. + head_dim): RMS norm with gain
+     * [head_dim], then rotation of the pairs (j, j + rope->n) by position[axis[j]] * inverse[j], angle, cos
+     * and sin in f32. */
+    void (*norm_rope)(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                      const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
     /* Writes the rows' keys and values, [n, kv heads * head_dim], into the cache, rounded to its dtype. */
     void (*kv_append)(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
                       const struct step_rows *rows);
-    /* Causal attention of each row over its sequence, the row included, then the output gate. qg: per head h the query
-     * at [h * 2 * head_dim], the gate after it. y[i][h * head_dim + d] = softmax(q.k / sqrt(head_dim)) v * sigmoid(gate).
-     * Query head h reads kv head h / (n_heads / n_kv_heads). */
+    /* Causal attention of each row over its sequence, the row included, then the output gate. qg: per head h
+     * the query at [h * 2 * head_dim], the gate after it. y[i][h * head_dim + d] = softmax(q.k /
+     * sqrt(head_dim)) v * sigmoid(gate). Query head h reads kv head h / (n_heads / n_kv_heads). */
     void (*attention)(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                       const struct step_rows *rows);
 
-    /* Causal depthwise convolution over time, then SiLU: y_t = SiLU(sum_j w[j][c] * u_{t - kernel + 1 + j}[c]). weight:
-     * [kernel][channels]. Reads and advances the conv state. y is not u. */
-    void (*conv)(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
-                 const struct delta_shape *shape, const struct step_rows *rows);
-    /* The gated delta rule. qkv: [n, 2 * key_heads * key_dim + value_heads * value_dim] after conv. a, b: [n, value
-     * heads]. All three are used up: their contents afterwards are unspecified. log decay g = -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b); q, k L2-normalised over key_dim, q
-     * scaled by key_dim^-1/2. Per value head: S <- e^g S; d = beta (v - S^T k); S <- S + k d^T; o = S^T q. */
-    void (*delta)(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
-                  const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
-                  const struct step_rows *rows);
+    /* Causal depthwise convolution over time, then SiLU: y_t = SiLU(sum_j w[j][c] * u_{t - kernel + 1 +
+     * j}[c]). weight: [kernel][channels]. Reads and advances the conv state. y is not u. */
+    void (*conv)(struct queue *q, struct mat y, struct mat u, const float *weight,
+                 const struct delta_state *state, const struct delta_shape *shape,
+                 const struct step_rows *rows);
+    /* The gated delta rule. qkv: [n, 2 * key_heads * key_dim + value_heads * value_dim] after conv. a, b: [n,
+     * value heads]. All three are used up: their contents afterwards are unspecified. log decay g =
+     * -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b); q, k L2-normalised over key_dim, q scaled by
+     * key_dim^-1/2. Per value head: S <- e^g S; d = beta (v - S^T k); S <- S + k d^T; o = S^T q. */
+    void (*delta)(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
+                  const float *A_log, const float *dt_bias, const struct delta_state *state,
+                  const struct delta_shape *shape, const struct step_rows *rows);
     /* Per head of `dim` columns: y = x / sqrt(mean(x^2) + eps) * gain * SiLU(z). gain: [dim]. y may be x. */
     void (*gated_norm)(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
                        float eps);
@@ -188,7 +201,8 @@ struct ops {
 
     /* In place, per row: x - log(sum e^x), the log-probabilities. */
     void (*log_softmax)(struct queue *q, struct mat x);
-    /* out[i] = sum_c e^p[i][c] * (p[i][c] - other[i][c]), both log-probabilities: KL divergence in nats. out: host. */
+    /* out[i] = sum_c e^p[i][c] * (p[i][c] - other[i][c]), both log-probabilities: KL divergence in nats. out:
+     * host. */
     void (*divergence)(struct queue *q, double *out, struct mat p, struct mat other);
 };
 
@@ -200,7 +214,12 @@ struct backend {
 };
 
 enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU };
-enum cpu_isa { CPU_ISA_BEST, CPU_ISA_GENERIC, CPU_ISA_AVX2, CPU_ISA_AVX512 }; /* --cpu-mask: at most this one */
+enum cpu_isa {
+    CPU_ISA_BEST,
+    CPU_ISA_GENERIC,
+    CPU_ISA_AVX2,
+    CPU_ISA_AVX512
+}; /* --cpu-mask: at most this one */
 struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */

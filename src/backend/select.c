@@ -21,7 +21,9 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
 
 void backend_destroy(struct backend *b)
 {
-    if (b->ops == &ref_ops) ref_queue_free(b->queue);
-    else if (b->ops) cpu_queue_free(b->queue);
+    if (b->ops == &ref_ops)
+        ref_queue_free(b->queue);
+    else if (b->ops)
+        cpu_queue_free(b->queue);
     *b = (struct backend){ 0 };
 }

@@ -1,6 +1,6 @@
-/* Memory of one lifetime in one block. A layout function runs twice over the same arena: first it counts, then,
- * after arena_back() gave it memory, it places; so sizes cannot drift from pointers.
- *     struct arena a = {0};  layout(&s, &a);  arena_back(&a, "step buffers", e) || ...;  layout(&s, &a); */
+/* Memory of one lifetime in one block. A layout function runs twice over the same arena: first it counts,
+ * then, after arena_back() gave it memory, it places; so sizes cannot drift from pointers. struct arena a =
+ * {0};  layout(&s, &a);  arena_back(&a, "step buffers", e) || ...;  layout(&s, &a); */
 #ifndef BASE_ARENA_H
 #define BASE_ARENA_H
 #include "base/err.h"

@@ -6,7 +6,8 @@
 
 enum { DEPTH_MAX = 64 };
 
-/* Nesting of brackets outside strings; jansson's own limit is 2048 calls deep, more than a small stack likes. */
+/* Nesting of brackets outside strings; jansson's own limit is 2048 calls deep, more than a small stack likes.
+ */
 static bool depth_is_sane(const char *text, size_t bytes)
 {
     int depth = 0;
@@ -14,8 +15,10 @@ static bool depth_is_sane(const char *text, size_t bytes)
     for (size_t i = 0; i < bytes; i++) {
         char c = text[i];
         if (in_string) {
-            if (c == '\\') i++;
-            else if (c == '"') in_string = false;
+            if (c == '\\')
+                i++;
+            else if (c == '"')
+                in_string = false;
         } else if (c == '"') {
             in_string = true;
         } else if (c == '[' || c == '{') {
@@ -57,7 +60,8 @@ static const char *type_name(const json_t *v)
 
 static bool wrong(struct err *e, const char *where, const char *key, const char *want, const json_t *got)
 {
-    return err_set(e, ERR_FORMAT, "%s%s%s: expected %s, found %s", where, *where ? "." : "", key, want, type_name(got));
+    return err_set(e, ERR_FORMAT, "%s%s%s: expected %s, found %s", where, *where ? "." : "", key, want,
+                   type_name(got));
 }
 
 bool doc_int(int64_t *out, const json_t *object, const char *where, const char *key, int64_t min, int64_t max,
@@ -94,8 +98,8 @@ static bool is_absent(const json_t *object, const char *key)
     return !v || json_is_null(v);
 }
 
-bool doc_int_or(int64_t *out, const json_t *object, const char *where, const char *key, int64_t min, int64_t max,
-                struct err *e)
+bool doc_int_or(int64_t *out, const json_t *object, const char *where, const char *key, int64_t min,
+                int64_t max, struct err *e)
 {
     return is_absent(object, key) || doc_int(out, object, where, key, min, max, e);
 }

@@ -18,8 +18,8 @@ bool doc_int(int64_t *out, const json_t *object, const char *where, const char *
 bool doc_number(double *out, const json_t *object, const char *where, const char *key, struct err *e);
 bool doc_string(const char **out, const json_t *object, const char *where, const char *key, struct err *e);
 /* Optional ones: absent or null leaves *out as it is; another type is an error. */
-bool doc_int_or(int64_t *out, const json_t *object, const char *where, const char *key, int64_t min, int64_t max,
-                struct err *e);
+bool doc_int_or(int64_t *out, const json_t *object, const char *where, const char *key, int64_t min,
+                int64_t max, struct err *e);
 bool doc_number_or(double *out, const json_t *object, const char *where, const char *key, struct err *e);
 bool doc_bool_or(bool *out, const json_t *object, const char *where, const char *key, struct err *e);
 #endif

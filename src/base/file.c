@@ -59,9 +59,12 @@ bool file_read(char **text, size_t *bytes, const char *path, size_t max, struct 
     size_t got = 0;
     while (ok && got < size) {
         ssize_t n = read(fd, buffer + got, (size_t)size - got);
-        if (n > 0) got += (size_t)n;
-        else if (n == 0) ok = err_set(e, ERR_IO, "%s: ends after %zu of %llu bytes", path, got, (unsigned long long)size);
-        else if (errno != EINTR) ok = err_errno(e, path);
+        if (n > 0)
+            got += (size_t)n;
+        else if (n == 0)
+            ok = err_set(e, ERR_IO, "%s: ends after %zu of %llu bytes", path, got, (unsigned long long)size);
+        else if (errno != EINTR)
+            ok = err_errno(e, path);
     }
     close(fd);
     if (!ok) {

@@ -6,8 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* A worker looks at `epoch` this many times before it sleeps: about 20 µs, the gap between two operations of a step,
- * so that a running step never pays a wake-up while an idle program uses no CPU. */
+/* A worker looks at `epoch` this many times before it sleeps: about 20 µs, the gap between two operations of
+ * a step, so that a running step never pays a wake-up while an idle program uses no CPU. */
 enum { LOOKS = 4000 };
 
 struct pool {
@@ -144,8 +144,10 @@ void pool_run(struct pool *p, int64_t n_items, void (*body)(void *ctx, int64_t i
     announce(p);
     take_items(p, 0);
     for (int looks = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; looks++)
-        if (looks < LOOKS) relax();
-        else sched_yield();
+        if (looks < LOOKS)
+            relax();
+        else
+            sched_yield();
 }
 
 static int quota_of_container(void)

@@ -11,7 +11,7 @@ int pool_threads(const struct pool *p);
 /* The machine's share of this process: affinity and the container's CPU quota, at least 1. */
 int pool_default_threads(void);
 
-/* Runs body(ctx, item, thread) for every item in [0, n_items), each once, in any order, thread in [0, n_threads);
- * returns when all are done. Not to be called from a body. */
+/* Runs body(ctx, item, thread) for every item in [0, n_items), each once, in any order, thread in [0,
+ * n_threads); returns when all are done. Not to be called from a body. */
 void pool_run(struct pool *p, int64_t n_items, void (*body)(void *ctx, int64_t item, int thread), void *ctx);
 #endif

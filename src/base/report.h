@@ -1,11 +1,13 @@
-/* How work below cli/ tells the user what it does, without printing. Every entry may be NULL; a NULL struct too. */
+/* How work below cli/ tells the user what it does, without printing. Every entry may be NULL; a NULL struct
+ * too. */
 #ifndef BASE_REPORT_H
 #define BASE_REPORT_H
 #include <stdint.h>
 
 struct report {
     void *ctx;
-    void (*progress)(void *ctx, const char *what, uint64_t done, uint64_t total); /* done == total ends a bar */
+    void (*progress)(void *ctx, const char *what, uint64_t done,
+                     uint64_t total);          /* done == total ends a bar */
     void (*warn)(void *ctx, const char *text); /* something a user should know, in one sentence */
 };
 

@@ -1,4 +1,5 @@
-/* The subcommands. Each takes the words after its name and returns the exit status: 0 done, 1 failed, 2 misused. */
+/* The subcommands. Each takes the words after its name and returns the exit status: 0 done, 1 failed, 2
+ * misused. */
 #ifndef CLI_COMMANDS_H
 #define CLI_COMMANDS_H
 int cli_quantize(int argc, char **argv);

@@ -41,8 +41,9 @@ static void draw(void *ctx, const char *what, uint64_t done, uint64_t total)
     bar.shown = now;
     int filled = total ? (int)(30 * done / total) : 30;
     double left = done ? (now - bar.begin) * (double)(total - done) / (double)done : 0;
-    fprintf(stderr, "\r%-12s [%.*s%*s] %3d %%  %s %.0f s\033[K", what, filled, "##############################", 30 - filled,
-            "", total ? (int)(100 * done / total) : 100, ends ? "took" : "left", ends ? now - bar.begin : left);
+    fprintf(stderr, "\r%-12s [%.*s%*s] %3d %%  %s %.0f s\033[K", what, filled,
+            "##############################", 30 - filled, "", total ? (int)(100 * done / total) : 100,
+            ends ? "took" : "left", ends ? now - bar.begin : left);
     if (ends) {
         fputc('\n', stderr);
         bar.what = NULL;
@@ -68,8 +69,8 @@ int common_fail(const struct command *command, const struct err *e)
     return e->code == ERR_ARGUMENT ? 2 : 1;
 }
 
-bool common_parse(const struct command *command, const struct flag *flags, int argc, char **argv, const char **arguments,
-                  int *status)
+bool common_parse(const struct command *command, const struct flag *flags, int argc, char **argv,
+                  const char **arguments, int *status)
 {
     struct err e = { 0 };
     bool help = false;
@@ -94,7 +95,8 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
     return backend_create(b, &o, e);
 }
 
-bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report, struct err *e)
+bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
+                 struct err *e)
 {
     *o = (struct opened){ 0 };
     if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e) &&

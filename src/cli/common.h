@@ -1,4 +1,5 @@
-/* What the subcommands share: flags that every one has, progress and messages on a terminal, opening a model. */
+/* What the subcommands share: flags that every one has, progress and messages on a terminal, opening a model.
+ */
 #ifndef CLI_COMMON_H
 #define CLI_COMMON_H
 #include "cli/flags.h"
@@ -7,24 +8,42 @@
 #include "tokenizer/tokenizer.h"
 
 struct common {
-    int device;  /* index into common_devices */
-    int mask;    /* index into common_masks */
-    int kv;      /* index into common_kv */
+    int device; /* index into common_devices */
+    int mask;   /* index into common_masks */
+    int kv;     /* index into common_kv */
     int64_t threads;
     bool quiet, json;
 };
 extern const char *const common_devices[], *const common_masks[], *const common_kv[];
 /* Rows of a flag table. */
-#define COMMON_FLAGS(c)                                                                                                \
-    { "--device", 0, FLAG_CHOICE, &(c).device, "auto|cpu|ref", "where to compute (auto: cpu)", common_devices },      \
-    { "--cpu-mask", 0, FLAG_CHOICE, &(c).mask, "best|generic|avx2|avx512", "use at most these instructions", common_masks }, \
-    { "--threads", 0, FLAG_INT, &(c).threads, "N", "threads (default: this process's share of the machine)", NULL }, \
-    { "--quiet", 0, FLAG_SWITCH, &(c).quiet, NULL, "no progress, no notes", NULL },                                   \
-    { "--json", 0, FLAG_SWITCH, &(c).json, NULL, "print the result as one JSON object", NULL }
-#define COMMON_KV_FLAG(c)                                                                                              \
-    { "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                               \
-      "how keys and values are kept (auto: as activations are, f32 on a CPU)", common_kv }
-#define FLAGS_END { NULL, 0, FLAG_SWITCH, NULL, NULL, NULL, NULL }
+#define COMMON_FLAGS(c)                                                                                      \
+    {                                                                                                        \
+        "--device",    0, FLAG_CHOICE, &(c).device, "auto|cpu|ref", "where to compute (auto: cpu)",          \
+        common_devices                                                                                       \
+    },                                                                                                       \
+        { "--cpu-mask",                                                                                      \
+          0,                                                                                                 \
+          FLAG_CHOICE,                                                                                       \
+          &(c).mask,                                                                                         \
+          "best|generic|avx2|avx512",                                                                        \
+          "use at most these instructions",                                                                  \
+          common_masks },                                                                                    \
+        { "--threads",  0,   FLAG_INT,                                                                       \
+          &(c).threads, "N", "threads (default: this process's share of the machine)",                       \
+          NULL },                                                                                            \
+        { "--quiet", 0, FLAG_SWITCH, &(c).quiet, NULL, "no progress, no notes", NULL },                      \
+    {                                                                                                        \
+        "--json", 0, FLAG_SWITCH, &(c).json, NULL, "print the result as one JSON object", NULL               \
+    }
+#define COMMON_KV_FLAG(c)                                                                                    \
+    {                                                                                                        \
+        "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
+            "how keys and values are kept (auto: as activations are, f32 on a CPU)", common_kv               \
+    }
+#define FLAGS_END                                                                                            \
+    {                                                                                                        \
+        NULL, 0, FLAG_SWITCH, NULL, NULL, NULL, NULL                                                         \
+    }
 
 enum kv_dtype common_kv_dtype(const struct common *c);
 const char *common_kv_name(enum kv_dtype d); /* "f32" */
@@ -32,8 +51,8 @@ const char *common_kv_name(enum kv_dtype d); /* "f32" */
 /* Progress on a terminal, warnings on stderr; a zeroed struct when quiet. */
 struct report common_report(const struct common *c);
 /* Parses and answers --help. Returns true to go on; else *status is the exit status. */
-bool common_parse(const struct command *command, const struct flag *flags, int argc, char **argv, const char **arguments,
-                  int *status);
+bool common_parse(const struct command *command, const struct flag *flags, int argc, char **argv,
+                  const char **arguments, int *status);
 int common_fail(const struct command *command, const struct err *e); /* prints; returns the exit status */
 
 /* A checkpoint opened, its weights bound, its tokenizer loaded. */
@@ -43,7 +62,8 @@ struct opened {
     struct tokenizer *tokenizer;
 };
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
-bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report, struct err *e);
+bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
+                 struct err *e);
 void common_close(struct opened *o); /* accepts a zeroed one */
 
 char *common_bytes(char *out, size_t size, uint64_t bytes); /* "1.25 GB" */

@@ -37,7 +37,8 @@ static bool set_value(const struct flag *f, const char *value, struct err *e)
     case FLAG_CHOICE: return set_choice(f, value, e);
     default: {
         struct text_list *list = f->out;
-        if (list->n == TEXT_LIST_MAX) return err_set(e, ERR_ARGUMENT, "%s: at most %d times", f->name, TEXT_LIST_MAX);
+        if (list->n == TEXT_LIST_MAX)
+            return err_set(e, ERR_ARGUMENT, "%s: at most %d times", f->name, TEXT_LIST_MAX);
         list->items[list->n++] = value;
         return true;
     }
@@ -47,8 +48,8 @@ static bool set_value(const struct flag *f, const char *value, struct err *e)
                    f->kind == FLAG_INT ? "a whole number" : "a number", value);
 }
 
-bool flags_parse(const struct command *c, const struct flag *flags, int argc, char **argv, const char **arguments,
-                 bool *help, struct err *e)
+bool flags_parse(const struct command *c, const struct flag *flags, int argc, char **argv,
+                 const char **arguments, bool *help, struct err *e)
 {
     int n = 0;
     bool only_arguments = false;

@@ -1,5 +1,5 @@
-/* Command-line flags by table: --name VALUE, --name=VALUE, -x VALUE, switches; "--" ends flags. A command's --help is
- * printed from the same table. */
+/* Command-line flags by table: --name VALUE, --name=VALUE, -x VALUE, switches; "--" ends flags. A command's
+ * --help is printed from the same table. */
 #ifndef CLI_FLAGS_H
 #define CLI_FLAGS_H
 #include "base/err.h"
@@ -17,7 +17,7 @@ struct flag {
     const char *name; /* with its dashes: "--threads" */
     char letter;      /* 'p' for -p; 0: none */
     enum flag_kind kind;
-    void *out; /* bool *, const char **, int64_t *, double *, struct text_list *, int * */
+    void *out;                  /* bool *, const char **, int64_t *, double *, struct text_list *, int * */
     const char *value, *help;   /* help: NULL ends a table */
     const char *const *choices; /* FLAG_CHOICE: NULL-terminated; *out gets the index */
 };
@@ -27,8 +27,9 @@ struct command {
     int n_arguments; /* exactly */
 };
 
-/* Parses argv[first..]; positionals go to `arguments`. *help is set when --help was given (nothing else is checked). */
-bool flags_parse(const struct command *c, const struct flag *flags, int argc, char **argv, const char **arguments,
-                 bool *help, struct err *e);
+/* Parses argv[first..]; positionals go to `arguments`. *help is set when --help was given (nothing else is
+ * checked). */
+bool flags_parse(const struct command *c, const struct flag *flags, int argc, char **argv,
+                 const char **arguments, bool *help, struct err *e);
 void flags_help(const struct command *c, const struct flag *flags);
 #endif

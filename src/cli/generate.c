@@ -9,7 +9,8 @@
 #include <string.h>
 
 static const struct command command = {
-    "generate", "MODEL -p TEXT",
+    "generate",
+    "MODEL -p TEXT",
     "Continues a prompt. The prompt is raw text: control tokens such as <|im_start|> in it are recognised.\n"
     "Without --temperature the most likely token is taken each time.",
     1,
@@ -44,15 +45,19 @@ static void take_text(void *ctx, const char *bytes, size_t n)
 
 static bool check(const struct settings *s, const struct sampling *sampling, struct err *e)
 {
-    if (!s->prompt == !s->prompt_file) return err_set(e, ERR_ARGUMENT, "one of -p TEXT and --prompt-file FILE is needed");
+    if (!s->prompt == !s->prompt_file)
+        return err_set(e, ERR_ARGUMENT, "one of -p TEXT and --prompt-file FILE is needed");
     if (s->max_tokens < 1 || s->max_tokens > 1 << 24)
-        return err_set(e, ERR_ARGUMENT, "--max-tokens: expected 1 to 16777216, found %lld", (long long)s->max_tokens);
+        return err_set(e, ERR_ARGUMENT, "--max-tokens: expected 1 to 16777216, found %lld",
+                       (long long)s->max_tokens);
     for (int i = 0; i < s->stops.n; i++)
-        if (!*s->stops.items[i]) return err_set(e, ERR_ARGUMENT, "--stop: an empty string would stop at once");
+        if (!*s->stops.items[i])
+            return err_set(e, ERR_ARGUMENT, "--stop: an empty string would stop at once");
     return sampling_check(sampling, e);
 }
 
-static bool encode_prompt(struct token_list *list, const struct opened *o, const struct settings *s, struct err *e)
+static bool encode_prompt(struct token_list *list, const struct opened *o, const struct settings *s,
+                          struct err *e)
 {
     struct file_map map = { 0 };
     if (s->prompt_file && !file_map_open(&map, s->prompt_file, e)) return false;
@@ -65,8 +70,8 @@ static bool encode_prompt(struct token_list *list, const struct opened *o, const
     if (list->n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
     int64_t most = o->checkpoint.config.max_position_embeddings, n = (int64_t)list->n;
     if (n >= most)
-        return err_set(e, ERR_LIMIT, "the prompt has %lld tokens, the model allows %lld with the answer", (long long)n,
-                       (long long)most);
+        return err_set(e, ERR_LIMIT, "the prompt has %lld tokens, the model allows %lld with the answer",
+                       (long long)n, (long long)most);
     for (size_t i = 0; i < list->n; i++)
         if (list->ids[i] >= o->checkpoint.config.vocab_size)
             return err_set(e, ERR_FORMAT, "the tokenizer gives token %d, the model has %lld", list->ids[i],
@@ -79,13 +84,15 @@ static const char *finish_name(enum finish f)
     return f == FINISH_STOP ? "stop" : "length";
 }
 
-static void print_json(const struct settings *s, const struct generated *g, const char *text, size_t n, size_t n_prompt)
+static void print_json(const struct settings *s, const struct generated *g, const char *text, size_t n,
+                       size_t n_prompt)
 {
     json_t *ids = json_array();
     for (size_t i = 0; i < g->tokens.n; i++) json_array_append_new(ids, json_integer(g->tokens.ids[i]));
-    json_t *o = json_pack("{s:s, s:o, s:o, s:s, s:I, s:f, s:f}", "model", s->model, "text", json_stringn(text, n), "token_ids",
-                          ids, "finish_reason", finish_name(g->finish), "prompt_tokens", (json_int_t)n_prompt,
-                          "prefill_seconds", g->prefill_seconds, "decode_seconds", g->decode_seconds);
+    json_t *o = json_pack("{s:s, s:o, s:o, s:s, s:I, s:f, s:f}", "model", s->model, "text",
+                          json_stringn(text, n), "token_ids", ids, "finish_reason", finish_name(g->finish),
+                          "prompt_tokens", (json_int_t)n_prompt, "prefill_seconds", g->prefill_seconds,
+                          "decode_seconds", g->decode_seconds);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
@@ -93,8 +100,8 @@ static void print_json(const struct settings *s, const struct generated *g, cons
 
 static void print_speed(const struct generated *g, size_t n_prompt)
 {
-    fprintf(stderr, "\nquench: %zu prompt tokens, %.0f tokens/s; %zu generated, %.1f tokens/s; finish: %s\n", n_prompt,
-            (double)n_prompt / g->prefill_seconds, g->tokens.n,
+    fprintf(stderr, "\nquench: %zu prompt tokens, %.0f tokens/s; %zu generated, %.1f tokens/s; finish: %s\n",
+            n_prompt, (double)n_prompt / g->prefill_seconds, g->tokens.n,
             g->tokens.n ? (double)g->tokens.n / g->decode_seconds : 0, finish_name(g->finish));
 }
 
@@ -107,9 +114,16 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     int64_t most = o->checkpoint.config.max_position_embeddings, n = (int64_t)prompt->n;
     int64_t max_tokens = s->max_tokens < most - n ? s->max_tokens : most - n;
     struct collected text = { 0 };
-    struct generation g = { .sampling = *sampling, .max_tokens = max_tokens, .stops = s->stops.items, .n_stops = s->stops.n,
-                            .stop_tokens = eos, .n_stop_tokens = n_eos, .keep_special = s->keep_special, .ctx = &text,
-                            .text = take_text, .report = report };
+    struct generation g = { .sampling = *sampling,
+                            .max_tokens = max_tokens,
+                            .stops = s->stops.items,
+                            .n_stops = s->stops.n,
+                            .stop_tokens = eos,
+                            .n_stop_tokens = n_eos,
+                            .keep_special = s->keep_special,
+                            .ctx = &text,
+                            .text = take_text,
+                            .report = report };
     struct engine_options eo = { .context = n + max_tokens, .kv = common_kv_dtype(&s->common) };
     struct engine *engine;
     struct generated out = { 0 };
@@ -118,8 +132,10 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     bool ok = (!s->common.json || text.stream || err_errno(e, "text")) &&
               generate(&out, engine, o->tokenizer, prompt->ids, n, &g, e);
     if (text.stream) fclose(text.stream);
-    if (ok && s->common.json) print_json(s, &out, text.text, text.n, prompt->n);
-    else if (ok) putchar('\n');
+    if (ok && s->common.json)
+        print_json(s, &out, text.text, text.n, prompt->n);
+    else if (ok)
+        putchar('\n');
     if (ok && !s->common.json && !s->common.quiet) print_speed(&out, prompt->n);
     free(text.text);
     free(out.tokens.ids);
@@ -130,12 +146,14 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
-    struct sampling sampling = { (float)s->temperature, (int)s->top_k, (float)s->top_p, (float)s->min_p, (uint64_t)s->seed };
+    struct sampling sampling = { (float)s->temperature, (int)s->top_k, (float)s->top_p, (float)s->min_p,
+                                 (uint64_t)s->seed };
     struct backend b = { 0 };
     struct opened o = { 0 };
     struct token_list prompt = { 0 };
-    bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
-              encode_prompt(&prompt, &o, s, e) && answer(s, &o, &prompt, &sampling, &report, e);
+    bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) &&
+              common_open(&o, s->model, &b, &report, e) && encode_prompt(&prompt, &o, s, e) &&
+              answer(s, &o, &prompt, &sampling, &report, e);
     free(prompt.ids);
     common_close(&o);
     backend_destroy(&b);
@@ -151,12 +169,14 @@ int cli_generate(int argc, char **argv)
         { "--max-tokens", 'n', FLAG_INT, &s.max_tokens, "N", "most tokens to generate (default 256)", NULL },
         { "--temperature", 0, FLAG_NUMBER, &s.temperature, "T", "0: greedy (default)", NULL },
         { "--top-k", 0, FLAG_INT, &s.top_k, "K", "sample from the K most likely", NULL },
-        { "--top-p", 0, FLAG_NUMBER, &s.top_p, "P", "sample from the most likely whose probabilities reach P", NULL },
+        { "--top-p", 0, FLAG_NUMBER, &s.top_p, "P", "sample from the most likely whose probabilities reach P",
+          NULL },
         { "--min-p", 0, FLAG_NUMBER, &s.min_p, "P", "drop tokens under P times the likeliest", NULL },
         { "--seed", 0, FLAG_INT, &s.seed, "N", "of the sampler (default 0): same seed, same text", NULL },
         { "--stop", 0, FLAG_LIST, &s.stops, "TEXT", "stop before this text (may be repeated)", NULL },
         { "--ignore-eos", 0, FLAG_SWITCH, &s.ignore_eos, NULL, "go on past end-of-text tokens", NULL },
-        { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text", NULL },
+        { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
+          NULL },
         COMMON_KV_FLAG(s.common),
         COMMON_FLAGS(s.common),
         FLAGS_END,

@@ -1,4 +1,5 @@
-/* quench inspect MODEL: what the checkpoint holds, in groups, its configuration in words, what it needs in memory. */
+/* quench inspect MODEL: what the checkpoint holds, in groups, its configuration in words, what it needs in
+ * memory. */
 #include "cli/commands.h"
 #include "cli/common.h"
 #include <jansson.h>
@@ -6,8 +7,10 @@
 #include <string.h>
 
 static const struct command command = {
-    "inspect", "MODEL",
-    "A table of the checkpoint's tensors by group and dtype, its configuration in words, and the memory it would need.",
+    "inspect",
+    "MODEL",
+    "A table of the checkpoint's tensors by group and dtype, its configuration in words, and the memory it "
+    "would need.",
     1,
 };
 
@@ -41,7 +44,9 @@ struct census {
 static int kind_of(const char *name)
 {
     int k = 0;
-    while (!(k == 0 ? strncmp(name, kinds[0].part, strlen(kinds[0].part)) == 0 : strstr(name, kinds[k].part) != NULL)) k++;
+    while (!(k == 0 ? strncmp(name, kinds[0].part, strlen(kinds[0].part)) == 0
+                    : strstr(name, kinds[k].part) != NULL))
+        k++;
     return k;
 }
 
@@ -74,7 +79,8 @@ static void take_census(struct census *s, const struct checkpoint *c)
 }
 
 struct needs {
-    uint64_t text, vision, mtp, kv_token[3], state; /* weights by part; KV bytes a token by dtype; state a sequence */
+    uint64_t text, vision, mtp, kv_token[3],
+        state; /* weights by part; KV bytes a token by dtype; state a sequence */
 };
 
 static struct needs needs_of(const struct census *s, const struct config *c)
@@ -104,17 +110,22 @@ static void print_config(const struct checkpoint *k)
     printf("  %d layers of width %lld: %d Gated DeltaNet, %d gated attention; %lld tokens%s\n", c->n_layers,
            (long long)c->hidden_size, c->n_layers - full, full, (long long)c->vocab_size,
            c->tie_word_embeddings ? ", lm_head tied to the embedding" : "");
-    printf("  attention: %d query heads, %d key/value heads of %d, %d dimensions rotate, theta %g, up to %lld positions\n",
-           c->n_heads, c->n_kv_heads, c->head_dim, c->rotary_dim, c->rope_theta, (long long)c->max_position_embeddings);
+    printf("  attention: %d query heads, %d key/value heads of %d, %d dimensions rotate, theta %g, up to "
+           "%lld positions\n",
+           c->n_heads, c->n_kv_heads, c->head_dim, c->rotary_dim, c->rope_theta,
+           (long long)c->max_position_embeddings);
     if (full < c->n_layers)
-        printf("  DeltaNet: %d key heads of %d, %d value heads of %d, convolution over %d\n", c->linear_key_heads,
-               c->linear_key_dim, c->linear_value_heads, c->linear_value_dim, c->conv_kernel);
+        printf("  DeltaNet: %d key heads of %d, %d value heads of %d, convolution over %d\n",
+               c->linear_key_heads, c->linear_key_dim, c->linear_value_heads, c->linear_value_dim,
+               c->conv_kernel);
     printf("  experts: %d of width %lld, %d a token, and a shared one of width %lld\n", c->n_experts,
            (long long)c->moe_intermediate, c->experts_per_token, (long long)c->shared_intermediate);
     if (c->has_vision)
-        printf("  vision tower: %d blocks of width %lld, patches of %d; %s\n", c->vision.depth, (long long)c->vision.hidden,
-               c->vision.patch, c->mtp_layers ? "MTP head: 1 layer" : "no MTP head");
-    else printf("  no vision tower; %s\n", c->mtp_layers ? "MTP head: 1 layer" : "no MTP head");
+        printf("  vision tower: %d blocks of width %lld, patches of %d; %s\n", c->vision.depth,
+               (long long)c->vision.hidden, c->vision.patch,
+               c->mtp_layers ? "MTP head: 1 layer" : "no MTP head");
+    else
+        printf("  no vision tower; %s\n", c->mtp_layers ? "MTP head: 1 layer" : "no MTP head");
     printf("  %zu tensors in %d file%s, %s\n\n", k->n_tensors, k->n_shards, k->n_shards == 1 ? "" : "s",
            k->quantization ? "quantized (compressed-tensors)" : "not quantized");
 }
@@ -140,8 +151,9 @@ static void print_needs(const struct needs *n)
     char a[32], b[32], c[32];
     printf("memory: language model %s, vision tower %s, MTP head %s\n", common_bytes(a, sizeof a, n->text),
            common_bytes(b, sizeof b, n->vision), common_bytes(c, sizeof c, n->mtp));
-    printf("        per token of context %s in bf16 (f32 %s, fp8 %s)\n", common_bytes(a, sizeof a, n->kv_token[1]),
-           common_bytes(b, sizeof b, n->kv_token[0]), common_bytes(c, sizeof c, n->kv_token[2]));
+    printf("        per token of context %s in bf16 (f32 %s, fp8 %s)\n",
+           common_bytes(a, sizeof a, n->kv_token[1]), common_bytes(b, sizeof b, n->kv_token[0]),
+           common_bytes(c, sizeof c, n->kv_token[2]));
     printf("        per sequence %s of recurrent state\n", common_bytes(a, sizeof a, n->state));
 }
 
@@ -152,17 +164,19 @@ static void print_json(const struct checkpoint *k, const struct census *s, const
         for (int d = 0; d < DTYPE_COUNT; d++) {
             const struct tally *t = &s->of[g][d];
             if (t->tensors)
-                json_array_append_new(groups, json_pack("{s:s, s:s, s:I, s:I, s:I}", "group", kinds[g].name, "dtype",
-                                                        dtype_name((enum dtype)d), "tensors", (json_int_t)t->tensors,
-                                                        "parameters", (json_int_t)t->parameters, "bytes",
-                                                        (json_int_t)t->bytes));
+                json_array_append_new(groups,
+                                      json_pack("{s:s, s:s, s:I, s:I, s:I}", "group", kinds[g].name, "dtype",
+                                                dtype_name((enum dtype)d), "tensors", (json_int_t)t->tensors,
+                                                "parameters", (json_int_t)t->parameters, "bytes",
+                                                (json_int_t)t->bytes));
         }
-    json_t *o = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:I}", "model", k->path, "model_type",
-                          k->config.model_type, "quantized", k->quantization != NULL, "tensors",
-                          (json_int_t)s->total.tensors, "parameters", (json_int_t)s->total.parameters, "bytes",
-                          (json_int_t)s->total.bytes, "groups", groups, "language_model_bytes", (json_int_t)n->text,
-                          "vision_bytes", (json_int_t)n->vision, "mtp_bytes", (json_int_t)n->mtp, "kv_bytes_per_token_bf16",
-                          (json_int_t)n->kv_token[1], "state_bytes_per_sequence", (json_int_t)n->state);
+    json_t *o = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:I}", "model", k->path,
+                          "model_type", k->config.model_type, "quantized", k->quantization != NULL, "tensors",
+                          (json_int_t)s->total.tensors, "parameters", (json_int_t)s->total.parameters,
+                          "bytes", (json_int_t)s->total.bytes, "groups", groups, "language_model_bytes",
+                          (json_int_t)n->text, "vision_bytes", (json_int_t)n->vision, "mtp_bytes",
+                          (json_int_t)n->mtp, "kv_bytes_per_token_bf16", (json_int_t)n->kv_token[1],
+                          "state_bytes_per_sequence", (json_int_t)n->state);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);

@@ -1,4 +1,5 @@
-/* The program: finds the subcommand and runs it. Only cli/ reads argv and the environment, prints, and exits. */
+/* The program: finds the subcommand and runs it. Only cli/ reads argv and the environment, prints, and exits.
+ */
 #include "cli/commands.h"
 #include <stdio.h>
 #include <stdbool.h>

@@ -9,9 +9,12 @@
 #include <string.h>
 
 static const struct command command = {
-    "perplexity", "MODEL --text FILE",
-    "Perplexity of a text. Rule \"card\": consecutive chunks of --ctx tokens, each from an empty state, no BOS, first token\n"
-    "of a chunk not scored, last short chunk kept. With --against, OTHER is set against MODEL on the same chunks.",
+    "perplexity",
+    "MODEL --text FILE",
+    "Perplexity of a text. Rule \"card\": consecutive chunks of --ctx tokens, each from an empty state, no "
+    "BOS, first token\n"
+    "of a chunk not scored, last short chunk kept. With --against, OTHER is set against MODEL on the same "
+    "chunks.",
     1,
 };
 
@@ -26,8 +29,8 @@ struct settings {
     int64_t ctx, max_chunks;
 };
 
-/* CR LF and lone CR become LF, as when a text file is opened in text mode: the published token counts of WikiText-2 are of
- * such readers, while copies of the file with CR LF are in use. Returns the new length. */
+/* CR LF and lone CR become LF, as when a text file is opened in text mode: the published token counts of
+ * WikiText-2 are of such readers, while copies of the file with CR LF are in use. Returns the new length. */
 static size_t normalise_line_ends(char *text, size_t n)
 {
     size_t out = 0;
@@ -52,31 +55,66 @@ static bool read_tokens(struct token_list *list, const struct opened *o, const c
 
 static void print_text(const struct settings *s, const struct perplexity_result *r, const struct backend *b)
 {
-    printf("model       %s\ntext        %s\nrule        %s, ctx %lld\ntokens      %lld\nchunks      %lld\nscored      %lld\n"
-           "kv cache    %s\ndevice      %s\nperplexity  %.5f\ntime        %.1f s, %.0f tokens/s\n",
-           s->model, s->text, rules[s->rule], (long long)s->ctx, (long long)r->tokens, (long long)r->chunks,
-           (long long)r->scored, common_kv_name(common_kv_dtype(&s->common)), b->name, r->perplexity, r->seconds,
+    printf("model       %s\n", s->model);
+    if (s->against) printf("against     %s\n", s->against);
+    printf("text        %s\nrule        %s, ctx %lld\ntokens      %lld\nchunks      %lld\nscored      %lld\n",
+           s->text, rules[s->rule], (long long)s->ctx, (long long)r->tokens, (long long)r->chunks,
+           (long long)r->scored);
+    printf("kv cache    %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
+           common_kv_name(common_kv_dtype(&s->common)), b->name, r->seconds,
            (double)(r->scored + r->chunks) / r->seconds);
+    if (!s->against) printf("perplexity  %.5f\n", r->perplexity);
 }
 
-static void print_comparison(const struct settings *s, const struct comparison *c)
+static uint64_t disk_bytes(const struct checkpoint *c)
 {
-    printf("\nagainst     %s\nperplexity  %.5f\ndelta       %+.5f (%+.3f %%)\nratio       %.6f, 95 %% interval %.6f to %.6f "
-           "(paired over chunks)\nkld         %.6f nats a token\nsame top    %.3f %%\n",
-           s->against, c->other.perplexity, c->delta, 100 * (c->ratio - 1), c->ratio, c->ratio_low, c->ratio_high, c->kld,
-           100 * c->same_top);
+    uint64_t bytes = 0;
+    for (int i = 0; i < c->n_shards; i++) bytes += c->shards[i].map.bytes;
+    return bytes;
 }
 
-static void print_json(const struct settings *s, const struct perplexity_result *r, const struct comparison *c)
+/* "BF16", "NVFP4 + FP8 + BF16": the formats that weights are in. */
+static const char *format_name(char out[64], const struct checkpoint *c)
 {
-    json_t *o = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", s->model, "text", s->text, "rule",
-                          rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens", (json_int_t)r->tokens, "chunks",
-                          (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored, "kv_cache_dtype",
-                          common_kv_name(common_kv_dtype(&s->common)), "perplexity", r->perplexity, "seconds", r->seconds);
+    bool nvfp4 = false, of[DTYPE_COUNT] = { false };
+    for (size_t i = 0; i < c->n_tensors; i++) {
+        const char *dot = strrchr(c->tensors[i]->name, '.');
+        nvfp4 = nvfp4 || (dot && strcmp(dot, ".weight_packed") == 0);
+        if (dot && strcmp(dot, ".weight") == 0) of[c->tensors[i]->dtype] = true;
+    }
+    snprintf(out, 64, "%s%s%s%s", nvfp4 ? " + NVFP4" : "", of[DTYPE_F8_E4M3] ? " + FP8" : "",
+             of[DTYPE_BF16] ? " + BF16" : "", of[DTYPE_F16] ? " + F16" : "");
+    return *out ? out + 3 : "F32";
+}
+
+static void print_comparison(const struct comparison *c, const struct checkpoint *base,
+                             const struct checkpoint *other)
+{
+    char format[64], size[32];
+    printf("\n%-22s %14s %12s %10s %9s\n", "format", "size on disk", "perplexity", "delta", "%");
+    printf("%-22s %14s %12.4f %10s %9s\n", format_name(format, base),
+           common_bytes(size, sizeof size, disk_bytes(base)), c->base.perplexity, "-", "-");
+    printf("%-22s %14s %12.4f %+10.4f %+9.3f\n", format_name(format, other),
+           common_bytes(size, sizeof size, disk_bytes(other)), c->other.perplexity, c->delta,
+           100 * (c->ratio - 1));
+    printf("\nratio       %.6f, 95 %% interval %.6f to %.6f (paired over chunks)\n"
+           "kld         %.6f nats a token\nsame top    %.3f %%\n",
+           c->ratio, c->ratio_low, c->ratio_high, c->kld, 100 * c->same_top);
+}
+
+static void print_json(const struct settings *s, const struct perplexity_result *r,
+                       const struct comparison *c)
+{
+    json_t *o = json_pack(
+        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", s->model, "text", s->text, "rule",
+        rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens", (json_int_t)r->tokens, "chunks",
+        (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored, "kv_cache_dtype",
+        common_kv_name(common_kv_dtype(&s->common)), "perplexity", r->perplexity, "seconds", r->seconds);
     if (c) {
-        json_t *more = json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against", s->against, "against_perplexity",
-                                 c->other.perplexity, "delta", c->delta, "ratio", c->ratio, "ratio_low", c->ratio_low,
-                                 "ratio_high", c->ratio_high, "kld", c->kld, "same_top", c->same_top);
+        json_t *more =
+            json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against", s->against, "against_perplexity",
+                      c->other.perplexity, "delta", c->delta, "ratio", c->ratio, "ratio_low", c->ratio_low,
+                      "ratio_high", c->ratio_high, "kld", c->kld, "same_top", c->same_top);
         json_object_update(o, more);
         json_decref(more);
     }
@@ -91,17 +129,20 @@ static bool check(const struct settings *s, struct err *e)
     if (s->ctx < 2 || s->ctx > 1 << 20)
         return err_set(e, ERR_ARGUMENT, "--ctx: expected 2 to 1048576, found %lld", (long long)s->ctx);
     if (s->max_chunks < 0)
-        return err_set(e, ERR_ARGUMENT, "--max-chunks: expected 1 or more, found %lld", (long long)s->max_chunks);
+        return err_set(e, ERR_ARGUMENT, "--max-chunks: expected 1 or more, found %lld",
+                       (long long)s->max_chunks);
     return true;
 }
 
 /* The same text must be the same tokens for both, or the chunks would not pair. */
-static bool same_tokens(const struct token_list *a, const struct opened *other, const struct settings *s, struct err *e)
+static bool same_tokens(const struct token_list *a, const struct opened *other, const struct settings *s,
+                        struct err *e)
 {
     struct token_list b = { 0 };
     bool ok = read_tokens(&b, other, s->text, e);
     if (ok && (a->n != b.n || memcmp(a->ids, b.ids, a->n * sizeof *a->ids) != 0))
-        ok = err_set(e, ERR_ARGUMENT, "the tokenizers of %s and %s differ on %s", s->model, s->against, s->text);
+        ok = err_set(e, ERR_ARGUMENT, "the tokenizers of %s and %s differ on %s", s->model, s->against,
+                     s->text);
     free(b.ids);
     return ok;
 }
@@ -109,14 +150,15 @@ static bool same_tokens(const struct token_list *a, const struct opened *other, 
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
-    struct perplexity_options o = { .ctx = s->ctx, .max_chunks = s->max_chunks, .kv = common_kv_dtype(&s->common),
-                                    .report = &report };
+    struct perplexity_options o = {
+        .ctx = s->ctx, .max_chunks = s->max_chunks, .kv = common_kv_dtype(&s->common), .report = &report
+    };
     struct backend b = { 0 };
     struct opened base = { 0 }, other = { 0 };
     struct token_list tokens = { 0 };
     struct comparison c = { 0 };
-    bool ok = check(s, e) && common_backend(&b, &s->common, e) && common_open(&base, s->model, &b, &report, e) &&
-              read_tokens(&tokens, &base, s->text, e);
+    bool ok = check(s, e) && common_backend(&b, &s->common, e) &&
+              common_open(&base, s->model, &b, &report, e) && read_tokens(&tokens, &base, s->text, e);
     if (ok && s->against)
         ok = common_open(&other, s->against, &b, &report, e) && same_tokens(&tokens, &other, s, e) &&
              perplexity_compare(&c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
@@ -126,7 +168,7 @@ static bool run(const struct settings *s, struct err *e)
         print_json(s, &c.base, s->against ? &c : NULL);
     } else if (ok) {
         print_text(s, &c.base, &b);
-        if (s->against) print_comparison(s, &c);
+        if (s->against) print_comparison(&c, &base.checkpoint, &other.checkpoint);
     }
     free(tokens.ids);
     common_close(&base);
@@ -140,7 +182,8 @@ int cli_perplexity(int argc, char **argv)
     struct settings s = { .ctx = 512 };
     const struct flag flags[] = {
         { "--text", 0, FLAG_TEXT, &s.text, "FILE", "UTF-8 text to score", NULL },
-        { "--against", 0, FLAG_TEXT, &s.against, "OTHER", "a second checkpoint, compared chunk by chunk", NULL },
+        { "--against", 0, FLAG_TEXT, &s.against, "OTHER", "a second checkpoint, compared chunk by chunk",
+          NULL },
         { "--rule", 0, FLAG_CHOICE, &s.rule, "card", "how the text is cut and scored", rules },
         { "--ctx", 0, FLAG_INT, &s.ctx, "N", "tokens a chunk (default 512)", NULL },
         { "--max-chunks", 0, FLAG_INT, &s.max_chunks, "N", "score only the first N chunks", NULL },

@@ -55,8 +55,10 @@ static bool take_host_memory(struct engine *g, struct err *e)
 static bool take_state(struct engine *g, struct err *e)
 {
     for (int i = 0; i < g->model->config->n_layers; i++)
-        if (!layer_state_create(&g->states[i], g->model, i, g->o.kv, g->pages_each * g->o.sequences, g->o.sequences, e))
-            return err_note(e, "context of %" PRId64 " tokens for %d sequences", g->o.context, g->o.sequences);
+        if (!layer_state_create(&g->states[i], g->model, i, g->o.kv, g->pages_each * g->o.sequences,
+                                g->o.sequences, e))
+            return err_note(e, "context of %" PRId64 " tokens for %d sequences", g->o.context,
+                            g->o.sequences);
     return step_create(&g->step, g->model, g->o.step_rows, g->logits_rows, g->o.context, e);
 }
 
@@ -72,12 +74,15 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
     g->logits_rows = LOGITS_BYTES / (m->config->vocab_size * (int64_t)sizeof(float));
     if (g->logits_rows > g->o.step_rows) g->logits_rows = g->o.step_rows;
     if (g->logits_rows < 1) g->logits_rows = 1;
-    bool ok = g->o.context <= m->config->max_position_embeddings ||
-              err_set(e, ERR_LIMIT, "a context of %" PRId64 " tokens was asked for, the model allows %" PRId64, g->o.context,
-                      m->config->max_position_embeddings);
+    bool ok =
+        g->o.context <= m->config->max_position_embeddings ||
+        err_set(e, ERR_LIMIT, "a context of %" PRId64 " tokens was asked for, the model allows %" PRId64,
+                g->o.context, m->config->max_position_embeddings);
     ok = ok && take_host_memory(g, e) && take_state(g, e);
-    if (ok) *out = g;
-    else engine_free(g);
+    if (ok)
+        *out = g;
+    else
+        engine_free(g);
     return ok;
 }
 
@@ -85,7 +90,8 @@ void engine_free(struct engine *g)
 {
     if (!g) return;
     step_free(g->step);
-    for (int i = 0; g->states && i < g->model->config->n_layers; i++) layer_state_free(&g->states[i], g->model);
+    for (int i = 0; g->states && i < g->model->config->n_layers; i++)
+        layer_state_free(&g->states[i], g->model);
     free(g->states);
     free(g->sequences);
     free(g->page_memory);
@@ -141,17 +147,19 @@ void engine_close(struct engine *g, int handle)
     s->length = 0;
 }
 
-bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden, struct err *e)
+bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
+                 struct err *e)
 {
     struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs };
     for (int i = 0; i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
         if (runs[i].n > g->o.context - s->length)
-            return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64, s->length + runs[i].n,
-                           g->o.context);
+            return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64,
+                           s->length + runs[i].n, g->o.context);
         step.n += runs[i].n;
         if (step.n > g->o.step_rows)
-            return err_set(e, ERR_LIMIT, "%" PRId64 " rows in a step of at most %" PRId64, step.n, g->o.step_rows);
+            return err_set(e, ERR_LIMIT, "%" PRId64 " rows in a step of at most %" PRId64, step.n,
+                           g->o.step_rows);
     }
     int64_t first = 0;
     for (int i = 0; i < n_runs; i++) {
@@ -159,7 +167,8 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
         assert(s->open);
         memcpy(g->rows + first, runs[i].rows, (size_t)runs[i].n * sizeof *g->rows);
         /* each sequence has a share of pages_each, so the free list cannot run out */
-        while (s->n_pages * KV_PAGE < s->length + runs[i].n) s->pages[s->n_pages++] = g->free_pages[--g->n_free];
+        while (s->n_pages * KV_PAGE < s->length + runs[i].n)
+            s->pages[s->n_pages++] = g->free_pages[--g->n_free];
         g->spans[i] = (struct span){ first, runs[i].n, s->length, s->pages, runs[i].handle };
         s->length += runs[i].n;
         first += runs[i].n;

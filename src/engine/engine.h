@@ -1,5 +1,5 @@
-/* Sequences over a model: who has which KV pages and state slot, and steps over rows of several of them. Takes tokens,
- * gives log-probability-ready logits. One thread owns an engine. */
+/* Sequences over a model: who has which KV pages and state slot, and steps over rows of several of them.
+ * Takes tokens, gives log-probability-ready logits. One thread owns an engine. */
 #ifndef ENGINE_ENGINE_H
 #define ENGINE_ENGINE_H
 #include "model/model.h"
@@ -16,7 +16,7 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
 void engine_free(struct engine *g); /* NULL is fine */
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
-int64_t engine_vocab(const struct engine *g); /* columns of logits */
+int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */
 
 /* An empty sequence, 0 <= handle < sequences; false with ERR_LIMIT when all are in use. */
@@ -30,18 +30,21 @@ struct engine_run {
     const struct row *rows;
     int64_t n;
 };
-/* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the normed hidden
- * rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT past the context. */
-bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden, struct err *e);
-/* Logits of chosen rows of `hidden`, n <= engine_logits_rows. In the backend's memory, valid until the next call. */
+/* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the
+ * normed hidden rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT
+ * past the context. */
+bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
+                 struct err *e);
+/* Logits of chosen rows of `hidden`, n <= engine_logits_rows. In the backend's memory, valid until the next
+ * call. */
 struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 /* The same as host rows [n][vocab], owned by the engine, valid until the next call. */
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 
 /* Text rows: tokens at consecutive positions from `first`. */
 void engine_text_rows(struct row *rows, const int32_t *tokens, int64_t n, int64_t first);
-/* Appends n text tokens to a sequence in steps of at most step_rows; *last gets the host logits after the last one.
- * progress may be NULL. */
+/* Appends n text tokens to a sequence in steps of at most step_rows; *last gets the host logits after the
+ * last one. progress may be NULL. */
 bool engine_prefill(struct engine *g, int handle, const int32_t *tokens, int64_t n, const float **last,
                     const struct report *progress, struct err *e);
 #endif

@@ -61,7 +61,8 @@ static bool is_stop_token(const struct generation *o, int32_t id)
     return false;
 }
 
-/* Rows of the head without a token behind them hold ordinary finite logits; picture placeholders are input only. */
+/* Rows of the head without a token behind them hold ordinary finite logits; picture placeholders are input
+ * only. */
 static bool never_sampled(void *ctx, int32_t id)
 {
     const struct tokenizer *t = ctx;
@@ -119,7 +120,8 @@ static bool decode(struct decoding *d, struct generated *out, int handle, const 
             out->finish = FINISH_STOP;
             return true;
         }
-        if (i + 1 < d->o->max_tokens && !engine_prefill(d->engine, handle, &id, 1, &logits, NULL, e)) return false;
+        if (i + 1 < d->o->max_tokens && !engine_prefill(d->engine, handle, &id, 1, &logits, NULL, e))
+            return false;
     }
     if (!reserve(&d->pending, DETOKENIZER_ROOM, e)) return false;
     d->pending.n += detokenizer_finish(&d->detokenizer, d->pending.bytes + d->pending.n);
@@ -127,8 +129,8 @@ static bool decode(struct decoding *d, struct generated *out, int handle, const 
     return true;
 }
 
-bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt, int64_t n,
-              const struct generation *o, struct err *e)
+bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
+              int64_t n, const struct generation *o, struct err *e)
 {
     *out = (struct generated){ 0 };
     struct decoding d = { .engine = g, .tokenizer = t, .o = o };

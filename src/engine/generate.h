@@ -1,5 +1,6 @@
-/* One prompt continued: prefill, then a token a step until a stop token, a stop string, or the limit. Text is handed
- * out as it becomes certain: whole characters, and nothing that may yet turn out to begin a stop string. */
+/* One prompt continued: prefill, then a token a step until a stop token, a stop string, or the limit. Text is
+ * handed out as it becomes certain: whole characters, and nothing that may yet turn out to begin a stop
+ * string. */
 #ifndef ENGINE_GENERATE_H
 #define ENGINE_GENERATE_H
 #include "engine/engine.h"
@@ -28,6 +29,6 @@ struct generated {
 };
 
 /* The engine needs room for the prompt and max_tokens. */
-bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt, int64_t n,
-              const struct generation *o, struct err *e);
+bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
+              int64_t n, const struct generation *o, struct err *e);
 #endif

@@ -14,8 +14,8 @@ bool sampling_check(const struct sampling *s, struct err *e)
     return true;
 }
 
-/* splitmix64's finaliser over seed and counter. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number
- * generators", OOPSLA 2014. */
+/* splitmix64's finaliser over seed and counter. Source: Steele, Lea, Flood, "Fast splittable pseudorandom
+ * number generators", OOPSLA 2014. */
 double sample_uniform(uint64_t seed, uint64_t counter)
 {
     uint64_t z = seed + (counter + 1) * 0x9e3779b97f4a7c15u;

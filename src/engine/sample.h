@@ -1,6 +1,6 @@
-/* The next token from logits. Order as in vLLM: temperature, min-p, top-k (ties with the k-th stay), top-p, draw.
- * temperature under 1e-5 means greedy. The generator is counter based: draw number `counter` of a seed is the same
- * whatever else runs. */
+/* The next token from logits. Order as in vLLM: temperature, min-p, top-k (ties with the k-th stay), top-p,
+ * draw. temperature under 1e-5 means greedy. The generator is counter based: draw number `counter` of a seed
+ * is the same whatever else runs. */
 #ifndef ENGINE_SAMPLE_H
 #define ENGINE_SAMPLE_H
 #include "base/err.h"
@@ -19,7 +19,8 @@ struct candidate {
     float logit;
     int32_t id;
 };
-/* work: [n_vocab]. banned(ctx, id) true: never sampled; NULL: all allowed. Logits may hold -inf; not all of them. */
+/* work: [n_vocab]. banned(ctx, id) true: never sampled; NULL: all allowed. Logits may hold -inf; not all of
+ * them. */
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
                      struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx);
 /* Uniform in [0, 1), a function of its two arguments only. */

@@ -33,7 +33,8 @@ static void scorer_close(struct scorer *s)
     *s = (struct scorer){ 0 };
 }
 
-static bool scorer_open(struct scorer *s, struct model *m, int64_t ctx, int64_t chunks, enum kv_dtype kv, struct err *e)
+static bool scorer_open(struct scorer *s, struct model *m, int64_t ctx, int64_t chunks, enum kv_dtype kv,
+                        struct err *e)
 {
     *s = (struct scorer){ .model = m };
     struct engine_options o = { .context = ctx, .step_rows = ctx < 2048 ? ctx : 2048, .kv = kv };
@@ -113,7 +114,8 @@ static bool score_chunk(struct scorer *s, int n_scorers, int64_t chunk, const in
         int64_t count = n - 1 - done < rows_max ? n - 1 - done : rows_max;
         for (int k = 0; ok && k < n_scorers; k++) {
             engine_text_rows(s[k].rows, tokens + done, count, done);
-            ok = engine_step(s[k].engine, &(struct engine_run){ handle[k], s[k].rows, count }, 1, &s[k].hidden, e);
+            ok = engine_step(s[k].engine, &(struct engine_run){ handle[k], s[k].rows, count }, 1,
+                             &s[k].hidden, e);
         }
         if (ok) score_rows(s, n_scorers, chunk, tokens + done + 1, count, pairing, kld);
         done += count;
@@ -124,16 +126,17 @@ static bool score_chunk(struct scorer *s, int n_scorers, int64_t chunk, const in
 
 static bool check_tokens(const struct model *m, const int32_t *tokens, int64_t n, struct err *e)
 {
-    if (n < 2) return err_set(e, ERR_ARGUMENT, "the text has %lld tokens, at least 2 are needed", (long long)n);
+    if (n < 2)
+        return err_set(e, ERR_ARGUMENT, "the text has %lld tokens, at least 2 are needed", (long long)n);
     for (int64_t i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= m->config->vocab_size)
-            return err_set(e, ERR_FORMAT, "%s: the tokenizer gives token %d, the model has %lld", m->checkpoint->path,
-                           tokens[i], (long long)m->config->vocab_size);
+            return err_set(e, ERR_FORMAT, "%s: the tokenizer gives token %d, the model has %lld",
+                           m->checkpoint->path, tokens[i], (long long)m->config->vocab_size);
     return true;
 }
 
-static bool score_all(struct scorer *s, int n_scorers, const int32_t *tokens, int64_t n, int64_t ctx, int64_t chunks,
-                      struct pairing *pairing, const struct report *report, struct err *e)
+static bool score_all(struct scorer *s, int n_scorers, const int32_t *tokens, int64_t n, int64_t ctx,
+                      int64_t chunks, struct pairing *pairing, const struct report *report, struct err *e)
 {
     double *kld = malloc((size_t)ctx * sizeof *kld);
     bool ok = kld || err_memory(e, "perplexity", (uint64_t)ctx * sizeof *kld);
@@ -146,15 +149,18 @@ static bool score_all(struct scorer *s, int n_scorers, const int32_t *tokens, in
     return ok;
 }
 
-static void summarize(struct perplexity_result *r, const struct scorer *s, int64_t tokens, int64_t chunks, int64_t scored,
-                      double seconds)
+static void summarize(struct perplexity_result *r, const struct scorer *s, int64_t tokens, int64_t chunks,
+                      int64_t scored, double seconds)
 {
-    *r = (struct perplexity_result){ .tokens = tokens, .chunks = chunks, .scored = scored, .seconds = seconds };
+    *r = (struct perplexity_result){
+        .tokens = tokens, .chunks = chunks, .scored = scored, .seconds = seconds
+    };
     for (int64_t c = 0; c < chunks; c++) r->nll += s->nll[c];
     r->perplexity = exp(r->nll / (double)scored);
 }
 
-/* 97.5 % point of Student's t, Cornish-Fisher expansion to the third order: within 1 % from 3 degrees of freedom on. */
+/* 97.5 % point of Student's t, Cornish-Fisher expansion to the third order: within 1 % from 3 degrees of
+ * freedom on. */
 static double t_quantile(int64_t freedom)
 {
     double z = 1.959964, n = (double)freedom, z3 = z * z * z, z5 = z3 * z * z, z7 = z5 * z * z;
@@ -162,10 +168,10 @@ static double t_quantile(int64_t freedom)
            (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / (384 * n * n * n);
 }
 
-/* The mean difference of losses a token is a ratio of sums over chunks; its standard error by linearisation. Tokens of a
- * chunk share a context and are not independent, chunks nearly are. */
-static void ratio_interval(struct comparison *c, const double *base, const double *other, int64_t n, int64_t ctx,
-                           int64_t chunks, int64_t scored)
+/* The mean difference of losses a token is a ratio of sums over chunks; its standard error by linearisation.
+ * Tokens of a chunk share a context and are not independent, chunks nearly are. */
+static void ratio_interval(struct comparison *c, const double *base, const double *other, int64_t n,
+                           int64_t ctx, int64_t chunks, int64_t scored)
 {
     double mean = (c->other.nll - c->base.nll) / (double)scored, sum = 0;
     for (int64_t i = 0; i < chunks; i++) {
@@ -195,15 +201,16 @@ bool perplexity_run(struct perplexity_result *r, struct model *m, const int32_t 
     return ok;
 }
 
-bool perplexity_compare(struct comparison *c, struct model *base, struct model *other, const int32_t *tokens, int64_t n,
-                        const struct perplexity_options *o, struct err *e)
+bool perplexity_compare(struct comparison *c, struct model *base, struct model *other, const int32_t *tokens,
+                        int64_t n, const struct perplexity_options *o, struct err *e)
 {
     int64_t ctx = o->ctx ? o->ctx : 512, chunks, scored;
     struct scorer s[2] = { { 0 } };
     struct pairing pairing = { 0 };
     double begin = clock_seconds();
     if (base->config->vocab_size != other->config->vocab_size)
-        return err_set(e, ERR_ARGUMENT, "%s has %lld tokens, %s has %lld: their distributions cannot be compared",
+        return err_set(e, ERR_ARGUMENT,
+                       "%s has %lld tokens, %s has %lld: their distributions cannot be compared",
                        base->checkpoint->path, (long long)base->config->vocab_size, other->checkpoint->path,
                        (long long)other->config->vocab_size);
     perplexity_count(n, ctx, o->max_chunks, &chunks, &scored);

@@ -1,7 +1,7 @@
 /* Perplexity of a text by the card's rule, alone or against another model on the same chunks.
- * Rule "card": the whole text is tokenized once, nothing added; consecutive chunks of `ctx` tokens; a last short chunk
- * counts if it has two tokens; each chunk starts from nothing; its first token is not scored; perplexity = exp(-sum of
- * log-probabilities / scored tokens). Source: docs/quality.md. */
+ * Rule "card": the whole text is tokenized once, nothing added; consecutive chunks of `ctx` tokens; a last
+ * short chunk counts if it has two tokens; each chunk starts from nothing; its first token is not scored;
+ * perplexity = exp(-sum of log-probabilities / scored tokens). Source: docs/quality.md. */
 #ifndef EVAL_PERPLEXITY_H
 #define EVAL_PERPLEXITY_H
 #include "engine/engine.h"
@@ -30,8 +30,8 @@ struct comparison {
 
 bool perplexity_run(struct perplexity_result *r, struct model *m, const int32_t *tokens, int64_t n,
                     const struct perplexity_options *o, struct err *e);
-bool perplexity_compare(struct comparison *c, struct model *base, struct model *other, const int32_t *tokens, int64_t n,
-                        const struct perplexity_options *o, struct err *e);
+bool perplexity_compare(struct comparison *c, struct model *base, struct model *other, const int32_t *tokens,
+                        int64_t n, const struct perplexity_options *o, struct err *e);
 /* How many chunks and scored positions n tokens make. */
 void perplexity_count(int64_t n, int64_t ctx, int64_t max_chunks, int64_t *chunks, int64_t *scored);
 #endif

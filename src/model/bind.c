@@ -24,7 +24,8 @@ static bool check_shape(const struct tensor *t, int n_dims, const int64_t *shape
     memcpy(want.shape, shape, (size_t)n_dims * sizeof *shape);
     char expected[128], found[128];
     return err_set(e, ERR_FORMAT, "tensor '%s': expected shape %s from config.json, found %s", t->name,
-                   tensor_shape_text(&want, expected, sizeof expected), tensor_shape_text(t, found, sizeof found));
+                   tensor_shape_text(&want, expected, sizeof expected),
+                   tensor_shape_text(t, found, sizeof found));
 }
 
 static bool missing(const char *name, struct err *e)
@@ -62,10 +63,10 @@ static bool create(struct model *m, struct weight **out, const struct weight_sou
     return m->backend->ops->weight_create(m->backend->queue, out, src, e) || err_note(e, "'%s'", name);
 }
 
-/* --- the formats of a linear module -------------------------------------------------------------------------------- */
+/* The formats of a linear module. */
 
-static bool bind_dense(struct model *m, struct weight **out, const struct tensor *t, int64_t rows, int64_t cols,
-                       struct err *e)
+static bool bind_dense(struct model *m, struct weight **out, const struct tensor *t, int64_t rows,
+                       int64_t cols, struct err *e)
 {
     struct weight_source src = { .rows = rows, .cols = cols, .data = t->data };
     return check_shape(t, 2, (int64_t[]){ rows, cols }, e) && dense_format(&src.format, t, e) &&
@@ -83,18 +84,19 @@ static bool row_scales(float *out, const struct tensor *t, int64_t rows, struct 
     for (int64_t r = 0; r < rows; r++) {
         out[r] = element(t, per_row ? r : 0);
         if (!isfinite(out[r]) || out[r] <= 0)
-            return err_set(e, ERR_FORMAT, "tensor '%s': expected scales above 0, found %g at row %" PRId64, t->name,
-                           (double)out[r], r);
+            return err_set(e, ERR_FORMAT, "tensor '%s': expected scales above 0, found %g at row %" PRId64,
+                           t->name, (double)out[r], r);
     }
     return true;
 }
 
-static bool bind_fp8(struct model *m, struct weight **out, const char *name, const struct tensor *t, bool quantize_input,
-                     int64_t rows, int64_t cols, struct err *e)
+static bool bind_fp8(struct model *m, struct weight **out, const char *name, const struct tensor *t,
+                     bool quantize_input, int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *scale = find(m, name, ".weight_scale");
     if (!scale)
-        return err_set(e, ERR_FORMAT, "tensor '%s' is F8_E4M3 but '%s.weight_scale' is missing", t->name, name);
+        return err_set(e, ERR_FORMAT, "tensor '%s' is F8_E4M3 but '%s.weight_scale' is missing", t->name,
+                       name);
     if (!check_shape(t, 2, (int64_t[]){ rows, cols }, e)) return false;
     float *scales = malloc((size_t)rows * sizeof *scales + 1);
     if (!scales) return err_memory(e, name, (uint64_t)rows * sizeof *scales);
@@ -104,14 +106,15 @@ static bool bind_fp8(struct model *m, struct weight **out, const char *name, con
     return ok;
 }
 
-/* What divides the group scales. Files of older tools hold Inf for a matrix of zeros; then it stands for 1. */
+/* What divides the group scales. Files of older tools hold Inf for a matrix of zeros; then it stands for 1.
+ */
 static bool global_scale(struct model *m, float *out, const char *name, struct err *e)
 {
     const struct tensor *t = find(m, name, ".weight_global_scale");
     if (!t) return err_set(e, ERR_FORMAT, "tensor '%s.weight_global_scale' is missing", name);
     if (t->dtype != DTYPE_F32 || tensor_elements(t) != 1)
-        return err_set(e, ERR_FORMAT, "tensor '%s': expected F32 of one element, found %s of %" PRId64, t->name,
-                       dtype_name(t->dtype), tensor_elements(t));
+        return err_set(e, ERR_FORMAT, "tensor '%s': expected F32 of one element, found %s of %" PRId64,
+                       t->name, dtype_name(t->dtype), tensor_elements(t));
     *out = element(t, 0);
     if (isfinite(*out) && *out > 0) return true;
     report_warn(m->report, "tensor '%s' is %g: taken as 1", t->name, (double)*out);
@@ -119,13 +122,14 @@ static bool global_scale(struct model *m, float *out, const char *name, struct e
     return true;
 }
 
-static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, const struct tensor *t, int64_t rows,
-                       int64_t cols, struct err *e)
+static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, const struct tensor *t,
+                       int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *scale = find(m, name, ".weight_scale");
     if (!scale) return err_set(e, ERR_FORMAT, "tensor '%s.weight_scale' is missing", name);
     if (cols % NVFP4_GROUP != 0)
-        return err_set(e, ERR_FORMAT, "tensor '%s': NVFP4 needs columns divisible by 16, config.json gives %" PRId64,
+        return err_set(e, ERR_FORMAT,
+                       "tensor '%s': NVFP4 needs columns divisible by 16, config.json gives %" PRId64,
                        t->name, cols);
     if (scale->dtype != DTYPE_F8_E4M3 || t->dtype != DTYPE_U8)
         return err_set(e, ERR_FORMAT, "'%s': expected U8 codes and F8_E4M3 scales, found %s and %s", name,
@@ -142,7 +146,8 @@ static bool scheme_disagrees(const char *name, enum scheme scheme, const char *f
                    scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme), found);
 }
 
-bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols, struct err *e)
+bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                 struct err *e)
 {
     enum scheme scheme = quantization_scheme(m->checkpoint->quantization, name, "Linear");
     const struct tensor *packed = find(m, name, ".weight_packed"), *plain = find(m, name, ".weight");
@@ -157,15 +162,16 @@ bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t
         return missing(full, e);
     }
     if (plain->dtype == DTYPE_F8_E4M3) {
-        if (scheme != SCHEME_FP8_DYNAMIC && scheme != SCHEME_FP8A16) return scheme_disagrees(name, scheme, "FP8", e);
+        if (scheme != SCHEME_FP8_DYNAMIC && scheme != SCHEME_FP8A16)
+            return scheme_disagrees(name, scheme, "FP8", e);
         return bind_fp8(m, out, name, plain, scheme == SCHEME_FP8_DYNAMIC, rows, cols, e);
     }
     if (scheme != SCHEME_NONE) return scheme_disagrees(name, scheme, dtype_name(plain->dtype), e);
     return bind_dense(m, out, plain, rows, cols, e);
 }
 
-bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert, int64_t all_rows,
-                int64_t first, int64_t rows, int64_t cols, struct err *e)
+bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,
+                int64_t all_rows, int64_t first, int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *t = checkpoint_find(m->checkpoint, name);
     if (!t) return missing(name, e);
@@ -176,7 +182,8 @@ bool bind_fused(struct model *m, struct weight **out, const char *name, int n_ex
     return create(m, out, &src, t->name, e);
 }
 
-bool bind_table(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols, struct err *e)
+bool bind_table(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                struct err *e)
 {
     const struct tensor *t = checkpoint_find(m->checkpoint, name);
     if (!t) return missing(name, e);
@@ -185,13 +192,15 @@ bool bind_table(struct model *m, struct weight **out, const char *name, int64_t 
            create(m, out, &src, name, e);
 }
 
-/* --- small tensors ------------------------------------------------------------------------------------------------- */
+/* Small tensors. */
 
-static bool upload(struct model *m, float **out, const float *host, int64_t n, const char *name, struct err *e)
+static bool upload(struct model *m, float **out, const float *host, int64_t n, const char *name,
+                   struct err *e)
 {
     struct backend *b = m->backend;
     void *memory;
-    if (!b->ops->memory_create(b->queue, &memory, (uint64_t)n * sizeof *host, e)) return err_note(e, "'%s'", name);
+    if (!b->ops->memory_create(b->queue, &memory, (uint64_t)n * sizeof *host, e))
+        return err_note(e, "'%s'", name);
     b->ops->upload(b->queue, memory, host, (uint64_t)n * sizeof *host);
     *out = memory;
     return true;

@@ -1,18 +1,23 @@
-/* From tensor names to weights: every tensor is looked up once, its dtype and shape checked, then laid out for the
- * backend. Error texts name the tensor, what was expected and what was found. */
+/* From tensor names to weights: every tensor is looked up once, its dtype and shape checked, then laid out
+ * for the backend. Error texts name the tensor, what was expected and what was found. */
 #ifndef MODEL_BIND_H
 #define MODEL_BIND_H
 #include "model/model.h"
 
-/* The linear module `name` ([rows x cols]), in whichever format the checkpoint has it: name.weight (BF16, F16, F32, or
- * F8_E4M3 with name.weight_scale), or name.weight_packed with its scales. Must agree with quantization_config. */
-bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols, struct err *e);
-/* Expert matrix number `expert` of a fused tensor [n_experts, all_rows, cols]: its rows [first, first + rows). */
-bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert, int64_t all_rows,
-                int64_t first, int64_t rows, int64_t cols, struct err *e);
+/* The linear module `name` ([rows x cols]), in whichever format the checkpoint has it: name.weight (BF16,
+ * F16, F32, or F8_E4M3 with name.weight_scale), or name.weight_packed with its scales. Must agree with
+ * quantization_config. */
+bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                 struct err *e);
+/* Expert matrix number `expert` of a fused tensor [n_experts, all_rows, cols]: its rows [first, first +
+ * rows). */
+bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,
+                int64_t all_rows, int64_t first, int64_t rows, int64_t cols, struct err *e);
 /* The table `name` ([rows x cols]), only read by row. */
-bool bind_table(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols, struct err *e);
-/* A small tensor of exactly n elements, widened to f32, in the backend's memory; `plus` is added to each element. */
+bool bind_table(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                struct err *e);
+/* A small tensor of exactly n elements, widened to f32, in the backend's memory; `plus` is added to each
+ * element. */
 bool bind_vector(struct model *m, float **out, const char *name, int64_t n, float plus, struct err *e);
 /* conv1d.weight [channels, 1, kernel] as [kernel][channels]. */
 bool bind_conv(struct model *m, float **out, const char *name, int64_t channels, int kernel, struct err *e);

@@ -1,5 +1,6 @@
-/* The forward pass: rows in, hidden rows and logits out. Prefill, decode, batches and verification are this one function
- * with different rows. Takes a model and per-layer state; gives matrices in the backend's memory. */
+/* The forward pass: rows in, hidden rows and logits out. Prefill, decode, batches and verification are this
+ * one function with different rows. Takes a model and per-layer state; gives matrices in the backend's
+ * memory. */
 #include "model/step.h"
 #include <assert.h>
 #include <stdlib.h>
@@ -21,7 +22,8 @@ static void layout(struct step *s, struct arena *a)
 {
     const struct config *c = s->model->config;
     int64_t n = s->rows_max, hidden = c->hidden_size, heads = (int64_t)c->n_heads * c->head_dim;
-    int64_t kv = (int64_t)c->n_kv_heads * c->head_dim, values = (int64_t)c->linear_value_heads * c->linear_value_dim;
+    int64_t kv = (int64_t)c->n_kv_heads * c->head_dim,
+            values = (int64_t)c->linear_value_heads * c->linear_value_dim;
     int64_t channels = 2 * (int64_t)c->linear_key_heads * c->linear_key_dim + values;
     s->x = take(a, n, hidden);
     s->h = take(a, n, hidden);
@@ -83,8 +85,10 @@ bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t l
         struct step_limits limits = limits_of(s, context);
         ok = s->op->reserve(s->q, &limits, e);
     }
-    if (ok) *out = s;
-    else step_free(s);
+    if (ok)
+        *out = s;
+    else
+        step_free(s);
     return ok;
 }
 
@@ -114,15 +118,18 @@ struct mat step_embed(struct step *s, const struct step_rows *rows)
     return x;
 }
 
-void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows, const struct layer_state *state)
+void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows,
+                const struct layer_state *state)
 {
     const struct layer *l = &s->model->layers[layer];
     struct mat h = mat_rows(s->h, rows->n), y = mat_rows(s->y, rows->n);
     float eps = (float)s->model->config->rms_norm_eps;
     s->op->rmsnorm(s->q, h, x, l->input_norm, eps);
     step_tap(s, "mixer.in", layer, h);
-    if (l->kind == LAYER_FULL_ATTENTION) step_attention(s, l, rows, &state->kv);
-    else step_delta(s, l, rows, &state->delta);
+    if (l->kind == LAYER_FULL_ATTENTION)
+        step_attention(s, l, rows, &state->kv);
+    else
+        step_delta(s, l, rows, &state->delta);
     step_tap(s, "mixer.out", layer, y);
     s->op->add(s->q, x, y);
     s->op->rmsnorm(s->q, h, x, l->post_norm, eps);

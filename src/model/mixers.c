@@ -1,8 +1,9 @@
-/* The three parts of a layer: gated attention, Gated DeltaNet, mixture of experts. Each reads s->h and leaves its result
- * in s->y. Source: the released model's definition (docs/numerics.md names the equations). */
+/* The three parts of a layer: gated attention, Gated DeltaNet, mixture of experts. Each reads s->h and leaves
+ * its result in s->y. Source: the released model's definition (docs/numerics.md names the equations). */
 #include "model/step.h"
 
-void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows, const struct kv_cache *kv)
+void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows,
+                    const struct kv_cache *kv)
 {
     const struct config *c = s->model->config;
     const struct attention_weights *w = &l->attention;
@@ -21,7 +22,8 @@ void step_attention(struct step *s, const struct layer *l, const struct step_row
     op->matmul(q, mat_rows(s->y, n), mat_rows(s->att, n), w->o);
 }
 
-void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows, const struct delta_state *state)
+void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows,
+                const struct delta_state *state)
 {
     const struct delta_weights *w = &l->delta;
     const struct delta_shape *shape = &s->model->delta_shape;
@@ -45,7 +47,8 @@ void step_moe(struct step *s, const struct layer *l, int64_t n)
     const struct moe_weights *w = &l->moe;
     const struct ops *op = s->op;
     struct queue *q = s->q;
-    struct mat h = mat_rows(s->h, n), y = mat_rows(s->y, n), gate = mat_rows(s->gate, n), up = mat_rows(s->up, n);
+    struct mat h = mat_rows(s->h, n), y = mat_rows(s->y, n), gate = mat_rows(s->gate, n),
+               up = mat_rows(s->up, n);
     op->matmul(q, mat_rows(s->router, n), h, w->router);
     op->route(q, &s->picks, mat_rows(s->router, n));
     op->experts(q, y, h, &s->picks, &w->experts);

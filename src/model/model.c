@@ -48,13 +48,15 @@ static bool bind_delta(struct model *m, struct delta_weights *w, struct names n,
            bind_linear(m, &w->a, at(&n, "linear_attn.in_proj_a"), heads, hidden, e) &&
            bind_linear(m, &w->b, at(&n, "linear_attn.in_proj_b"), heads, hidden, e) &&
            bind_linear(m, &w->out, at(&n, "linear_attn.out_proj"), hidden, values, e) &&
-           bind_conv(m, &w->conv, at(&n, "linear_attn.conv1d.weight"), 2 * keys + values, c->conv_kernel, e) &&
+           bind_conv(m, &w->conv, at(&n, "linear_attn.conv1d.weight"), 2 * keys + values, c->conv_kernel,
+                     e) &&
            bind_vector(m, &w->A_log, at(&n, "linear_attn.A_log"), heads, 0, e) &&
            bind_vector(m, &w->dt_bias, at(&n, "linear_attn.dt_bias"), heads, 0, e) &&
            bind_vector(m, &w->norm, at(&n, "linear_attn.norm.weight"), c->linear_value_dim, 0, e);
 }
 
-static bool bind_expert(struct model *m, struct experts *x, int expert, bool fused, struct names n, struct err *e)
+static bool bind_expert(struct model *m, struct experts *x, int expert, bool fused, struct names n,
+                        struct err *e)
 {
     int64_t hidden = m->config->hidden_size, inner = m->config->moe_intermediate;
     int count = x->n_experts;
@@ -62,8 +64,8 @@ static bool bind_expert(struct model *m, struct experts *x, int expert, bool fus
         const char *name = at(&n, "mlp.experts.gate_up_proj");
         return bind_fused(m, &x->gate[expert], name, count, expert, 2 * inner, 0, inner, hidden, e) &&
                bind_fused(m, &x->up[expert], name, count, expert, 2 * inner, inner, inner, hidden, e) &&
-               bind_fused(m, &x->down[expert], at(&n, "mlp.experts.down_proj"), count, expert, hidden, 0, hidden,
-                          inner, e);
+               bind_fused(m, &x->down[expert], at(&n, "mlp.experts.down_proj"), count, expert, hidden, 0,
+                          hidden, inner, e);
     }
     char module[64];
     snprintf(module, sizeof module, "mlp.experts.%d.gate_proj", expert);
@@ -100,7 +102,8 @@ bool model_bind_layer(struct model *m, int layer, struct err *e)
     struct names n = names_of(m, layer);
     l->kind = m->config->layer_kinds[layer];
     return bind_vector(m, &l->input_norm, at(&n, "input_layernorm.weight"), m->config->hidden_size, 1, e) &&
-           bind_vector(m, &l->post_norm, at(&n, "post_attention_layernorm.weight"), m->config->hidden_size, 1, e) &&
+           bind_vector(m, &l->post_norm, at(&n, "post_attention_layernorm.weight"), m->config->hidden_size, 1,
+                       e) &&
            (l->kind == LAYER_FULL_ATTENTION ? bind_attention(m, &l->attention, n, e)
                                             : bind_delta(m, &l->delta, n, e)) &&
            bind_moe(m, &l->moe, n, e);
@@ -111,12 +114,12 @@ void model_free_layer(struct model *m, int layer)
     const struct ops *op = m->backend->ops;
     struct queue *q = m->backend->queue;
     struct layer *l = &m->layers[layer];
-    struct weight *weights[] = { l->attention.q,  l->attention.k, l->attention.v,    l->attention.o,
-                                 l->delta.qkv,    l->delta.z,     l->delta.a,        l->delta.b,
-                                 l->delta.out,    l->moe.router,  l->moe.shared_gate, l->moe.gate,
-                                 l->moe.up,       l->moe.down };
-    float *vectors[] = { l->input_norm, l->post_norm,   l->attention.q_norm, l->attention.k_norm, l->delta.conv,
-                         l->delta.A_log, l->delta.dt_bias, l->delta.norm };
+    struct weight *weights[] = { l->attention.q, l->attention.k, l->attention.v,     l->attention.o,
+                                 l->delta.qkv,   l->delta.z,     l->delta.a,         l->delta.b,
+                                 l->delta.out,   l->moe.router,  l->moe.shared_gate, l->moe.gate,
+                                 l->moe.up,      l->moe.down };
+    float *vectors[] = { l->input_norm, l->post_norm,   l->attention.q_norm, l->attention.k_norm,
+                         l->delta.conv, l->delta.A_log, l->delta.dt_bias,    l->delta.norm };
     for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) op->weight_free(q, weights[i]);
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) op->memory_free(q, vectors[i]);
     for (int i = 0; l->moe.experts.gate && i < 3 * l->moe.experts.n_experts; i++)
@@ -125,8 +128,8 @@ void model_free_layer(struct model *m, int layer)
     *l = (struct layer){ 0 };
 }
 
-/* Which position axis each frequency follows: T H W T H W ..., height while j < 3 * section[1], width likewise, time
- * elsewhere (interleaved multi-axis rotary positions). */
+/* Which position axis each frequency follows: T H W T H W ..., height while j < 3 * section[1], width
+ * likewise, time elsewhere (interleaved multi-axis rotary positions). */
 static bool make_rope(struct model *m, struct err *e)
 {
     const struct config *c = m->config;
@@ -171,10 +174,11 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
                 struct err *e)
 {
     *m = (struct model){ .checkpoint = c, .config = &c->config, .backend = b, .report = report };
-    m->prefix = checkpoint_find(c, "model.language_model.embed_tokens.weight") ? "model.language_model." : "model.";
-    m->delta_shape = (struct delta_shape){ c->config.linear_key_heads, c->config.linear_value_heads,
-                                           c->config.linear_key_dim, c->config.linear_value_dim,
-                                           c->config.conv_kernel };
+    m->prefix =
+        checkpoint_find(c, "model.language_model.embed_tokens.weight") ? "model.language_model." : "model.";
+    m->delta_shape =
+        (struct delta_shape){ c->config.linear_key_heads, c->config.linear_value_heads,
+                              c->config.linear_key_dim, c->config.linear_value_dim, c->config.conv_kernel };
     m->layers = calloc((size_t)c->config.n_layers, sizeof *m->layers);
     bool ok = m->layers || err_memory(e, "layers", (uint64_t)c->config.n_layers * sizeof *m->layers);
     if (ok && make_rope(m, e) && bind_ends(m, e)) return true;

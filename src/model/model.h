@@ -1,5 +1,6 @@
-/* The network: bound weights and the forward pass. Takes an open checkpoint and a backend; knows tensor names and the
- * order of operations, but neither files nor threads. Weights are bound once, dtype and shape checked, no strings after. */
+/* The network: bound weights and the forward pass. Takes an open checkpoint and a backend; knows tensor names
+ * and the order of operations, but neither files nor threads. Weights are bound once, dtype and shape
+ * checked, no strings after. */
 #ifndef MODEL_MODEL_H
 #define MODEL_MODEL_H
 #include "backend/ops.h"
@@ -64,14 +65,15 @@ void model_deinit(struct model *m); /* accepts a zeroed one */
 
 /* Buffers of one step, in the backend's memory. */
 struct step;
-/* rows_max rows a step, logits_max rows of logits at a time (0: none). context: tokens of the longest sequence. */
+/* rows_max rows a step, logits_max rows of logits at a time (0: none). context: tokens of the longest
+ * sequence. */
 bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
                  struct err *e);
 void step_free(struct step *s);
 int64_t step_rows_max(const struct step *s);
 
-/* Called with intermediate results, in the backend's memory: "embed"; per layer "mixer.in", "mixer.out", "moe.in",
- * "moe.out", "layer"; "final". One hook serves calibration, golden tests and debugging. */
+/* Called with intermediate results, in the backend's memory: "embed"; per layer "mixer.in", "mixer.out",
+ * "moe.in", "moe.out", "layer"; "final". One hook serves calibration, golden tests and debugging. */
 struct tap {
     void *ctx;
     void (*call)(void *ctx, const char *name, int layer, struct mat x); /* layer -1: outside the layers */
@@ -81,15 +83,16 @@ void step_set_tap(struct step *s, struct tap tap);
 /* x[n, hidden] = embeddings of the rows. The result is the step's own matrix, valid until the next call. */
 struct mat step_embed(struct step *s, const struct step_rows *rows);
 /* One layer, x in place. */
-void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows, const struct layer_state *state);
+void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows,
+                const struct layer_state *state);
 /* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows. */
 struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states);
 /* Logits [n, vocab] of chosen rows of what step_run returned; n <= logits_max. index in host memory. */
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n);
 
 /* State of sequences. bytes of one layer's state for `slots` sequences and `pages` KV pages. */
-bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype, int64_t pages,
-                        int64_t slots, struct err *e);
+bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype,
+                        int64_t pages, int64_t slots, struct err *e);
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);

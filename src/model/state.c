@@ -15,19 +15,21 @@ static uint64_t matrix_elements(const struct delta_shape *s)
 
 static uint64_t conv_elements(const struct delta_shape *s)
 {
-    uint64_t channels = 2 * (uint64_t)s->key_heads * (uint64_t)s->key_dim + (uint64_t)s->value_heads * (uint64_t)s->value_dim;
+    uint64_t channels =
+        2 * (uint64_t)s->key_heads * (uint64_t)s->key_dim + (uint64_t)s->value_heads * (uint64_t)s->value_dim;
     return (uint64_t)(s->kernel - 1) * channels;
 }
 
 static bool create(void **out, const struct model *m, uint64_t each, int64_t count, struct err *e)
 {
     uint64_t bytes;
-    if (!fits_mul(each, (uint64_t)count, &bytes)) return err_set(e, ERR_LIMIT, "state of sequences is too large");
+    if (!fits_mul(each, (uint64_t)count, &bytes))
+        return err_set(e, ERR_LIMIT, "state of sequences is too large");
     return m->backend->ops->memory_create(m->backend->queue, out, bytes, e);
 }
 
-bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype, int64_t pages,
-                        int64_t slots, struct err *e)
+bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype,
+                        int64_t pages, int64_t slots, struct err *e)
 {
     const struct config *c = m->config;
     void *a = NULL, *b = NULL;
@@ -55,7 +57,8 @@ void layer_state_free(struct layer_state *state, const struct model *m)
 
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot)
 {
-    if (m->config->layer_kinds[layer] == LAYER_FULL_ATTENTION) return; /* lines are written before they are read */
+    if (m->config->layer_kinds[layer] == LAYER_FULL_ATTENTION)
+        return; /* lines are written before they are read */
     uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
     const struct ops *op = m->backend->ops;
     op->zero(m->backend->queue, state->delta.matrix + (uint64_t)slot * matrix, matrix * sizeof(float));

@@ -1,5 +1,5 @@
-/* The buffers of one step, shared by the files of the forward pass. Each matrix has rows_max rows; a step uses the
- * first n of them. */
+/* The buffers of one step, shared by the files of the forward pass. Each matrix has rows_max rows; a step
+ * uses the first n of them. */
 #ifndef MODEL_STEP_H
 #define MODEL_STEP_H
 #include "base/arena.h"
@@ -12,8 +12,8 @@ struct step {
     void *memory; /* the backend's, holds every matrix below */
     int64_t rows_max, logits_max;
     struct tap tap;
-    struct mat x, h, y; /* [hidden]: residual, its norm, a mixer's or the experts' result */
-    struct mat qg, k, v, att; /* attention: queries with gates, keys, values, attended values */
+    struct mat x, h, y;             /* [hidden]: residual, its norm, a mixer's or the experts' result */
+    struct mat qg, k, v, att;       /* attention: queries with gates, keys, values, attended values */
     struct mat u, conv, z, a, b, o; /* DeltaNet: raw and convolved q k v, gate, decay, beta, output */
     struct mat router, gate, up, shared, shared_gate;
     struct picks picks;
@@ -32,8 +32,10 @@ static inline void step_tap(struct step *s, const char *name, int layer, struct 
 }
 
 /* y = mixer(h), n rows. */
-void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows, const struct kv_cache *kv);
-void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows, const struct delta_state *state);
+void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows,
+                    const struct kv_cache *kv);
+void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows,
+                const struct delta_state *state);
 /* y = routed experts(h) + shared expert(h). */
 void step_moe(struct step *s, const struct layer *l, int64_t n);
 #endif

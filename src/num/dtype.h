@@ -24,7 +24,7 @@ enum dtype {
     DTYPE_COUNT
 };
 
-const char *dtype_name(enum dtype d);                     /* "BF16" */
+const char *dtype_name(enum dtype d);                    /* "BF16" */
 bool dtype_from_name(enum dtype *out, const char *name); /* false: no such type */
-unsigned dtype_bytes(enum dtype d);                       /* per element */
+unsigned dtype_bytes(enum dtype d);                      /* per element */
 #endif

@@ -1,5 +1,5 @@
-/* OCP FP4 E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (bit 3); no infinity, no NaN. One code in the low four
- * bits of a byte. */
+/* OCP FP4 E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (bit 3); no infinity, no NaN. One code in the
+ * low four bits of a byte. */
 #ifndef NUM_E2M1_H
 #define NUM_E2M1_H
 #include "num/bf16.h"
@@ -12,12 +12,13 @@ static inline float e2m1_to_f32(uint8_t code)
     return value[code & 15];
 }
 
-/* Nearest, ties to the even mantissa, saturating at 6; a negative that rounds to zero is code 8; an exact zero of
- * either sign is code 0, as compressed-tensors writes it. x is not NaN. */
+/* Nearest, ties to the even mantissa, saturating at 6; a negative that rounds to zero is code 8; an exact
+ * zero of either sign is code 0, as compressed-tensors writes it. x is not NaN. */
 static inline uint8_t e2m1_from_f32(float x)
 {
     float a = x < 0 ? -x : x;
-    unsigned code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    unsigned code =
+        (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
     return (uint8_t)(code | (x < 0 ? 8 : 0));
 }
 #endif

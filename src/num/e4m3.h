@@ -18,8 +18,8 @@ static inline float e4m3_to_f32(e4m3 x)
     return f32_from_bits(sign | f32_bits((float)rest * 0x1p-9f));
 }
 
-/* Nearest even, saturating at 448 (infinities too); NaN stays NaN. Source: OCP 8-bit floating point specification
- * 1.0, conversion with saturation; what cvt.rn.satfinite.e4m3x2.f32 does. */
+/* Nearest even, saturating at 448 (infinities too); NaN stays NaN. Source: OCP 8-bit floating point
+ * specification 1.0, conversion with saturation; what cvt.rn.satfinite.e4m3x2.f32 does. */
 static inline e4m3 e4m3_from_f32(float x)
 {
     uint32_t u = f32_bits(x), a = u & 0x7fffffffu;

@@ -1,7 +1,6 @@
-/* NVFP4: rows of E2M1 codes in groups of 16 with one E4M3 scale each, and one f32 scale per matrix that divides.
- *     w = e2m1(code) * (e4m3(scale) / global)
- * Code of column 2j sits in the low nibble of byte j, 2j + 1 in the high one.
- * Source: compressed-tensors, format "nvfp4-pack-quantized"; llm-compressor observers. */
+/* NVFP4: rows of E2M1 codes in groups of 16 with one E4M3 scale each, and one f32 scale per matrix that
+ * divides. w = e2m1(code) * (e4m3(scale) / global) Code of column 2j sits in the low nibble of byte j, 2j + 1
+ * in the high one. Source: compressed-tensors, format "nvfp4-pack-quantized"; llm-compressor observers. */
 #ifndef NUM_NVFP4_H
 #define NUM_NVFP4_H
 #include "num/bf16.h"
@@ -10,15 +9,16 @@
 
 enum { NVFP4_GROUP = 16 };
 
-/* The products and quotients below are rounded to BF16 where the reference tool's tensors are BF16, so that a file made
- * here can be compared with one of its byte for byte; exact f32 would be no better (docs/numerics.md). */
+/* The products and quotients below are rounded to BF16 where the reference tool's tensors are BF16, so that a
+ * file made here can be compared with one of its byte for byte; exact f32 would be no better
+ * (docs/numerics.md). */
 
-/* 2688 / absmax, what maps the largest weight to 448 * 6, as bf(2688 * bf(1 / absmax)). absmax >= 0 and finite; 1.0
- * where the quotient overflows (an all-zero matrix). */
+/* 2688 / absmax, what maps the largest weight to 448 * 6, as bf(2688 * bf(1 / absmax)). absmax >= 0 and
+ * finite; 1.0 where the quotient overflows (an all-zero matrix). */
 float nvfp4_global_scale(float absmax);
 
-/* Nearest codes for one row. x: f32 [n] (values of BF16 weights), n % 16 == 0. codes: n/2 bytes. scale: [n/16].
- * Group scale: e4m3(global * bf(m / 6)), m the group's absmax; a zero becomes 0.125 (byte 0x20). */
+/* Nearest codes for one row. x: f32 [n] (values of BF16 weights), n % 16 == 0. codes: n/2 bytes. scale:
+ * [n/16]. Group scale: e4m3(global * bf(m / 6)), m the group's absmax; a zero becomes 0.125 (byte 0x20). */
 void nvfp4_pack_row(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n);
 
 /* Unpacks n weights of one row. codes: n/2 bytes. scale: [n/16]. global > 0, divides. Cannot fail. */

@@ -1,6 +1,7 @@
-/* Every operation of every backend and ISA mask against ref: random shapes with ragged tails, random strides, inputs with
- * zeros, extremes and tiny scales, outputs poisoned beforehand with guards on both sides. A failure prints the mask, the
- * shape and the first bad index; the sequence of trials is fixed by SEED (environment QUENCH_SEED). */
+/* Every operation of every backend and ISA mask against ref: random shapes with ragged tails, random strides,
+ * inputs with zeros, extremes and tiny scales, outputs poisoned beforehand with guards on both sides. A
+ * failure prints the mask, the shape and the first bad index; the sequence of trials is fixed by SEED
+ * (environment QUENCH_SEED). */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -39,7 +40,7 @@ static float random_normal(void)
 
 static struct backend ref, cpu;
 
-/* --- matrices with guards ------------------------------------------------------------------------------------------ */
+/* Matrices with guards. */
 
 enum { GUARD = 32 };
 static const uint32_t POISON = 0x7fc0dead;
@@ -98,8 +99,8 @@ static void drop(struct guarded *g)
 }
 
 /* |got - want| <= relative * |want| + absolute; a NaN fails. */
-static void check_close(const struct guarded *got, const struct guarded *want, double relative, double absolute,
-                        const char *what)
+static void check_close(const struct guarded *got, const struct guarded *want, double relative,
+                        double absolute, const char *what)
 {
     check_guards(got, what);
     for (int64_t r = 0; r < want->m.rows; r++)
@@ -111,7 +112,7 @@ static void check_close(const struct guarded *got, const struct guarded *want, d
         }
 }
 
-/* --- weights ------------------------------------------------------------------------------------------------------- */
+/* Weights. */
 
 struct made {
     struct weight_source src;
@@ -122,15 +123,19 @@ struct made {
 static struct made make_weight(enum weight_format format, int64_t rows, int64_t cols, bool quantize_input)
 {
     static const int bytes[] = { 2, 2, 4, 1, 1 };
-    struct made w = { .src = { .format = format, .rows = rows, .cols = cols, .quantize_input = quantize_input } };
+    struct made w = { .src = {
+                          .format = format, .rows = rows, .cols = cols, .quantize_input = quantize_input } };
     int64_t n = rows * cols;
     uint8_t *data = w.data = malloc((size_t)(n * bytes[format]) + 1);
     for (int64_t i = 0; i < n; i++) {
         float x = random_normal() * 0.1f;
         uint16_t b = bf16_from_f32(x).bits;
-        if (format == WEIGHT_BF16) memcpy(data + 2 * i, &b, 2);
-        else if (format == WEIGHT_F16) memcpy(data + 2 * i, &(uint16_t){ (uint16_t)(random_u32() & 0x8fff) }, 2);
-        else if (format == WEIGHT_F32) memcpy(data + 4 * i, &x, 4);
+        if (format == WEIGHT_BF16)
+            memcpy(data + 2 * i, &b, 2);
+        else if (format == WEIGHT_F16)
+            memcpy(data + 2 * i, &(uint16_t){ (uint16_t)(random_u32() & 0x8fff) }, 2);
+        else if (format == WEIGHT_F32)
+            memcpy(data + 4 * i, &x, 4);
         else {
             data[i] = (uint8_t)random_u32();
             if (format == WEIGHT_FP8 && (data[i] & 0x7f) == 0x7f) data[i] = 0;
@@ -141,7 +146,8 @@ static struct made make_weight(enum weight_format format, int64_t rows, int64_t 
         for (int64_t r = 0; r < rows; r++) scale[r] = bf16_round(0.001f + (float)random_below(100) * 1e-4f);
     } else if (format == WEIGHT_NVFP4) {
         uint8_t *scale = w.scale = malloc((size_t)(n / 16) + 1);
-        for (int64_t i = 0; i < n / 16; i++) scale[i] = (uint8_t)random_below(0x7f); /* subnormal scales included */
+        for (int64_t i = 0; i < n / 16; i++)
+            scale[i] = (uint8_t)random_below(0x7f); /* subnormal scales included */
         w.src.global = 900;
     }
     w.src.data = w.data;
@@ -168,14 +174,16 @@ static void reserve(int64_t rows, int64_t cols, int64_t intermediate, int picks,
     must(cpu.ops->reserve(cpu.queue, &l, &e), &e);
 }
 
-/* --- products ------------------------------------------------------------------------------------------------------ */
+/* Products. */
 
 /* |got - want| <= 8 eps * sum|x * w|, what entered the sum, found by running ref on absolute values. */
-static void check_product(struct made *w, const struct guarded *x, const struct guarded *got, const char *what)
+static void check_product(struct made *w, const struct guarded *x, const struct guarded *got,
+                          const char *what)
 {
     struct guarded want = guarded(x->m.rows, w->src.rows, 0), size = guarded(x->m.rows, w->src.rows, 0);
     struct made a = make_weight(WEIGHT_F32, w->src.rows, w->src.cols, false);
-    struct guarded ax = copy_of(x), one = guarded(w->src.cols, w->src.cols, 0), dense = guarded(w->src.cols, w->src.rows, 0);
+    struct guarded ax = copy_of(x), one = guarded(w->src.cols, w->src.cols, 0),
+                   dense = guarded(w->src.cols, w->src.rows, 0);
     /* |W| through ref itself: W times the identity gives its columns */
     for (int64_t i = 0; i < w->src.cols; i++)
         for (int64_t c = 0; c < w->src.cols; c++) one.m.data[i * w->src.cols + c] = i == c;
@@ -185,8 +193,11 @@ static void check_product(struct made *w, const struct guarded *x, const struct 
     w->ref->quantize_input = quantize;
     float *abs_w = malloc((size_t)(w->src.rows * w->src.cols) * 4);
     for (int64_t r = 0; r < w->src.rows; r++)
-        for (int64_t c = 0; c < w->src.cols; c++) abs_w[r * w->src.cols + c] = fabsf(dense.m.data[c * w->src.rows + r]);
-    struct weight_source src = { .format = WEIGHT_F32, .rows = w->src.rows, .cols = w->src.cols, .data = abs_w };
+        for (int64_t c = 0; c < w->src.cols; c++)
+            abs_w[r * w->src.cols + c] = fabsf(dense.m.data[c * w->src.rows + r]);
+    struct weight_source src = {
+        .format = WEIGHT_F32, .rows = w->src.rows, .cols = w->src.cols, .data = abs_w
+    };
     struct weight *absolute;
     struct err e = { 0 };
     must(ref.ops->weight_create(ref.queue, &absolute, &src, &e), &e);
@@ -201,8 +212,9 @@ static void check_product(struct made *w, const struct guarded *x, const struct 
             double g = got->m.data[r * got->m.stride + c], v = want.m.data[r * want.m.stride + c];
             double bound = 8 * (double)FLT_EPSILON * (double)size.m.data[r * size.m.stride + c];
             if (!(fabs(g - v) <= bound))
-                fail_msg("%s on %s, %d rows, [%d x %d] format %d: (%d, %d) is %.9g, ref %.9g, bound %.3g", what, cpu.name,
-                         (int)x->m.rows, (int)w->src.rows, (int)w->src.cols, (int)w->src.format, (int)r, (int)c, g, v, bound);
+                fail_msg("%s on %s, %d rows, [%d x %d] format %d: (%d, %d) is %.9g, ref %.9g, bound %.3g",
+                         what, cpu.name, (int)x->m.rows, (int)w->src.rows, (int)w->src.cols,
+                         (int)w->src.format, (int)r, (int)c, g, v, bound);
         }
     ref.ops->weight_free(ref.queue, absolute);
     free(abs_w);
@@ -285,10 +297,12 @@ static void experts(void)
     static const enum weight_format formats[] = { WEIGHT_NVFP4, WEIGHT_BF16, WEIGHT_FP8 };
     reserve(64, 256, 80, 4, 8);
     for (int f = 0; f < 3; f++)
-        for (int i = 0; i < 6; i++) experts_case(formats[f], 1 + random_below(40), 16 * (1 + random_below(12)), 16 * (1 + random_below(5)), 8, 1 + (int)random_below(4));
+        for (int i = 0; i < 6; i++)
+            experts_case(formats[f], 1 + random_below(40), 16 * (1 + random_below(12)),
+                         16 * (1 + random_below(5)), 8, 1 + (int)random_below(4));
 }
 
-/* --- rows ---------------------------------------------------------------------------------------------------------- */
+/* Rows. */
 
 static void both(struct guarded *want, struct guarded *got, int64_t rows, int64_t cols)
 {
@@ -298,7 +312,8 @@ static void both(struct guarded *want, struct guarded *got, int64_t rows, int64_
 
 static void row_case(int64_t n, int64_t cols)
 {
-    struct guarded x = filled(n, cols, 2, 3), z = filled(n, cols, 1, 8), gain = filled(1, cols, 0, 1), gate = filled(n, 1, 2, 4);
+    struct guarded x = filled(n, cols, 2, 3), z = filled(n, cols, 1, 8), gain = filled(1, cols, 0, 1),
+                   gate = filled(n, 1, 2, 4);
     struct guarded want, got;
     both(&want, &got, n, cols);
     ref.ops->rmsnorm(ref.queue, want.m, x.m, gain.m.data, 1e-6f);
@@ -308,7 +323,8 @@ static void row_case(int64_t n, int64_t cols)
     cpu.ops->silu_mul(cpu.queue, got.m, z.m, x.m);
     check_close(&got, &want, 1e-6, 1e-30, "silu_mul");
     fill(want.m, 1);
-    for (int64_t r = 0; r < n; r++) memcpy(got.m.data + r * got.m.stride, want.m.data + r * want.m.stride, (size_t)cols * 4);
+    for (int64_t r = 0; r < n; r++)
+        memcpy(got.m.data + r * got.m.stride, want.m.data + r * want.m.stride, (size_t)cols * 4);
     ref.ops->add(ref.queue, want.m, x.m);
     cpu.ops->add(cpu.queue, got.m, x.m);
     check_close(&got, &want, 0, 0, "add");
@@ -371,7 +387,7 @@ static void rows(void)
     embed_case(WEIGHT_F32);
 }
 
-/* --- sequences ----------------------------------------------------------------------------------------------------- */
+/* Sequences. */
 
 struct plan {
     struct row rows[300];
@@ -393,7 +409,8 @@ static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
     }
 }
 
-static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, const int64_t *n, const int64_t *past)
+static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, const int64_t *n,
+                           const int64_t *past)
 {
     static const int bytes[] = { 4, 2, 1 };
     struct plan p;
@@ -401,18 +418,24 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
     size_t size = (size_t)24 * KV_PAGE * (size_t)(n_kv * dim);
     uint8_t *memory[4];
     for (int i = 0; i < 4; i++) memory[i] = malloc(size * 4);
-    struct kv_cache kr = { memory[0], memory[1], dtype, n_kv, dim }, kc = { memory[2], memory[3], dtype, n_kv, dim };
+    struct kv_cache kr = { memory[0], memory[1], dtype, n_kv, dim },
+                    kc = { memory[2], memory[3], dtype, n_kv, dim };
     for (size_t i = 0; i < size; i++) { /* what earlier steps left */
         float x = random_normal();
-        if (dtype == KV_F32) ((float *)memory[0])[i] = x, ((float *)memory[1])[i] = -x;
-        else if (dtype == KV_BF16) ((bf16 *)memory[0])[i] = bf16_from_f32(x), ((bf16 *)memory[1])[i] = bf16_from_f32(-x);
-        else memory[0][i] = e4m3_from_f32(x).bits, memory[1][i] = e4m3_from_f32(-x).bits;
+        if (dtype == KV_F32)
+            ((float *)memory[0])[i] = x, ((float *)memory[1])[i] = -x;
+        else if (dtype == KV_BF16)
+            ((bf16 *)memory[0])[i] = bf16_from_f32(x), ((bf16 *)memory[1])[i] = bf16_from_f32(-x);
+        else
+            memory[0][i] = e4m3_from_f32(x).bits, memory[1][i] = e4m3_from_f32(-x).bits;
     }
     memcpy(memory[2], memory[0], size * (size_t)bytes[dtype]);
     memcpy(memory[3], memory[1], size * (size_t)bytes[dtype]);
     int64_t rows = p.step.n;
-    struct guarded q = filled(rows, (int64_t)n_heads * 2 * dim, 3, 2), k = filled(rows, (int64_t)n_kv * dim, 0, 1);
-    struct guarded v = filled(rows, (int64_t)n_kv * dim, 0, 600), gain = filled(1, dim, 0, 1), qr = copy_of(&q), want, got;
+    struct guarded q = filled(rows, (int64_t)n_heads * 2 * dim, 3, 2),
+                   k = filled(rows, (int64_t)n_kv * dim, 0, 1);
+    struct guarded v = filled(rows, (int64_t)n_kv * dim, 0, 600), gain = filled(1, dim, 0, 1),
+                   qr = copy_of(&q), want, got;
     float inverse[3] = { 1, 0.3f, 0.01f };
     uint8_t axis[3] = { 0, 1, 2 };
     struct rope rope = { dim >= 6 ? 3 : 0, inverse, axis };
@@ -448,22 +471,27 @@ static void delta_case(int key_heads, int group, int dk, int dv, int kernel, con
     cpu.ops->conv(cpu.queue, got.m, u.m, w.m.data, &sc, &s, &p.step);
     check_close(&got, &want, 3e-6, 1e-6, "conv");
     check_close(&cc, &cr, 0, 0, "conv state");
-    struct guarded a = filled(rows, s.value_heads, 1, 2), b = filled(rows, s.value_heads, 1, 2), ac = copy_of(&a), bc = copy_of(&b);
-    struct guarded A = filled(1, s.value_heads, 0, 1), bias = filled(1, s.value_heads, 0, 1), qkv = copy_of(&want);
+    struct guarded a = filled(rows, s.value_heads, 1, 2), b = filled(rows, s.value_heads, 1, 2),
+                   ac = copy_of(&a), bc = copy_of(&b);
+    struct guarded A = filled(1, s.value_heads, 0, 1), bias = filled(1, s.value_heads, 0, 1),
+                   qkv = copy_of(&want);
     struct guarded o, oc;
     both(&o, &oc, rows, (int64_t)s.value_heads * dv);
     ref.ops->delta(ref.queue, o.m, want.m, a.m, b.m, A.m.data, bias.m.data, &sr, &s, &p.step);
     cpu.ops->delta(cpu.queue, oc.m, qkv.m, ac.m, bc.m, A.m.data, bias.m.data, &sc, &s, &p.step);
     check_close(&oc, &o, 2e-5, 1e-5, "delta");
     check_close(&mc, &mr, 2e-5, 1e-5, "delta state");
-    struct guarded *all[] = { &u, &w, &want, &got, &cr, &cc, &mr, &mc, &a, &b, &ac, &bc, &A, &bias, &qkv, &o, &oc };
+    struct guarded *all[] = { &u, &w,  &want, &got, &cr,   &cc,  &mr, &mc, &a,
+                              &b, &ac, &bc,   &A,   &bias, &qkv, &o,  &oc };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);
 }
 
 static void sequences(void)
 {
     static const int64_t n[][3] = { { 1, 1, 1 }, { 3, 1, 40 }, { 32, 33, 2 }, { 65, 2, 130 }, { 1, 64, 63 } };
-    static const int64_t past[][3] = { { 0, 63, 64 }, { 5, 100, 0 }, { 0, 0, 1 }, { 200, 1, 127 }, { 300, 0, 65 } };
+    static const int64_t past[][3] = {
+        { 0, 63, 64 }, { 5, 100, 0 }, { 0, 0, 1 }, { 200, 1, 127 }, { 300, 0, 65 }
+    };
     static const int dims[] = { 16, 64, 128, 256, 20, 3 };
     reserve(300, 2048, 64, 2, 4);
     for (int i = 0; i < 5; i++)
@@ -479,14 +507,16 @@ static void sequences(void)
     }
 }
 
-/* --- the small case computed in double from the recurrence, by an outside program ---------------------------------- */
+/* The small case computed in double from the recurrence, by an outside program. */
 
 static void numbers(float *out, const json_t *v, int *n)
 {
     size_t i;
     json_t *item;
-    if (json_is_number(v)) out[(*n)++] = (float)json_number_value(v);
-    else json_array_foreach(v, i, item) numbers(out, item, n);
+    if (json_is_number(v))
+        out[(*n)++] = (float)json_number_value(v);
+    else
+        json_array_foreach(v, i, item) numbers(out, item, n);
 }
 
 static void gdn_small(void **state)
@@ -497,7 +527,12 @@ static void gdn_small(void **state)
     assert_non_null(root);
     const json_t *g = json_object_get(root, "gdn_small");
     float q[64], k[64], v[64], a[64], b[64], A_log[4], bias[4], want[64], S[24], conv[1] = { 0 };
-    struct { const char *key; float *to; int n; } in[] = { { "q", q, 24 }, { "k", k, 24 }, { "v", v, 36 }, { "a", a, 12 }, { "b", b, 12 }, { "A_log", A_log, 2 }, { "dt_bias", bias, 2 }, { "o", want, 36 } };
+    struct {
+        const char *key;
+        float *to;
+        int n;
+    } in[] = { { "q", q, 24 }, { "k", k, 24 },        { "v", v, 36 },         { "a", a, 12 },
+               { "b", b, 12 }, { "A_log", A_log, 2 }, { "dt_bias", bias, 2 }, { "o", want, 36 } };
     for (size_t i = 0; i < sizeof in / sizeof *in; i++) {
         int n = 0;
         numbers(in[i].to, json_object_get(g, in[i].key), &n);
@@ -517,9 +552,12 @@ static void gdn_small(void **state)
         struct delta_shape s = { 1, 2, 4, 3, 1 };
         struct span span = { 0, 6, 0, NULL, 0 };
         struct step_rows rows_of = { NULL, 6, &span, 1 };
-        all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2), mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ S, conv }, &s, &rows_of);
+        all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2),
+                           mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ S, conv }, &s, &rows_of);
         for (int i = 0; i < 36; i++)
-            if (!(fabsf(o[i] - want[i]) <= 2e-6f * (1 + fabsf(want[i])))) fail_msg("gdn_small on %s: o[%d] is %g, expected %g", all[x]->name, i, (double)o[i], (double)want[i]);
+            if (!(fabsf(o[i] - want[i]) <= 2e-6f * (1 + fabsf(want[i]))))
+                fail_msg("gdn_small on %s: o[%d] is %g, expected %g", all[x]->name, i, (double)o[i],
+                         (double)want[i]);
     }
     json_decref(root);
 }
@@ -534,7 +572,11 @@ static void every_mask(void **state)
         for (int threads = 1; threads <= 3; threads += 2) {
             struct err e = { 0 };
             backend_destroy(&cpu);
-            must(backend_create(&cpu, &(struct backend_options){ .device = DEVICE_CPU, .threads = threads, .isa = masks[m] }, &e), &e);
+            must(backend_create(
+                     &cpu,
+                     &(struct backend_options){ .device = DEVICE_CPU, .threads = threads, .isa = masks[m] },
+                     &e),
+                 &e);
             if (!strstr(cpu.name, names[m])) {
                 if (threads == 1) printf("SKIP: mask %s: this machine has only %s\n", names[m], cpu.name);
                 continue;

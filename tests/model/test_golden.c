@@ -1,6 +1,6 @@
-/* The forward pass against Hugging Face transformers in float32 (tests/golden/README.md): hidden states after every
- * layer, logits, per-token losses, a greedy continuation; and the property that any split of a prompt into steps gives
- * the same argmax at every position. */
+/* The forward pass against Hugging Face transformers in float32 (tests/golden/README.md): hidden states after
+ * every layer, logits, per-token losses, a greedy continuation; and the property that any split of a prompt
+ * into steps gives the same argmax at every position. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -63,14 +63,21 @@ struct hidden_check {
 static void check_hidden(void *ctx, const char *name, int layer, struct mat x)
 {
     struct hidden_check *h = ctx;
-    int at; /* hidden_80[0] is the embedding, [i] the output of layer i - 1, the last one after the final norm */
-    if (strcmp(name, "embed") == 0) at = 0;
-    else if (strcmp(name, "layer") == 0 && layer + 1 < h->n_layers) at = layer + 1;
-    else if (strcmp(name, "final") == 0) at = h->n_layers;
-    else return;
+    int at; /* hidden_80[0] is the embedding, [i] the output of layer i - 1, the last one after the final norm
+             */
+    if (strcmp(name, "embed") == 0)
+        at = 0;
+    else if (strcmp(name, "layer") == 0 && layer + 1 < h->n_layers)
+        at = layer + 1;
+    else if (strcmp(name, "final") == 0)
+        at = h->n_layers;
+    else
+        return;
     for (int64_t i = 0; i < x.rows && h->first + i < h->g->n_hidden; i++) {
-        double error = row_error(x.data + i * x.stride, h->g->hidden + (at * h->g->n_hidden + h->first + i) * x.cols, x.cols);
-        if (!(error <= 1e-3)) fail_msg("hidden state %d of token %d: relative error %g", at, (int)(h->first + i), error);
+        double error = row_error(x.data + i * x.stride,
+                                 h->g->hidden + (at * h->g->n_hidden + h->first + i) * x.cols, x.cols);
+        if (!(error <= 1e-3))
+            fail_msg("hidden state %d of token %d: relative error %g", at, (int)(h->first + i), error);
         h->worst = fmax(h->worst, error);
         h->seen++;
     }
@@ -125,7 +132,8 @@ static void check_logits(void *ctx, int64_t position, const float *logits)
         if (c->g->logits_at[i] == position)
             c->worst_logits = fmax(c->worst_logits, row_error(logits, c->g->logits + i * c->vocab, c->vocab));
     if (position + 1 < c->g->n_ids)
-        c->worst_loss = fmax(c->worst_loss, fabs(loss(logits, c->vocab, c->g->ids[position + 1]) - c->g->nll[position]));
+        c->worst_loss =
+            fmax(c->worst_loss, fabs(loss(logits, c->vocab, c->g->ids[position + 1]) - c->g->nll[position]));
     if (argmax(logits, c->vocab) != c->g->argmax[position]) c->argmax_differs++;
 }
 
@@ -146,7 +154,8 @@ static void check_model(const char *model, const char *golden, const struct back
     struct layer_state *states = calloc((size_t)n_layers, sizeof *states);
     struct row rows[80];
     int32_t pages[] = { 1, 0 };
-    for (int i = 0; i < n_layers; i++) must(layer_state_create(&states[i], &l.model, i, KV_F32, 2, 1, &e), &e);
+    for (int i = 0; i < n_layers; i++)
+        must(layer_state_create(&states[i], &l.model, i, KV_F32, 2, 1, &e), &e);
     must(step_create(&step, &l.model, 80, 0, 128, &e), &e);
     struct hidden_check h = { .g = &g, .n_layers = n_layers };
     step_set_tap(step, (struct tap){ &h, check_hidden });
@@ -160,7 +169,8 @@ static void check_model(const char *model, const char *golden, const struct back
 
     struct logits_check c = { .g = &g, .vocab = l.model.config->vocab_size };
     run_split(engine, g.ids, g.n_ids, (int[]){ 512 }, 1, check_logits, &c);
-    printf("note: %s on %s: worst relative error hidden %.1e, logits %.1e; worst loss error %.1e; %d argmax differ\n",
+    printf("note: %s on %s: worst relative error hidden %.1e, logits %.1e; worst loss error %.1e; %d argmax "
+           "differ\n",
            model, l.backend.name, h.worst, c.worst_logits, c.worst_loss, (int)c.argmax_differs);
     assert_true(c.worst_logits <= 1e-3);
     assert_true(c.worst_loss <= 1e-3);
@@ -193,7 +203,8 @@ static void demo_on_cpu(void **state)
 static void demo_on_ref(void **state)
 {
     (void)state;
-    check_model("models/demo", "tests/golden/demo/golden_text.safetensors", &(struct backend_options){ .device = DEVICE_REF });
+    check_model("models/demo", "tests/golden/demo/golden_text.safetensors",
+                &(struct backend_options){ .device = DEVICE_REF });
 }
 
 static void study_on_cpu(void **state)
@@ -227,7 +238,9 @@ static void keep_argmax(void *ctx, int64_t position, const float *logits)
 static void any_split_gives_the_same_argmax(void **state)
 {
     (void)state;
-    static const int splits[][4] = { { 1, 1, 1, 1 }, { 7, 1, 33, 2 }, { 64, 63, 65, 1 }, { 32, 31, 3, 129 }, { 300, 5, 200, 64 } };
+    static const int splits[][4] = {
+        { 1, 1, 1, 1 }, { 7, 1, 33, 2 }, { 64, 63, 65, 1 }, { 32, 31, 3, 129 }, { 300, 5, 200, 64 }
+    };
     struct loaded l;
     struct golden g = { 0 };
     struct err e = { 0 };
@@ -279,12 +292,14 @@ static void batched_rows_have_the_bits_of_lone_ones(void **state)
                 runs[s] = (struct engine_run){ handles[s], rows[s], n };
                 if (together) continue;
                 must(engine_step(engine, &runs[s], 1, &hidden, &e), &e);
-                memcpy(alone + ((s * STEPS + t) * 5) * hidden_size, hidden.data, sizeof(float) * (size_t)(n * hidden_size));
+                memcpy(alone + ((s * STEPS + t) * 5) * hidden_size, hidden.data,
+                       sizeof(float) * (size_t)(n * hidden_size));
             }
             if (!together) continue;
             must(engine_step(engine, runs, N, &hidden, &e), &e);
             for (int s = 0; s < N; s++, row += runs[s - 1].n)
-                assert_memory_equal(hidden.data + row * hidden_size, alone + ((s * STEPS + t) * 5) * hidden_size,
+                assert_memory_equal(hidden.data + row * hidden_size,
+                                    alone + ((s * STEPS + t) * 5) * hidden_size,
                                     sizeof(float) * (size_t)(runs[s].n * hidden_size));
         }
         for (int s = 0; s < N; s++) engine_close(engine, handles[s]);

@@ -1,5 +1,4 @@
 /* The kernels for AVX2 + FMA. */
-#include "backend/cpu/kernels_dense.h"
 #include "backend/cpu/kernels_sequence.h"
 
 const struct cpu_kernels cpu_kernels_avx2 = {

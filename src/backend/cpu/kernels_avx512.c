@@ -1,5 +1,4 @@
 /* The kernels for AVX-512 F, BW, DQ, VL. */
-#include "backend/cpu/kernels_dense.h"
 #include "backend/cpu/kernels_sequence.h"
 
 const struct cpu_kernels cpu_kernels_avx512 = {

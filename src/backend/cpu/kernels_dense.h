@@ -1,4 +1,7 @@
-/* Kernels of one ISA, first part: decoding panels, the product, row-wise operations. Included by kernels_*.c only. */
+/* Kernels of one ISA, first part: decoding panels, the product, row-wise operations. Included by kernels_*.c
+ * only. */
+#ifndef BACKEND_CPU_KERNELS_DENSE_H
+#define BACKEND_CPU_KERNELS_DENSE_H
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/simd.h"
 #include "num/e4m3.h"
@@ -21,7 +24,7 @@ INLINE void vstore_part(float *p, vec v, int64_t n)
     memcpy(p, x, (size_t)n * sizeof *x);
 }
 
-/* --- panels ------------------------------------------------------------------------------------------------------- */
+/* Panels. */
 
 static void decode_bf16(float *out, const uint16_t *in, int64_t n)
 {
@@ -67,7 +70,7 @@ static void decode(float *out, const struct cpu_weight *w, int64_t panel, int64_
         memcpy(out, (const float *)w->data + at * PANEL, (size_t)n * PANEL * sizeof *out);
 }
 
-/* --- the product -------------------------------------------------------------------------------------------------- */
+/* The product. */
 
 INLINE void product_rows(float *y, const float *x, const float *w, int64_t cols, const int rows)
 {
@@ -105,7 +108,7 @@ static void product(float *y, const float *x, const float *w, int64_t cols, int 
     }
 }
 
-/* --- rows --------------------------------------------------------------------------------------------------------- */
+/* Rows. */
 
 static float sum_of_squares(const float *x, int64_t n)
 {
@@ -133,7 +136,8 @@ static void gated_norm(float *y, const float *x, const float *z, const float *ga
     int64_t i = 0, k = n % VL;
     for (; i + VL <= n; i += VL) vstore(y + i, vload(x + i) * r * vload(gain + i) * vsilu(vload(z + i)));
     if (k > 0)
-        vstore_part(y + i, vload_part(x + i, k) * r * vload_part(gain + i, k) * vsilu(vload_part(z + i, k)), k);
+        vstore_part(y + i, vload_part(x + i, k) * r * vload_part(gain + i, k) * vsilu(vload_part(z + i, k)),
+                    k);
 }
 
 static void silu_mul(float *y, const float *gate, const float *up, int64_t n)
@@ -170,7 +174,7 @@ static void conv_row(float *y, const float *const *rows, const float *w, int ker
     vstore_part(y + i, vsilu(sum), k);
 }
 
-/* --- log-probabilities --------------------------------------------------------------------------------------------- */
+/* Log-probabilities. */
 
 static void log_softmax(float *x, int64_t n)
 {
@@ -200,3 +204,4 @@ static double divergence(const float *p, const float *q, int64_t n)
     }
     return total;
 }
+#endif

@@ -1,5 +1,4 @@
 /* The kernels for any machine: the compiler's baseline vectors. */
-#include "backend/cpu/kernels_dense.h"
 #include "backend/cpu/kernels_sequence.h"
 
 const struct cpu_kernels cpu_kernels_generic = {

@@ -1,6 +1,9 @@
 /* Kernels of one ISA, second part: attention and the gated delta rule. Included by kernels_*.c only. */
+#ifndef BACKEND_CPU_KERNELS_SEQUENCE_H
+#define BACKEND_CPU_KERNELS_SEQUENCE_H
+#include "backend/cpu/kernels_dense.h"
 
-/* --- attention ---------------------------------------------------------------------------------------------------- */
+/* Attention. */
 
 INLINE vec kv_vec(const void *base, const enum kv_dtype dtype, int64_t at)
 {
@@ -31,13 +34,14 @@ INLINE float kv_dot(const float *query, const void *keys, const enum kv_dtype dt
 }
 
 /* scores[t] = e^(q.k_t / sqrt(dim) - top); returns their sum. */
-INLINE float kv_softmax(float *scores, const float *query, const struct kv_cache *kv, const enum kv_dtype dtype,
-                        const int32_t *pages, int head, int64_t n_tokens)
+INLINE float kv_softmax(float *scores, const float *query, const struct kv_cache *kv,
+                        const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens)
 {
     int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim;
     float scale = 1 / sqrtf((float)kv->head_dim), top = -INFINITY;
     for (int64_t t = 0; t < n_tokens; t++) {
-        int64_t at = (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + (int64_t)head * kv->head_dim;
+        int64_t at =
+            (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + (int64_t)head * kv->head_dim;
         scores[t] = kv_dot(query, kv->keys, dtype, at, kv->head_dim) * scale;
         top = scores[t] > top ? scores[t] : top;
     }
@@ -75,32 +79,38 @@ INLINE void kv_mix(float *y, const float *scores, const float *gate, const struc
 }
 
 INLINE void attend_dtype(float *y, const float *query, const float *gate, const struct kv_cache *kv,
-                         const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens, float *scores)
+                         const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens,
+                         float *scores)
 {
     int dim = kv->head_dim, d = 0;
     int64_t line = (int64_t)kv->n_kv_heads * dim, column = (int64_t)head * dim;
     float r = 1 / kv_softmax(scores, query, kv, dtype, pages, head, n_tokens);
     for (; d + 8 * VL <= dim; d += 8 * VL)
         kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 8);
-    for (; d + VL <= dim; d += VL) kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 1);
+    for (; d + VL <= dim; d += VL)
+        kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 1);
     for (; d < dim; d++) {
         float sum = 0;
         for (int64_t t = 0; t < n_tokens; t++)
-            sum += scores[t] * kv_one(kv->values, dtype,
-                                      (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column + d);
+            sum +=
+                scores[t] * kv_one(kv->values, dtype,
+                                   (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column + d);
         y[d] = sum * r * vsigmoid(vset(gate[d]))[0];
     }
 }
 
-static void attend(float *y, const float *query, const float *gate, const struct kv_cache *kv, const int32_t *pages,
-                   int head, int64_t n_tokens, float *scores)
+static void attend(float *y, const float *query, const float *gate, const struct kv_cache *kv,
+                   const int32_t *pages, int head, int64_t n_tokens, float *scores)
 {
-    if (kv->dtype == KV_F32) attend_dtype(y, query, gate, kv, KV_F32, pages, head, n_tokens, scores);
-    else if (kv->dtype == KV_BF16) attend_dtype(y, query, gate, kv, KV_BF16, pages, head, n_tokens, scores);
-    else attend_dtype(y, query, gate, kv, KV_FP8, pages, head, n_tokens, scores);
+    if (kv->dtype == KV_F32)
+        attend_dtype(y, query, gate, kv, KV_F32, pages, head, n_tokens, scores);
+    else if (kv->dtype == KV_BF16)
+        attend_dtype(y, query, gate, kv, KV_BF16, pages, head, n_tokens, scores);
+    else
+        attend_dtype(y, query, gate, kv, KV_FP8, pages, head, n_tokens, scores);
 }
 
-/* --- the delta rule ----------------------------------------------------------------------------------------------- */
+/* The delta rule. */
 
 static float dot(const float *a, const float *b, int64_t n)
 {
@@ -112,8 +122,9 @@ static float dot(const float *a, const float *b, int64_t n)
     return s;
 }
 
-/* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first cache. S is
- * read once a token: with p = S^T k and w = S^T q of the old state, d = beta (v - e^g p) and o = e^g w + (k.q) d. */
+/* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first
+ * cache. S is read once a token: with p = S^T k and w = S^T q of the old state, d = beta (v - e^g p) and o =
+ * e^g w + (k.q) d. */
 INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int column, const int n)
 {
     for (int64_t t = 0; t < n_tokens; t++) {
@@ -173,8 +184,8 @@ static void delta(const struct delta_head *h, int64_t n_tokens)
 }
 
 /* C[i][j] += sum_k A(i, k) B[k][j], A(i, k) at a[i * a_row + k * a_col]; i < m, j < n, any sizes. */
-INLINE void tile_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
-                      int64_t depth, int64_t n, const int rows)
+INLINE void tile_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b,
+                      int64_t ldb, int64_t depth, int64_t n, const int rows)
 {
     int64_t j = 0;
     for (; j + 2 * VL <= n; j += 2 * VL) {
@@ -202,16 +213,17 @@ INLINE void tile_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int6
             for (int64_t k = 0; k < depth; k++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * ldb + j];
 }
 
-static void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
-                 int64_t depth, int64_t m, int64_t n)
+static void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b,
+                 int64_t ldb, int64_t depth, int64_t m, int64_t n)
 {
     int64_t i = 0;
     for (; i + 4 <= m; i += 4) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 4);
     for (; i < m; i++) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 1);
 }
 
-/* With c_i the running sum of log decays, M_ij = (x_i . k_j) e^(c_i - c_j) for j <= i (j < i when strict), times
- * row_scale[i] if given; zero elsewhere. The exponent is only formed where it is <= 0: above the diagonal it overflows. */
+/* With c_i the running sum of log decays, M_ij = (x_i . k_j) e^(c_i - c_j) for j <= i (j < i when strict),
+ * times row_scale[i] if given; zero elsewhere. The exponent is only formed where it is <= 0: above the
+ * diagonal it overflows. */
 static void masked_products(float *M, const float *x, int64_t stride, const float *kT, const float *c,
                             const float *row_scale, int64_t gate_stride, int64_t n, int dk, bool strict)
 {
@@ -240,7 +252,8 @@ static void chunk_updates(float *N, const float *A, const struct delta_head *h, 
 }
 
 /* O = diag(e^c) Q S + P N with P the masked products of q and k. */
-static void chunk_outputs(const struct delta_head *h, const float *P, const float *N, const float *c, int64_t n)
+static void chunk_outputs(const struct delta_head *h, const float *P, const float *N, const float *c,
+                          int64_t n)
 {
     for (int64_t i = 0; i < n; i++) memset(h->o + i * h->o_stride, 0, (size_t)h->dv * sizeof *h->o);
     tile(h->o, h->o_stride, h->q, h->stride, 1, h->S, h->dv, h->dk, n, h->dv);
@@ -275,3 +288,4 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
+#endif

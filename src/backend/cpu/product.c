@@ -1,6 +1,7 @@
-/* Matrix products and the mixture of experts on the CPU. A product packs its inputs into blocks of rows, then works
- * through the weight panel by panel: 256 columns of a panel are decoded to f32 into the first cache and meet every
- * block of rows there. Each output is one running sum over the columns in order, whatever the number of rows. */
+/* Matrix products and the mixture of experts on the CPU. A product packs its inputs into blocks of rows, then
+ * works through the weight panel by panel: 256 columns of a panel are decoded to f32 into the first cache and
+ * meet every block of rows there. Each output is one running sum over the columns in order, whatever the
+ * number of rows. */
 #include "backend/cpu/parts.h"
 #include "num/fp8.h"
 #include <math.h>
@@ -22,7 +23,8 @@ void cpu_panel_product(struct queue *q, struct cpu_thread *t, float *sums, const
     if (w->head.format != WEIGHT_FP8) return;
     const float *scale = w->scale + panel * PANEL;
     for (int64_t r = 0; r < in->rows; r++)
-        for (int i = 0; i < PANEL; i++) sums[r * PANEL + i] *= scale[i] * (in->row_scale ? in->row_scale[r] : 1);
+        for (int i = 0; i < PANEL; i++)
+            sums[r * PANEL + i] *= scale[i] * (in->row_scale ? in->row_scale[r] : 1);
 }
 
 void cpu_pack_block(float *packed, float *row_scale, float *quantized, const float *x, int64_t stride,
@@ -38,7 +40,7 @@ void cpu_pack_block(float *packed, float *row_scale, float *quantized, const flo
     }
 }
 
-/* --- one matrix --------------------------------------------------------------------------------------------------- */
+/* One matrix. */
 
 struct matmul {
     struct queue *q;
@@ -52,11 +54,13 @@ static void pack_rows(void *ctx, int64_t item, int thread)
 {
     struct matmul *m = ctx;
     struct queue *q = m->q;
-    int64_t r = item * q->k->block_rows, end = r + q->k->block_rows < m->x.rows ? r + q->k->block_rows : m->x.rows;
+    int64_t r = item * q->k->block_rows,
+            end = r + q->k->block_rows < m->x.rows ? r + q->k->block_rows : m->x.rows;
     while (r < end) {
         int rows = block_rows(q->k, m->x.rows - r);
         cpu_pack_block(q->packed + r * m->x.cols, q->row_scale + r, q->threads[thread].quantized,
-                       m->x.data + r * m->x.stride, m->x.stride, NULL, rows, m->x.cols, m->w->head.quantize_input);
+                       m->x.data + r * m->x.stride, m->x.stride, NULL, rows, m->x.cols,
+                       m->w->head.quantize_input);
         r += rows;
     }
 }
@@ -77,14 +81,16 @@ static void multiply(void *ctx, int64_t item, int thread)
 void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *weight)
 {
     const struct cpu_weight *w = (const struct cpu_weight *)weight;
-    struct matmul m = { q, y, x, w, { q->packed, weight->quantize_input ? q->row_scale : NULL, x.rows, x.cols }, 1 };
+    struct matmul m = {
+        q, y, x, w, { q->packed, weight->quantize_input ? q->row_scale : NULL, x.rows, x.cols }, 1
+    };
     if (x.rows == 0) return;
     while (m.panels_per_item < 16 && m.panels_per_item * x.rows * x.cols < 4096) m.panels_per_item *= 2;
     pool_run(q->pool, (x.rows + q->k->block_rows - 1) / q->k->block_rows, pack_rows, &m);
     pool_run(q->pool, (w->panels + m.panels_per_item - 1) / m.panels_per_item, multiply, &m);
 }
 
-/* --- experts ------------------------------------------------------------------------------------------------------ */
+/* Experts. */
 
 struct moe {
     struct queue *q;
@@ -123,8 +129,8 @@ static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, in
         int rows = block_rows(q->k, end - r);
         int64_t index[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) index[i] = by_row ? q->order[r + i] / m->picks->k : r + i;
-        cpu_pack_block(q->packed + r * cols, q->row_scale + r, q->threads[thread].quantized, x, stride, index, rows,
-                       cols, quantize);
+        cpu_pack_block(q->packed + r * cols, q->row_scale + r, q->threads[thread].quantized, x, stride, index,
+                       rows, cols, quantize);
         r += rows;
     }
 }
@@ -182,7 +188,8 @@ static void down(void *ctx, int64_t item, int thread)
     struct packed in = packed_of(q, e, w);
     cpu_panel_product(q, t, t->sums, &in, (const struct cpu_weight *)w, panel);
     for (int64_t r = 0; r < in.rows; r++)
-        memcpy(q->outputs + q->order[q->begin[e] + r] * w->rows + first, t->sums + r * PANEL, (size_t)n * sizeof(float));
+        memcpy(q->outputs + q->order[q->begin[e] + r] * w->rows + first, t->sums + r * PANEL,
+               (size_t)n * sizeof(float));
 }
 
 static void combine(void *ctx, int64_t row, int thread)
@@ -195,7 +202,8 @@ static void combine(void *ctx, int64_t row, int thread)
         m->q->k->scale_add(y, m->q->outputs + i * m->y.cols, m->picks->weight[i], m->y.cols);
 }
 
-void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks, const struct experts *experts)
+void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
+                 const struct experts *experts)
 {
     if (x.rows == 0) return;
     struct moe m = { q, y, x, picks, experts, group_picks(q, picks, x.rows, experts->n_experts), 0 };

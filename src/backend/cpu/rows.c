@@ -5,7 +5,8 @@
 #include <string.h>
 
 /* Few items are cheaper on the calling thread than a wake-up. */
-static void run_rows(struct queue *q, int64_t n, int64_t floats_each, void (*body)(void *, int64_t, int), void *ctx)
+static void run_rows(struct queue *q, int64_t n, int64_t floats_each, void (*body)(void *, int64_t, int),
+                     void *ctx)
 {
     if (n * floats_each > 16384) {
         pool_run(q->pool, n, body, ctx);
@@ -19,7 +20,8 @@ static void table_row(float *out, const struct cpu_weight *w, int64_t row)
     int64_t n = w->head.cols;
     uint16_t half;
     const uint8_t *in = (const uint8_t *)w->table + row * n * (w->head.format == WEIGHT_F32 ? 4 : 2);
-    if (w->head.format == WEIGHT_F32) memcpy(out, in, (size_t)n * 4);
+    if (w->head.format == WEIGHT_F32)
+        memcpy(out, in, (size_t)n * 4);
     else
         for (int64_t c = 0; c < n; c++) {
             memcpy(&half, in + 2 * c, 2);
@@ -32,8 +34,10 @@ void cpu_embed(struct queue *q, struct mat y, const struct weight *table, const 
     (void)q;
     for (int64_t i = 0; i < rows->n; i++) {
         float *out = y.data + i * y.stride;
-        if (rows->rows[i].embedding) memcpy(out, rows->rows[i].embedding, (size_t)y.cols * sizeof *out);
-        else table_row(out, (const struct cpu_weight *)table, rows->rows[i].token);
+        if (rows->rows[i].embedding)
+            memcpy(out, rows->rows[i].embedding, (size_t)y.cols * sizeof *out);
+        else
+            table_row(out, (const struct cpu_weight *)table, rows->rows[i].token);
     }
 }
 
@@ -116,7 +120,8 @@ static void gated_norm_row(void *ctx, int64_t i, int thread)
                             j->z.data + i * j->z.stride + head, j->gain, j->dim, j->eps);
 }
 
-void cpu_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim, float eps)
+void cpu_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
+                    float eps)
 {
     struct rows_job j = { .q = q, .y = y, .x = x, .z = z, .gain = gain, .dim = dim, .eps = eps };
     run_rows(q, x.rows, 4 * x.cols, gated_norm_row, &j);
@@ -152,8 +157,8 @@ static void norm_rope_row(void *ctx, int64_t i, int thread)
     }
 }
 
-void cpu_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                   float eps, const struct rope *rope, const struct step_rows *rows)
+void cpu_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                   const float *gain, float eps, const struct rope *rope, const struct step_rows *rows)
 {
     struct rope_job j = { q, x, n_heads, head_stride, head_dim, gain, eps, rope, rows->rows };
     run_rows(q, x.rows, 4 * (int64_t)n_heads * head_dim, norm_rope_row, &j);
@@ -212,7 +217,8 @@ static void divergence_row(void *ctx, int64_t i, int thread)
 {
     struct divergence_job *j = ctx;
     (void)thread;
-    j->out[i] = j->q->k->divergence(j->p.data + i * j->p.stride, j->other.data + i * j->other.stride, j->p.cols);
+    j->out[i] =
+        j->q->k->divergence(j->p.data + i * j->p.stride, j->other.data + i * j->other.stride, j->p.cols);
 }
 
 void cpu_divergence(struct queue *q, double *out, struct mat p, struct mat other)

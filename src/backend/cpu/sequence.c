@@ -4,11 +4,12 @@
 #include <math.h>
 #include <string.h>
 
-/* --- KV cache and attention --------------------------------------------------------------------------------------- */
+/* Kv cache and attention. */
 
 static void kv_store(void *to, enum kv_dtype dtype, int64_t at, const float *x, int64_t n)
 {
-    if (dtype == KV_F32) memcpy((float *)to + at, x, (size_t)n * sizeof *x);
+    if (dtype == KV_F32)
+        memcpy((float *)to + at, x, (size_t)n * sizeof *x);
     else if (dtype == KV_BF16)
         for (int64_t i = 0; i < n; i++) ((bf16 *)to)[at + i] = bf16_from_f32(x[i]);
     else
@@ -36,8 +37,10 @@ static const struct span *span_of(const struct step_rows *rows, int64_t row)
     int64_t low = 0, high = rows->n_spans - 1;
     while (low < high) {
         int64_t mid = (low + high + 1) / 2;
-        if (rows->spans[mid].first <= row) low = mid;
-        else high = mid - 1;
+        if (rows->spans[mid].first <= row)
+            low = mid;
+        else
+            high = mid - 1;
     }
     return &rows->spans[low];
 }
@@ -50,17 +53,20 @@ struct attention_job {
     const struct step_rows *rows;
 };
 
-/* Item = one row and one kv head: the query heads that share its keys. Late rows first, they are the longest. */
+/* Item = one row and one kv head: the query heads that share its keys. Late rows first, they are the longest.
+ */
 static void attend_item(void *ctx, int64_t item, int thread)
 {
     struct attention_job *j = ctx;
-    int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, dim = j->kv->head_dim, kv_head = (int)(item % n_kv);
+    int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, dim = j->kv->head_dim,
+        kv_head = (int)(item % n_kv);
     int64_t row = j->rows->n - 1 - item / n_kv;
     const struct span *span = span_of(j->rows, row);
     for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
         const float *query = j->qg.data + row * j->qg.stride + (int64_t)h * 2 * dim;
-        j->q->k->attend(j->y.data + row * j->y.stride + (int64_t)h * dim, query, query + dim, j->kv, span->pages,
-                        kv_head, span->past + row - span->first + 1, j->q->threads[thread].scores);
+        j->q->k->attend(j->y.data + row * j->y.stride + (int64_t)h * dim, query, query + dim, j->kv,
+                        span->pages, kv_head, span->past + row - span->first + 1,
+                        j->q->threads[thread].scores);
     }
 }
 
@@ -71,7 +77,7 @@ void cpu_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, co
     pool_run(q->pool, rows->n * kv->n_kv_heads, attend_item, &j);
 }
 
-/* --- convolution -------------------------------------------------------------------------------------------------- */
+/* Convolution. */
 
 enum { KERNEL_MAX = 32 };
 
@@ -96,8 +102,10 @@ static void conv_row(void *ctx, int64_t row, int thread)
     const struct span *span = span_of(j->rows, row);
     const float *past = conv_state(j, span), *taps[KERNEL_MAX];
     for (int t = 0; t < j->kernel; t++) {
-        int64_t at = row - span->first - (j->kernel - 1) + t; /* row of the span; negative: before this step */
-        taps[t] = at >= 0 ? j->u.data + (span->first + at) * j->u.stride : past + (j->kernel - 1 + at) * j->u.cols;
+        int64_t at =
+            row - span->first - (j->kernel - 1) + t; /* row of the span; negative: before this step */
+        taps[t] =
+            at >= 0 ? j->u.data + (span->first + at) * j->u.stride : past + (j->kernel - 1 + at) * j->u.cols;
     }
     j->q->k->conv_row(j->y.data + row * j->y.stride, taps, j->weight, j->kernel, j->u.cols);
 }
@@ -113,15 +121,15 @@ static void conv_keep(const struct conv_job *j, const struct span *span)
                (size_t)n * sizeof *past);
 }
 
-void cpu_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
-              const struct delta_shape *shape, const struct step_rows *rows)
+void cpu_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+              const struct delta_state *state, const struct delta_shape *shape, const struct step_rows *rows)
 {
     struct conv_job j = { q, y, u, weight, state, shape->kernel, rows };
     pool_run(q->pool, rows->n, conv_row, &j);
     for (int64_t s = 0; s < rows->n_spans; s++) conv_keep(&j, &rows->spans[s]);
 }
 
-/* --- the delta rule ----------------------------------------------------------------------------------------------- */
+/* The delta rule. */
 
 struct delta_job {
     struct queue *q;
@@ -138,9 +146,11 @@ static void delta_prepare(void *ctx, int64_t row, int thread)
     struct delta_job *j = ctx;
     (void)thread;
     const struct delta_shape *s = j->shape;
-    float *x = j->qkv.data + row * j->qkv.stride, *a = j->a.data + row * j->a.stride, *b = j->b.data + row * j->b.stride;
+    float *x = j->qkv.data + row * j->qkv.stride, *a = j->a.data + row * j->a.stride,
+          *b = j->b.data + row * j->b.stride;
     for (int h = 0; h < 2 * s->key_heads; h++)
-        j->q->k->l2norm(x + (int64_t)h * s->key_dim, s->key_dim, h < s->key_heads ? 1 / sqrtf((float)s->key_dim) : 1);
+        j->q->k->l2norm(x + (int64_t)h * s->key_dim, s->key_dim,
+                        h < s->key_heads ? 1 / sqrtf((float)s->key_dim) : 1);
     for (int h = 0; h < s->value_heads; h++) {
         float x_h = a[h] + j->dt_bias[h];
         a[h] = -expf(j->A_log[h]) * (x_h > 20 ? x_h : log1pf(expf(x_h)));
@@ -151,7 +161,8 @@ static void delta_prepare(void *ctx, int64_t row, int thread)
 static struct delta_head delta_head(const struct delta_job *j, const struct span *span, int h)
 {
     const struct delta_shape *s = j->shape;
-    int64_t key = (int64_t)(h / (s->value_heads / s->key_heads)) * s->key_dim, keys = (int64_t)s->key_heads * s->key_dim;
+    int64_t key = (int64_t)(h / (s->value_heads / s->key_heads)) * s->key_dim,
+            keys = (int64_t)s->key_heads * s->key_dim;
     const float *x = j->qkv.data + span->first * j->qkv.stride;
     return (struct delta_head){
         .o = j->o.data + span->first * j->o.stride + (int64_t)h * s->value_dim,
@@ -179,7 +190,8 @@ static void delta_item(void *ctx, int64_t item, int thread)
         return;
     }
     for (int64_t t = 0; t < span->n; t += DELTA_CHUNK) {
-        j->q->k->delta_chunk(&h, span->n - t < DELTA_CHUNK ? span->n - t : DELTA_CHUNK, j->q->threads[thread].work);
+        j->q->k->delta_chunk(&h, span->n - t < DELTA_CHUNK ? span->n - t : DELTA_CHUNK,
+                             j->q->threads[thread].work);
         h.o += DELTA_CHUNK * h.o_stride;
         h.q += DELTA_CHUNK * h.stride;
         h.k += DELTA_CHUNK * h.stride;

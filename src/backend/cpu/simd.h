@@ -1,6 +1,6 @@
-/* Vectors of VL floats in GCC's and clang's own notation, so that one kernel source serves every ISA: the file that
- * includes this is compiled once per ISA (kernels_generic.c, kernels_avx2.c, kernels_avx512.c). Products that feed a sum
- * become fused where the ISA has them (-ffp-contract=fast on those files only). */
+/* Vectors of VL floats in GCC's and clang's own notation, so that one kernel source serves every ISA: the
+ * file that includes this is compiled once per ISA (kernels_generic.c, kernels_avx2.c, kernels_avx512.c).
+ * Products that feed a sum become fused where the ISA has them (-ffp-contract=fast on those files only). */
 #ifndef BACKEND_CPU_SIMD_H
 #define BACKEND_CPU_SIMD_H
 #include <stdint.h>
@@ -83,7 +83,8 @@ INLINE vecu vload_u8(const uint8_t *p)
     return __builtin_convertvector(b, vecu);
 }
 
-/* E4M3 codes to f32, exact; codes are not NaN (rejected when the weight was laid out, never made by a cache). */
+/* E4M3 codes to f32, exact; codes are not NaN (rejected when the weight was laid out, never made by a cache).
+ */
 INLINE vec vfrom_e4m3(vecu code)
 {
     vecu rest = code & 0x7f, sign = (code & 0x80) << 24;
@@ -96,7 +97,8 @@ INLINE vec vfrom_e4m3(vecu code)
 INLINE vec vfrom_e2m1(vecu code)
 {
 #if defined(__AVX512F__)
-    const __m512 value = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    const __m512 value =
+        _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
     return (vec)_mm512_permutexvar_ps((__m512i)code, value);
 #elif defined(__AVX2__)
     const __m256 value = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
@@ -110,7 +112,8 @@ INLINE vec vfrom_e2m1(vecu code)
 #endif
 }
 
-/* e^x within 2 units in the last place for |x| < 87, saturating beyond; e^x = 2^n e^r with |r| <= ln 2 / 2. */
+/* e^x within 2 units in the last place for |x| < 87, saturating beyond; e^x = 2^n e^r with |r| <= ln 2 / 2.
+ */
 INLINE vec vexp(vec x)
 {
     x = vselect(x > 88.0f, vset(88.0f), x);

@@ -41,7 +41,8 @@ static void lay_dense(struct laying *l, int64_t panel)
     unsigned bytes = element_bytes(l->src->format);
     uint8_t *out = l->w->data + panel * cols * PANEL * bytes;
     for (int64_t r = first; r < first + PANEL && r < l->src->rows; r++) {
-        const uint8_t *row = (const uint8_t *)l->src->data + r * cols * (l->src->format == WEIGHT_F16 ? 2 : bytes);
+        const uint8_t *row =
+            (const uint8_t *)l->src->data + r * cols * (l->src->format == WEIGHT_F16 ? 2 : bytes);
         uint8_t *lane = out + (r - first) * bytes;
         for (int64_t c = 0; c < cols; c++, lane += PANEL * bytes) {
             if (l->src->format == WEIGHT_BF16) {
@@ -65,8 +66,10 @@ static void lay_panel(void *ctx, int64_t panel, int thread)
 {
     struct laying *l = ctx;
     (void)thread;
-    if (l->src->format == WEIGHT_NVFP4) lay_nvfp4(l, panel);
-    else lay_dense(l, panel);
+    if (l->src->format == WEIGHT_NVFP4)
+        lay_nvfp4(l, panel);
+    else
+        lay_dense(l, panel);
 }
 
 static void *take(uint64_t bytes)
@@ -79,13 +82,17 @@ static void *take(uint64_t bytes)
 static bool take_memory(struct cpu_weight *w, const struct weight_source *src, struct err *e)
 {
     uint64_t elements = 0, bytes = 0;
-    bool fits = fits_mul((uint64_t)w->panels * PANEL, (uint64_t)src->cols, &elements) && fits_mul(elements, 4, &bytes);
-    if (!fits) return err_set(e, ERR_LIMIT, "matrix of %" PRId64 " x %" PRId64 " is too large", src->rows, src->cols);
+    bool fits = fits_mul((uint64_t)w->panels * PANEL, (uint64_t)src->cols, &elements) &&
+                fits_mul(elements, 4, &bytes);
+    if (!fits)
+        return err_set(e, ERR_LIMIT, "matrix of %" PRId64 " x %" PRId64 " is too large", src->rows,
+                       src->cols);
     bytes = src->format == WEIGHT_NVFP4 ? elements / 2 : elements * element_bytes(src->format);
     w->data = take(bytes ? bytes : 64);
     if (src->format == WEIGHT_NVFP4) w->groups = take(elements / 16 + 64);
     if (src->format == WEIGHT_FP8) w->scale = take((uint64_t)w->panels * PANEL * sizeof *w->scale + 64);
-    if (w->data && (w->groups || src->format != WEIGHT_NVFP4) && (w->scale || src->format != WEIGHT_FP8)) return true;
+    if (w->data && (w->groups || src->format != WEIGHT_NVFP4) && (w->scale || src->format != WEIGHT_FP8))
+        return true;
     return err_memory(e, "weights", bytes);
 }
 
@@ -106,7 +113,8 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
         if (src->format == WEIGHT_FP8) memcpy(w->scale, src->scale, (size_t)src->rows * sizeof *w->scale);
         pool_run(q->pool, w->panels, lay_panel, &l);
         int64_t at = atomic_load(&l.nan_at) - 1;
-        ok = at < 0 || err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / src->cols, at % src->cols);
+        ok = at < 0 || err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / src->cols,
+                               at % src->cols);
     }
     if (ok) return true;
     cpu_weight_free(q, &w->head);

@@ -9,8 +9,10 @@ void ref_embed(struct queue *q, struct mat y, const struct weight *table, const 
     for (int64_t i = 0; i < rows->n; i++) {
         const struct row *row = &rows->rows[i];
         float *out = y.data + i * y.stride;
-        if (row->embedding) memcpy(out, row->embedding, (size_t)y.cols * sizeof *out);
-        else ref_row(out, (const struct ref_weight *)table, row->token);
+        if (row->embedding)
+            memcpy(out, row->embedding, (size_t)y.cols * sizeof *out);
+        else
+            ref_row(out, (const struct ref_weight *)table, row->token);
     }
 }
 
@@ -81,7 +83,8 @@ void ref_add_gated(struct queue *q, struct mat y, struct mat x, struct mat gate)
     }
 }
 
-void ref_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim, float eps)
+void ref_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
+                    float eps)
 {
     (void)q;
     for (int64_t i = 0; i < x.rows; i++)
@@ -103,8 +106,8 @@ static void rotate(float *x, const struct rope *rope, const int32_t position[3])
     }
 }
 
-void ref_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                   float eps, const struct rope *rope, const struct step_rows *rows)
+void ref_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                   const float *gain, float eps, const struct rope *rope, const struct step_rows *rows)
 {
     (void)q;
     for (int64_t i = 0; i < x.rows; i++)

@@ -22,7 +22,8 @@ static float element(enum weight_format format, const void *data, int64_t i)
 void ref_row(float *out, const struct ref_weight *w, int64_t row)
 {
     int64_t n = w->head.cols;
-    if (w->dense) memcpy(out, w->dense + row * n, (size_t)n * sizeof *out);
+    if (w->dense)
+        memcpy(out, w->dense + row * n, (size_t)n * sizeof *out);
     else
         for (int64_t c = 0; c < n; c++) out[c] = element(w->head.format, w->table, row * n + c);
 }
@@ -41,7 +42,8 @@ static void fill(struct ref_weight *w, const struct weight_source *src)
     }
 }
 
-static bool weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e)
+static bool weight_create(struct queue *q, struct weight **out, const struct weight_source *src,
+                          struct err *e)
 {
     (void)q;
     *out = NULL;

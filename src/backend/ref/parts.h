@@ -5,8 +5,8 @@
 #include <math.h>
 
 struct queue {
-    float *scratch; /* a quantized row, two normalised heads, or the scores of one query */
-    float *row;     /* gate, up and down of one expert */
+    float *scratch;         /* a quantized row, two normalised heads, or the scores of one query */
+    float *row;             /* gate, up and down of one expert */
     int64_t room, row_room; /* floats in each */
 };
 
@@ -36,18 +36,19 @@ void ref_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain,
 void ref_gather(struct queue *q, struct mat y, struct mat x, const int64_t *index);
 void ref_silu_mul(struct queue *q, struct mat y, struct mat gate, struct mat up);
 void ref_add_gated(struct queue *q, struct mat y, struct mat x, struct mat gate);
-void ref_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                   float eps, const struct rope *rope, const struct step_rows *rows);
+void ref_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                   const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
 void ref_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
                    const struct step_rows *rows);
 void ref_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                    const struct step_rows *rows);
-void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
-              const struct delta_shape *shape, const struct step_rows *rows);
+void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+              const struct delta_state *state, const struct delta_shape *shape, const struct step_rows *rows);
 void ref_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
                const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
                const struct step_rows *rows);
-void ref_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim, float eps);
+void ref_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
+                    float eps);
 void ref_route(struct queue *q, const struct picks *picks, struct mat logits);
 void ref_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                  const struct experts *experts);

@@ -1,5 +1,5 @@
-/* The reference backend: every operation as its definition says, one thread, sums in double. The others are tested
- * against it (tests/backend/test_kernels.c); it also runs whole models, slowly. */
+/* The reference backend: every operation as its definition says, one thread, sums in double. The others are
+ * tested against it (tests/backend/test_kernels.c); it also runs whole models, slowly. */
 #ifndef BACKEND_REF_H
 #define BACKEND_REF_H
 #include "backend/ops.h"

@@ -1,4 +1,5 @@
-/* Reference meaning of the operations that look along a sequence: attention, convolution, the gated delta rule. */
+/* Reference meaning of the operations that look along a sequence: attention, convolution, the gated delta
+ * rule. */
 #include "backend/ref/parts.h"
 #include "num/e4m3.h"
 #include <string.h>
@@ -10,9 +11,12 @@ static int64_t kv_line(const struct kv_cache *kv, const struct span *s, int64_t 
 
 static void kv_store(void *to, enum kv_dtype dtype, int64_t at, float x)
 {
-    if (dtype == KV_F32) ((float *)to)[at] = x;
-    else if (dtype == KV_BF16) ((bf16 *)to)[at] = bf16_from_f32(x);
-    else ((e4m3 *)to)[at] = e4m3_from_f32(x);
+    if (dtype == KV_F32)
+        ((float *)to)[at] = x;
+    else if (dtype == KV_BF16)
+        ((bf16 *)to)[at] = bf16_from_f32(x);
+    else
+        ((e4m3 *)to)[at] = e4m3_from_f32(x);
 }
 
 static float kv_load(const void *from, enum kv_dtype dtype, int64_t at)
@@ -70,14 +74,15 @@ void ref_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, co
         for (int64_t i = 0; i < span->n; i++)
             for (int h = 0; h < n_heads; h++) {
                 int64_t row = span->first + i;
-                attend(y.data + row * y.stride + (int64_t)h * dim, qg.data + row * qg.stride + (int64_t)h * 2 * dim,
-                       h / group, kv, span, span->past + i + 1, q->scratch);
+                attend(y.data + row * y.stride + (int64_t)h * dim,
+                       qg.data + row * qg.stride + (int64_t)h * 2 * dim, h / group, kv, span,
+                       span->past + i + 1, q->scratch);
             }
     }
 }
 
-void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
-              const struct delta_shape *shape, const struct step_rows *rows)
+void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+              const struct delta_state *state, const struct delta_shape *shape, const struct step_rows *rows)
 {
     (void)q;
     int64_t keep = shape->kernel - 1, n = u.cols;
@@ -107,8 +112,8 @@ static void normalise(float *out, const float *in, int n, double scale)
     for (int i = 0; i < n; i++) out[i] = (float)(in[i] * r);
 }
 
-static void delta_token(float *o, float *S, const float *k, const float *query, const float *v, int dk, int dv,
-                        float decay, float beta)
+static void delta_token(float *o, float *S, const float *k, const float *query, const float *v, int dk,
+                        int dv, float decay, float beta)
 {
     for (int c = 0; c < dv; c++) {
         double read = 0, out = 0;

@@ -1,0 +1,115 @@
+/* quench quantize SRC DST --calibration FILE.jsonl */
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "quantize/quantize.h"
+#include <jansson.h>
+#include <stdio.h>
+
+static const struct command command = {
+    "quantize",
+    "SRC DST --calibration FILE.jsonl",
+    "Writes the card's checkpoint: routed experts NVFP4, attention and shared expert FP8, the rest as it is, "
+    "in\n"
+    "compressed-tensors format. DST must not exist; it appears only when complete. The calibration file has "
+    "one\n"
+    "JSON object a line, with \"text\", \"messages\" or \"input_ids\".",
+    2,
+};
+
+static const char *const recipes[] = { "card", NULL };
+
+struct settings {
+    struct common common;
+    const char *folders[2], *calibration;
+    int recipe;
+    int64_t samples, length, shard_bytes;
+};
+
+static bool check(const struct settings *s, struct err *e)
+{
+    if (!s->calibration)
+        return err_set(e, ERR_ARGUMENT, "--calibration FILE.jsonl is needed: recipe %s measures activations",
+                       recipes[s->recipe]);
+    if (s->samples < 1 || s->length < 1 || s->shard_bytes < 1)
+        return err_set(e, ERR_ARGUMENT,
+                       "--num-calibration-samples, --max-seq-length and --max-shard-size must be above 0");
+    return true;
+}
+
+static void print_text(const struct settings *s, const struct quantize_result *r, const struct backend *b)
+{
+    char in[32], out[32];
+    printf("%s -> %s, recipe %s\n", s->folders[0], s->folders[1], recipes[s->recipe]);
+    printf("  calibrated on %lld tokens of %lld samples in %.1f s on %s\n", (long long)r->tokens,
+           (long long)r->samples, r->calibrate_seconds, b->name);
+    printf("  %-8s %8lld matrices, relative error %.2f %% (worst %.2f %%: %s)\n", "NVFP4",
+           (long long)r->nvfp4_matrices, 100 * r->nvfp4_error.mean, 100 * r->nvfp4_error.worst,
+           r->nvfp4_error.worst_module);
+    printf("  %-8s %8lld matrices, relative error %.2f %% (worst %.2f %%: %s)\n", "FP8",
+           (long long)r->fp8_matrices, 100 * r->fp8_error.mean, 100 * r->fp8_error.worst,
+           r->fp8_error.worst_module);
+    printf("  %-8s %8lld tensors; %lld linear modules listed as ignored\n", "copied",
+           (long long)r->copied_tensors, (long long)r->ignored_modules);
+    printf("  %s -> %s in %lld file%s, %.1f s in all; every source tensor is accounted for\n",
+           common_bytes(in, sizeof in, r->bytes_in), common_bytes(out, sizeof out, r->bytes_out),
+           (long long)r->shards, r->shards == 1 ? "" : "s", r->seconds);
+}
+
+static void print_json(const struct settings *s, const struct quantize_result *r)
+{
+    json_t *o = json_pack(
+        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+        s->folders[0], "destination", s->folders[1], "recipe", recipes[s->recipe], "nvfp4_matrices",
+        (json_int_t)r->nvfp4_matrices, "fp8_matrices", (json_int_t)r->fp8_matrices, "copied_tensors",
+        (json_int_t)r->copied_tensors, "ignored_modules", (json_int_t)r->ignored_modules, "samples",
+        (json_int_t)r->samples, "tokens", (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in,
+        "bytes_out", (json_int_t)r->bytes_out, "shards", (json_int_t)r->shards, "nvfp4_error",
+        r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds", r->seconds);
+    json_dumpf(o, stdout, JSON_COMPACT);
+    putchar('\n');
+    json_decref(o);
+}
+
+static bool run(const struct settings *s, struct err *e)
+{
+    struct report report = common_report(&s->common);
+    struct backend b = { 0 };
+    struct quantize_result r = { 0 };
+    bool ok = check(s, e) && common_backend(&b, &s->common, e);
+    struct quantize_options o = { .source = s->folders[0],
+                                  .destination = s->folders[1],
+                                  .calibration = s->calibration,
+                                  .num_calibration_samples = s->samples,
+                                  .max_seq_length = s->length,
+                                  .max_shard_bytes = (uint64_t)s->shard_bytes,
+                                  .threads = (int)s->common.threads,
+                                  .backend = &b,
+                                  .report = &report };
+    ok = ok && quantize_run(&o, &r, e);
+    if (ok && s->common.json)
+        print_json(s, &r);
+    else if (ok)
+        print_text(s, &r, &b);
+    backend_destroy(&b);
+    return ok;
+}
+
+int cli_quantize(int argc, char **argv)
+{
+    struct settings s = { .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
+    const struct flag flags[] = {
+        { "--recipe", 0, FLAG_CHOICE, &s.recipe, "card", "which matrices get which format", recipes },
+        { "--calibration", 0, FLAG_TEXT, &s.calibration, "FILE", "JSONL of text, messages or input_ids",
+          NULL },
+        { "--num-calibration-samples", 0, FLAG_INT, &s.samples, "N", "lines used (default 64)", NULL },
+        { "--max-seq-length", 0, FLAG_INT, &s.length, "N", "tokens used of each (default 2048)", NULL },
+        { "--max-shard-size", 0, FLAG_INT, &s.shard_bytes, "BYTES", "of an output file (default 5000000000)",
+          NULL },
+        COMMON_FLAGS(s.common),
+        FLAGS_END,
+    };
+    int status;
+    struct err e = { 0 };
+    if (!common_parse(&command, flags, argc, argv, s.folders, &status)) return status;
+    return run(&s, &e) ? 0 : common_fail(&command, &e);
+}

@@ -1,0 +1,254 @@
+/* Runs the samples through the network a layer at a time and keeps maxima. Takes the source checkpoint and
+ * token lists, gives a few thousand numbers. */
+#include "quantize/calibrate.h"
+#include "base/checked.h"
+#include "model/model.h"
+#include "num/bf16.h"
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Rows of one step: enough for products to reuse weights from cache, few enough for small buffers. */
+enum { CHUNK_ROWS = 512 };
+
+struct calibrator {
+    struct calibration *result;
+    const struct samples *samples;
+    const struct report *report;
+    struct backend *backend;
+    struct model model;
+    struct step *step;
+    int64_t rows_max, hidden, inner;
+    float *states;       /* host: residual stream of every token, [n_tokens][hidden] */
+    float *block_in;     /* host: the MoE block's input of one step */
+    float *products;     /* host: SiLU(gate) * up of one expert and step */
+    struct row *rows;    /* of one step */
+    int32_t *pages;      /* of the one sequence that runs: page i is page i */
+    void *x, *gate, *up; /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
+    uint32_t block_max;  /* of the current layer: bits of the largest |x|; NaN is above infinity, so none gets
+                            lost */
+    uint32_t *down_max;  /* [n_experts] */
+};
+
+static uint32_t absmax_bits(const float *x, int64_t n, uint32_t start)
+{
+    uint32_t top = start;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = f32_bits(x[i]) & 0x7fffffffu;
+        top = u > top ? u : top;
+    }
+    return top;
+}
+
+static bool alloc_host(void **out, int64_t rows, int64_t cols, size_t each, const char *what, struct err *e)
+{
+    uint64_t n, bytes;
+    if (!fits_mul((uint64_t)rows, (uint64_t)cols, &n) || !fits_mul(n, each, &bytes) || bytes > INT64_MAX)
+        return err_set(e, ERR_LIMIT, "%s: size does not fit 63 bits", what);
+    *out = malloc(bytes + 1);
+    return *out || err_memory(e, what, bytes);
+}
+
+static bool create_buffers(struct calibrator *k, struct err *e)
+{
+    const struct config *c = k->model.config;
+    const struct ops *op = k->backend->ops;
+    int64_t n_pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
+    void *states = NULL, *block_in = NULL, *products = NULL, *rows = NULL, *pages = NULL, *top = NULL;
+    uint64_t row_bytes = (uint64_t)k->rows_max * sizeof(float);
+    bool ok = alloc_host(&states, k->samples->n_tokens, k->hidden, sizeof(float),
+                         "hidden states of all samples", e) &&
+              alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
+              alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
+              alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
+              alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
+              alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
+              op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
+              op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
+              op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
+    k->states = states;
+    k->block_in = block_in;
+    k->products = products;
+    k->rows = rows;
+    k->pages = pages;
+    k->down_max = top;
+    for (int64_t i = 0; ok && i < n_pages; i++) k->pages[i] = (int32_t)i;
+    return ok;
+}
+
+static void download_rows(const struct calibrator *k, float *to, struct mat x)
+{
+    const struct ops *op = k->backend->ops;
+    uint64_t row_bytes = (uint64_t)x.cols * sizeof(float);
+    if (x.stride == x.cols) {
+        op->download(k->backend->queue, to, x.data, row_bytes * (uint64_t)x.rows);
+        return;
+    }
+    for (int64_t r = 0; r < x.rows; r++)
+        op->download(k->backend->queue, to + r * x.cols, x.data + r * x.stride, row_bytes);
+}
+
+static void keep_block_input(void *ctx, const char *name, int layer, struct mat x)
+{
+    struct calibrator *k = ctx;
+    (void)layer;
+    if (strcmp(name, "moe.in") == 0) download_rows(k, k->block_in, x);
+}
+
+/* Rows [past, past + n) of a sample, as one span. */
+static struct step_rows step_rows_of(struct calibrator *k, struct span *span, int64_t sample, int64_t past,
+                                     int64_t n)
+{
+    const int32_t *tokens = k->samples->tokens + k->samples->begin[sample] + past;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t at = (int32_t)(past + i);
+        k->rows[i] = (struct row){ .token = tokens[i], .position = { at, at, at } };
+    }
+    *span = (struct span){ .n = n, .past = past, .pages = k->pages };
+    return (struct step_rows){ k->rows, n, span, 1 };
+}
+
+/* All experts on all rows of the step whose MoE input lies in block_in. */
+static void observe(struct calibrator *k, int layer, int64_t n)
+{
+    const struct ops *op = k->backend->ops;
+    struct queue *q = k->backend->queue;
+    const struct experts *experts = &k->model.layers[layer].moe.experts;
+    struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
+               up = mat_of(k->up, n, k->inner);
+    k->block_max = absmax_bits(k->block_in, n * k->hidden, k->block_max);
+    op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
+    for (int i = 0; i < experts->n_experts; i++) {
+        op->matmul(q, gate, x, experts->gate[i]);
+        op->matmul(q, up, x, experts->up[i]);
+        op->silu_mul(q, gate, gate, up);
+        op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
+        k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
+    }
+}
+
+/* Calls body for each step of each sample. */
+static void for_each_chunk(struct calibrator *k, int layer, struct layer_state *state,
+                           void (*body)(struct calibrator *k, int layer, const struct layer_state *state,
+                                        const struct step_rows *rows, float *states))
+{
+    for (int64_t s = 0; s < k->samples->n; s++) {
+        int64_t begin = k->samples->begin[s], length = k->samples->begin[s + 1] - begin;
+        if (state) layer_state_reset(state, &k->model, layer, 0);
+        for (int64_t past = 0; past < length; past += k->rows_max) {
+            struct span span;
+            int64_t n = length - past < k->rows_max ? length - past : k->rows_max;
+            struct step_rows rows = step_rows_of(k, &span, s, past, n);
+            body(k, layer, state, &rows, k->states + (begin + past) * k->hidden);
+        }
+    }
+}
+
+static void embed_chunk(struct calibrator *k, int layer, const struct layer_state *state,
+                        const struct step_rows *rows, float *states)
+{
+    (void)layer, (void)state;
+    download_rows(k, states, step_embed(k->step, rows));
+}
+
+static void layer_chunk(struct calibrator *k, int layer, const struct layer_state *state,
+                        const struct step_rows *rows, float *states)
+{
+    const struct ops *op = k->backend->ops;
+    struct queue *q = k->backend->queue;
+    uint64_t bytes = (uint64_t)(rows->n * k->hidden) * sizeof(float);
+    op->upload(q, k->x, states, bytes);
+    step_layer(k->step, layer, mat_of(k->x, rows->n, k->hidden), rows, state);
+    op->download(q, states, k->x, bytes);
+    observe(k, layer, rows->n);
+    k->result->tokens += rows->n;
+    report_progress(k->report, "calibrate", (uint64_t)k->result->tokens,
+                    (uint64_t)k->samples->n_tokens * (uint64_t)k->model.config->n_layers);
+}
+
+static bool take_maximum(float *out, uint32_t bits, const char *what, int layer, int expert, struct err *e)
+{
+    *out = bf16_round(f32_from_bits(bits));
+    if (f32_bits(*out) < 0x7f800000u) return true;
+    char whose[40] = "";
+    if (expert >= 0) snprintf(whose, sizeof whose, ", expert %d", expert);
+    return err_set(e, ERR_FORMAT,
+                   "calibration: layer %d%s: the input of %s has %s: are the source's weights intact?", layer,
+                   whose, what, bits > 0x7f800000u ? "NaN values" : "values beyond BF16");
+}
+
+static bool finish_layer(struct calibrator *k, int layer, struct err *e)
+{
+    struct calibration *c = k->result;
+    bool ok = take_maximum(&c->block[layer], k->block_max, "gate_proj and up_proj", layer, -1, e);
+    for (int i = 0; ok && i < c->n_experts; i++)
+        ok = take_maximum(&c->down[(int64_t)layer * c->n_experts + i], k->down_max[i], "down_proj", layer, i,
+                          e);
+    return ok;
+}
+
+static bool run_layer(struct calibrator *k, int layer, struct err *e)
+{
+    struct layer_state state = { 0 };
+    int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
+    k->block_max = 0;
+    memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
+    bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
+              layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
+    if (ok) for_each_chunk(k, layer, &state, layer_chunk);
+    layer_state_free(&state, &k->model);
+    model_free_layer(&k->model, layer);
+    return ok && finish_layer(k, layer, e);
+}
+
+static void calibrator_deinit(struct calibrator *k)
+{
+    void *device[] = { k->x, k->gate, k->up };
+    for (int i = 0; i < 3; i++) k->backend->ops->memory_free(k->backend->queue, device[i]);
+    step_free(k->step);
+    model_deinit(&k->model);
+    free(k->states);
+    free(k->block_in);
+    free(k->products);
+    free(k->rows);
+    free(k->pages);
+    free(k->down_max);
+}
+
+static bool create_result(struct calibration *c, const struct config *config, struct err *e)
+{
+    size_t layers = (size_t)config->n_layers, experts = (size_t)config->n_experts;
+    *c = (struct calibration){ .n_layers = config->n_layers, .n_experts = config->n_experts };
+    c->block = calloc(layers, sizeof *c->block);
+    c->down = calloc(layers * experts, sizeof *c->down);
+    return (c->block && c->down) || err_memory(e, "calibration", layers * experts * sizeof *c->down);
+}
+
+bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
+               const struct samples *samples, const struct report *report, struct err *e)
+{
+    struct calibrator k = { .result = c, .samples = samples, .report = report, .backend = backend };
+    k.hidden = source->config.hidden_size;
+    k.inner = source->config.moe_intermediate;
+    k.rows_max = samples->longest < CHUNK_ROWS ? samples->longest : CHUNK_ROWS;
+    bool ok = create_result(c, &source->config, e) && model_init(&k.model, source, backend, NULL, e) &&
+              step_create(&k.step, &k.model, k.rows_max, 0, samples->longest, e) && create_buffers(&k, e);
+    if (ok) {
+        step_set_tap(k.step, (struct tap){ &k, keep_block_input });
+        for_each_chunk(&k, -1, NULL, embed_chunk);
+    }
+    for (int i = 0; ok && i < c->n_layers; i++) ok = run_layer(&k, i, e);
+    calibrator_deinit(&k);
+    if (ok)
+        c->tokens = samples->n_tokens;
+    else
+        calibration_deinit(c);
+    return ok;
+}
+
+void calibration_deinit(struct calibration *c)
+{
+    free(c->block);
+    free(c->down);
+    *c = (struct calibration){ 0 };
+}

@@ -1,0 +1,24 @@
+/* Largest inputs of the routed experts, over all tokens of all samples, with activations in full precision
+ * (the tool since 0.11 does the same). Each sample is a sequence of its own from position 0. Every expert
+ * sees every token, routed to it or not: gate_proj and up_proj of a layer share one input; down_proj's
+ * differs by expert. */
+#ifndef QUANTIZE_CALIBRATE_H
+#define QUANTIZE_CALIBRATE_H
+#include "backend/ops.h"
+#include "base/report.h"
+#include "checkpoint/checkpoint.h"
+#include "quantize/samples.h"
+
+struct calibration {
+    int n_layers, n_experts;
+    float *block; /* [n_layers] max |x| of the MoE block's input, rounded to BF16 */
+    float *down;  /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| */
+    int64_t tokens;
+};
+
+/* Holds one decoder layer and the hidden states of all samples (f32, host memory) at a time. A NaN or an
+ * infinity is an error that names layer and expert. */
+bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
+               const struct samples *samples, const struct report *report, struct err *e);
+void calibration_deinit(struct calibration *c); /* accepts a zeroed one */
+#endif

@@ -1,0 +1,201 @@
+/* Rows of a matrix, spread over threads; a row is the unit of every format here, so the result does not
+ * depend on how they are spread. Sums are kept per row and added in order for the same reason. */
+#include "quantize/pack.h"
+#include "num/fp8.h"
+#include "num/nvfp4.h"
+#include <inttypes.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Weights of one work item: long enough to hide the hand-over, short enough to balance. */
+enum { ITEM_WEIGHTS = 1 << 12 };
+
+struct work {
+    struct packer *packer;
+    const struct matrix *matrix;
+    int64_t rows_each;
+    float global;
+    atomic_uint top;     /* largest |w| so far, as BF16 bits */
+    atomic_bool invalid; /* a byte that must not be written */
+};
+
+static int64_t item_rows(const struct matrix *m)
+{
+    int64_t n = ITEM_WEIGHTS / (m->cols ? m->cols : 1);
+    return n ? n : 1;
+}
+
+static void for_each_item(struct packer *p, struct work *w, void (*body)(void *ctx, int64_t item, int thread))
+{
+    w->rows_each = item_rows(w->matrix);
+    pool_run(p->pool, (w->matrix->rows + w->rows_each - 1) / w->rows_each, body, w);
+}
+
+static int64_t last_row(const struct work *w, int64_t item)
+{
+    int64_t end = (item + 1) * w->rows_each;
+    return end < w->matrix->rows ? end : w->matrix->rows;
+}
+
+static void absmax_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    const struct matrix *m = w->matrix;
+    uint16_t *row = (uint16_t *)(void *)(w->packer->rows + thread * 2 * w->packer->cols_max);
+    unsigned top = 0;
+    for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
+        memcpy(row, m->data + r * m->cols * 2, (size_t)m->cols * 2);
+        uint16_t most = 0;
+        for (int64_t i = 0; i < m->cols; i++) {
+            uint16_t u = row[i] & 0x7fff;
+            most = u > most ? u : most;
+        }
+        top = most > top ? most : top;
+    }
+    unsigned seen = atomic_load_explicit(&w->top, memory_order_relaxed);
+    while (top > seen && !atomic_compare_exchange_weak(&w->top, &seen, top)) {
+    }
+}
+
+bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e)
+{
+    struct work w = { .packer = p, .matrix = m };
+    for_each_item(p, &w, absmax_item);
+    unsigned bits = atomic_load(&w.top);
+    *out = bf16_to_f32((bf16){ (uint16_t)bits });
+    return bits < 0x7f80 || err_set(e, ERR_FORMAT, "tensor '%s': module '%s' has a weight that is %s",
+                                    m->source->name, m->module, bits > 0x7f80 ? "NaN" : "infinite");
+}
+
+static void load_row(float *out, const struct matrix *m, int64_t r)
+{
+    const uint8_t *from = m->data + r * m->cols * 2;
+    for (int64_t i = 0; i < m->cols; i++) {
+        uint16_t bits;
+        memcpy(&bits, from + 2 * i, 2);
+        out[i] = bf16_to_f32((bf16){ bits });
+    }
+}
+
+static void sum_row(double sums[2], const float *weights, const float *packed, int64_t n)
+{
+    double difference = 0, total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)weights[i] - (double)packed[i];
+        difference += d * d;
+        total += (double)weights[i] * (double)weights[i];
+    }
+    sums[0] = difference;
+    sums[1] = total;
+}
+
+static bool scales_are_valid(const e4m3 *scale, int64_t n)
+{
+    bool ok = true;
+    for (int64_t i = 0; i < n; i++) ok &= scale[i].bits >= 1 && scale[i].bits <= 0x7e;
+    return ok;
+}
+
+static void nvfp4_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
+    bool valid = true;
+    for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
+        uint8_t *codes = p->codes + r * (m->cols / 2);
+        e4m3 *scale = (e4m3 *)p->scales + r * (m->cols / NVFP4_GROUP);
+        load_row(row, m, r);
+        nvfp4_pack_row(codes, scale, row, w->global, m->cols);
+        nvfp4_unpack_row(back, codes, scale, w->global, m->cols);
+        sum_row(&p->sums[2 * r], row, back, m->cols);
+        valid &= scales_are_valid(scale, m->cols / NVFP4_GROUP);
+    }
+    if (!valid) atomic_store(&w->invalid, true);
+}
+
+static void fp8_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
+    bool valid = true;
+    for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
+        e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
+        load_row(row, m, r);
+        bf16 scale = fp8_pack_row(codes, row, m->cols);
+        memcpy(p->scales + 2 * r, &scale, 2);
+        valid &= scale.bits > 0 && scale.bits < 0x7f80;
+        for (int64_t i = 0; i < m->cols; i++) {
+            valid &= (codes[i].bits & 0x7f) != 0x7f;
+            back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
+        }
+        sum_row(&p->sums[2 * r], row, back, m->cols);
+    }
+    if (!valid) atomic_store(&w->invalid, true);
+}
+
+static double relative_error(const struct packer *p, int64_t rows)
+{
+    double difference = 0, total = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        difference += p->sums[2 * r];
+        total += p->sums[2 * r + 1];
+    }
+    return total > 0 ? sqrt(difference / total) : 0;
+}
+
+bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax, struct err *e)
+{
+    bool nvfp4 = scheme_is_nvfp4(m->scheme);
+    uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
+    struct work w = { .packer = p, .matrix = m, .global = nvfp4 ? nvfp4_global_scale(absmax) : 0 };
+    for_each_item(p, &w, nvfp4 ? nvfp4_item : fp8_item);
+    *out = (struct packed){ .codes = p->codes,
+                            .scales = p->scales,
+                            .codes_bytes = nvfp4 ? weights / 2 : weights,
+                            .scales_bytes = nvfp4 ? weights / NVFP4_GROUP : (uint64_t)m->rows * 2,
+                            .global = w.global,
+                            .error = relative_error(p, m->rows) };
+    if (!atomic_load(&w.invalid) && isfinite(out->error) && (!nvfp4 || (w.global > 0 && isfinite(w.global))))
+        return true;
+    return err_set(e, ERR_FORMAT,
+                   "module '%s': packing as %s gave a scale or code that is not finite and above zero",
+                   m->module, scheme_name(m->scheme));
+}
+
+bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e)
+{
+    uint64_t largest = 0;
+    *p = (struct packer){ 0 };
+    for (size_t i = 0; i < plan->n_matrices; i++) {
+        const struct matrix *m = &plan->matrices[i];
+        uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
+        largest = weights > largest ? weights : largest;
+        p->rows_max = m->rows > p->rows_max ? m->rows : p->rows_max;
+        p->cols_max = m->cols > p->cols_max ? m->cols : p->cols_max;
+    }
+    if (!pool_create(&p->pool, threads, e)) return false;
+    uint64_t scales = largest / NVFP4_GROUP + (uint64_t)p->rows_max * 2;
+    p->codes = malloc(largest + 1);
+    p->scales = malloc(scales + 1);
+    p->rows = malloc((uint64_t)threads * 2 * (uint64_t)p->cols_max * sizeof *p->rows + 1);
+    p->sums = malloc((uint64_t)p->rows_max * 2 * sizeof *p->sums + 1);
+    if (p->codes && p->scales && p->rows && p->sums) return true;
+    packer_deinit(p);
+    return err_memory(e, "packing buffers", largest + scales);
+}
+
+void packer_deinit(struct packer *p)
+{
+    pool_free(p->pool);
+    free(p->codes);
+    free(p->scales);
+    free(p->rows);
+    free(p->sums);
+    *p = (struct packer){ 0 };
+}

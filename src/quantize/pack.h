@@ -1,0 +1,33 @@
+/* Packs one matrix at a time on a pool of threads, measures what it cost, and refuses what no reader should
+ * see: weights that are not finite, a scale byte outside 0x01..0x7e, an FP8 NaN. */
+#ifndef QUANTIZE_PACK_H
+#define QUANTIZE_PACK_H
+#include "base/pool.h"
+#include "num/bf16.h"
+#include "num/e4m3.h"
+#include "quantize/plan.h"
+
+struct packed {
+    const void *codes, *scales; /* borrow from the packer until its next matrix */
+    uint64_t codes_bytes, scales_bytes;
+    float global; /* NVFP4: divides the scales */
+    double error; /* |W - packed W| / |W|, Frobenius norms; 0 for a matrix of zeros */
+};
+
+struct packer {
+    struct pool *pool;
+    uint8_t *codes, *scales;
+    float *rows;  /* [threads][2][cols_max] a row and what it became */
+    double *sums; /* [rows_max][2] squares of the difference and of the weights */
+    int64_t rows_max, cols_max;
+};
+
+/* Room for the largest matrix of the plan. */
+bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e);
+void packer_deinit(struct packer *p); /* accepts a zeroed one */
+
+/* max |w|; a weight that is not finite is an error. */
+bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
+/* absmax: NVFP4's, joint with the partner's; unused for FP8. */
+bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax, struct err *e);
+#endif

@@ -1,0 +1,303 @@
+/* One run from source to destination. Everything that can be refused is refused before the first byte is
+ * written; the calibration comes next, since it is the long part; then tensors stream through in the order of
+ * the source's files. */
+#include "quantize/quantize.h"
+#include "base/clock.h"
+#include "base/file.h"
+#include "num/nvfp4.h"
+#include "quantize/calibrate.h"
+#include "quantize/census.h"
+#include "quantize/destination.h"
+#include "quantize/pack.h"
+#include "quantize/plan.h"
+#include "quantize/shards.h"
+#include <inttypes.h>
+#include <math.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { SAMPLES = 64, SEQUENCE = 2048, SLICE_BYTES = 64 << 20, FILE_EXTRA_BYTES = 1 << 20 };
+static const uint64_t SHARD_BYTES = 5000000000u;
+
+struct run {
+    struct quantize_options options; /* defaults filled in */
+    struct quantize_result *result;
+    struct checkpoint source;
+    struct plan plan;
+    struct samples samples;
+    struct calibration calibration;
+    struct destination destination;
+    struct packer packer;
+    struct shards *shards;
+    float *absmax; /* of NVFP4 matrices, once looked at; negative before */
+    uint64_t done; /* bytes of source tensors */
+};
+
+static bool fill_defaults(struct quantize_options *o, struct err *e)
+{
+    if (!o->recipe) o->recipe = recipe_card();
+    if (!o->num_calibration_samples) o->num_calibration_samples = SAMPLES;
+    if (!o->max_seq_length) o->max_seq_length = SEQUENCE;
+    if (!o->max_shard_bytes) o->max_shard_bytes = SHARD_BYTES;
+    if (!o->threads) o->threads = pool_default_threads();
+    if (o->num_calibration_samples < 0 || o->num_calibration_samples > INT32_MAX)
+        return err_set(e, ERR_ARGUMENT, "%" PRId64 " calibration samples", o->num_calibration_samples);
+    if (o->max_seq_length < 0 || o->max_seq_length > INT32_MAX)
+        return err_set(e, ERR_ARGUMENT, "calibration sequences of %" PRId64 " tokens", o->max_seq_length);
+    return o->threads > 0 || err_set(e, ERR_ARGUMENT, "%d threads", o->threads);
+}
+
+static bool load_samples(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    if (!r->plan.needs_inputs) return true;
+    if (!o->calibration)
+        return err_set(e, ERR_ARGUMENT, "recipe '%s' needs calibration samples, none are given",
+                       o->recipe->name);
+    struct samples_options options = {
+        .path = o->calibration,
+        .model = r->source.path,
+        .n = o->num_calibration_samples,
+        .max_tokens = o->max_seq_length,
+        .vocab_size = r->source.config.vocab_size,
+        .report = o->report,
+    };
+    return samples_load(&r->samples, &options, e);
+}
+
+static uint64_t output_bytes(const struct plan *p)
+{
+    uint64_t n = FILE_EXTRA_BYTES;
+    for (size_t i = 0; i < p->n_outputs; i++) n += p->outputs[i].bytes;
+    return n;
+}
+
+static bool run_calibration(struct run *r, struct err *e)
+{
+    double start = clock_seconds();
+    if (!r->plan.needs_inputs) return true;
+    if (!calibrate(&r->calibration, &r->source, r->options.backend, &r->samples, r->options.report, e))
+        return false;
+    r->result->samples = r->samples.n;
+    r->result->tokens = r->calibration.tokens;
+    r->result->calibrate_seconds = clock_seconds() - start;
+    samples_deinit(&r->samples);
+    return true;
+}
+
+/* Tensors. */
+
+/* Lets go of the pages of source bytes that were used, so that memory does not grow with the checkpoint. */
+static void release(const uint8_t *data, uint64_t bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + bytes;
+    begin = (begin + page - 1) / page * page;
+    end = end / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+static void report_done(struct run *r, uint64_t bytes)
+{
+    r->done += bytes;
+    report_progress(r->options.report, "quantize", r->done, r->result->bytes_in);
+}
+
+static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
+{
+    for (uint64_t at = 0; at < t->bytes; at += SLICE_BYTES) {
+        uint64_t n = t->bytes - at < SLICE_BYTES ? t->bytes - at : SLICE_BYTES;
+        if (!shards_append(r->shards, t->data + at, n, e)) return false;
+        release(t->data + at, n);
+        report_done(r, n);
+    }
+    r->result->copied_tensors++;
+    return true;
+}
+
+static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
+{
+    if (r->absmax[index] < 0 && !packer_absmax(&r->packer, &r->absmax[index], &r->plan.matrices[index], e))
+        return false;
+    *out = r->absmax[index];
+    return true;
+}
+
+/* gate and up of an expert run as one product, so one scale serves both: the larger maximum's. */
+static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
+{
+    float other = 0;
+    size_t partner = r->plan.matrices[index].partner;
+    if (!absmax_of(r, out, index, e) || (partner != SIZE_MAX && !absmax_of(r, &other, partner, e)))
+        return false;
+    *out = fmaxf(*out, other);
+    return true;
+}
+
+/* What maps the largest measured input to 448 * 6; 1 where every input was zero. */
+static float input_scale(const struct run *r, const struct matrix *m)
+{
+    const struct calibration *c = &r->calibration;
+    float top =
+        m->part == PART_DOWN ? c->down[(int64_t)m->layer * c->n_experts + m->expert] : c->block[m->layer];
+    if (top == 0)
+        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is 1",
+                    m->module);
+    return nvfp4_global_scale(top);
+}
+
+static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m, double error)
+{
+    ++*count;
+    x->mean += (error - x->mean) / (double)*count;
+    if (error < x->worst || (error == x->worst && *count > 1)) return;
+    x->worst = error;
+    snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
+}
+
+static bool write_matrix(struct run *r, size_t index, struct err *e)
+{
+    const struct matrix *m = &r->plan.matrices[index];
+    struct packed packed;
+    bool nvfp4 = scheme_is_nvfp4(m->scheme);
+    float absmax = 0;
+    if ((nvfp4 ? !joint_absmax(r, &absmax, index, e) : !absmax_of(r, &absmax, index, e)) ||
+        !packer_run(&r->packer, &packed, m, absmax, e) ||
+        !shards_append(r->shards, packed.codes, packed.codes_bytes, e) ||
+        !shards_append(r->shards, packed.scales, packed.scales_bytes, e) ||
+        (nvfp4 && !shards_append(r->shards, &packed.global, sizeof packed.global, e)))
+        return false;
+    if (m->scheme == SCHEME_NVFP4) {
+        float input = input_scale(r, m);
+        if (!shards_append(r->shards, &input, sizeof input, e)) return false;
+    }
+    struct quantize_result *result = r->result;
+    count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
+                nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, packed.error);
+    uint64_t bytes = (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype);
+    release(m->data, bytes);
+    report_done(r, bytes);
+    return true;
+}
+
+static bool write_tensors(struct run *r, struct err *e)
+{
+    const struct plan *p = &r->plan;
+    for (size_t i = 0; i < p->n_jobs; i++) {
+        const struct job *j = &p->jobs[i];
+        if (j->n == 0 && !copy_tensor(r, j->source, e)) return false;
+        for (size_t k = j->first; k < j->first + j->n; k++)
+            if (!write_matrix(r, k, e)) return false;
+    }
+    r->result->shards = shards_count(r->shards);
+    return shards_finish(r->shards, e);
+}
+
+static bool prepare_writing(struct run *r, struct err *e)
+{
+    const struct plan *p = &r->plan;
+    r->absmax = malloc((p->n_matrices + 1) * sizeof *r->absmax);
+    if (!r->absmax) return err_memory(e, "maxima", p->n_matrices * sizeof *r->absmax);
+    for (size_t i = 0; i < p->n_matrices; i++) r->absmax[i] = -1;
+    return packer_init(&r->packer, p, r->options.threads, e) &&
+           shards_create(&r->shards, r->destination.partial, p->outputs, p->n_outputs,
+                         r->options.max_shard_bytes, e);
+}
+
+/* The other files. */
+
+static bool write_file(const struct run *r, const char *name, const char *text, size_t bytes, struct err *e)
+{
+    char *path = file_join(r->destination.partial, name);
+    bool ok = path ? file_write(path, text, bytes, e) : err_memory(e, "path", strlen(name));
+    free(path);
+    return ok;
+}
+
+static bool write_recipe(const struct run *r, struct err *e)
+{
+    char *text;
+    size_t bytes;
+    if (!recipe_yaml(&text, &bytes, r->options.recipe, e)) return false;
+    bool ok = write_file(r, "recipe.yaml", text, bytes, e);
+    free(text);
+    return ok;
+}
+
+/* JSON with the fewest digits that give every number back: 1e-06 stays 1e-06. */
+static char *dump_exact(const json_t *root)
+{
+    char *text = NULL;
+    for (size_t digits = 15; digits <= 17; digits++) {
+        free(text);
+        text = json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS | JSON_REAL_PRECISION(digits));
+        json_t *back = text ? json_loads(text, JSON_ALLOW_NUL, NULL) : NULL;
+        bool same = back && json_equal(root, back);
+        json_decref(back);
+        if (same) break;
+    }
+    return text;
+}
+
+static bool write_config(const struct run *r, struct err *e)
+{
+    json_t *config = json_copy(r->source.config_json);
+    char *text = NULL;
+    if (config && json_object_update(config, r->plan.block) == 0) text = dump_exact(config);
+    bool ok = text ? write_file(r, "config.json", text, strlen(text), e) : err_memory(e, "config.json", 0);
+    free(text);
+    json_decref(config);
+    return ok;
+}
+
+/* config.json comes last: without it no reader takes the folder for a checkpoint. */
+static bool write_folder(struct run *r, struct err *e)
+{
+    return prepare_writing(r, e) && write_tensors(r, e) &&
+           destination_copy_files(&r->destination, r->source.path, r->options.report, e) &&
+           write_recipe(r, e) && write_config(r, e);
+}
+
+/* The run. */
+
+static bool prepare(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    if (!fill_defaults(&r->options, e) || !checkpoint_open(&r->source, o->source, e) ||
+        !destination_init(&r->destination, o->destination, r->source.path, e) ||
+        !plan_create(&r->plan, &r->source, o->recipe, e) || !load_samples(r, e))
+        return false;
+    for (size_t i = 0; i < r->source.n_tensors; i++) r->result->bytes_in += r->source.tensors[i]->bytes;
+    for (size_t i = 0; i < r->plan.n_outputs; i++) r->result->bytes_out += r->plan.outputs[i].bytes;
+    r->result->ignored_modules = (int64_t)r->plan.n_ignored;
+    return true;
+}
+
+static void run_deinit(struct run *r)
+{
+    shards_free(r->shards);
+    packer_deinit(&r->packer);
+    free(r->absmax);
+    destination_deinit(&r->destination, r->options.report);
+    calibration_deinit(&r->calibration);
+    samples_deinit(&r->samples);
+    plan_deinit(&r->plan);
+    checkpoint_close(&r->source);
+}
+
+bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e)
+{
+    double start = clock_seconds();
+    *result = (struct quantize_result){ 0 };
+    struct run r = { .options = *o, .result = result, .destination = { .lock = -1 } };
+    bool ok = prepare(&r, e) && destination_create(&r.destination, output_bytes(&r.plan), o->report, e) &&
+              run_calibration(&r, e) && write_folder(&r, e) &&
+              census(&r.plan, &r.source, r.destination.partial, e) &&
+              destination_commit(&r.destination, o->report, e);
+    run_deinit(&r);
+    result->seconds = clock_seconds() - start;
+    return ok;
+}

@@ -1,0 +1,41 @@
+/* A BF16 checkpoint in, a compressed-tensors checkpoint out: calibrates, packs, copies, writes config.json,
+ * recipe.yaml, the index and all side files, and counts everything before the result gets its name.
+ * Formats and formulas: num/nvfp4.h, num/fp8.h; files: docs/formats.md. */
+#ifndef QUANTIZE_QUANTIZE_H
+#define QUANTIZE_QUANTIZE_H
+#include "backend/ops.h"
+#include "base/err.h"
+#include "base/report.h"
+#include "quantize/recipe.h"
+#include <stdint.h>
+
+struct quantize_options {
+    const char *source, *destination; /* folders; the destination must not exist */
+    const char *calibration;     /* JSONL (quantize/samples.h); unused by a recipe without measured scales */
+    const struct recipe *recipe; /* NULL: the card's */
+    int64_t num_calibration_samples; /* 0: 64 */
+    int64_t max_seq_length;          /* 0: 2048; tokens kept of each sample */
+    uint64_t max_shard_bytes;        /* 0: 5 GB; a larger tensor gets a file of its own */
+    int threads;                     /* for packing; 0: this process's share of the machine */
+    struct backend *backend;         /* borrow; runs the calibration */
+    const struct report *report; /* progress "calibrate" in tokens times layers, "quantize" in source bytes */
+};
+
+/* Of all matrices in one scheme: relative Frobenius error |W - packed W| / |W|. */
+struct quantize_error {
+    double mean, worst;
+    char worst_module[256];
+};
+
+struct quantize_result {
+    int64_t nvfp4_matrices, fp8_matrices, copied_tensors, ignored_modules;
+    struct quantize_error nvfp4_error, fp8_error;
+    int64_t samples, tokens;      /* calibration */
+    uint64_t bytes_in, bytes_out; /* of tensors */
+    int64_t shards;
+    double seconds, calibrate_seconds;
+};
+
+/* On failure nothing is left behind: neither the destination nor its partial folder. */
+bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e);
+#endif
