@@ -100,7 +100,7 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
 {
     *o = (struct opened){ 0 };
     if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e) &&
-        model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_layers(&o->model, e))
+        model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_all(&o->model, e))
         return true;
     common_close(o);
     return false;

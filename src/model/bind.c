@@ -170,6 +170,13 @@ bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t
     return bind_dense(m, out, plain, rows, cols, e);
 }
 
+bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                struct err *e)
+{
+    const struct tensor *t = checkpoint_find(m->checkpoint, name);
+    return t ? bind_dense(m, out, t, rows, cols, e) : missing(name, e);
+}
+
 bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,
                 int64_t all_rows, int64_t first, int64_t rows, int64_t cols, struct err *e)
 {

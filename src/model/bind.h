@@ -9,6 +9,9 @@
  * quantization_config. */
 bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
                  struct err *e);
+/* The tensor `name` ([rows x cols]), never quantized: an embedding that serves as head. */
+bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                struct err *e);
 /* Expert matrix number `expert` of a fused tensor [n_experts, all_rows, cols]: its rows [first, first +
  * rows). */
 bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,

@@ -163,11 +163,17 @@ static bool bind_ends(struct model *m, struct err *e)
     char embed[NAME_BYTES], norm[NAME_BYTES];
     snprintf(embed, sizeof embed, "%sembed_tokens.weight", m->prefix);
     snprintf(norm, sizeof norm, "%snorm.weight", m->prefix);
-    char module[NAME_BYTES] = "lm_head";
-    if (c->tie_word_embeddings) snprintf(module, sizeof module, "%sembed_tokens", m->prefix);
     return bind_table(m, &m->embed, embed, c->vocab_size, c->hidden_size, e) &&
-           bind_vector(m, &m->final_norm, norm, c->hidden_size, 1, e) &&
-           bind_linear(m, &m->head, module, c->vocab_size, c->hidden_size, e);
+           bind_vector(m, &m->final_norm, norm, c->hidden_size, 1, e);
+}
+
+static bool bind_head(struct model *m, struct err *e)
+{
+    const struct config *c = m->config;
+    if (!c->tie_word_embeddings) return bind_linear(m, &m->head, "lm_head", c->vocab_size, c->hidden_size, e);
+    char name[NAME_BYTES];
+    snprintf(name, sizeof name, "%sembed_tokens.weight", m->prefix);
+    return bind_plain(m, &m->head, name, c->vocab_size, c->hidden_size, e);
 }
 
 bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, const struct report *report,
@@ -186,13 +192,15 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
     return err_note(e, "%s", c->path);
 }
 
-bool model_bind_layers(struct model *m, struct err *e)
+bool model_bind_all(struct model *m, struct err *e)
 {
     int n = m->config->n_layers;
     for (int i = 0; i < n; i++) {
         if (!model_bind_layer(m, i, e)) return err_note(e, "%s", m->checkpoint->path);
-        report_progress(m->report, "load", (uint64_t)i + 1, (uint64_t)n);
+        report_progress(m->report, "load", (uint64_t)i, (uint64_t)n);
     }
+    if (!bind_head(m, e)) return err_note(e, "%s", m->checkpoint->path);
+    report_progress(m->report, "load", (uint64_t)n, (uint64_t)n);
     return true;
 }
 

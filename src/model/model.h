@@ -53,11 +53,12 @@ struct model {
     struct layer *layers; /* [n_layers]; zeroed until bound */
 };
 
-/* Everything but the layers; binds embedding, head and final norm. report may be NULL. */
+/* Everything but the layers and the head: the embedding stays mapped, so this takes little memory. report may
+ * be NULL. */
 bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, const struct report *report,
                 struct err *e);
-/* All layers, with progress. */
-bool model_bind_layers(struct model *m, struct err *e);
+/* All layers and the head, with progress. */
+bool model_bind_all(struct model *m, struct err *e);
 /* One layer, for work that holds a single layer at a time. */
 bool model_bind_layer(struct model *m, int layer, struct err *e);
 void model_free_layer(struct model *m, int layer);

@@ -16,7 +16,7 @@ void load_model(struct loaded *l, const char *path, const struct backend_options
     must(checkpoint_open(&l->checkpoint, path, &e), &e);
     must(backend_create(&l->backend, o, &e), &e);
     must(model_init(&l->model, &l->checkpoint, &l->backend, NULL, &e), &e);
-    must(model_bind_layers(&l->model, &e), &e);
+    must(model_bind_all(&l->model, &e), &e);
 }
 
 void unload_model(struct loaded *l)
