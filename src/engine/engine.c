@@ -147,15 +147,18 @@ void engine_close(struct engine *g, int handle)
     s->length = 0;
 }
 
+static bool no_room(const struct engine *g, int64_t tokens, struct err *e)
+{
+    return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64, tokens, g->o.context);
+}
+
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
                  struct err *e)
 {
     struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs };
     for (int i = 0; i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
-        if (runs[i].n > g->o.context - s->length)
-            return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64,
-                           s->length + runs[i].n, g->o.context);
+        if (runs[i].n > g->o.context - s->length) return no_room(g, s->length + runs[i].n, e);
         step.n += runs[i].n;
         if (step.n > g->o.step_rows)
             return err_set(e, ERR_LIMIT, "%" PRId64 " rows in a step of at most %" PRId64, step.n,
@@ -203,6 +206,7 @@ bool engine_prefill(struct engine *g, int handle, const int32_t *tokens, int64_t
 {
     struct mat hidden = { 0 };
     int64_t rows_max = g->o.step_rows, done = 0, past = g->sequences[handle].length;
+    if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
     struct row *rows = malloc((size_t)rows_max * sizeof *rows);
     if (!rows) return err_memory(e, "prompt", (uint64_t)rows_max * sizeof *rows);
     bool ok = true;
