@@ -1,0 +1,64 @@
+"""Every quantized tensor of DST against what the compressed-tensors library makes of SRC, byte for byte.
+usage: compare_compressed_tensors.py SRC DST     (torch, safetensors, compressed-tensors)"""
+import glob, json, sys, torch
+from safetensors import safe_open
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+
+def tensors(folder):
+    out = {}
+    for path in glob.glob(folder + "/*.safetensors"):
+        with safe_open(path, "pt") as f:
+            for name in f.keys(): out[name] = f.get_tensor(name)
+    return out
+
+
+def same(a, b):
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def experts(src):
+    """(module, weight, the tensor whose extremes give the global scale)"""
+    for name, t in src.items():
+        stem = name.rpartition(".")[0]
+        if name.startswith("mtp.") or not name.endswith((".gate_up_proj", ".down_proj")) or t.dim() != 3: continue
+        for e in range(t.shape[0]):
+            w, half = t[e], t.shape[1] // 2
+            if name.endswith("down_proj"): yield f"{stem}.{e}.down_proj", w, w
+            else:
+                yield f"{stem}.{e}.gate_proj", w[:half], w
+                yield f"{stem}.{e}.up_proj", w[half:], w
+
+
+def main(source, result):
+    src, out = tensors(source), tensors(result)
+    config = QuantizationConfig.model_validate(json.load(open(result + "/config.json"))["quantization_config"])
+    by_bits = {g.weights.num_bits: g.weights for g in config.config_groups.values()}
+    counts, wrong = {}, 0
+    for module, w, whole in experts(src):
+        scale = generate_gparam(whole.min(), whole.max())
+        groups = w.reshape(w.shape[0], -1, 16)
+        s, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), by_bits[4], global_scale=scale)
+        packed = pack_fp4_to_uint8(quantize(w, s, zero, by_bits[4], global_scale=scale).to(w.dtype))
+        ok = (same(scale.float(), out[module + ".weight_global_scale"]) and same(packed, out[module + ".weight_packed"])
+              and same(s.to(torch.float8_e4m3fn), out[module + ".weight_scale"]))
+        counts["NVFP4"] = counts.get("NVFP4", 0) + 1
+        wrong += not ok
+        if not ok: print("differs:", module)
+    for name, t in out.items():
+        if t.dtype != torch.float8_e4m3fn or not name.endswith(".weight"): continue
+        w = src[name]
+        s, zero = calculate_qparams(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), by_bits[8])
+        q = quantize(w, s, zero, by_bits[8], dtype=torch.float8_e4m3fn)
+        ok = same(q, t) and same(s.to(torch.bfloat16), out[name + "_scale"])
+        counts["FP8"] = counts.get("FP8", 0) + 1
+        wrong += not ok
+        if not ok: print("differs:", name)
+    print(", ".join(f"{n} {k} matrices" for k, n in counts.items()) + f", {wrong} differ")
+    return wrong != 0
+
+
+if __name__ == "__main__": sys.exit(main(*sys.argv[1:3]))
