@@ -4,7 +4,7 @@
 #include "base/checked.h"
 #include "model/model.h"
 #include "num/bf16.h"
-#include <inttypes.h>
+#include "quantize/pages.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -195,6 +195,9 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
     bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
+    const struct checkpoint *source = k->model.checkpoint;
+    for (int i = 0; i < source->n_shards; i++)
+        pages_release(source->shards[i].map.data, source->shards[i].map.bytes);
     if (ok) for_each_chunk(k, layer, &state, layer_chunk);
     layer_state_free(&state, &k->model);
     model_free_layer(&k->model, layer);

@@ -1,6 +1,5 @@
 /* Takes the plan and the folder, gives yes or the first thing that is wrong. */
 #include "quantize/census.h"
-#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>

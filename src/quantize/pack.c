@@ -3,7 +3,6 @@
 #include "quantize/pack.h"
 #include "num/fp8.h"
 #include "num/nvfp4.h"
-#include <inttypes.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -79,16 +78,28 @@ static void load_row(float *out, const struct matrix *m, int64_t r)
     }
 }
 
+/* Eight sums side by side: their order of additions is fixed, and a compiler can keep them in vectors. */
 static void sum_row(double sums[2], const float *weights, const float *packed, int64_t n)
 {
-    double difference = 0, total = 0;
-    for (int64_t i = 0; i < n; i++) {
-        double d = (double)weights[i] - (double)packed[i];
-        difference += d * d;
-        total += (double)weights[i] * (double)weights[i];
+    enum { LANES = 8 };
+    double difference[LANES] = { 0 }, total[LANES] = { 0 };
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            double w = (double)weights[i + k], d = w - (double)packed[i + k];
+            difference[k] += d * d;
+            total[k] += w * w;
+        }
+    for (; i < n; i++) {
+        double w = (double)weights[i], d = w - (double)packed[i];
+        difference[0] += d * d;
+        total[0] += w * w;
     }
-    sums[0] = difference;
-    sums[1] = total;
+    sums[0] = sums[1] = 0;
+    for (int k = 0; k < LANES; k++) {
+        sums[0] += difference[k];
+        sums[1] += total[k];
+    }
 }
 
 static bool scales_are_valid(const e4m3 *scale, int64_t n)

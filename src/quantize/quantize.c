@@ -9,6 +9,7 @@
 #include "quantize/census.h"
 #include "quantize/destination.h"
 #include "quantize/pack.h"
+#include "quantize/pages.h"
 #include "quantize/plan.h"
 #include "quantize/shards.h"
 #include <inttypes.h>
@@ -17,8 +18,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 enum { SAMPLES = 64, SEQUENCE = 2048, SLICE_BYTES = 64 << 20, FILE_EXTRA_BYTES = 1 << 20 };
 static const uint64_t SHARD_BYTES = 5000000000u;
@@ -91,15 +90,6 @@ static bool run_calibration(struct run *r, struct err *e)
 
 /* Tensors. */
 
-/* Lets go of the pages of source bytes that were used, so that memory does not grow with the checkpoint. */
-static void release(const uint8_t *data, uint64_t bytes)
-{
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + bytes;
-    begin = (begin + page - 1) / page * page;
-    end = end / page * page;
-    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
-}
-
 static void report_done(struct run *r, uint64_t bytes)
 {
     r->done += bytes;
@@ -111,7 +101,7 @@ static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
     for (uint64_t at = 0; at < t->bytes; at += SLICE_BYTES) {
         uint64_t n = t->bytes - at < SLICE_BYTES ? t->bytes - at : SLICE_BYTES;
         if (!shards_append(r->shards, t->data + at, n, e)) return false;
-        release(t->data + at, n);
+        pages_release(t->data + at, n);
         report_done(r, n);
     }
     r->result->copied_tensors++;
@@ -178,7 +168,7 @@ static bool write_matrix(struct run *r, size_t index, struct err *e)
     count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
                 nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, packed.error);
     uint64_t bytes = (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype);
-    release(m->data, bytes);
+    pages_release(m->data, bytes);
     report_done(r, bytes);
     return true;
 }

@@ -72,27 +72,14 @@ static bool put(yaml_emitter_t *y, const json_t *v)
 {
     char number[40];
     switch (json_typeof(v)) {
-    case JSON_OBJECT:
-        return put_map(y, v);
-    case JSON_ARRAY:
-        return put_list(y, v);
-    case JSON_STRING:
-        return put_string(y, json_string_value(v));
-    case JSON_INTEGER:
-        snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(v));
-        break;
-    case JSON_REAL:
-        snprintf(number, sizeof number, "%.17g", json_real_value(v));
-        break;
-    case JSON_TRUE:
-        snprintf(number, sizeof number, "true");
-        break;
-    case JSON_FALSE:
-        snprintf(number, sizeof number, "false");
-        break;
-    default:
-        snprintf(number, sizeof number, "null");
-        break;
+    case JSON_OBJECT: return put_map(y, v);
+    case JSON_ARRAY: return put_list(y, v);
+    case JSON_STRING: return put_string(y, json_string_value(v));
+    case JSON_INTEGER: snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(v)); break;
+    case JSON_REAL: snprintf(number, sizeof number, "%.17g", json_real_value(v)); break;
+    case JSON_TRUE: snprintf(number, sizeof number, "true"); break;
+    case JSON_FALSE: snprintf(number, sizeof number, "false"); break;
+    default: snprintf(number, sizeof number, "null"); break;
     }
     return put_scalar(y, number, YAML_PLAIN_SCALAR_STYLE);
 }

@@ -53,12 +53,12 @@ static inline void fixture_deinit(struct fixture *f)
     assert_true(file_remove_tree(f->path, NULL));
 }
 
-/* Path of something in the fixture's folder; each call reuses one of eight buffers. */
+/* Path of something in the fixture's folder; each call reuses one of 64 buffers. */
 static inline const char *in(const struct fixture *f, const char *name)
 {
-    static char paths[8][512];
+    static char paths[64][512];
     static int next;
-    char *out = paths[next++ % 8];
+    char *out = paths[next++ % 64];
     snprintf(out, sizeof paths[0], "%s/%s", f->path, name);
     return out;
 }

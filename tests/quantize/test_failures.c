@@ -145,8 +145,9 @@ static void weights_must_be_finite(void **state)
     struct quantize_result r;
     struct err e = { 0 };
     assert_false(quantize_run(&o, &r, &e));
-    assert_true(strstr(e.text, "experts.3.down_proj' has a weight that is infinite") ||
-                strstr(e.text, "calibration: "));
+    if (!strstr(e.text, "experts.3.down_proj' has a weight that is infinite") &&
+        !strstr(e.text, "calibration: "))
+        fail_msg("%s", e.text);
     assert_false(file_exists(o.destination) || has_partial(o.destination));
 }
 
@@ -240,18 +241,18 @@ static void die_midway(void *ctx, const char *what, uint64_t done, uint64_t tota
     if (strcmp(what, "quantize") == 0 && done > total / 2) raise(SIGKILL);
 }
 
-/* Dies by SIGKILL half-way through the tensors. The backend has threads, so the child makes its own. */
-static void run_and_die(const char *destination)
+/* Dies by SIGKILL half-way through the tensors. A program of its own: sanitizers take no threads after a
+ * fork. */
+static int run_and_die(const char *destination)
 {
     struct fixture child = { .report = { .progress = die_midway } };
     struct backend_options options = { .device = DEVICE_CPU, .threads = 1 };
-    if (backend_create(&child.backend, &options, NULL)) {
-        struct quantize_options o = fixture_options(&child, DEMO, destination);
-        struct quantize_result r;
-        o.max_shard_bytes = 1000000;
-        quantize_run(&o, &r, NULL);
-    }
-    _exit(1);
+    struct quantize_result r;
+    if (!backend_create(&child.backend, &options, NULL)) return 1;
+    struct quantize_options o = fixture_options(&child, DEMO, destination);
+    o.max_shard_bytes = 1000000;
+    quantize_run(&o, &r, NULL);
+    return 1;
 }
 
 static void killed_run_is_no_checkpoint(void **state)
@@ -260,7 +261,10 @@ static void killed_run_is_no_checkpoint(void **state)
     struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "killed"));
     int status;
     pid_t child = fork();
-    if (child == 0) run_and_die(o.destination);
+    if (child == 0) {
+        execl("/proc/self/exe", "test_failures", "die", o.destination, (char *)NULL);
+        _exit(1);
+    }
     assert_int_equal(waitpid(child, &status, 0), child);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
     assert_false(file_exists(o.destination));
@@ -305,8 +309,9 @@ static int teardown(void **state)
     return 0;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc == 3 && strcmp(argv[1], "die") == 0) return run_and_die(argv[2]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(destination_must_be_new),
         cmocka_unit_test(destination_must_not_touch_the_source),

@@ -5,15 +5,9 @@
 #include "quantize/samples.h"
 #include <math.h>
 
-enum {
-    N_LAYERS = 4,
-    N_EXPERTS = 16,
-    HIDDEN = 256,
-    INNER = 64,
-    SAMPLES = 4,
-    TOKENS = 256,
-    SHARD_BYTES = 3000000
-};
+/* Of the demo; samples are longer than one step of the calibration (512 rows). */
+enum { N_LAYERS = 4, N_EXPERTS = 16, HIDDEN = 256, INNER = 64 };
+enum { SAMPLES = 2, TOKENS = 600, PAGES = 10, SHARD_BYTES = 3000000 };
 #define LAYERS "model.language_model.layers."
 
 static struct fixture fixture;
@@ -25,10 +19,11 @@ static struct quantize_result numbers;
 
 static const double e2m1_values[8] = { 0, 0.5, 1, 1.5, 2, 3, 4, 6 };
 
-static double e4m3_value(int code)
+static double e4m3_values[127];
+
+static void fill_e4m3(void)
 {
-    int exponent = code >> 3, mantissa = code & 7;
-    return exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
+    for (int i = 0; i < 127; i++) e4m3_values[i] = i < 8 ? ldexp(i, -9) : ldexp(8 + (i & 7), (i >> 3) - 10);
 }
 
 /* x to eight significant bits, ties to even. */
@@ -41,19 +36,14 @@ static double bf(double x)
 }
 
 /* The nearest of n ascending values; of two equally near the one with an even code. */
-static int nearest(double x, int n, double (*value)(int))
+static int nearest(double x, int n, const double *values)
 {
     int best = 0;
     for (int i = 1; i < n; i++) {
-        double old = fabs(x - value(best)), new = fabs(x - value(i));
+        double old = fabs(x - values[best]), new = fabs(x - values[i]);
         if (new < old || (new == old &&i % 2 == 0)) best = i;
     }
     return best;
-}
-
-static double e2m1_value(int code)
-{
-    return e2m1_values[code];
 }
 
 static double global_scale(double absmax)
@@ -63,7 +53,7 @@ static double global_scale(double absmax)
 
 static int e4m3_code(double x)
 {
-    return nearest(fmin(fabs(x), 448), 127, e4m3_value) | (x < 0 || (x == 0 && signbit(x)) ? 0x80 : 0);
+    return nearest(fmin(fabs(x), 448), 127, e4m3_values) | (x < 0 || (x == 0 && signbit(x)) ? 0x80 : 0);
 }
 
 /* --- where matrices are
@@ -120,7 +110,7 @@ static double nvfp4_error(int layer, int expert, int part)
     for (int64_t i = 0; i < rows * cols; i++) {
         int code = codes->data[i / 2] >> (i % 2 ? 4 : 0) & 15, s = scale->data[i / 16];
         if (s < 1 || s > 0x7e) fail_msg("%s: scale byte 0x%02x", scale->name, (unsigned)s);
-        double x = e2m1_values[code & 7] * (code & 8 ? -1 : 1) * e4m3_value(s) / (double)f32_at(global);
+        double x = e2m1_values[code & 7] * (code & 8 ? -1 : 1) * e4m3_values[s] / (double)f32_at(global);
         difference += (x - (double)w[i]) * (x - (double)w[i]);
         total += (double)w[i] * (double)w[i];
     }
@@ -144,7 +134,7 @@ static void check_fp8(const struct tensor *t)
             double w = (double)bf16_at(t, r * t->shape[1] + c);
             int code = codes->data[r * t->shape[1] + c];
             assert_int_equal(code, e4m3_code(bf(w / s)));
-            double x = e4m3_value(code & 0x7f) * s * (code & 0x80 ? -1 : 1);
+            double x = e4m3_values[code & 0x7f] * s * (code & 0x80 ? -1 : 1);
             difference += (x - w) * (x - w);
             total += w * w;
         }
@@ -222,8 +212,8 @@ static void check_codes(int layer, int expert, int part)
     for (int64_t i = 0; i < rows * cols; i++) {
         int s = e4m3_code(gs * bf(absmax(w + i / 16 * 16, 16) / 6));
         if (s == 0) s = 0x20;
-        float step = (float)e4m3_value(s) / (float)gs, x = w[i] / step;
-        int code = nearest(fmin(fabs((double)x), 6), 8, e2m1_value) | (x < 0 ? 8 : 0);
+        float step = (float)e4m3_values[s] / (float)gs, x = w[i] / step;
+        int code = nearest(fmin(fabs((double)x), 6), 8, e2m1_values) | (x < 0 ? 8 : 0);
         assert_int_equal(scales[i / 16], s);
         assert_int_equal(codes[i / 2] >> (i % 2 ? 4 : 0) & 15, code);
     }
@@ -264,7 +254,7 @@ static void scales_are_shared_as_readers_need(void **state)
     }
 }
 
-/* Largest inputs, seen through a tap of the reference backend's whole forward pass. */
+/* Largest inputs, seen through a tap of one whole forward pass with plain kernels. */
 struct observer {
     double block[N_LAYERS], down[N_LAYERS][N_EXPERTS];
 };
@@ -307,10 +297,10 @@ static void run_sample(struct step *step, struct model *model, const int32_t *to
     struct err e = { 0 };
     struct layer_state states[N_LAYERS];
     struct row rows[TOKENS];
-    int32_t pages[] = { 0, 1, 2, 3 };
+    static const int32_t pages[PAGES] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 };
     struct span span = { .n = n, .pages = pages };
     for (int i = 0; i < N_LAYERS; i++)
-        assert_true(layer_state_create(&states[i], model, i, KV_F32, 4, 1, &e));
+        assert_true(layer_state_create(&states[i], model, i, KV_F32, PAGES, 1, &e));
     for (int32_t i = 0; i < n; i++) rows[i] = (struct row){ tokens[i], { i, i, i }, NULL };
     struct step_rows all = { rows, n, &span, 1 };
     step_run(step, &all, states);
@@ -321,7 +311,7 @@ static void observe_all(struct observer *o)
 {
     struct err e = { 0 };
     struct backend backend;
-    struct backend_options options = { .device = DEVICE_REF };
+    struct backend_options options = { .device = DEVICE_CPU, .isa = CPU_ISA_GENERIC };
     struct model model;
     struct step *step;
     struct samples samples;
@@ -525,6 +515,7 @@ static void split_source_gives_the_same(void **state)
 static int setup(void **state)
 {
     (void)state;
+    fill_e4m3();
     fixture_init(&fixture);
     struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "result"));
     o.num_calibration_samples = SAMPLES;

@@ -1,0 +1,16 @@
+/* Pages of a mapped file that were used and will not be soon: given back, so that the resident size does not
+ * grow with the checkpoint. They come back from the file when touched. */
+#ifndef QUANTIZE_PAGES_H
+#define QUANTIZE_PAGES_H
+#include <stdint.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static inline void pages_release(const uint8_t *data, uint64_t bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + bytes;
+    begin = (begin + page - 1) / page * page;
+    end = end / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+#endif
