@@ -1,6 +1,8 @@
 #include "cli/common.h"
 #include "base/clock.h"
+#include "tokenizer/utf8.h"
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -112,6 +114,23 @@ void common_close(struct opened *o)
     tokenizer_free(o->tokenizer);
     checkpoint_close(&o->checkpoint);
     *o = (struct opened){ 0 };
+}
+
+json_t *common_json_path(const char *path)
+{
+    size_t n = strlen(path), used = 0;
+    char *text = malloc(3 * n + 1);
+    while (text && n > 0) {
+        int length = utf8_scan((const unsigned char *)path, n);
+        size_t taken = length > 0 ? (size_t)length : length < 0 ? (size_t)-length : n;
+        memcpy(text + used, length > 0 ? path : "\xef\xbf\xbd", length > 0 ? taken : 3);
+        used += length > 0 ? taken : 3;
+        path += taken;
+        n -= taken;
+    }
+    json_t *string = text ? json_stringn(text, used) : NULL;
+    free(text);
+    return string;
 }
 
 char *common_bytes(char *out, size_t size, uint64_t bytes)

@@ -6,6 +6,7 @@
 #include "base/report.h"
 #include "engine/engine.h"
 #include "tokenizer/tokenizer.h"
+#include <jansson.h>
 
 struct common {
     int device; /* index into common_devices */
@@ -66,5 +67,7 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
                  struct err *e);
 void common_close(struct opened *o); /* accepts a zeroed one */
 
+/* A JSON string of a path: names of files may hold any bytes, what is not UTF-8 becomes U+FFFD. */
+json_t *common_json_path(const char *path);
 char *common_bytes(char *out, size_t size, uint64_t bytes); /* "1.25 GB" */
 #endif

@@ -3,6 +3,7 @@
 #include "cli/common.h"
 #include "base/file.h"
 #include "engine/generate.h"
+#include "tokenizer/utf8.h"
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,9 +51,14 @@ static bool check(const struct settings *s, const struct sampling *sampling, str
     if (s->max_tokens < 1 || s->max_tokens > 1 << 24)
         return err_set(e, ERR_ARGUMENT, "--max-tokens: expected 1 to 16777216, found %lld",
                        (long long)s->max_tokens);
-    for (int i = 0; i < s->stops.n; i++)
-        if (!*s->stops.items[i])
-            return err_set(e, ERR_ARGUMENT, "--stop: an empty string would stop at once");
+    for (int i = 0; i < s->stops.n; i++) {
+        const char *stop = s->stops.items[i];
+        size_t valid = utf8_valid_prefix(stop, strlen(stop));
+        if (!*stop) return err_set(e, ERR_ARGUMENT, "--stop: an empty string would stop at once");
+        if (stop[valid]) return err_set(e, ERR_ARGUMENT, "--stop: not UTF-8 at byte %zu", valid);
+    }
+    if (s->top_k != (int)s->top_k)
+        return err_set(e, ERR_ARGUMENT, "--top-k: expected 0 to 2147483647, found %lld", (long long)s->top_k);
     return sampling_check(sampling, e);
 }
 
@@ -89,7 +95,7 @@ static void print_json(const struct settings *s, const struct generated *g, cons
 {
     json_t *ids = json_array();
     for (size_t i = 0; i < g->tokens.n; i++) json_array_append_new(ids, json_integer(g->tokens.ids[i]));
-    json_t *o = json_pack("{s:s, s:o, s:o, s:s, s:I, s:f, s:f}", "model", s->model, "text",
+    json_t *o = json_pack("{s:o, s:o, s:o, s:s, s:I, s:f, s:f}", "model", common_json_path(s->model), "text",
                           json_stringn(text, n), "token_ids", ids, "finish_reason", finish_name(g->finish),
                           "prompt_tokens", (json_int_t)n_prompt, "prefill_seconds", g->prefill_seconds,
                           "decode_seconds", g->decode_seconds);

@@ -170,13 +170,13 @@ static void print_json(const struct checkpoint *k, const struct census *s, const
                                                 "parameters", (json_int_t)t->parameters, "bytes",
                                                 (json_int_t)t->bytes));
         }
-    json_t *o = json_pack("{s:s, s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:I}", "model", k->path,
-                          "model_type", k->config.model_type, "quantized", k->quantization != NULL, "tensors",
-                          (json_int_t)s->total.tensors, "parameters", (json_int_t)s->total.parameters,
-                          "bytes", (json_int_t)s->total.bytes, "groups", groups, "language_model_bytes",
-                          (json_int_t)n->text, "vision_bytes", (json_int_t)n->vision, "mtp_bytes",
-                          (json_int_t)n->mtp, "kv_bytes_per_token_bf16", (json_int_t)n->kv_token[1],
-                          "state_bytes_per_sequence", (json_int_t)n->state);
+    json_t *o = json_pack("{s:o, s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:I}", "model",
+                          common_json_path(k->path), "model_type", k->config.model_type, "quantized",
+                          k->quantization != NULL, "tensors", (json_int_t)s->total.tensors, "parameters",
+                          (json_int_t)s->total.parameters, "bytes", (json_int_t)s->total.bytes, "groups",
+                          groups, "language_model_bytes", (json_int_t)n->text, "vision_bytes",
+                          (json_int_t)n->vision, "mtp_bytes", (json_int_t)n->mtp, "kv_bytes_per_token_bf16",
+                          (json_int_t)n->kv_token[1], "state_bytes_per_sequence", (json_int_t)n->state);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);

@@ -1,9 +1,11 @@
 /* The program: finds the subcommand and runs it. Only cli/ reads argv and the environment, prints, and exits.
  */
 #include "cli/commands.h"
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdbool.h>
 #include <string.h>
+#include <unistd.h>
 
 static const struct {
     const char *name, *purpose;
@@ -22,8 +24,19 @@ static void usage(FILE *f)
     for (int i = 0; i < N_COMMANDS; i++) fprintf(f, "  %-12s %s\n", commands[i].name, commands[i].purpose);
 }
 
+/* A closed standard stream would lend its number to the next file opened, and messages meant for the stream
+ * would be written into that file. A number held here for reading only still refuses what is printed. */
+static void hold_standard_streams(void)
+{
+    int fd;
+    do fd = open("/dev/null", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0) close(fd);
+}
+
 int main(int argc, char **argv)
 {
+    hold_standard_streams();
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {

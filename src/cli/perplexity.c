@@ -3,6 +3,7 @@
 #include "cli/common.h"
 #include "base/file.h"
 #include "eval/perplexity.h"
+#include "tokenizer/utf8.h"
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,8 +47,10 @@ static bool read_tokens(struct token_list *list, const struct opened *o, const c
     char *text;
     size_t bytes;
     if (!file_read(&text, &bytes, path, TEXT_BYTES_MAX, e)) return false;
+    size_t valid = utf8_valid_prefix(text, bytes); /* here, where offsets are still the file's */
+    bool ok = (bytes > 0 || err_set(e, ERR_FORMAT, "the text is empty")) &&
+              (valid == bytes || err_set(e, ERR_FORMAT, "the text is not UTF-8 at byte %zu", valid));
     bytes = normalise_line_ends(text, bytes);
-    bool ok = bytes > 0 || err_set(e, ERR_FORMAT, "the text is empty");
     ok = ok && tokenizer_encode(o->tokenizer, list, text, bytes, 0, e);
     free(text);
     return ok || err_note(e, "%s", path);
@@ -105,16 +108,17 @@ static void print_comparison(const struct comparison *c, const struct checkpoint
 static void print_json(const struct settings *s, const struct perplexity_result *r,
                        const struct comparison *c)
 {
-    json_t *o = json_pack(
-        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", s->model, "text", s->text, "rule",
-        rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens", (json_int_t)r->tokens, "chunks",
-        (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored, "kv_cache_dtype",
-        common_kv_name(common_kv_dtype(&s->common)), "perplexity", r->perplexity, "seconds", r->seconds);
+    json_t *o =
+        json_pack("{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", common_json_path(s->model),
+                  "text", common_json_path(s->text), "rule", rules[s->rule], "ctx", (json_int_t)s->ctx,
+                  "tokens", (json_int_t)r->tokens, "chunks", (json_int_t)r->chunks, "scored_tokens",
+                  (json_int_t)r->scored, "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common)),
+                  "perplexity", r->perplexity, "seconds", r->seconds);
     if (c) {
-        json_t *more =
-            json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against", s->against, "against_perplexity",
-                      c->other.perplexity, "delta", c->delta, "ratio", c->ratio, "ratio_low", c->ratio_low,
-                      "ratio_high", c->ratio_high, "kld", c->kld, "same_top", c->same_top);
+        json_t *more = json_pack("{s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against",
+                                 common_json_path(s->against), "against_perplexity", c->other.perplexity,
+                                 "delta", c->delta, "ratio", c->ratio, "ratio_low", c->ratio_low,
+                                 "ratio_high", c->ratio_high, "kld", c->kld, "same_top", c->same_top);
         json_object_update(o, more);
         json_decref(more);
     }

@@ -57,14 +57,15 @@ static void print_text(const struct settings *s, const struct quantize_result *r
 
 static void print_json(const struct settings *s, const struct quantize_result *r)
 {
-    json_t *o = json_pack(
-        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
-        s->folders[0], "destination", s->folders[1], "recipe", recipes[s->recipe], "nvfp4_matrices",
-        (json_int_t)r->nvfp4_matrices, "fp8_matrices", (json_int_t)r->fp8_matrices, "copied_tensors",
-        (json_int_t)r->copied_tensors, "ignored_modules", (json_int_t)r->ignored_modules, "samples",
-        (json_int_t)r->samples, "tokens", (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in,
-        "bytes_out", (json_int_t)r->bytes_out, "shards", (json_int_t)r->shards, "nvfp4_error",
-        r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds", r->seconds);
+    json_t *o =
+        json_pack("{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+                  common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
+                  recipes[s->recipe], "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices",
+                  (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors,
+                  "ignored_modules", (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples,
+                  "tokens", (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in, "bytes_out",
+                  (json_int_t)r->bytes_out, "shards", (json_int_t)r->shards, "nvfp4_error",
+                  r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds", r->seconds);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);

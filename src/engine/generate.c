@@ -21,13 +21,18 @@ static bool reserve(struct pending *p, size_t more, struct err *e)
     return true;
 }
 
-/* Where the earliest stop string begins, or n. */
+/* Where the stop string that is complete first begins, or n; of several that end together the longest. So it
+ * does not matter which bytes came in one token. */
 static size_t find_stop(const struct pending *p, const struct generation *o)
 {
-    size_t best = p->n;
+    size_t best = p->n, best_end = SIZE_MAX;
     for (int i = 0; i < o->n_stops; i++) {
-        const char *at = memmem(p->bytes, p->n, o->stops[i], strlen(o->stops[i]));
-        if (at && (size_t)(at - p->bytes) < best) best = (size_t)(at - p->bytes);
+        size_t len = strlen(o->stops[i]);
+        const char *at = memmem(p->bytes, p->n, o->stops[i], len);
+        size_t begin = at ? (size_t)(at - p->bytes) : p->n, end = begin + len;
+        if (!at || end > best_end || (end == best_end && begin >= best)) continue;
+        best = begin;
+        best_end = end;
     }
     return best;
 }

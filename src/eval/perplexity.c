@@ -159,10 +159,12 @@ static void summarize(struct perplexity_result *r, const struct scorer *s, int64
     r->perplexity = exp(r->nll / (double)scored);
 }
 
-/* 97.5 % point of Student's t, Cornish-Fisher expansion to the third order: within 1 % from 3 degrees of
- * freedom on. */
+/* 97.5 % point of Student's t: for 1 and 2 degrees of freedom in closed form, above by the Cornish-Fisher
+ * expansion to the third order, within 1 % from 3 on (but 24 % short at 1). */
 static double t_quantile(int64_t freedom)
 {
+    if (freedom == 1) return 12.706205;
+    if (freedom == 2) return 4.302653;
     double z = 1.959964, n = (double)freedom, z3 = z * z * z, z5 = z3 * z * z, z7 = z5 * z * z;
     return z + (z3 + z) / (4 * n) + (5 * z5 + 16 * z3 + 3 * z) / (96 * n * n) +
            (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / (384 * n * n * n);

@@ -1,0 +1,155 @@
+/* Out of memory: the n-th allocation fails, for every n that there is. Whatever was half built is freed (a
+ * leak shows under ASan), the error says so, and the next try succeeds. This program's own malloc, calloc,
+ * realloc and aligned_alloc stand in front of the library's, and refuse when told to. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include "engine/generate.h"
+#include "support/models.h"
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ASan has its own heap, to which its free() belongs. TSan calls malloc before it can be called itself: there
+ * nothing is put in front, and the tests skip. */
+#if defined(__SANITIZE_ADDRESS__)
+#define NEXT(name)   __interceptor_##name
+#define NEXT_ALIGNED __interceptor_aligned_alloc
+#else
+#define NEXT(name)   __libc_##name
+#define NEXT_ALIGNED __libc_memalign
+#endif
+
+/* Allocations still to succeed; negative: all. */
+static atomic_int allowed = -1;
+
+#if !defined(__SANITIZE_THREAD__)
+enum { CAN_REFUSE = 1 };
+void *NEXT(malloc)(size_t bytes);
+void *NEXT(calloc)(size_t n, size_t bytes);
+void *NEXT(realloc)(void *p, size_t bytes);
+void *NEXT_ALIGNED(size_t align, size_t bytes);
+
+static bool refused(void)
+{
+    if (atomic_load(&allowed) < 0) return false;
+    if (atomic_fetch_sub(&allowed, 1) > 0) return false;
+    atomic_store(&allowed, 0);
+    return true;
+}
+
+void *malloc(size_t bytes)
+{
+    return refused() ? NULL : NEXT(malloc)(bytes);
+}
+
+void *calloc(size_t n, size_t bytes)
+{
+    return refused() ? NULL : NEXT(calloc)(n, bytes);
+}
+
+void *realloc(void *p, size_t bytes)
+{
+    return refused() ? NULL : NEXT(realloc)(p, bytes);
+}
+
+void *aligned_alloc(size_t align, size_t bytes)
+{
+    return refused() ? NULL : NEXT_ALIGNED(align, bytes);
+}
+#else
+enum { CAN_REFUSE = 0 };
+#endif
+
+struct fixture {
+    struct loaded loaded;
+    struct tokenizer *tokenizer;
+};
+
+/* Runs `work` with one allocation fewer missing each time until it succeeds; returns how often it failed. It
+ * must fail with ERR_MEMORY and nothing else. Beyond `dense` failures only every `stride`-th is tried. */
+static int fail_each(bool (*work)(struct fixture *f, struct err *e), struct fixture *f, int dense, int stride)
+{
+    int tried = 0;
+    for (int n = 0;; n += n < dense ? 1 : stride) {
+        struct err e = { 0 };
+        atomic_store(&allowed, n);
+        bool ok = work(f, &e);
+        atomic_store(&allowed, -1);
+        if (ok) return tried;
+        if (e.code != ERR_MEMORY) fail_msg("allocation %d: code %d, '%s'", n, (int)e.code, e.text);
+        assert_non_null(strstr(e.text, "no memory for "));
+        tried++;
+    }
+}
+
+static bool create_engine(struct fixture *f, struct err *e)
+{
+    struct engine *g;
+    struct engine_options o = { .context = 300, .sequences = 2, .step_rows = 32, .kv = KV_BF16 };
+    bool ok = engine_create(&g, &f->loaded.model, &o, e);
+    assert_int_equal(ok, g != NULL);
+    engine_free(g);
+    return ok;
+}
+
+static bool bind_all(struct fixture *f, struct err *e)
+{
+    struct model m;
+    bool ok = model_init(&m, &f->loaded.checkpoint, &f->loaded.backend, NULL, e) && model_bind_all(&m, e);
+    model_deinit(&m);
+    return ok;
+}
+
+static bool generate_text(struct fixture *f, struct err *e)
+{
+    static const int32_t prompt[] = { 40, 41, 42, 43, 44 };
+    static const char *const stops[] = { "never met" };
+    struct generation o = { .sampling = { .temperature = 1 }, .max_tokens = 4, .stops = stops, .n_stops = 1 };
+    struct engine *g;
+    struct generated out = { 0 };
+    bool ok = engine_create(&g, &f->loaded.model, &(struct engine_options){ .context = 64 }, e) &&
+              generate(&out, g, f->tokenizer, prompt, 5, &o, e);
+    free(out.tokens.ids);
+    engine_free(g);
+    return ok;
+}
+
+static void check_device(enum device device)
+{
+    struct fixture f = { 0 };
+    struct err e = { 0 };
+    struct backend_options o = { .device = device, .threads = 1 };
+    if (!CAN_REFUSE) {
+        printf("SKIP: failing allocations: not under TSan\n");
+        skip();
+    }
+    load_model(&f.loaded, "models/demo", &o);
+    must(tokenizer_load(&f.tokenizer, "models/demo", &e), &e);
+    assert_true(fail_each(create_engine, &f, 1 << 20, 1) >= 15);
+    assert_true(fail_each(generate_text, &f, 1 << 20, 1) >= 20);
+    assert_true(fail_each(bind_all, &f, 60, 23) >= 70);
+    tokenizer_free(f.tokenizer);
+    unload_model(&f.loaded);
+}
+
+static void on_the_cpu(void **state)
+{
+    (void)state;
+    check_device(DEVICE_CPU);
+}
+
+static void on_ref(void **state)
+{
+    (void)state;
+    check_device(DEVICE_REF);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = { cmocka_unit_test(on_the_cpu), cmocka_unit_test(on_ref) };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
