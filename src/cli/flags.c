@@ -53,6 +53,9 @@ bool flags_parse(const struct command *c, const struct flag *flags, int argc, ch
 {
     int n = 0;
     bool only_arguments = false;
+    for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++)
+        *help = *help || strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0;
+    if (*help) return true;
     for (int i = 0; i < argc; i++) {
         char *word = argv[i];
         if (only_arguments || word[0] != '-' || !word[1]) {
@@ -62,8 +65,6 @@ bool flags_parse(const struct command *c, const struct flag *flags, int argc, ch
         }
         only_arguments = strcmp(word, "--") == 0;
         if (only_arguments) continue;
-        *help = *help || strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0;
-        if (*help) return true;
         size_t len = strcspn(word, "=");
         const struct flag *f = find(flags, word, len);
         if (!f) return err_set(e, ERR_ARGUMENT, "unknown flag '%.*s'", (int)len, word);

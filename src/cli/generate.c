@@ -117,7 +117,9 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     int32_t eos[16];
     int n_eos = 0;
     if (!s->ignore_eos && !checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e)) return false;
-    int64_t most = o->checkpoint.config.max_position_embeddings, n = (int64_t)prompt->n;
+    const struct config *c = &o->checkpoint.config;
+    int32_t pictures[] = { (int32_t)c->image_token, (int32_t)c->video_token };
+    int64_t most = c->max_position_embeddings, n = (int64_t)prompt->n;
     int64_t max_tokens = s->max_tokens < most - n ? s->max_tokens : most - n;
     struct collected text = { 0 };
     struct generation g = { .sampling = *sampling,
@@ -126,6 +128,8 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
                             .n_stops = s->stops.n,
                             .stop_tokens = eos,
                             .n_stop_tokens = n_eos,
+                            .never = pictures,
+                            .n_never = 2,
                             .keep_special = s->keep_special,
                             .ctx = &text,
                             .text = take_text,

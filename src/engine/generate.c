@@ -66,13 +66,23 @@ static bool is_stop_token(const struct generation *o, int32_t id)
     return false;
 }
 
-/* Rows of the head without a token behind them hold ordinary finite logits; picture placeholders are input
- * only. */
+struct decoding {
+    struct engine *engine;
+    const struct tokenizer *tokenizer;
+    const struct generation *o;
+    struct candidate *work;
+    struct detokenizer detokenizer;
+    struct pending pending;
+};
+
+/* Rows of the head without a token behind them hold ordinary finite logits. */
 static bool never_sampled(void *ctx, int32_t id)
 {
-    const struct tokenizer *t = ctx;
+    const struct decoding *d = ctx;
     size_t n;
-    tokenizer_bytes(t, id, &n);
+    tokenizer_bytes(d->tokenizer, id, &n);
+    for (int i = 0; i < d->o->n_never; i++)
+        if (d->o->never[i] == id) return true;
     return n == 0;
 }
 
@@ -88,15 +98,6 @@ static bool append(struct token_list *list, int32_t id, struct err *e)
     list->ids[list->n++] = id;
     return true;
 }
-
-struct decoding {
-    struct engine *engine;
-    const struct tokenizer *tokenizer;
-    const struct generation *o;
-    struct candidate *work;
-    struct detokenizer detokenizer;
-    struct pending pending;
-};
 
 static bool take_token(struct decoding *d, struct generated *out, int32_t id, struct err *e)
 {
@@ -114,8 +115,7 @@ static bool decode(struct decoding *d, struct generated *out, int handle, const 
 {
     out->finish = FINISH_LENGTH;
     for (int64_t i = 0; i < d->o->max_tokens; i++) {
-        int32_t id = sample_token(&d->o->sampling, logits, vocab, (uint64_t)i, d->work, never_sampled,
-                                  (void *)(uintptr_t)d->tokenizer);
+        int32_t id = sample_token(&d->o->sampling, logits, vocab, (uint64_t)i, d->work, never_sampled, d);
         if (is_stop_token(d->o, id)) {
             out->finish = FINISH_STOP;
             break;

@@ -14,6 +14,8 @@ struct generation {
     int n_stops;
     const int32_t *stop_tokens;
     int n_stop_tokens;
+    const int32_t *never; /* never sampled, besides ids without meaning: placeholders of pictures, say */
+    int n_never;
     bool keep_special; /* print special tokens as their text */
     void *ctx;
     void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
