@@ -39,13 +39,10 @@ static void decode_fp8(float *out, const uint8_t *in, int64_t n)
 /* One group of 16 columns. codes: 8 bytes a column, rows 0..7 in the low nibbles, 8..15 in the high. */
 INLINE void decode_group(float *out, const uint8_t *codes, const vec step[PER_PANEL])
 {
-    for (int c = 0; c < 16; c++, codes += 8, out += PANEL) {
-        uint8_t code[PANEL];
-        for (int i = 0; i < 8; i++) code[i] = codes[i] & 15;
-        for (int i = 0; i < 8; i++) code[8 + i] = codes[i] >> 4;
-        for (int v = 0; v < PER_PANEL; v++)
-            vstore(out + v * VL, vfrom_e2m1(vload_u8(code + v * VL)) * step[v]);
-    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 16; c++, codes += 8, out += PANEL)
+#pragma GCC unroll 4
+        for (int v = 0; v < PER_PANEL; v++) vstore(out + v * VL, vfrom_e2m1(vload_e2m1(codes, v)) * step[v]);
 }
 
 static void decode_nvfp4(float *out, const uint8_t *codes, const uint8_t *groups, float global, int64_t n)
