@@ -254,31 +254,17 @@ static void put_json(struct text *t, const json_t *value)
 {
     char number[32];
     switch (json_typeof(value)) {
-    case JSON_OBJECT:
-        put_json_members(t, value);
-        break;
-    case JSON_ARRAY:
-        put_json_items(t, value);
-        break;
-    case JSON_STRING:
-        put_json_string(t, string_span(value));
-        break;
+    case JSON_OBJECT: put_json_members(t, value); break;
+    case JSON_ARRAY: put_json_items(t, value); break;
+    case JSON_STRING: put_json_string(t, string_span(value)); break;
     case JSON_INTEGER:
         snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(value));
         puts_to(t, number);
         break;
-    case JSON_REAL:
-        put_json_real(t, json_real_value(value));
-        break;
-    case JSON_TRUE:
-        puts_to(t, "true");
-        break;
-    case JSON_FALSE:
-        puts_to(t, "false");
-        break;
-    case JSON_NULL:
-        puts_to(t, "null");
-        break;
+    case JSON_REAL: put_json_real(t, json_real_value(value)); break;
+    case JSON_TRUE: puts_to(t, "true"); break;
+    case JSON_FALSE: puts_to(t, "false"); break;
+    case JSON_NULL: puts_to(t, "null"); break;
     }
 }
 
