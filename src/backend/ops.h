@@ -16,7 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { ROWS_EXACT = 32, DELTA_CHUNK = 64, KV_PAGE = 64 };
+enum { ROWS_EXACT = 32, DELTA_CHUNK = 64, KV_PAGE = 64, CONV_KERNEL_MAX = 64 };
 
 struct queue; /* a backend's order of work */
 

@@ -187,6 +187,9 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
                               c->config.linear_key_dim, c->config.linear_value_dim, c->config.conv_kernel };
     m->layers = calloc((size_t)c->config.n_layers, sizeof *m->layers);
     bool ok = m->layers || err_memory(e, "layers", (uint64_t)c->config.n_layers * sizeof *m->layers);
+    if (ok && c->config.conv_kernel > CONV_KERNEL_MAX)
+        ok = err_set(e, ERR_UNSUPPORTED, "linear_conv_kernel_dim is %d, at most %d is supported",
+                     c->config.conv_kernel, CONV_KERNEL_MAX);
     if (ok && make_rope(m, e) && bind_ends(m, e)) return true;
     model_deinit(m);
     return err_note(e, "%s", c->path);

@@ -449,6 +449,15 @@ static void contexts_too_short(void **state)
     json_decref(o);
 }
 
+static void numbers_no_kernel_has_room_for(void **state)
+{
+    (void)state;
+    const char *folder = variant("kernel");
+    change_json(folder, "config.json", "text_config.linear_conv_kernel_dim", "100");
+    refuse(WORDS("generate", folder, "-p", "x"), 1,
+           "quench generate: @/kernel: linear_conv_kernel_dim is 100, at most 64 is supported\n");
+}
+
 /* Output that goes nowhere. */
 
 static void a_full_or_closed_stdout_is_a_failure(void **state)
@@ -691,6 +700,7 @@ int main(void)
         cmocka_unit_test(tokenizers_of_another_kind),
         cmocka_unit_test(texts_that_cannot_be_scored),
         cmocka_unit_test(contexts_too_short),
+        cmocka_unit_test(numbers_no_kernel_has_room_for),
         cmocka_unit_test(a_full_or_closed_stdout_is_a_failure),
         cmocka_unit_test(perplexity_as_json),
         cmocka_unit_test(line_ends_do_not_matter),

@@ -79,8 +79,6 @@ void cpu_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, co
 
 /* Convolution. */
 
-enum { KERNEL_MAX = 32 };
-
 struct conv_job {
     struct queue *q;
     struct mat y, u;
@@ -100,7 +98,7 @@ static void conv_row(void *ctx, int64_t row, int thread)
     struct conv_job *j = ctx;
     (void)thread;
     const struct span *span = span_of(j->rows, row);
-    const float *past = conv_state(j, span), *taps[KERNEL_MAX];
+    const float *past = conv_state(j, span), *taps[CONV_KERNEL_MAX];
     for (int t = 0; t < j->kernel; t++) {
         int64_t at =
             row - span->first - (j->kernel - 1) + t; /* row of the span; negative: before this step */
