@@ -1,8 +1,8 @@
 /* The CPU backend's queue: threads, scratch sized for the largest step, and the table of operations. */
 #include "backend/cpu/parts.h"
+#include "backend/host.h"
 #include "base/arena.h"
 #include <stdlib.h>
-#include <string.h>
 
 const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
 {
@@ -99,43 +99,15 @@ static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
     return true;
 }
 
-static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
-{
-    (void)q;
-    uint64_t rounded = (bytes + 63) & ~(uint64_t)63;
-    *out = rounded >= bytes ? aligned_alloc(64, rounded ? rounded : 64) : NULL;
-    if (!*out) return err_memory(e, "activations and state", bytes);
-    memset(*out, 0, rounded);
-    return true;
-}
-
-static void memory_free(struct queue *q, void *memory)
-{
-    (void)q;
-    free(memory);
-}
-
-static void copy(struct queue *q, void *to, const void *from, uint64_t bytes)
-{
-    (void)q;
-    memcpy(to, from, bytes);
-}
-
-static void zero(struct queue *q, void *memory, uint64_t bytes)
-{
-    (void)q;
-    memset(memory, 0, bytes);
-}
-
 const struct ops cpu_ops = {
     .name = "cpu",
     .weight_create = cpu_weight_create,
     .weight_free = cpu_weight_free,
-    .memory_create = memory_create,
-    .memory_free = memory_free,
-    .upload = copy,
-    .download = copy,
-    .zero = zero,
+    .memory_create = host_memory_create,
+    .memory_free = host_memory_free,
+    .upload = host_copy,
+    .download = host_copy,
+    .zero = host_zero,
     .reserve = reserve,
     .embed = cpu_embed,
     .matmul = cpu_matmul,

@@ -288,4 +288,23 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
+/* What every kernels_*.c defines: the table of this ISA. */
+#define CPU_KERNELS(ISA, WIDEST_BLOCK)                                                                       \
+    const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
+        .name = #ISA,                                                                                        \
+        .block_rows = WIDEST_BLOCK,                                                                          \
+        .decode = decode,                                                                                    \
+        .product = product,                                                                                  \
+        .rmsnorm = rmsnorm,                                                                                  \
+        .gated_norm = gated_norm,                                                                            \
+        .silu_mul = silu_mul,                                                                                \
+        .scale_add = scale_add,                                                                              \
+        .log_softmax = log_softmax,                                                                          \
+        .divergence = divergence,                                                                            \
+        .attend = attend,                                                                                    \
+        .conv_row = conv_row,                                                                                \
+        .l2norm = l2norm,                                                                                    \
+        .delta = delta,                                                                                      \
+        .delta_chunk = delta_chunk,                                                                          \
+    }
 #endif

@@ -1,5 +1,6 @@
 /* Weights and memory of the reference backend: a weight is the f32 matrix it stands for. */
 #include "backend/ref/parts.h"
+#include "backend/host.h"
 #include "base/checked.h"
 #include "num/e4m3.h"
 #include "num/f16.h"
@@ -76,34 +77,6 @@ static void weight_free(struct queue *q, struct weight *weight)
     free(w);
 }
 
-static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
-{
-    (void)q;
-    uint64_t rounded = (bytes + 63) & ~(uint64_t)63;
-    *out = rounded >= bytes ? aligned_alloc(64, rounded ? rounded : 64) : NULL;
-    if (!*out) return err_memory(e, "activations and state", bytes);
-    memset(*out, 0, rounded);
-    return true;
-}
-
-static void memory_free(struct queue *q, void *memory)
-{
-    (void)q;
-    free(memory);
-}
-
-static void upload(struct queue *q, void *to, const void *host, uint64_t bytes)
-{
-    (void)q;
-    memcpy(to, host, bytes);
-}
-
-static void zero(struct queue *q, void *memory, uint64_t bytes)
-{
-    (void)q;
-    memset(memory, 0, bytes);
-}
-
 static bool grow(float **buffer, int64_t *room, int64_t want, struct err *e)
 {
     if (want <= *room) return true;
@@ -138,11 +111,11 @@ const struct ops ref_ops = {
     .name = "ref",
     .weight_create = weight_create,
     .weight_free = weight_free,
-    .memory_create = memory_create,
-    .memory_free = memory_free,
-    .upload = upload,
-    .download = upload,
-    .zero = zero,
+    .memory_create = host_memory_create,
+    .memory_free = host_memory_free,
+    .upload = host_copy,
+    .download = host_copy,
+    .zero = host_zero,
     .reserve = reserve,
     .embed = ref_embed,
     .matmul = ref_matmul,
