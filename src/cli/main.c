@@ -15,6 +15,7 @@ static const struct {
     { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
     { "generate", "continue a prompt", cli_generate },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
+    { "verify", "check a checkpoint, alone or against its source", cli_verify },
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
