@@ -16,6 +16,7 @@ static const struct {
     { "generate", "continue a prompt", cli_generate },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },
+    { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
