@@ -13,8 +13,8 @@ enum { NAME_BYTES = 640 };
 
 const char *verify_name(enum verify_step s)
 {
-    static const char *const names[VERIFY_STEPS] = { "files",   "modules", "layers", "scales",
-                                                     "experts", "mtp",     "source", "score" };
+    static const char *const names[VERIFY_STEPS] = { "files", "modules", "layers", "scales",
+                                                     "fused", "mtp",     "source", "score" };
     return names[s];
 }
 
@@ -247,7 +247,7 @@ static bool run_steps(struct verify_steps *v, struct err *e)
     check_modules(v);
     if (!check_layers(v, e)) return false;
     verify_steps_scales(v);
-    if (!verify_steps_experts(v, e)) return false;
+    if (!verify_steps_fused(v, e)) return false;
     verify_steps_mtp(v);
     return !v->options->source || verify_steps_source(v, e);
 }

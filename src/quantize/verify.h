@@ -14,7 +14,7 @@ enum verify_step {
     VERIFY_MODULES, /* one format each, the one quantization_config names */
     VERIFY_LAYERS,  /* types and shapes that config.json asks for */
     VERIFY_SCALES,  /* signs, sizes, NaN */
-    VERIFY_EXPERTS, /* what readers take for equal inside a layer */
+    VERIFY_FUSED,   /* what readers run as one: q, k and v; gate and up; the experts of a layer */
     VERIFY_MTP,
     VERIFY_SOURCE,
     VERIFY_SCORE, /* by the caller: verify_score */

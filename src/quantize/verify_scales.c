@@ -141,36 +141,63 @@ void verify_steps_scales(struct verify_steps *v)
     v->result->steps[VERIFY_SCALES].n = n;
 }
 
-/* Experts. */
+/* What readers run as one. */
 
-/* gate_proj and up_proj run as one product; readers take gate's scale for both, and the other matrix is then
- * wrong by the ratio. True: a pair was compared. */
-static bool check_pair(struct verify_steps *v, const struct stored *gate)
+/* Two modules of one parent that readers join into one product. */
+static const struct {
+    const char *leader, *follower;
+} joined[] = {
+    { "gate_proj", "up_proj" },     { "q_proj", "k_proj" },       { "q_proj", "v_proj" },
+    { "in_proj_qkv", "in_proj_z" }, { "in_proj_b", "in_proj_a" },
+};
+
+/* Readers take one scale for both, and the other matrix is then wrong by the ratio. */
+static void check_joint_scale(struct verify_steps *v, const char *parent, const struct stored *a,
+                              const struct stored *b, int pair)
 {
-    static const char end[] = ".gate_proj";
-    char name[NAME_BYTES], detail[NAME_BYTES + 64];
-    struct stored up;
-    size_t n = strlen(gate->name), stem = n - (sizeof end - 1);
-    if (n < sizeof end || n >= NAME_BYTES || strcmp(gate->name + stem, end) != 0) return false;
-    snprintf(name, sizeof name, "%.*s.up_proj", (int)stem, gate->name);
-    if (gate->unsound || gate->storage != STORED_NVFP4 || !stored_get(&up, &v->model, name) || up.unsound ||
-        up.storage != STORED_NVFP4)
+    char what[200], detail[NAME_BYTES + 100];
+    float x = stored_f32(a->global), y = stored_f32(b->global);
+    if (x == y) return;
+    double ratio = x > y ? (double)x / y : (double)y / x;
+    snprintf(what, sizeof what, "weight_global_scale of %s and %s differ; readers use one for both",
+             joined[pair].leader, joined[pair].follower);
+    snprintf(detail, sizeof detail, "%g and %g, ratio %.4g, in %s", x, y, ratio, parent);
+    findings_add(&v->result->findings, &(struct finding_note){ .step = VERIFY_FUSED,
+                                                               .is_fault = true,
+                                                               .what = what,
+                                                               .name = parent,
+                                                               .measure = ratio,
+                                                               .detail = detail });
+}
+
+/* True: both are there. */
+static bool check_pair(struct verify_steps *v, const struct stored *a, int pair)
+{
+    char name[NAME_BYTES], what[200];
+    struct stored b;
+    const char *end = joined[pair].leader;
+    size_t n = strlen(a->name), m = strlen(end), stem = n - m;
+    if (n <= m || n >= NAME_BYTES - 16 || a->name[stem - 1] != '.' || strcmp(a->name + stem, end) != 0)
         return false;
-    float a = stored_f32(gate->global), b = stored_f32(up.global);
-    if (a == b) return true;
-    double ratio = a > b ? (double)a / b : (double)b / a;
-    snprintf(detail, sizeof detail, "%g and %g, ratio %.4g, in %.*s", a, b, ratio, (int)stem, gate->name);
-    name[stem] = 0;
-    findings_add(
-        &v->result->findings,
-        &(struct finding_note){
-            .step = VERIFY_EXPERTS,
-            .is_fault = true,
-            .what = "weight_global_scale of gate_proj and up_proj differ; readers use gate_proj's for both",
-            .name = name,
-            .measure = ratio,
-            .detail = detail });
+    snprintf(name, sizeof name, "%.*s%s", (int)stem, a->name, joined[pair].follower);
+    if (!stored_get(&b, &v->model, name)) return false;
+    enum scheme scheme = quantization_scheme(v->model.quantization, name, "Linear");
+    name[stem - 1] = 0;
+    if (a->scheme != scheme && a->place.expert < 0) { /* of experts the layer's check speaks */
+        snprintf(what, sizeof what, "%s and %s have different schemes; vLLM joins them and refuses", end,
+                 joined[pair].follower);
+        verify_steps_note(v, VERIFY_FUSED, false, name, what);
+    }
+    if (!a->unsound && !b.unsound && a->storage == STORED_NVFP4 && b.storage == STORED_NVFP4)
+        check_joint_scale(v, name, a, &b, pair);
     return true;
+}
+
+static int64_t check_pairs(struct verify_steps *v, const struct stored *s)
+{
+    int64_t n = 0;
+    for (int pair = 0; pair < (int)(sizeof joined / sizeof *joined); pair++) n += check_pair(v, s, pair);
+    return n;
 }
 
 /* Experts of one layer, as they pass by. */
@@ -203,16 +230,16 @@ static void check_layer(struct verify_steps *v, const struct layer_experts *l, i
     char name[64], what[200], detail[100];
     snprintf(name, sizeof name, "layer %d", layer);
     if (l->mixed)
-        verify_steps_note(v, VERIFY_EXPERTS, true, name,
+        verify_steps_note(v, VERIFY_FUSED, true, name,
                           "experts of one layer have different schemes; readers look at expert 0 only");
     if (l->with_input > 0 && l->without_input > 0)
-        note_value(v, VERIFY_EXPERTS, true, name,
+        note_value(v, VERIFY_FUSED, true, name,
                    "some experts of a layer have no input_global_scale, which readers leave unset; how many "
                    "matrices",
                    (double)l->without_input, (double)l->without_input);
     if (l->with_input == 0 && l->without_input > 0 && l->scheme == SCHEME_NVFP4)
         verify_steps_note(
-            v, VERIFY_EXPERTS, false, name,
+            v, VERIFY_FUSED, false, name,
             "quantization_config says NVFP4 with 4-bit inputs, no expert has an input_global_scale");
     for (int k = 0; k < 2; k++) {
         if (l->high[k] == 0 || l->high[k] / l->low[k] < SPREAD_MAX) continue;
@@ -221,7 +248,7 @@ static void check_layer(struct verify_steps *v, const struct layer_experts *l, i
                  "readers use one for all",
                  kinds[k]);
         snprintf(detail, sizeof detail, "%g to %g in layer %d", l->low[k], l->high[k], layer);
-        findings_add(&v->result->findings, &(struct finding_note){ .step = VERIFY_EXPERTS,
+        findings_add(&v->result->findings, &(struct finding_note){ .step = VERIFY_FUSED,
                                                                    .is_fault = true,
                                                                    .what = what,
                                                                    .name = name,
@@ -230,7 +257,7 @@ static void check_layer(struct verify_steps *v, const struct layer_experts *l, i
     }
 }
 
-bool verify_steps_experts(struct verify_steps *v, struct err *e)
+bool verify_steps_fused(struct verify_steps *v, struct err *e)
 {
     int n_layers = v->model.config.n_layers;
     int64_t pairs = 0;
@@ -238,14 +265,14 @@ bool verify_steps_experts(struct verify_steps *v, struct err *e)
     if (!layers) return err_memory(e, "experts", (uint64_t)n_layers * sizeof *layers);
     for (size_t i = 0; i < v->list.n; i++) {
         const struct stored *s = &v->list.items[i];
-        pairs += check_pair(v, s);
+        pairs += check_pairs(v, s);
         if (s->place.section == PLACE_LAYER && s->place.expert >= 0 && s->place.layer < n_layers)
             count_expert(&layers[s->place.layer], s);
     }
     for (int i = 0; i < n_layers; i++) check_layer(v, &layers[i], i);
     free(layers);
-    v->result->steps[VERIFY_EXPERTS].done = true;
-    v->result->steps[VERIFY_EXPERTS].n = pairs;
+    v->result->steps[VERIFY_FUSED].done = true;
+    v->result->steps[VERIFY_FUSED].n = pairs;
     return true;
 }
 

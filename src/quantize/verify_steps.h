@@ -13,7 +13,7 @@ struct verify_steps {
 };
 
 void verify_steps_scales(struct verify_steps *v);
-bool verify_steps_experts(struct verify_steps *v, struct err *e);
+bool verify_steps_fused(struct verify_steps *v, struct err *e);
 void verify_steps_mtp(struct verify_steps *v);
 bool verify_steps_source(struct verify_steps *v, struct err *e);
 

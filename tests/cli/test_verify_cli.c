@@ -125,7 +125,7 @@ static void faults_are_named_and_counted(void **state)
     expect_out("scales            592  scale tensors           1          0\n");
     expect_out("fault: scales: weight_global_scale is not a finite number above 0 (0): " EXPERT3
                "up_proj.weight_global_scale\n");
-    expect_out("fault: experts: weight_global_scale of gate_proj and up_proj differ");
+    expect_out("fault: fused: weight_global_scale of gate_proj and up_proj differ");
     expect_out("\n2 faults, 0 warnings\n");
     plant_scale("bad", 1);
     assert_int_equal(RUN("verify", in(&fixture, "bad"), "--quiet"), 1);

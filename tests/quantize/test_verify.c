@@ -126,7 +126,9 @@ static void good_checkpoints_have_no_findings(void **state)
     assert_int_equal(r.modules[SCHEME_FP8_DYNAMIC], 16);
     assert_int_equal(r.compared[SCHEME_NVFP4], 4 * 16 * 3);
     assert_int_equal(r.compared[SCHEME_FP8_DYNAMIC], 16);
-    assert_int_equal(r.steps[VERIFY_EXPERTS].n, 4 * 16);
+    /* gate and up of experts, of shared experts with the MTP head's, q with k and v, DeltaNet's projections
+     */
+    assert_int_equal(r.steps[VERIFY_FUSED].n, 4 * 16 + 5 + 2 * 2 + 3 * 2);
     assert_int_equal(r.steps[VERIFY_MTP].n, 19);
     assert_int_equal(r.n_worst, VERIFY_WORST);
     assert_true(r.mean_error[SCHEME_NVFP4] > 0.08 && r.mean_error[SCHEME_NVFP4] < 0.11);
@@ -431,31 +433,32 @@ static void experts_of_a_layer_agree(void **state)
     static const struct planted planted[] = {
         { { .edits = { F32_SET(EXPERT3 "gate_proj.weight_global_scale", quadruple),
                        F32_SET(EXPERT3 "up_proj.weight_global_scale", double_of) } },
-          VERIFY_EXPERTS,
+          VERIFY_FUSED,
           true,
-          "weight_global_scale of gate_proj and up_proj differ; readers use gate_proj's for both (4 and 8, "
+          "weight_global_scale of gate_proj and up_proj differ; readers use one for both (4 and 8, "
           "ratio "
           "2, in " LAYER1 "mlp.experts.3): " LAYER1 "mlp.experts.3" },
         { { .edits = { DROP(EXPERT3 "up_proj.input_global_scale") } },
-          VERIFY_EXPERTS,
+          VERIFY_FUSED,
           true,
           "some experts of a layer have no input_global_scale, which readers leave unset; how many matrices "
           "(1): layer 1" },
         { { .edits = { F32_SET(EXPERT3 "down_proj.input_global_scale", large) } },
-          VERIFY_EXPERTS,
+          VERIFY_FUSED,
           true,
           "input_global_scale of down_proj spreads over a factor of 1024 or more" },
         { { .edits = { F32_SET(EXPERT3 "up_proj.input_global_scale", large) } },
-          VERIFY_EXPERTS,
+          VERIFY_FUSED,
           true,
           "input_global_scale of gate_proj and up_proj spreads over a factor of 1024 or more" },
     };
     plant(planted, sizeof planted / sizeof *planted, NULL);
 }
 
-static void a_layer_has_one_scheme(void **state)
+/* Gives the modules that match `target` a scheme of their own: like the group of that many bits, without
+ * quantized inputs, so that what is stored still agrees with it. */
+static void split_group(int bits, const char *target)
 {
-    (void)state;
     struct checkpoint c;
     must_open(&c, good);
     const json_t *groups =
@@ -464,21 +467,32 @@ static void a_layer_has_one_scheme(void **state)
     json_t *group, *changed = json_deep_copy(groups), *copy = NULL;
     json_object_foreach((json_t *)(uintptr_t)groups, key, group)
     {
-        const json_t *bits = json_object_get(json_object_get(group, "weights"), "num_bits");
-        if (json_integer_value(bits) == 4) copy = json_deep_copy(group);
+        const json_t *found = json_object_get(json_object_get(group, "weights"), "num_bits");
+        if (json_integer_value(found) == bits) copy = json_deep_copy(group);
     }
     assert_non_null(copy);
-    json_object_set_new(copy, "targets", must_parse("[\"" EXPERT3 "up_proj\"]"));
+    json_object_set_new(copy, "targets", json_pack("[s]", target));
     json_object_set_new(copy, "input_activations", json_null());
     json_object_set_new(changed, "group_9", copy);
     char *text = json_dumps(changed, 0);
     variant_write(&fixture, "variant", good,
                   &(struct variant_of){ .config = "quantization_config.config_groups", .value = text });
-    expect(in(&fixture, "variant"), NULL, VERIFY_EXPERTS, true,
-           "experts of one layer have different schemes; readers look at expert 0 only: layer 1");
     free(text);
     json_decref(changed);
     checkpoint_close(&c);
+}
+
+static void what_runs_as_one_has_one_scheme(void **state)
+{
+    (void)state;
+    split_group(4, EXPERT3 "up_proj");
+    expect(in(&fixture, "variant"), NULL, VERIFY_FUSED, true,
+           "experts of one layer have different schemes; readers look at expert 0 only: layer 1");
+    split_group(8, Q_PROJ);
+    expect(in(&fixture, "variant"), NULL, VERIFY_FUSED, false,
+           "q_proj and k_proj have different schemes; vLLM joins them and refuses: "
+           "model.language_model.layers.3.self_attn");
+    expect(in(&fixture, "variant"), NULL, VERIFY_FUSED, false, "q_proj and v_proj have different schemes");
 }
 
 static void a_layer_without_input_scales(void **state)
@@ -495,7 +509,7 @@ static void a_layer_without_input_scales(void **state)
     write_checkpoint(&fixture, "variant", c.config_json, all, n);
     free(all);
     checkpoint_close(&c);
-    expect(in(&fixture, "variant"), NULL, VERIFY_EXPERTS, false,
+    expect(in(&fixture, "variant"), NULL, VERIFY_FUSED, false,
            "no expert has an input_global_scale: layer 2");
 }
 
@@ -652,7 +666,7 @@ int main(void)
         cmocka_unit_test(scales_are_numbers),
         cmocka_unit_test(input_scales_that_look_wrong),
         cmocka_unit_test(experts_of_a_layer_agree),
-        cmocka_unit_test(a_layer_has_one_scheme),
+        cmocka_unit_test(what_runs_as_one_has_one_scheme),
         cmocka_unit_test(a_layer_without_input_scales),
         cmocka_unit_test(the_mtp_head_is_there_and_left_alone),
         cmocka_unit_test(weights_are_the_sources),
