@@ -106,7 +106,8 @@ static const char *scheme_words(int scheme)
 
 static void print_schemes(const struct verify_result *r)
 {
-    printf("\n%-12s %10s %10s %12s\n", "scheme", "modules", "compared", "mean error");
+    if (r->steps[VERIFY_MODULES].done)
+        printf("\n%-12s %10s %10s %12s\n", "scheme", "modules", "compared", "mean error");
     for (int i = 0; i < VERIFY_SCHEMES; i++) {
         if (r->modules[i] == 0) continue;
         printf("%-12s %10lld", scheme_words(i), (long long)r->modules[i]);

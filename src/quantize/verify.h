@@ -13,7 +13,7 @@ enum verify_step {
     VERIFY_FILES,   /* shards, index, config.json */
     VERIFY_MODULES, /* one format each, the one quantization_config names */
     VERIFY_LAYERS,  /* types and shapes that config.json asks for */
-    VERIFY_SCALES,  /* signs, sizes, NaN */
+    VERIFY_SCALES,  /* signs, sizes, NaN, of codes and plain weights too */
     VERIFY_FUSED,   /* what readers run as one: q, k and v; gate and up; the experts of a layer */
     VERIFY_MTP,
     VERIFY_SOURCE,

@@ -1,5 +1,5 @@
-/* Every number that multiplies a whole matrix, row or group, and what readers assume of those numbers inside
- * a layer. */
+/* Every number that multiplies a whole matrix, row or group, every number that must not be NaN, and what
+ * readers assume of those numbers inside a layer. */
 #include "num/e4m3.h"
 #include "quantize/mtp.h"
 #include "quantize/pages.h"
@@ -122,9 +122,46 @@ static void check_fp8(struct verify_steps *v, const struct stored *s)
         verify_steps_note(v, VERIFY_SCALES, true, s->codes->name, "FP8 codes hold NaN (0x7f or 0xff)");
 }
 
+static bool is_scale(const char *name)
+{
+    static const char end[] = "_scale";
+    size_t n = strlen(name), m = sizeof end - 1;
+    return n >= m && strcmp(name + n - m, end) == 0;
+}
+
+/* All bits of the exponent set. */
+static bool has_nonfinite(const struct tensor *t)
+{
+    uint16_t half, exponent = t->dtype == DTYPE_BF16 ? 0x7f80 : 0x7c00;
+    uint32_t word;
+    int64_t n = 0;
+    for (uint64_t i = 0; t->dtype != DTYPE_F32 && i < t->bytes / 2; i++) {
+        memcpy(&half, t->data + 2 * i, 2);
+        n += (half & exponent) == exponent;
+    }
+    for (uint64_t i = 0; t->dtype == DTYPE_F32 && i < t->bytes / 4; i++) {
+        memcpy(&word, t->data + 4 * i, 4);
+        n += (word & 0x7f800000u) == 0x7f800000u;
+    }
+    return n > 0;
+}
+
+/* What is stored as it is. */
+static void check_plain(struct verify_steps *v)
+{
+    for (size_t i = 0; i < v->model.n_tensors; i++) {
+        const struct tensor *t = v->model.tensors[i];
+        if (!stored_is_plain(t) || is_scale(t->name)) continue;
+        if (has_nonfinite(t))
+            verify_steps_note(v, VERIFY_SCALES, true, t->name, "unquantized tensors hold NaN or infinity");
+        pages_release(t->data, t->bytes);
+    }
+}
+
 void verify_steps_scales(struct verify_steps *v)
 {
     int64_t n = 0;
+    check_plain(v);
     for (size_t i = 0; i < v->list.n; i++) {
         const struct stored *s = &v->list.items[i];
         if (s->unsound || s->storage == STORED_PLAIN) continue;

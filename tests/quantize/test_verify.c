@@ -401,6 +401,27 @@ static void scales_are_numbers(void **state)
     plant(planted, sizeof planted / sizeof *planted, NULL);
 }
 
+static void plain_weights_are_numbers(void **state)
+{
+    (void)state;
+    static const uint16_t bf_nan = 0x7fc0, bf_infinite = 0xff80;
+    static const struct planted planted[] = {
+        { { .edits = { { "lm_head.weight", EDIT_BYTES, NULL, 6, 1, &bf_nan, 2, 0 } } },
+          VERIFY_SCALES,
+          true,
+          "unquantized tensors hold NaN or infinity: lm_head.weight" },
+        { { .edits = { { "mtp.norm.weight", EDIT_BYTES, NULL, 510, 1, &bf_infinite, 2, 0 } } },
+          VERIFY_SCALES,
+          true,
+          "unquantized tensors hold NaN or infinity: mtp.norm.weight" },
+        { { .edits = { F32_SET(LAYER1 "linear_attn.A_log", infinite) } },
+          VERIFY_SCALES,
+          true,
+          "unquantized tensors hold NaN or infinity: " LAYER1 "linear_attn.A_log" },
+    };
+    plant(planted, sizeof planted / sizeof *planted, NULL);
+}
+
 /* Suspicious values of an input scale are within the spread of a layer only when the whole layer has them. */
 static void input_scales_that_look_wrong(void **state)
 {
@@ -664,6 +685,7 @@ int main(void)
         cmocka_unit_test(plain_weights_must_be_ignored),
         cmocka_unit_test(layers_have_the_shapes_of_the_config),
         cmocka_unit_test(scales_are_numbers),
+        cmocka_unit_test(plain_weights_are_numbers),
         cmocka_unit_test(input_scales_that_look_wrong),
         cmocka_unit_test(experts_of_a_layer_agree),
         cmocka_unit_test(what_runs_as_one_has_one_scheme),
