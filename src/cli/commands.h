@@ -6,5 +6,7 @@ int cli_quantize(int argc, char **argv);
 int cli_perplexity(int argc, char **argv);
 int cli_generate(int argc, char **argv);
 int cli_inspect(int argc, char **argv);
+int cli_verify(int argc, char **argv);
+int cli_merge_mtp(int argc, char **argv);
 extern const char cli_version[];
 #endif

@@ -15,6 +15,8 @@ static const struct {
     { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
     { "generate", "continue a prompt", cli_generate },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
+    { "verify", "check a checkpoint, alone or against its source", cli_verify },
+    { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
