@@ -191,7 +191,12 @@ static bool group_scheme(enum scheme *out, const json_t *config, const json_t *g
     return check_format(config, group, path, *out, e);
 }
 
-static bool preset_scheme(enum scheme *out, const char *name, struct err *e)
+bool quantization_group_scheme(enum scheme *out, const json_t *group, const char *where, struct err *e)
+{
+    return group_scheme(out, NULL, group, where, e);
+}
+
+bool quantization_preset(enum scheme *out, const char *name, struct err *e)
 {
     static const enum scheme presets[] = { SCHEME_NVFP4, SCHEME_NVFP4A16, SCHEME_FP8_DYNAMIC };
     for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
@@ -282,7 +287,7 @@ static bool add_group(struct quantization *q, const json_t *config, const char *
     enum scheme scheme = SCHEME_NONE;
     snprintf(path, sizeof path, "quantization_config.config_groups.%.100s", key);
     if (json_is_array(group))
-        return (preset_scheme(&scheme, key, e) || err_note(e, "quantization_config.config_groups")) &&
+        return (quantization_preset(&scheme, key, e) || err_note(e, "quantization_config.config_groups")) &&
                add_list(q, &q->names, &q->patterns, group, scheme, path, e);
     if (!json_is_object(group)) return err_set(e, ERR_FORMAT, "%s: expected an object or a list", path);
     snprintf(targets_path, sizeof targets_path, "%s.targets", path);
@@ -414,11 +419,15 @@ static const struct target *find_pattern(const struct quantization *q, const str
     return NULL;
 }
 
+bool quantization_ignores(const struct quantization *q, const char *module, const char *class_name)
+{
+    return q && (find_name(&q->ignore_names, module) || find_name(&q->ignore_names, class_name) ||
+                 find_pattern(q, &q->ignore_patterns, module));
+}
+
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name)
 {
-    if (!q || find_name(&q->ignore_names, module) || find_name(&q->ignore_names, class_name) ||
-        find_pattern(q, &q->ignore_patterns, module))
-        return SCHEME_NONE;
+    if (!q || quantization_ignores(q, module, class_name)) return SCHEME_NONE;
     const struct target *t = find_name(&q->names, module);
     if (!t) t = find_pattern(q, &q->patterns, module);
     if (!t) t = find_name(&q->names, class_name);
