@@ -1,4 +1,5 @@
 /* quench quantize SRC DST [--recipe NAME|FILE.yaml] --calibration FILE.jsonl */
+#include "base/file.h"
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "quantize/quantize.h"
@@ -32,7 +33,7 @@ static bool find_recipe(const struct recipe **out, struct recipe_file *file, con
 {
     *out = recipe_builtin(s->recipe);
     if (*out) return true;
-    if (!strpbrk(s->recipe, "./"))
+    if (!strpbrk(s->recipe, "./") && !file_exists(s->recipe))
         return err_set(
             e, ERR_ARGUMENT,
             "--recipe: expected card, nvfp4, fast, nvfp4a16 or the path of a .yaml file, found '%s'",
@@ -78,13 +79,14 @@ static void print_text(const struct settings *s, const struct quantize_result *r
 static void print_json(const struct settings *s, const struct quantize_result *r)
 {
     json_t *o = json_pack(
-        "{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
-        common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe", s->recipe,
-        "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices", (json_int_t)r->fp8_matrices,
-        "copied_tensors", (json_int_t)r->copied_tensors, "ignored_modules", (json_int_t)r->ignored_modules,
-        "samples", (json_int_t)r->samples, "tokens", (json_int_t)r->tokens, "bytes_in",
-        (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out, "shards", (json_int_t)r->shards,
-        "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds", r->seconds);
+        "{s:o, s:o, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+        common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
+        common_json_path(s->recipe), "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices",
+        (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors, "ignored_modules",
+        (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens", (json_int_t)r->tokens,
+        "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out, "shards",
+        (json_int_t)r->shards, "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds",
+        r->seconds);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
