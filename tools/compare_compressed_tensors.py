@@ -52,6 +52,7 @@ def main(source, result):
     config = QuantizationConfig.model_validate(json.load(open(result + "/config.json"))["quantization_config"])
     by_bits = {g.weights.num_bits: g.weights for g in config.config_groups.values()}
     counts, wrong = {}, 0
+    routed = {module: w for module, w, _ in experts(src)}
     todo = {name for name in out if name.endswith(".weight_packed")}
     for module, w, whole in [*experts(src), *dense(src, out)]:
         if module + ".weight_packed" not in out: continue
@@ -68,7 +69,7 @@ def main(source, result):
     assert not todo, sorted(todo)[:3]
     for name, t in out.items():
         if t.dtype != torch.float8_e4m3fn or not name.endswith(".weight"): continue
-        w = src[name]
+        w = routed[name.removesuffix(".weight")] if ".experts." in name else src[name]
         s, zero = calculate_qparams(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), by_bits[8])
         q = quantize(w, s, zero, by_bits[8], dtype=torch.float8_e4m3fn)
         ok = same(q, t) and same(s.to(torch.bfloat16), out[name + "_scale"])

@@ -5,6 +5,7 @@
 #include "checkpoint/quantization.h"
 #include <inttypes.h>
 #include <pcre2.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -248,8 +249,46 @@ static bool targets_sort(struct targets *list, struct err *e)
     return true;
 }
 
+/* What follows "(?" in Python. */
+static bool is_python_group(const char *p)
+{
+    return (*p && strchr(":=!#>(aimsx-", *p)) || strncmp(p, "<=", 2) == 0 || strncmp(p, "<!", 2) == 0 ||
+           strncmp(p, "P<", 2) == 0 || strncmp(p, "P=", 2) == 0;
+}
+
+/* The first place where PCRE2 would accept what Python refuses or reads otherwise; NULL: none. Other readers
+ * run these patterns in Python, and both must pick the same modules. */
+static const char *not_python(const char *p)
+{
+    const char *first = NULL; /* inside [...]: where a ']' is a plain one */
+    for (; *p; p++) {
+        unsigned char next = (unsigned char)p[1];
+        if (*p == '\\') {
+            bool letter = (next >= 'a' && next <= 'z') || (next >= 'A' && next <= 'Z');
+            if (letter && !strchr("AbBdDsSwWZafnrtvx", next)) return p;
+            if (next) p++;
+        } else if (first) {
+            if (*p == '[' && next && strchr(":.=", next)) return p;
+            if (*p == ']' && p != first) first = NULL;
+        } else if (*p == '[') {
+            first = p + 1 + (next == '^');
+            if (next == '^') p++;
+        } else if (*p == '(' && (next == '*' || (next == '?' && !is_python_group(p + 2)))) {
+            return p;
+        } else if (*p == '{' && next == ',') {
+            return p;
+        }
+    }
+    return NULL;
+}
+
 static bool compile(pcre2_code **out, const struct quantization *q, const char *pattern, struct err *e)
 {
+    const char *odd = not_python(pattern);
+    if (odd)
+        return err_set(e, ERR_FORMAT,
+                       "pattern '%.200s': '%.3s' at byte %td has another meaning or none in Python", pattern,
+                       odd, odd - pattern);
     int code;
     PCRE2_SIZE at;
     PCRE2_UCHAR why[200];
