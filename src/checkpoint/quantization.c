@@ -464,6 +464,19 @@ bool quantization_ignores(const struct quantization *q, const char *module, cons
                  find_pattern(q, &q->ignore_patterns, module));
 }
 
+bool quantization_agrees(const struct quantization *q, const char *module)
+{
+    const struct target *t = q ? find_name(&q->names, module) : NULL;
+    enum scheme found = t ? t->scheme : SCHEME_NONE;
+    for (size_t i = 0; q && i < q->patterns.n; i++) {
+        struct targets one = { &q->patterns.items[i], 1, 1 };
+        if (!find_pattern(q, &one, module)) continue;
+        if (found != SCHEME_NONE && found != one.items->scheme) return false;
+        found = one.items->scheme;
+    }
+    return true;
+}
+
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name)
 {
     if (!q || quantization_ignores(q, module, class_name)) return SCHEME_NONE;

@@ -28,6 +28,9 @@ void quantization_free(struct quantization *q); /* NULL is fine */
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name);
 /* Whether the ignore list has the module, by name, pattern or class. */
 bool quantization_ignores(const struct quantization *q, const char *module, const char *class_name);
+/* Whether all targets that match by name or pattern are of one scheme. Readers differ in which of several
+ * wins: some go by sorted order, some by the file's. */
+bool quantization_agrees(const struct quantization *q, const char *module);
 
 /* What the argument objects of one group ("weights", "input_activations", "format") ask for; where: the
  * group's path, for messages. */

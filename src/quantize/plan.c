@@ -81,6 +81,10 @@ static bool ignore_module(void *ctx, const char *module, const char *class_name,
     bool hit = quantization_scheme(g->rules, module, class_name) != SCHEME_NONE, linear = *class_name != 0;
     if (linear && !hit && !quantization_ignores(g->rules, module, class_name))
         return err_set(e, ERR_ARGUMENT, "module '%s' is neither targeted nor ignored", module);
+    if (linear && hit && !quantization_agrees(g->rules, module))
+        return err_set(e, ERR_ARGUMENT,
+                       "module '%s' is a target of two schemes, and readers differ in which one they take",
+                       module);
     if (place->section == PLACE_DRAFT || hit == linear) return true;
     return module_list_add(&g->list, module, place, e);
 }

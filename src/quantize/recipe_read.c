@@ -85,7 +85,7 @@ static const struct fixed weight_fixed[] = {
 };
 static const struct fixed input_fixed[] = {
     { "observer",
-      { "static_minmax", "memoryless_minmax", NULL },
+      { "static_minmax", NULL },
       "input scales come from the largest value of all samples (static_minmax)" },
     { "observer_kwargs", { NULL }, "the observer has none" },
     { "actorder", { NULL }, "columns keep their order" },

@@ -243,6 +243,24 @@ static void modules_must_be_named(void **state)
               "recipe 'test': module '" LAYER "3.self_attn.o_proj' is neither targeted nor ignored");
 }
 
+static void modules_must_have_one_scheme(void **state)
+{
+    (void)state;
+    static const char *const fp4[] = { "re:.*mlp\\.experts.*", "Linear" }, *const fp8[] = {
+        "re:.*down_proj"
+    };
+    static const char *const ignore[] = { "re:.*(linear_attn|visual|gate|self_attn|shared_expert).*",
+                                          "lm_head" };
+    struct recipe_group groups[] = { { "a", SCHEME_NVFP4, fp4, 2 }, { "b", SCHEME_FP8_DYNAMIC, fp8, 1 } };
+    struct recipe recipe = { "test", groups, 2, ignore, 2 };
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "two-q"));
+    o.recipe = &recipe;
+    must_fail(&o, ERR_ARGUMENT,
+              "recipe 'test': module '" LAYER
+              "0.mlp.experts.0.down_proj' is a target of two schemes, and readers "
+              "differ in which one they take");
+}
+
 static void calibration_must_be_there(void **state)
 {
     (void)state;
@@ -369,6 +387,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(recipes_must_be_possible),
         cmocka_unit_test(sets_must_not_be_split),
         cmocka_unit_test(modules_must_be_named),
+        cmocka_unit_test(modules_must_have_one_scheme),
         cmocka_unit_test(calibration_must_be_there),
         cmocka_unit_test(full_disk_leaves_nothing),
         cmocka_unit_test(killed_run_is_no_checkpoint),
