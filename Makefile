@@ -95,10 +95,12 @@ tsan-threads:
 	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%)
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
 
+# What a target needs of folders that the others are built without.
+FUZZ_ALSO_recipe := $(addprefix src/quantize/,recipe.c recipe_read.c yaml.c yaml_tree.c)
 fuzz-%: tests/fuzz/fuzz_%.c
 	@mkdir -p build-fuzz/corpus-$*
 	clang $(filter-out -MMD -MP,$(CFLAGS)) -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build-fuzz/fuzz_$* $< \
-	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(LDLIBS)
+	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(FUZZ_ALSO_$*) $(LDLIBS)
 	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ \
 	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
 

@@ -33,12 +33,30 @@ def experts(src):
                 yield f"{stem}.{e}.up_proj", w[half:], w
 
 
+# Run as one product by readers, hence one global scale.
+SETS = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["shared_expert.gate_proj", "shared_expert.up_proj"],
+        ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"], ["linear_attn.in_proj_b", "linear_attn.in_proj_a"]]
+
+
+def dense(src, out):
+    for name in out:
+        module = name.removesuffix(".weight_packed")
+        if module == name or ".experts." in module: continue
+        w = src[module + ".weight"]
+        part = next(((module.removesuffix(p), s) for s in SETS for p in s if module.endswith("." + p)), None)
+        yield module, w, torch.cat([src[part[0] + p + ".weight"] for p in part[1]]) if part else w
+
+
 def main(source, result):
     src, out = tensors(source), tensors(result)
     config = QuantizationConfig.model_validate(json.load(open(result + "/config.json"))["quantization_config"])
     by_bits = {g.weights.num_bits: g.weights for g in config.config_groups.values()}
     counts, wrong = {}, 0
-    for module, w, whole in experts(src):
+    routed = {module: w for module, w, _ in experts(src)}
+    todo = {name for name in out if name.endswith(".weight_packed")}
+    for module, w, whole in [*experts(src), *dense(src, out)]:
+        if module + ".weight_packed" not in out: continue
+        todo.discard(module + ".weight_packed")
         scale = generate_gparam(whole.min(), whole.max())
         groups = w.reshape(w.shape[0], -1, 16)
         s, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), by_bits[4], global_scale=scale)
@@ -48,9 +66,10 @@ def main(source, result):
         counts["NVFP4"] = counts.get("NVFP4", 0) + 1
         wrong += not ok
         if not ok: print("differs:", module)
+    assert not todo, sorted(todo)[:3]
     for name, t in out.items():
         if t.dtype != torch.float8_e4m3fn or not name.endswith(".weight"): continue
-        w = src[name]
+        w = routed[name.removesuffix(".weight")] if ".experts." in name else src[name]
         s, zero = calculate_qparams(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), by_bits[8])
         q = quantize(w, s, zero, by_bits[8], dtype=torch.float8_e4m3fn)
         ok = same(q, t) and same(s.to(torch.bfloat16), out[name + "_scale"])

@@ -5,6 +5,7 @@
 #include "checkpoint/quantization.h"
 #include <inttypes.h>
 #include <pcre2.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -191,7 +192,12 @@ static bool group_scheme(enum scheme *out, const json_t *config, const json_t *g
     return check_format(config, group, path, *out, e);
 }
 
-static bool preset_scheme(enum scheme *out, const char *name, struct err *e)
+bool quantization_group_scheme(enum scheme *out, const json_t *group, const char *where, struct err *e)
+{
+    return group_scheme(out, NULL, group, where, e);
+}
+
+bool quantization_preset(enum scheme *out, const char *name, struct err *e)
 {
     static const enum scheme presets[] = { SCHEME_NVFP4, SCHEME_NVFP4A16, SCHEME_FP8_DYNAMIC };
     for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
@@ -243,8 +249,46 @@ static bool targets_sort(struct targets *list, struct err *e)
     return true;
 }
 
+/* What follows "(?" in Python. */
+static bool is_python_group(const char *p)
+{
+    return (*p && strchr(":=!#>(aimsx-", *p)) || strncmp(p, "<=", 2) == 0 || strncmp(p, "<!", 2) == 0 ||
+           strncmp(p, "P<", 2) == 0 || strncmp(p, "P=", 2) == 0;
+}
+
+/* The first place where PCRE2 would accept what Python refuses or reads otherwise; NULL: none. Other readers
+ * run these patterns in Python, and both must pick the same modules. */
+static const char *not_python(const char *p)
+{
+    const char *first = NULL; /* inside [...]: where a ']' is a plain one */
+    for (; *p; p++) {
+        unsigned char next = (unsigned char)p[1];
+        if (*p == '\\') {
+            bool letter = (next >= 'a' && next <= 'z') || (next >= 'A' && next <= 'Z');
+            if (letter && !strchr("AbBdDsSwWZafnrtvx", next)) return p;
+            if (next) p++;
+        } else if (first) {
+            if (*p == '[' && next && strchr(":.=", next)) return p;
+            if (*p == ']' && p != first) first = NULL;
+        } else if (*p == '[') {
+            first = p + 1 + (next == '^');
+            if (next == '^') p++;
+        } else if (*p == '(' && (next == '*' || (next == '?' && !is_python_group(p + 2)))) {
+            return p;
+        } else if (*p == '{' && next == ',') {
+            return p;
+        }
+    }
+    return NULL;
+}
+
 static bool compile(pcre2_code **out, const struct quantization *q, const char *pattern, struct err *e)
 {
+    const char *odd = not_python(pattern);
+    if (odd)
+        return err_set(e, ERR_FORMAT,
+                       "pattern '%.200s': '%.3s' at byte %td has another meaning or none in Python", pattern,
+                       odd, odd - pattern);
     int code;
     PCRE2_SIZE at;
     PCRE2_UCHAR why[200];
@@ -282,7 +326,7 @@ static bool add_group(struct quantization *q, const json_t *config, const char *
     enum scheme scheme = SCHEME_NONE;
     snprintf(path, sizeof path, "quantization_config.config_groups.%.100s", key);
     if (json_is_array(group))
-        return (preset_scheme(&scheme, key, e) || err_note(e, "quantization_config.config_groups")) &&
+        return (quantization_preset(&scheme, key, e) || err_note(e, "quantization_config.config_groups")) &&
                add_list(q, &q->names, &q->patterns, group, scheme, path, e);
     if (!json_is_object(group)) return err_set(e, ERR_FORMAT, "%s: expected an object or a list", path);
     snprintf(targets_path, sizeof targets_path, "%s.targets", path);
@@ -414,11 +458,28 @@ static const struct target *find_pattern(const struct quantization *q, const str
     return NULL;
 }
 
+bool quantization_ignores(const struct quantization *q, const char *module, const char *class_name)
+{
+    return q && (find_name(&q->ignore_names, module) || find_name(&q->ignore_names, class_name) ||
+                 find_pattern(q, &q->ignore_patterns, module));
+}
+
+bool quantization_agrees(const struct quantization *q, const char *module)
+{
+    const struct target *t = q ? find_name(&q->names, module) : NULL;
+    enum scheme found = t ? t->scheme : SCHEME_NONE;
+    for (size_t i = 0; q && i < q->patterns.n; i++) {
+        struct targets one = { &q->patterns.items[i], 1, 1 };
+        if (!find_pattern(q, &one, module)) continue;
+        if (found != SCHEME_NONE && found != one.items->scheme) return false;
+        found = one.items->scheme;
+    }
+    return true;
+}
+
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name)
 {
-    if (!q || find_name(&q->ignore_names, module) || find_name(&q->ignore_names, class_name) ||
-        find_pattern(q, &q->ignore_patterns, module))
-        return SCHEME_NONE;
+    if (!q || quantization_ignores(q, module, class_name)) return SCHEME_NONE;
     const struct target *t = find_name(&q->names, module);
     if (!t) t = find_pattern(q, &q->patterns, module);
     if (!t) t = find_name(&q->names, class_name);

@@ -26,4 +26,15 @@ void quantization_free(struct quantization *q); /* NULL is fine */
  * class names; sorted order inside a class. q may be NULL (SCHEME_NONE). One thread at a time: matches share
  * q's scratch memory. A pattern that gives up at its step limit counts as not matching. */
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name);
+/* Whether the ignore list has the module, by name, pattern or class. */
+bool quantization_ignores(const struct quantization *q, const char *module, const char *class_name);
+/* Whether all targets that match by name or pattern are of one scheme. Readers differ in which of several
+ * wins: some go by sorted order, some by the file's. */
+bool quantization_agrees(const struct quantization *q, const char *module);
+
+/* What the argument objects of one group ("weights", "input_activations", "format") ask for; where: the
+ * group's path, for messages. */
+bool quantization_group_scheme(enum scheme *out, const json_t *group, const char *where, struct err *e);
+/* A preset's name, in either case. */
+bool quantization_preset(enum scheme *out, const char *name, struct err *e);
 #endif

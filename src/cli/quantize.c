@@ -1,53 +1,74 @@
-/* quench quantize SRC DST --calibration FILE.jsonl */
+/* quench quantize SRC DST [--recipe NAME|FILE.yaml] --calibration FILE.jsonl */
+#include "base/file.h"
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "quantize/quantize.h"
 #include <jansson.h>
 #include <stdio.h>
+#include <string.h>
 
 static const struct command command = {
     "quantize",
     "SRC DST --calibration FILE.jsonl",
-    "Writes the card's checkpoint: routed experts NVFP4, attention and shared expert FP8, the rest as it is, "
-    "in\n"
-    "compressed-tensors format. DST must not exist; it appears only when complete. The calibration file has "
-    "one\n"
-    "JSON object a line, with \"text\", \"messages\" or \"input_ids\".",
+    "Writes a compressed-tensors checkpoint. DST must not exist; it appears only when complete.\n"
+    "Recipes: card (routed experts NVFP4, attention and shared expert FP8, the rest as it is), nvfp4 (all "
+    "three\n"
+    "NVFP4), fast (the card's, and DeltaNet projections and lm_head FP8), nvfp4a16 (experts only, weights "
+    "only),\n"
+    "or a recipe file in llm-compressor's syntax. The calibration file has one JSON object a line, with "
+    "\"text\",\n"
+    "\"messages\" or \"input_ids\"; recipes that measure no activations need none.",
     2,
 };
 
-static const char *const recipes[] = { "card", NULL };
-
 struct settings {
     struct common common;
-    const char *folders[2], *calibration;
-    int recipe;
+    const char *folders[2], *calibration, *recipe;
     int64_t samples, length, shard_bytes;
 };
 
-static bool check(const struct settings *s, struct err *e)
+/* A built-in name, or else a file; file: what the recipe then borrows from. */
+static bool find_recipe(const struct recipe **out, struct recipe_file *file, const struct settings *s,
+                        struct err *e)
 {
-    if (!s->calibration)
+    *out = recipe_builtin(s->recipe);
+    if (*out) return true;
+    if (!strpbrk(s->recipe, "./") && !file_exists(s->recipe))
+        return err_set(
+            e, ERR_ARGUMENT,
+            "--recipe: expected card, nvfp4, fast, nvfp4a16 or the path of a .yaml file, found '%s'",
+            s->recipe);
+    *out = &file->recipe;
+    return recipe_load(file, s->recipe, e) || err_note(e, "--recipe");
+}
+
+static bool check(const struct settings *s, const struct recipe *recipe, struct err *e)
+{
+    if (!s->calibration && recipe_measures(recipe))
         return err_set(e, ERR_ARGUMENT, "--calibration FILE.jsonl is needed: recipe %s measures activations",
-                       recipes[s->recipe]);
+                       s->recipe);
     if (s->samples < 1 || s->length < 1 || s->shard_bytes < 1)
         return err_set(e, ERR_ARGUMENT,
                        "--num-calibration-samples, --max-seq-length and --max-shard-size must be above 0");
     return true;
 }
 
+static void print_error(const char *format, int64_t matrices, const struct quantize_error *x)
+{
+    if (matrices)
+        printf("  %-8s %8lld matrices, relative error %.2f %% (worst %.2f %%: %s)\n", format,
+               (long long)matrices, 100 * x->mean, 100 * x->worst, x->worst_module);
+}
+
 static void print_text(const struct settings *s, const struct quantize_result *r, const struct backend *b)
 {
     char in[32], out[32];
-    printf("%s -> %s, recipe %s\n", s->folders[0], s->folders[1], recipes[s->recipe]);
-    printf("  calibrated on %lld tokens of %lld samples in %.1f s on %s\n", (long long)r->tokens,
-           (long long)r->samples, r->calibrate_seconds, b->name);
-    printf("  %-8s %8lld matrices, relative error %.2f %% (worst %.2f %%: %s)\n", "NVFP4",
-           (long long)r->nvfp4_matrices, 100 * r->nvfp4_error.mean, 100 * r->nvfp4_error.worst,
-           r->nvfp4_error.worst_module);
-    printf("  %-8s %8lld matrices, relative error %.2f %% (worst %.2f %%: %s)\n", "FP8",
-           (long long)r->fp8_matrices, 100 * r->fp8_error.mean, 100 * r->fp8_error.worst,
-           r->fp8_error.worst_module);
+    printf("%s -> %s, recipe %s\n", s->folders[0], s->folders[1], s->recipe);
+    if (r->tokens)
+        printf("  calibrated on %lld tokens of %lld samples in %.1f s on %s\n", (long long)r->tokens,
+               (long long)r->samples, r->calibrate_seconds, b->name);
+    print_error("NVFP4", r->nvfp4_matrices, &r->nvfp4_error);
+    print_error("FP8", r->fp8_matrices, &r->fp8_error);
     printf("  %-8s %8lld tensors; %lld linear modules listed as ignored\n", "copied",
            (long long)r->copied_tensors, (long long)r->ignored_modules);
     printf("  %s -> %s in %lld file%s, %.1f s in all; every source tensor is accounted for\n",
@@ -57,15 +78,15 @@ static void print_text(const struct settings *s, const struct quantize_result *r
 
 static void print_json(const struct settings *s, const struct quantize_result *r)
 {
-    json_t *o =
-        json_pack("{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
-                  common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
-                  recipes[s->recipe], "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices",
-                  (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors,
-                  "ignored_modules", (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples,
-                  "tokens", (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in, "bytes_out",
-                  (json_int_t)r->bytes_out, "shards", (json_int_t)r->shards, "nvfp4_error",
-                  r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds", r->seconds);
+    json_t *o = json_pack(
+        "{s:o, s:o, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+        common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
+        common_json_path(s->recipe), "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices",
+        (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors, "ignored_modules",
+        (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens", (json_int_t)r->tokens,
+        "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out, "shards",
+        (json_int_t)r->shards, "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds",
+        r->seconds);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
@@ -76,10 +97,13 @@ static bool run(const struct settings *s, struct err *e)
     struct report report = common_report(&s->common);
     struct backend b = { 0 };
     struct quantize_result r = { 0 };
-    bool ok = check(s, e) && common_backend(&b, &s->common, e);
+    struct recipe_file file = { 0 };
+    const struct recipe *recipe;
+    bool ok = find_recipe(&recipe, &file, s, e) && check(s, recipe, e) && common_backend(&b, &s->common, e);
     struct quantize_options o = { .source = s->folders[0],
                                   .destination = s->folders[1],
                                   .calibration = s->calibration,
+                                  .recipe = recipe,
                                   .num_calibration_samples = s->samples,
                                   .max_seq_length = s->length,
                                   .max_shard_bytes = (uint64_t)s->shard_bytes,
@@ -92,14 +116,16 @@ static bool run(const struct settings *s, struct err *e)
     else if (ok)
         print_text(s, &r, &b);
     backend_destroy(&b);
+    recipe_file_deinit(&file);
     return ok;
 }
 
 int cli_quantize(int argc, char **argv)
 {
-    struct settings s = { .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
+    struct settings s = { .recipe = "card", .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
     const struct flag flags[] = {
-        { "--recipe", 0, FLAG_CHOICE, &s.recipe, "card", "which matrices get which format", recipes },
+        { "--recipe", 0, FLAG_TEXT, &s.recipe, "NAME", "card (default), nvfp4, fast, nvfp4a16 or a YAML file",
+          NULL },
         { "--calibration", 0, FLAG_TEXT, &s.calibration, "FILE", "JSONL of text, messages or input_ids",
           NULL },
         { "--num-calibration-samples", 0, FLAG_INT, &s.samples, "N", "lines used (default 64)", NULL },

@@ -127,14 +127,14 @@ void step_layer(struct step *s, int layer, struct mat x, const struct step_rows 
     s->op->rmsnorm(s->q, h, x, l->input_norm, eps);
     step_tap(s, "mixer.in", layer, h);
     if (l->kind == LAYER_FULL_ATTENTION)
-        step_attention(s, l, rows, &state->kv);
+        step_attention(s, layer, rows, &state->kv);
     else
-        step_delta(s, l, rows, &state->delta);
+        step_delta(s, layer, rows, &state->delta);
     step_tap(s, "mixer.out", layer, y);
     s->op->add(s->q, x, y);
     s->op->rmsnorm(s->q, h, x, l->post_norm, eps);
     step_tap(s, "moe.in", layer, h);
-    step_moe(s, l, rows->n);
+    step_moe(s, layer, rows->n);
     step_tap(s, "moe.out", layer, y);
     s->op->add(s->q, x, y);
     step_tap(s, "layer", layer, x);

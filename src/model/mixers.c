@@ -2,11 +2,10 @@
  * its result in s->y. Source: the released model's definition (docs/numerics.md names the equations). */
 #include "model/step.h"
 
-void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows,
-                    const struct kv_cache *kv)
+void step_attention(struct step *s, int layer, const struct step_rows *rows, const struct kv_cache *kv)
 {
     const struct config *c = s->model->config;
-    const struct attention_weights *w = &l->attention;
+    const struct attention_weights *w = &s->model->layers[layer].attention;
     const struct ops *op = s->op;
     struct queue *q = s->q;
     int64_t n = rows->n;
@@ -19,13 +18,13 @@ void step_attention(struct step *s, const struct layer *l, const struct step_row
     op->norm_rope(q, k, c->n_kv_heads, c->head_dim, c->head_dim, w->k_norm, eps, &s->model->rope, rows);
     op->kv_append(q, kv, k, v, rows);
     op->attention(q, mat_rows(s->att, n), qg, c->n_heads, kv, rows);
+    step_tap(s, "attention.out", layer, mat_rows(s->att, n));
     op->matmul(q, mat_rows(s->y, n), mat_rows(s->att, n), w->o);
 }
 
-void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows,
-                const struct delta_state *state)
+void step_delta(struct step *s, int layer, const struct step_rows *rows, const struct delta_state *state)
 {
-    const struct delta_weights *w = &l->delta;
+    const struct delta_weights *w = &s->model->layers[layer].delta;
     const struct delta_shape *shape = &s->model->delta_shape;
     const struct ops *op = s->op;
     struct queue *q = s->q;
@@ -39,12 +38,13 @@ void step_delta(struct step *s, const struct layer *l, const struct step_rows *r
     op->conv(q, conv, u, w->conv, state, shape, rows);
     op->delta(q, o, conv, a, b, w->A_log, w->dt_bias, state, shape, rows);
     op->gated_norm(q, o, o, z, w->norm, shape->value_dim, (float)s->model->config->rms_norm_eps);
+    step_tap(s, "delta.out", layer, o);
     op->matmul(q, mat_rows(s->y, n), o, w->out);
 }
 
-void step_moe(struct step *s, const struct layer *l, int64_t n)
+void step_moe(struct step *s, int layer, int64_t n)
 {
-    const struct moe_weights *w = &l->moe;
+    const struct moe_weights *w = &s->model->layers[layer].moe;
     const struct ops *op = s->op;
     struct queue *q = s->q;
     struct mat h = mat_rows(s->h, n), y = mat_rows(s->y, n), gate = mat_rows(s->gate, n),
@@ -55,6 +55,7 @@ void step_moe(struct step *s, const struct layer *l, int64_t n)
     op->matmul(q, gate, h, w->gate);
     op->matmul(q, up, h, w->up);
     op->silu_mul(q, gate, gate, up);
+    step_tap(s, "shared.hidden", layer, gate);
     op->matmul(q, mat_rows(s->shared, n), gate, w->down);
     op->matmul(q, mat_rows(s->shared_gate, n), h, w->shared_gate);
     op->add_gated(q, y, mat_rows(s->shared, n), mat_rows(s->shared_gate, n));

@@ -74,7 +74,9 @@ void step_free(struct step *s);
 int64_t step_rows_max(const struct step *s);
 
 /* Called with intermediate results, in the backend's memory: "embed"; per layer "mixer.in", "mixer.out",
- * "moe.in", "moe.out", "layer"; "final". One hook serves calibration, golden tests and debugging. */
+ * "moe.in", "moe.out", "layer"; "final"; and what the last product of a part reads: "attention.out" (o_proj),
+ * "delta.out" (out_proj), "shared.hidden" (the shared expert's down_proj). One hook serves calibration,
+ * golden tests and debugging. */
 struct tap {
     void *ctx;
     void (*call)(void *ctx, const char *name, int layer, struct mat x); /* layer -1: outside the layers */

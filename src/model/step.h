@@ -32,10 +32,8 @@ static inline void step_tap(struct step *s, const char *name, int layer, struct 
 }
 
 /* y = mixer(h), n rows. */
-void step_attention(struct step *s, const struct layer *l, const struct step_rows *rows,
-                    const struct kv_cache *kv);
-void step_delta(struct step *s, const struct layer *l, const struct step_rows *rows,
-                const struct delta_state *state);
+void step_attention(struct step *s, int layer, const struct step_rows *rows, const struct kv_cache *kv);
+void step_delta(struct step *s, int layer, const struct step_rows *rows, const struct delta_state *state);
 /* y = routed experts(h) + shared expert(h). */
-void step_moe(struct step *s, const struct layer *l, int64_t n);
+void step_moe(struct step *s, int layer, int64_t n);
 #endif

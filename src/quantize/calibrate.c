@@ -19,15 +19,17 @@ struct calibrator {
     struct model model;
     struct step *step;
     int64_t rows_max, hidden, inner;
-    float *states;       /* host: residual stream of every token, [n_tokens][hidden] */
-    float *block_in;     /* host: the MoE block's input of one step */
-    float *products;     /* host: SiLU(gate) * up of one expert and step */
-    struct row *rows;    /* of one step */
-    int32_t *pages;      /* of the one sequence that runs: page i is page i */
-    void *x, *gate, *up; /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
-    uint32_t block_max;  /* of the current layer: bits of the largest |x|; NaN is above infinity, so none gets
-                            lost */
-    uint32_t *down_max;  /* [n_experts] */
+    float *states;   /* host: residual stream of every token, [n_tokens][hidden] */
+    float *block_in; /* host: the MoE block's input of one step */
+    float *products; /* host: SiLU(gate) * up of one expert and step */
+    float *tapped;   /* host: any other input of one step, [rows_max][tapped_cols] */
+    int64_t tapped_cols;
+    struct row *rows;                 /* of one step */
+    int32_t *pages;                   /* of the one sequence that runs: page i is page i */
+    void *x, *gate, *up;              /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
+    uint32_t input_max[INPUT_EXPERT]; /* of the current layer: bits of the largest |x|; NaN is above infinity,
+                                         so none gets lost */
+    uint32_t *down_max;               /* [n_experts] */
 };
 
 static uint32_t absmax_bits(const float *x, int64_t n, uint32_t start)
@@ -54,12 +56,14 @@ static bool create_buffers(struct calibrator *k, struct err *e)
     const struct config *c = k->model.config;
     const struct ops *op = k->backend->ops;
     int64_t n_pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
-    void *states = NULL, *block_in = NULL, *products = NULL, *rows = NULL, *pages = NULL, *top = NULL;
+    void *states = NULL, *block_in = NULL, *products = NULL, *tapped = NULL, *rows = NULL, *pages = NULL,
+         *top = NULL;
     uint64_t row_bytes = (uint64_t)k->rows_max * sizeof(float);
     bool ok = alloc_host(&states, k->samples->n_tokens, k->hidden, sizeof(float),
                          "hidden states of all samples", e) &&
               alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
               alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
+              alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
               alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
               alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
               alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
@@ -69,6 +73,7 @@ static bool create_buffers(struct calibrator *k, struct err *e)
     k->states = states;
     k->block_in = block_in;
     k->products = products;
+    k->tapped = tapped;
     k->rows = rows;
     k->pages = pages;
     k->down_max = top;
@@ -88,11 +93,26 @@ static void download_rows(const struct calibrator *k, float *to, struct mat x)
         op->download(k->backend->queue, to + r * x.cols, x.data + r * x.stride, row_bytes);
 }
 
-static void keep_block_input(void *ctx, const char *name, int layer, struct mat x)
+/* The MoE block's input is kept for the experts, of the others only the maximum. */
+static void keep_input(void *ctx, const char *name, int layer, struct mat x)
 {
+    static const struct {
+        const char *name;
+        enum module_input input;
+    } taps[] = {
+        { "mixer.in", INPUT_MIXER },      { "attention.out", INPUT_MIXER_OUT },
+        { "delta.out", INPUT_MIXER_OUT }, { "shared.hidden", INPUT_SHARED },
+        { "moe.in", INPUT_BLOCK },
+    };
     struct calibrator *k = ctx;
     (void)layer;
-    if (strcmp(name, "moe.in") == 0) download_rows(k, k->block_in, x);
+    for (size_t i = 0; i < sizeof taps / sizeof *taps; i++) {
+        if (strcmp(name, taps[i].name) != 0) continue;
+        float *to = taps[i].input == INPUT_BLOCK ? k->block_in : k->tapped;
+        uint32_t *top = &k->input_max[taps[i].input];
+        download_rows(k, to, x);
+        *top = absmax_bits(to, x.rows * x.cols, *top);
+    }
 }
 
 /* Rows [past, past + n) of a sample, as one span. */
@@ -116,7 +136,6 @@ static void observe(struct calibrator *k, int layer, int64_t n)
     const struct experts *experts = &k->model.layers[layer].moe.experts;
     struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
                up = mat_of(k->up, n, k->inner);
-    k->block_max = absmax_bits(k->block_in, n * k->hidden, k->block_max);
     op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
     for (int i = 0; i < experts->n_experts; i++) {
         op->matmul(q, gate, x, experts->gate[i]);
@@ -179,8 +198,16 @@ static bool take_maximum(float *out, uint32_t bits, const char *what, int layer,
 
 static bool finish_layer(struct calibrator *k, int layer, struct err *e)
 {
+    static const char *const readers[] = {
+        [INPUT_MIXER] = "the attention or DeltaNet projections",
+        [INPUT_MIXER_OUT] = "o_proj or out_proj",
+        [INPUT_BLOCK] = "gate_proj and up_proj",
+        [INPUT_SHARED] = "the shared expert's down_proj",
+    };
     struct calibration *c = k->result;
-    bool ok = take_maximum(&c->block[layer], k->block_max, "gate_proj and up_proj", layer, -1, e);
+    bool ok = true;
+    for (int i = INPUT_MIXER; ok && i < INPUT_EXPERT; i++)
+        ok = take_maximum(&c->inputs[layer * INPUT_EXPERT + i], k->input_max[i], readers[i], layer, -1, e);
     for (int i = 0; ok && i < c->n_experts; i++)
         ok = take_maximum(&c->down[(int64_t)layer * c->n_experts + i], k->down_max[i], "down_proj", layer, i,
                           e);
@@ -191,7 +218,7 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
 {
     struct layer_state state = { 0 };
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
-    k->block_max = 0;
+    memset(k->input_max, 0, sizeof k->input_max);
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
     bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
@@ -213,6 +240,7 @@ static void calibrator_deinit(struct calibrator *k)
     free(k->states);
     free(k->block_in);
     free(k->products);
+    free(k->tapped);
     free(k->rows);
     free(k->pages);
     free(k->down_max);
@@ -222,9 +250,18 @@ static bool create_result(struct calibration *c, const struct config *config, st
 {
     size_t layers = (size_t)config->n_layers, experts = (size_t)config->n_experts;
     *c = (struct calibration){ .n_layers = config->n_layers, .n_experts = config->n_experts };
-    c->block = calloc(layers, sizeof *c->block);
+    c->inputs = calloc(layers * INPUT_EXPERT, sizeof *c->inputs);
     c->down = calloc(layers * experts, sizeof *c->down);
-    return (c->block && c->down) || err_memory(e, "calibration", layers * experts * sizeof *c->down);
+    return (c->inputs && c->down) || err_memory(e, "calibration", layers * experts * sizeof *c->down);
+}
+
+static int64_t widest_input(const struct config *c)
+{
+    int64_t top = c->hidden_size,
+            others[] = { (int64_t)c->n_heads * c->head_dim,
+                         (int64_t)c->linear_value_heads * c->linear_value_dim, c->shared_intermediate };
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) top = others[i] > top ? others[i] : top;
+    return top;
 }
 
 bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
@@ -233,11 +270,12 @@ bool calibrate(struct calibration *c, const struct checkpoint *source, struct ba
     struct calibrator k = { .result = c, .samples = samples, .report = report, .backend = backend };
     k.hidden = source->config.hidden_size;
     k.inner = source->config.moe_intermediate;
+    k.tapped_cols = widest_input(&source->config);
     k.rows_max = samples->longest < CHUNK_ROWS ? samples->longest : CHUNK_ROWS;
     bool ok = create_result(c, &source->config, e) && model_init(&k.model, source, backend, NULL, e) &&
               step_create(&k.step, &k.model, k.rows_max, 0, samples->longest, e) && create_buffers(&k, e);
     if (ok) {
-        step_set_tap(k.step, (struct tap){ &k, keep_block_input });
+        step_set_tap(k.step, (struct tap){ &k, keep_input });
         for_each_chunk(&k, -1, NULL, embed_chunk);
     }
     for (int i = 0; ok && i < c->n_layers; i++) ok = run_layer(&k, i, e);
@@ -249,9 +287,15 @@ bool calibrate(struct calibration *c, const struct checkpoint *source, struct ba
     return ok;
 }
 
+float calibration_input(const struct calibration *c, int layer, enum module_input input, int expert)
+{
+    return input == INPUT_EXPERT ? c->down[(int64_t)layer * c->n_experts + expert]
+                                 : c->inputs[layer * INPUT_EXPERT + (int)input];
+}
+
 void calibration_deinit(struct calibration *c)
 {
-    free(c->block);
+    free(c->inputs);
     free(c->down);
     *c = (struct calibration){ 0 };
 }

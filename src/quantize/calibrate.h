@@ -1,4 +1,4 @@
-/* Largest inputs of the routed experts, over all tokens of all samples, with activations in full precision
+/* Largest inputs of a layer's modules, over all tokens of all samples, with activations in full precision
  * (the tool since 0.11 does the same). Each sample is a sequence of its own from position 0. Every expert
  * sees every token, routed to it or not: gate_proj and up_proj of a layer share one input; down_proj's
  * differs by expert. */
@@ -7,12 +7,14 @@
 #include "backend/ops.h"
 #include "base/report.h"
 #include "checkpoint/checkpoint.h"
+#include "quantize/modules.h"
 #include "quantize/samples.h"
 
 struct calibration {
     int n_layers, n_experts;
-    float *block; /* [n_layers] max |x| of the MoE block's input, rounded to BF16 */
-    float *down;  /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| */
+    float *inputs; /* [n_layers][INPUT_EXPERT] max |x| by enum module_input, rounded to BF16; INPUT_NONE's
+                      is 0 */
+    float *down;   /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| of routed experts */
     int64_t tokens;
 };
 
@@ -20,5 +22,7 @@ struct calibration {
  * infinity is an error that names layer and expert. */
 bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
                const struct samples *samples, const struct report *report, struct err *e);
+/* Of a module of `layer` that reads `input`; expert: for INPUT_EXPERT. */
+float calibration_input(const struct calibration *c, int layer, enum module_input input, int expert);
 void calibration_deinit(struct calibration *c); /* accepts a zeroed one */
 #endif

@@ -57,6 +57,12 @@ static int find_rank(const char *const *table, const char *name)
     return -1;
 }
 
+static bool ends_in(const char *name, const char *end)
+{
+    size_t n = strlen(name), m = strlen(end);
+    return n >= m && strcmp(name + n - m, end) == 0;
+}
+
 static bool find_part(enum expert_part *out, const char *name)
 {
     for (int i = 0; i < N_PARTS; i++) {
@@ -78,12 +84,6 @@ static bool place_in_layer(struct place *out, const char *rest)
     }
     out->rank = find_rank(text_layer, rest);
     return out->rank >= 0;
-}
-
-static bool ends_in(const char *name, const char *end)
-{
-    size_t n = strlen(name), m = strlen(end);
-    return n >= m && strcmp(name + n - m, end) == 0;
 }
 
 static bool place_known(struct place *out, const char *module)
@@ -115,6 +115,38 @@ bool module_place(struct place *out, const char *module, bool is_matrix)
     if (place_known(out, module)) return true;
     *out = (struct place){ .section = PLACE_OTHER, .layer = -1, .expert = -1 };
     return is_matrix && !ends_in(module, "embed_tokens") && !ends_in(module, "pos_embed");
+}
+
+enum module_input module_input(const struct place *p)
+{
+    if (p->section != PLACE_LAYER) return INPUT_NONE;
+    if (p->expert >= 0) return p->part == PART_DOWN ? INPUT_EXPERT : INPUT_BLOCK;
+    const char *name = text_layer[p->rank];
+    if (ends_in(name, "attn.out_proj") || ends_in(name, "attn.o_proj")) return INPUT_MIXER_OUT;
+    if (strncmp(name, "mlp.", 4) != 0) return INPUT_MIXER;
+    return ends_in(name, "down_proj") ? INPUT_SHARED : INPUT_BLOCK;
+}
+
+bool module_is_router(const char *module)
+{
+    return ends_in(module, ".mlp.gate") || ends_in(module, ".mlp.shared_expert_gate");
+}
+
+const char *const *module_fusion(const char *module, size_t *stem_bytes)
+{
+    static const char *const sets[][4] = {
+        { ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", NULL },
+        { ".mlp.shared_expert.gate_proj", ".mlp.shared_expert.up_proj", NULL },
+        { ".linear_attn.in_proj_qkv", ".linear_attn.in_proj_z", NULL },
+        { ".linear_attn.in_proj_b", ".linear_attn.in_proj_a", NULL },
+    };
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
+        for (const char *const *end = sets[i]; *end; end++) {
+            if (!ends_in(module, *end)) continue;
+            *stem_bytes = strlen(module) - strlen(*end);
+            return sets[i];
+        }
+    return NULL;
 }
 
 bool module_is_fused(const char *tensor, size_t *stem_bytes, bool *is_gate_up)

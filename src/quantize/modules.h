@@ -31,6 +31,25 @@ struct place {
  * unless it is a table of embeddings. PLACE_DRAFT is whatever belongs to the MTP head. */
 bool module_place(struct place *out, const char *module, bool is_matrix);
 
+/* What a module of a decoder layer reads; calibration measures each. */
+enum module_input {
+    INPUT_NONE,      /* nothing that is measured: outside the layers */
+    INPUT_MIXER,     /* the normed residual in front of attention or DeltaNet */
+    INPUT_MIXER_OUT, /* what o_proj or out_proj reads */
+    INPUT_BLOCK,     /* the normed residual in front of the MoE block */
+    INPUT_SHARED,    /* SiLU(gate) * up of the shared expert */
+    INPUT_EXPERT,    /* the same of a routed one */
+};
+enum module_input module_input(const struct place *p);
+
+/* mlp.gate and mlp.shared_expert_gate, which readers build unquantized whatever a config says. */
+bool module_is_router(const char *module);
+
+/* Modules that readers run as one product (q, k, v; gate and up of the shared expert; qkv and z; b and a):
+ * the module's set as endings of names, NULL-terminated, in an order of its own; NULL when it has none.
+ * stem_bytes: of the name in front of the ending. */
+const char *const *module_fusion(const char *module, size_t *stem_bytes);
+
 /* "stem.experts.gate_up_proj" or "stem.experts.down_proj": what a fused tensor holds. stem_bytes: of
  * "stem.experts". */
 bool module_is_fused(const char *tensor, size_t *stem_bytes, bool *is_gate_up);

@@ -78,8 +78,14 @@ static bool ignore_module(void *ctx, const char *module, const char *class_name,
                           struct err *e)
 {
     struct ignoring *g = ctx;
-    bool hit = quantization_scheme(g->rules, module, class_name) != SCHEME_NONE;
-    if (place->section == PLACE_DRAFT || hit == (*class_name != 0)) return true;
+    bool hit = quantization_scheme(g->rules, module, class_name) != SCHEME_NONE, linear = *class_name != 0;
+    if (linear && !hit && !quantization_ignores(g->rules, module, class_name))
+        return err_set(e, ERR_ARGUMENT, "module '%s' is neither targeted nor ignored", module);
+    if (linear && hit && !quantization_agrees(g->rules, module))
+        return err_set(e, ERR_ARGUMENT,
+                       "module '%s' is a target of two schemes, and readers differ in which one they take",
+                       module);
+    if (place->section == PLACE_DRAFT || hit == linear) return true;
     return module_list_add(&g->list, module, place, e);
 }
 
@@ -117,7 +123,8 @@ bool plan_block(json_t **out, size_t *n_ignored, const struct plan_names *names,
     json_t *ignore = json_array();
     bool ok = ignore || err_memory(e, "ignore list", 0);
     for (size_t i = 0; ok && i < names->n; i++)
-        ok = visit_tensor(names->names[i], names->n_dims[i], names->n_experts, &visit, e);
+        ok = visit_tensor(names->names[i], names->n_dims[i], names->n_experts, &visit, e) ||
+             err_note(e, "recipe '%s'", r->name);
     *n_ignored = g.list.n;
     ok = ok && module_list_append_to(&g.list, ignore, e) && append_draft(ignore, e) &&
          recipe_config(out, r, ignore, e);
@@ -162,11 +169,18 @@ static bool check_matrix(const struct matrix *m, struct err *e)
     if (m->source->dtype != DTYPE_BF16)
         return err_set(e, ERR_UNSUPPORTED, "tensor '%s': %s cannot be packed as %s, only BF16 can",
                        m->source->name, dtype_name(m->source->dtype), scheme_name(m->scheme));
+    if (module_is_router(m->module))
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "module '%s': %s: readers build this one unquantized, so it must be on the ignore list",
+            m->module, scheme_name(m->scheme));
     if (!scheme_is_nvfp4(m->scheme)) return true;
-    if (m->expert < 0)
-        return err_set(e, ERR_UNSUPPORTED,
-                       "module '%s': %s is done for routed experts only; FP8_DYNAMIC is possible", m->module,
-                       scheme_name(m->scheme));
+    if (m->scheme == SCHEME_NVFP4 && m->input == INPUT_NONE)
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "module '%s': NVFP4 needs a measured input and only modules of decoder layers have one; "
+            "NVFP4A16 and FP8_DYNAMIC are possible",
+            m->module);
     if (m->cols % NVFP4_GROUP == 0) return true;
     return err_set(e, ERR_UNSUPPORTED,
                    "tensor '%s': %" PRId64 " columns are not a multiple of %d, as %s needs", m->source->name,
@@ -200,8 +214,11 @@ static bool add_matrix(struct plan *p, struct matrix m, struct err *e)
 /* Layer and expert that the config does not have would be packed without a measured input. */
 static bool check_place(const struct plan *p, const struct place *place, const char *tensor, struct err *e)
 {
-    if (place->expert < 0) return true;
+    if (place->section != PLACE_LAYER) return true;
     if (place->layer < p->config->n_layers && place->expert < p->config->n_experts) return true;
+    if (place->expert < 0)
+        return err_set(e, ERR_FORMAT, "tensor '%s': layer %" PRId64 "; config.json has %d layers", tensor,
+                       place->layer, p->config->n_layers);
     return err_set(e, ERR_FORMAT,
                    "tensor '%s': layer %" PRId64 ", expert %" PRId64
                    "; config.json has %d layers of %d experts",
@@ -226,6 +243,7 @@ static bool plan_plain(struct plan *p, struct job *j, const struct quantization 
                         .layer = (int)place.layer,
                         .expert = (int)place.expert,
                         .part = place.part,
+                        .input = module_input(&place),
                         .partner = SIZE_MAX };
     if (!m.module) return err_memory(e, "plan", sizeof module);
     j->n = 1;
@@ -253,6 +271,7 @@ static bool plan_fused_part(struct plan *p, const struct tensor *t, size_t stem,
                         .layer = (int)place.layer,
                         .expert = expert,
                         .part = part,
+                        .input = module_input(&place),
                         .partner = SIZE_MAX };
     return m.module ? add_matrix(p, m, e) : err_memory(e, "plan", sizeof module);
 }
@@ -352,12 +371,56 @@ static bool pair_experts(struct plan *p, struct err *e)
         if (!check_layer(p, layer, e)) return false;
         for (int i = 0; i < p->config->n_experts; i++) {
             size_t gate = *expert_slot(p, layer, i, PART_GATE), up = *expert_slot(p, layer, i, PART_UP);
-            if (gate == SIZE_MAX) continue;
+            if (gate == SIZE_MAX || !scheme_is_nvfp4(p->matrices[gate].scheme)) continue;
             p->matrices[gate].partner = up;
             p->matrices[up].partner = gate;
         }
     }
     return true;
+}
+
+static size_t find_matrix(const struct plan *p, const char *module, const size_t *among, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(p->matrices[among[i]].module, module) == 0) return among[i];
+    return SIZE_MAX;
+}
+
+/* Links a matrix to the next of its set. All of the set that the checkpoint has must be of one scheme. */
+static bool join_set(struct plan *p, struct matrix *m, const struct checkpoint *c, const size_t *dense,
+                     size_t n_dense, struct err *e)
+{
+    size_t stem, at = 0, n = 0;
+    const char *const *set = module_fusion(m->module, &stem);
+    if (!set) return true;
+    for (; set[n]; n++)
+        if (strcmp(m->module + stem, set[n]) == 0) at = n;
+    for (size_t i = n - 1; i > 0; i--) { /* backwards, so that the last one found is the next */
+        char other[MODULE_BYTES], tensor[MODULE_BYTES + sizeof WEIGHT];
+        snprintf(other, sizeof other, "%.*s%s", (int)stem, m->module, set[(at + i) % n]);
+        snprintf(tensor, sizeof tensor, "%s%s", other, WEIGHT);
+        size_t found = find_matrix(p, other, dense, n_dense);
+        enum scheme scheme = found == SIZE_MAX ? SCHEME_NONE : p->matrices[found].scheme;
+        if (scheme != m->scheme && checkpoint_find(c, tensor))
+            return err_set(e, ERR_UNSUPPORTED,
+                           "module '%s' is %s, '%s' is %s: readers run them as one product, so they need one "
+                           "scheme",
+                           m->module, scheme_name(m->scheme), other,
+                           scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme));
+        if (found != SIZE_MAX && scheme_is_nvfp4(scheme)) m->partner = found;
+    }
+    return true;
+}
+
+static bool join_dense(struct plan *p, const struct checkpoint *c, struct err *e)
+{
+    size_t n = 0, *dense = malloc((p->n_matrices + 1) * sizeof *dense);
+    bool ok = dense || err_memory(e, "plan", p->n_matrices * sizeof *dense);
+    for (size_t i = 0; ok && i < p->n_matrices; i++)
+        if (p->matrices[i].expert < 0) dense[n++] = i;
+    for (size_t i = 0; ok && i < n; i++) ok = join_set(p, &p->matrices[dense[i]], c, dense, n, e);
+    free(dense);
+    return ok;
 }
 
 /* Outputs. */
@@ -433,7 +496,7 @@ bool plan_create(struct plan *p, const struct checkpoint *c, const struct recipe
     struct quantization *rules = NULL;
     *p = (struct plan){ .config = &c->config };
     bool ok = check_source(c, e) && make_block(p, c, r, e) && quantization_parse(&rules, p->block, e) &&
-              make_jobs(p, c, rules, e) && pair_experts(p, e) && make_outputs(p, e);
+              make_jobs(p, c, rules, e) && pair_experts(p, e) && join_dense(p, c, e) && make_outputs(p, e);
     quantization_free(rules);
     if (ok && p->n_matrices == 0)
         ok = err_set(e, ERR_ARGUMENT, "%s: recipe '%s' matches none of its modules", c->path, r->name);

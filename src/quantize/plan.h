@@ -17,7 +17,9 @@ struct matrix {
     enum scheme scheme;
     int layer, expert; /* -1: not a routed expert */
     enum expert_part part;
-    size_t partner; /* gate's up and up's gate, which share one weight scale; SIZE_MAX: none */
+    enum module_input input;
+    size_t partner; /* NVFP4: the next of those that share one weight scale (gate, up; q, k, v; ...), in a
+                       ring; SIZE_MAX: none */
 };
 
 /* One source tensor. */

@@ -116,23 +116,23 @@ static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
     return true;
 }
 
-/* gate and up of an expert run as one product, so one scale serves both: the larger maximum's. */
+/* gate and up, or q, k and v, run as one product, so one scale serves them: the largest maximum's. */
 static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
 {
-    float other = 0;
-    size_t partner = r->plan.matrices[index].partner;
-    if (!absmax_of(r, out, index, e) || (partner != SIZE_MAX && !absmax_of(r, &other, partner, e)))
-        return false;
-    *out = fmaxf(*out, other);
+    const struct matrix *all = r->plan.matrices;
+    if (!absmax_of(r, out, index, e)) return false;
+    for (size_t i = all[index].partner; i != SIZE_MAX && i != index; i = all[i].partner) {
+        float other;
+        if (!absmax_of(r, &other, i, e)) return false;
+        *out = fmaxf(*out, other);
+    }
     return true;
 }
 
 /* What maps the largest measured input to 448 * 6; 1 where every input was zero. */
 static float input_scale(const struct run *r, const struct matrix *m)
 {
-    const struct calibration *c = &r->calibration;
-    float top =
-        m->part == PART_DOWN ? c->down[(int64_t)m->layer * c->n_experts + m->expert] : c->block[m->layer];
+    float top = calibration_input(&r->calibration, m->layer, m->input, m->expert);
     if (top == 0)
         report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is 1",
                     m->module);

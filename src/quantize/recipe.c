@@ -1,21 +1,28 @@
-/* The card's recipe and how any recipe is written down. Takes a table of groups, gives the JSON block that
+/* The built-in recipes and how any recipe is written down. Takes a table of groups, gives the JSON block that
  * goes into config.json and the YAML text of recipe.yaml. */
 #include "quantize/recipe.h"
 #include "quantize/yaml.h"
+#include <string.h>
 
 /* The version of compressed-tensors whose schema the block follows. */
 static const char CT_VERSION[] = "0.15.0.1";
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-static const char *const card_experts[] = {
-    "re:.*mlp\\.experts\\.\\d+\\.gate_proj$",
-    "re:.*mlp\\.experts\\.\\d+\\.up_proj$",
-    "re:.*mlp\\.experts\\.\\d+\\.down_proj$",
-};
-static const char *const card_dense[] = {
-    "re:.*self_attn\\.(q|k|v|o)_proj$",
-    "re:.*shared_expert\\.(gate|up|down)_proj$",
+#define EXPERTS                                                                                              \
+    "re:.*mlp\\.experts\\.\\d+\\.gate_proj$", "re:.*mlp\\.experts\\.\\d+\\.up_proj$",                        \
+        "re:.*mlp\\.experts\\.\\d+\\.down_proj$"
+#define DENSE "re:.*self_attn\\.(q|k|v|o)_proj$", "re:.*shared_expert\\.(gate|up|down)_proj$"
+
+static const char *const routed[] = { EXPERTS };
+static const char *const dense[] = { DENSE };
+static const char *const routed_and_dense[] = { EXPERTS, DENSE };
+/* Patterns, since readers rename modules and match patterns against their own names: "lm_head" may be
+ * "language_model.lm_head" there. */
+static const char *const dense_and_delta[] = {
+    DENSE,
+    "re:.*linear_attn\\.(in_proj_qkv|in_proj_z|out_proj)$",
+    "re:.*lm_head$",
 };
 static const char *const card_ignore[] = {
     "lm_head",
@@ -27,16 +34,58 @@ static const char *const card_ignore[] = {
     "re:.*vision_tower.*",
     "re:.*mtp.*",
 };
-static const struct recipe_group card_groups[] = {
-    { "group_0", SCHEME_NVFP4, card_experts, COUNT(card_experts) },
-    { "group_1", SCHEME_FP8_DYNAMIC, card_dense, COUNT(card_dense) },
+static const char *const fast_ignore[] = {
+    "re:.*embed_tokens$",
+    "re:.*mlp\\.gate$",
+    "re:.*mlp\\.shared_expert_gate$",
+    "re:.*linear_attn\\.(conv1d|in_proj_a|in_proj_b)$",
+    "re:.*visual.*",
+    "re:.*vision_tower.*",
+    "re:.*mtp.*",
 };
-static const struct recipe card = { "card", card_groups, COUNT(card_groups), card_ignore,
-                                    COUNT(card_ignore) };
+static const char *const routed_only_ignore[] = {
+    "lm_head",          "re:.*embed_tokens$", "re:.*mlp\\.gate$", "re:.*mlp\\.shared_expert.*",
+    "re:.*self_attn.*", "re:.*linear_attn.*", "re:.*visual.*",    "re:.*vision_tower.*",
+    "re:.*mtp.*",
+};
+static const struct recipe_group card_groups[] = {
+    { "group_0", SCHEME_NVFP4, routed, COUNT(routed) },
+    { "group_1", SCHEME_FP8_DYNAMIC, dense, COUNT(dense) },
+};
+static const struct recipe_group nvfp4_groups[] = {
+    { "group_0", SCHEME_NVFP4, routed_and_dense, COUNT(routed_and_dense) },
+};
+static const struct recipe_group fast_groups[] = {
+    { "group_0", SCHEME_NVFP4, routed, COUNT(routed) },
+    { "group_1", SCHEME_FP8_DYNAMIC, dense_and_delta, COUNT(dense_and_delta) },
+};
+static const struct recipe_group nvfp4a16_groups[] = {
+    { "group_0", SCHEME_NVFP4A16, routed, COUNT(routed) },
+};
+static const struct recipe builtin[] = {
+    { "card", card_groups, COUNT(card_groups), card_ignore, COUNT(card_ignore) },
+    { "nvfp4", nvfp4_groups, COUNT(nvfp4_groups), card_ignore, COUNT(card_ignore) },
+    { "fast", fast_groups, COUNT(fast_groups), fast_ignore, COUNT(fast_ignore) },
+    { "nvfp4a16", nvfp4a16_groups, COUNT(nvfp4a16_groups), routed_only_ignore, COUNT(routed_only_ignore) },
+};
 
 const struct recipe *recipe_card(void)
 {
-    return &card;
+    return &builtin[0];
+}
+
+const struct recipe *recipe_builtin(const char *name)
+{
+    for (size_t i = 0; i < COUNT(builtin); i++)
+        if (strcmp(builtin[i].name, name) == 0) return &builtin[i];
+    return NULL;
+}
+
+bool recipe_measures(const struct recipe *r)
+{
+    for (size_t i = 0; i < r->n_groups; i++)
+        if (r->groups[i].scheme == SCHEME_NVFP4) return true;
+    return false;
 }
 
 /* QuantizationArgs; 0 and NULL are null. */

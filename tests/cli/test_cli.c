@@ -242,7 +242,9 @@ static void every_command_has_help(void **state)
     static const struct {
         const char *name, *flags[4];
     } commands[] = {
-        { "quantize", { "--calibration FILE", "--num-calibration-samples N", "--max-shard-size BYTES" } },
+        { "quantize",
+          { "--recipe NAME", "--calibration FILE", "--num-calibration-samples N",
+            "--max-shard-size BYTES" } },
         { "perplexity", { "--text FILE", "--against OTHER", "--ctx N", "--max-chunks N" } },
         { "generate", { "-p, --prompt TEXT", "--temperature T", "--stop TEXT", "--seed N" } },
         { "inspect", { "--json" } },
@@ -300,6 +302,14 @@ static void flags_are_checked(void **state)
            "quench generate: --stop: not UTF-8 at byte 0\n");
     refuse(WORDS("quantize", demo, in("dst")), 2,
            "quench quantize: --calibration FILE.jsonl is needed: recipe card measures activations\n");
+    refuse(WORDS("quantize", demo, in("dst"), "--recipe", "fast"), 2,
+           "quench quantize: --calibration FILE.jsonl is needed: recipe fast measures activations\n");
+    refuse(
+        WORDS("quantize", demo, in("dst"), "--recipe", "cards"), 2,
+        "quench quantize: --recipe: expected card, nvfp4, fast, nvfp4a16 or the path of a .yaml file, found "
+        "'cards'\n");
+    refuse(WORDS("quantize", demo, in("dst"), "--recipe", in("none.yaml")), 1,
+           "quench quantize: --recipe: @/none.yaml: No such file or directory\n");
 }
 
 /* Checkpoints that are not right. */
@@ -687,6 +697,28 @@ static void quantize_writes_the_same_without_standard_streams(void **state)
         "be BF16\n");
 }
 
+/* The same recipe from its own file, and one whose scales come from the weights alone. */
+static void recipes_are_names_or_files(void **state)
+{
+    (void)state;
+    char path[300];
+    const char *bad = in("bad.yaml");
+    FILE *file = fopen(bad, "w");
+    assert_non_null(file);
+    fputs("a_stage:\n  b_modifiers:\n    QuantizationModifier:\n      schema: NVFP4\n", file);
+    assert_int_equal(fclose(file), 0);
+    refuse(WORDS("quantize", demo, in("dst"), "--recipe", bad), 1,
+           "quench quantize: --recipe: @/bad.yaml: line 4: QuantizationModifier: unknown key 'schema'\n");
+    succeed(WORDS("quantize", demo, in("weights"), "--recipe", "nvfp4a16", "--quiet"));
+    assert_non_null(strstr(f.out, "recipe nvfp4a16\n  NVFP4         192 matrices"));
+    snprintf(path, sizeof path, "%s/recipe.yaml", in("weights"));
+    succeed(WORDS("quantize", demo, in("again"), "--recipe", path, "--quiet", "--json"));
+    assert_non_null(strstr(f.out, "\"nvfp4_matrices\":192,\"fp8_matrices\":0,"));
+    assert_same_file(in("weights"), in("again"), "config.json");
+    assert_same_file(in("weights"), in("again"), "recipe.yaml");
+    assert_same_file(in("weights"), in("again"), "model-00001-of-00001.safetensors");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -708,6 +740,7 @@ int main(void)
         cmocka_unit_test(json_of_an_odd_name),
         cmocka_unit_test(the_answer_is_the_same_on_every_way),
         cmocka_unit_test(quantize_refuses_before_it_works),
+        cmocka_unit_test(recipes_are_names_or_files),
         cmocka_unit_test(a_full_disk_leaves_nothing),
         cmocka_unit_test(quantize_writes_the_same_without_standard_streams),
     };

@@ -8,7 +8,8 @@
 
 static struct fixture fixture;
 
-#define LAYER1 "model.language_model.layers.1."
+#define LAYER  "model.language_model.layers."
+#define LAYER1 LAYER "1."
 
 /* --- destinations
  * ------------------------------------------------------------------------------------------------ */
@@ -175,11 +176,16 @@ static void zeros_get_scale_one(void **state)
 /* --- recipes
  * ----------------------------------------------------------------------------------------------------- */
 
+/* All but the targets is ignored. */
 static void try_recipe(enum scheme scheme, const char *target, enum err_code code, const char *want)
 {
-    const char *targets[] = { target };
+    char others[300];
+    const char *targets[] = { target }, *ignore[] = { others };
     struct recipe_group group = { "group_0", scheme, targets, 1 };
-    struct recipe recipe = { .name = "test", .groups = &group, .n_groups = 1 };
+    struct recipe recipe = {
+        .name = "test", .groups = &group, .n_groups = 1, .ignore = ignore, .n_ignore = 1
+    };
+    snprintf(others, sizeof others, "re:(?!%s)", strncmp(target, "re:", 3) == 0 ? target + 3 : target);
     struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "recipe-q"));
     o.recipe = &recipe;
     must_fail(&o, code, want);
@@ -191,10 +197,68 @@ static void recipes_must_be_possible(void **state)
     try_recipe(SCHEME_NVFP4, "re:.*nothing", ERR_ARGUMENT, "recipe 'test' matches none of its modules");
     try_recipe(SCHEME_NVFP4, "re:mtp.*", ERR_ARGUMENT, "recipe 'test' matches none of its modules");
     try_recipe(SCHEME_NVFP4, "re:(", ERR_FORMAT, "recipe 'test': ");
-    try_recipe(SCHEME_NVFP4, "re:.*self_attn\\.q_proj", ERR_UNSUPPORTED, "is done for routed experts only");
+    try_recipe(SCHEME_NVFP4, "re:.*mlp\\.gate", ERR_UNSUPPORTED,
+               "module '" LAYER "0.mlp.gate': NVFP4: readers build this one unquantized");
+    try_recipe(SCHEME_FP8_DYNAMIC, "re:.*shared_expert_gate", ERR_UNSUPPORTED,
+               "shared_expert_gate': FP8_DYNAMIC: readers build this one unquantized");
+    try_recipe(SCHEME_NVFP4, "lm_head", ERR_UNSUPPORTED, "module 'lm_head': NVFP4 needs a measured input");
+    try_recipe(SCHEME_NVFP4, "re:.*visual.*attn.*", ERR_UNSUPPORTED, "NVFP4 needs a measured input");
     try_recipe(SCHEME_NVFP4, "re:.*experts\\.3\\.down_proj", ERR_UNSUPPORTED, "one scheme for all of them");
     try_recipe(SCHEME_NVFP4, "re:.*experts\\.\\d+\\.down_proj", ERR_UNSUPPORTED,
                "must all be there, in one scheme");
+}
+
+/* Readers run these as one product. */
+static void sets_must_not_be_split(void **state)
+{
+    (void)state;
+    static const char *const parts[] = { "self_attn\\.(q|v)_proj", "mlp\\.shared_expert\\.up_proj",
+                                         "linear_attn\\.in_proj_qkv", "linear_attn\\.in_proj_b" };
+    static const char *const want[] = {
+        "self_attn.q_proj' is %s, '" LAYER "3.self_attn.k_proj' is not quantized: readers run them as one",
+        "shared_expert.up_proj' is %s, '" LAYER "0.mlp.shared_expert.gate_proj' is not quantized",
+        "linear_attn.in_proj_qkv' is %s, '" LAYER "0.linear_attn.in_proj_z' is not quantized",
+        "linear_attn.in_proj_b' is %s, '" LAYER "0.linear_attn.in_proj_a' is not quantized",
+    };
+    static const enum scheme schemes[] = { SCHEME_NVFP4, SCHEME_FP8_DYNAMIC };
+    for (size_t i = 0; i < 8; i++) {
+        char target[200], text[300];
+        snprintf(target, sizeof target, "re:.*%s$", parts[i / 2]);
+        snprintf(text, sizeof text, want[i / 2], scheme_name(schemes[i % 2]));
+        try_recipe(schemes[i % 2], target, ERR_UNSUPPORTED, text);
+    }
+}
+
+static void modules_must_be_named(void **state)
+{
+    (void)state;
+    static const char *const targets[] = { "re:.*mlp\\.experts.*" };
+    static const char *const ignore[] = { "re:.*(linear_attn|visual|gate).*", "lm_head",
+                                          "re:.*self_attn\\.[^o].*", "re:.*shared_expert.*" };
+    struct recipe_group group = { "group_0", SCHEME_NVFP4, targets, 1 };
+    struct recipe recipe = { "test", &group, 1, ignore, 4 };
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "unnamed-q"));
+    o.recipe = &recipe;
+    must_fail(&o, ERR_ARGUMENT,
+              "recipe 'test': module '" LAYER "3.self_attn.o_proj' is neither targeted nor ignored");
+}
+
+static void modules_must_have_one_scheme(void **state)
+{
+    (void)state;
+    static const char *const fp4[] = { "re:.*mlp\\.experts.*", "Linear" }, *const fp8[] = {
+        "re:.*down_proj"
+    };
+    static const char *const ignore[] = { "re:.*(linear_attn|visual|gate|self_attn|shared_expert).*",
+                                          "lm_head" };
+    struct recipe_group groups[] = { { "a", SCHEME_NVFP4, fp4, 2 }, { "b", SCHEME_FP8_DYNAMIC, fp8, 1 } };
+    struct recipe recipe = { "test", groups, 2, ignore, 2 };
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "two-q"));
+    o.recipe = &recipe;
+    must_fail(&o, ERR_ARGUMENT,
+              "recipe 'test': module '" LAYER
+              "0.mlp.experts.0.down_proj' is a target of two schemes, and readers "
+              "differ in which one they take");
 }
 
 static void calibration_must_be_there(void **state)
@@ -321,6 +385,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(weights_must_be_finite),
         cmocka_unit_test(zeros_get_scale_one),
         cmocka_unit_test(recipes_must_be_possible),
+        cmocka_unit_test(sets_must_not_be_split),
+        cmocka_unit_test(modules_must_be_named),
+        cmocka_unit_test(modules_must_have_one_scheme),
         cmocka_unit_test(calibration_must_be_there),
         cmocka_unit_test(full_disk_leaves_nothing),
         cmocka_unit_test(killed_run_is_no_checkpoint),
