@@ -17,11 +17,15 @@ static const struct command command = {
 };
 
 static const char *const recipes[] = { "card", NULL };
+static const char *const methods[] = { [QUANTIZE_GPTQ] = "gptq",
+                                       [QUANTIZE_MSE] = "mse",
+                                       [QUANTIZE_NEAREST] = "nearest",
+                                       [QUANTIZE_NEAREST + 1] = NULL };
 
 struct settings {
     struct common common;
     const char *folders[2], *calibration;
-    int recipe;
+    int recipe, method;
     int64_t samples, length, shard_bytes;
 };
 
@@ -80,6 +84,7 @@ static bool run(const struct settings *s, struct err *e)
     struct quantize_options o = { .source = s->folders[0],
                                   .destination = s->folders[1],
                                   .calibration = s->calibration,
+                                  .method = (enum quantize_method)s->method,
                                   .num_calibration_samples = s->samples,
                                   .max_seq_length = s->length,
                                   .max_shard_bytes = (uint64_t)s->shard_bytes,
@@ -100,6 +105,8 @@ int cli_quantize(int argc, char **argv)
     struct settings s = { .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
     const struct flag flags[] = {
         { "--recipe", 0, FLAG_CHOICE, &s.recipe, "card", "which matrices get which format", recipes },
+        { "--method", 0, FLAG_CHOICE, &s.method, "gptq|mse|nearest",
+          "how NVFP4 codes are chosen: same format and size, best first (default gptq)", methods },
         { "--calibration", 0, FLAG_TEXT, &s.calibration, "FILE", "JSONL of text, messages or input_ids",
           NULL },
         { "--num-calibration-samples", 0, FLAG_INT, &s.samples, "N", "lines used (default 64)", NULL },
