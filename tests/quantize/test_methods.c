@@ -1,6 +1,7 @@
 /* Scales by search and rounding that passes errors on: judged by their own measures, recomputed here in
  * double from what was packed, and as whole runs over the demo checkpoint. */
 #include "num/e2m1.h"
+#include "quantize/curvature.h"
 #include "quantize/fixture.h"
 #include "quantize/gptq.h"
 #include "quantize/moments.h"
@@ -205,6 +206,33 @@ static void gptq_of_independent_inputs_is_mse(void **state)
     assert_memory_equal(scale[0], scale[1], sizeof scale[0]);
 }
 
+/* An expert whose inputs were all zero is packed as mse would with every column alike; its neighbour is not.
+ */
+static void zero_moments_fall_back(void **state)
+{
+    (void)state;
+    struct config config = { .n_experts = 2, .hidden_size = 32, .moe_intermediate = 16 };
+    struct curvatures c;
+    struct pool *pool;
+    struct err e = { 0 };
+    if (!curvatures_init(&c, &config, true, &e) || !pool_create(&pool, 2, &e)) fail_msg("%s", e.text);
+    moments_clear(&c.moments);
+    for (int i = 0; i < 16; i++) moments_down(&c.moments, 1)[i * 17] = (float)(1 + i);
+    curvatures_update(&c, pool);
+    struct matrix m = { .part = PART_DOWN, .expert = 0 };
+    struct curvature none = curvatures_of(&c, &m);
+    assert_null(none.factor);
+    for (int i = 0; i < 16; i++) assert_true(none.importance[i] == 1);
+    m.expert = 1;
+    struct curvature some = curvatures_of(&c, &m);
+    assert_non_null(some.factor);
+    assert_true(some.importance[15] == 16 / 8.5f);
+    m.part = PART_GATE;
+    assert_null(curvatures_of(&c, &m).factor);
+    pool_free(pool);
+    curvatures_deinit(&c);
+}
+
 /* Whole runs. */
 
 static void assert_same_tensors(const char *left, const char *right)
@@ -263,10 +291,15 @@ static void methods_differ_only_in_codes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(search_finds_the_best_scale),       cmocka_unit_test(search_of_zeros),
-        cmocka_unit_test(moments_are_sums_of_products),      cmocka_unit_test(factor_gives_the_moments_back),
-        cmocka_unit_test(no_factor_without_inputs),          cmocka_unit_test(gptq_lowers_the_output_error),
-        cmocka_unit_test(gptq_of_independent_inputs_is_mse), cmocka_unit_test(threads_do_not_matter),
+        cmocka_unit_test(search_finds_the_best_scale),
+        cmocka_unit_test(search_of_zeros),
+        cmocka_unit_test(moments_are_sums_of_products),
+        cmocka_unit_test(factor_gives_the_moments_back),
+        cmocka_unit_test(no_factor_without_inputs),
+        cmocka_unit_test(gptq_lowers_the_output_error),
+        cmocka_unit_test(gptq_of_independent_inputs_is_mse),
+        cmocka_unit_test(zero_moments_fall_back),
+        cmocka_unit_test(threads_do_not_matter),
         cmocka_unit_test(methods_differ_only_in_codes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
