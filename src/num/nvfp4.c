@@ -3,11 +3,21 @@
 #include <float.h>
 #include <math.h>
 
-float nvfp4_global_scale(float absmax)
+static float global_scale(float absmax, float top)
 {
     float a = absmax > FLT_MIN ? absmax : FLT_MIN; /* BF16 and f32 share their smallest normal */
-    float global = bf16_round(E4M3_MAX * E2M1_MAX * bf16_round(1.0f / a));
+    float global = bf16_round(top * bf16_round(1.0f / a));
     return isfinite(global) ? global : 1.0f;
+}
+
+float nvfp4_global_scale(float absmax)
+{
+    return global_scale(absmax, E4M3_MAX * E2M1_MAX);
+}
+
+float nvfp4_global_scale_roomy(float absmax)
+{
+    return global_scale(absmax, 256 * E2M1_MAX);
 }
 
 /* Four maxima side by side: compilers keep them in a vector, which they may not do with one running fmaxf. */
@@ -20,9 +30,9 @@ static float group_absmax(const float *x)
     return a > b ? a : b;
 }
 
-static e4m3 group_scale(float absmax, float global)
+e4m3 nvfp4_group_scale(const float *x, float global)
 {
-    e4m3 s = e4m3_from_f32(global * bf16_round(absmax / E2M1_MAX));
+    e4m3 s = e4m3_from_f32(global * bf16_round(group_absmax(x) / E2M1_MAX));
     return s.bits ? s : (e4m3){ 0x20 };
 }
 
@@ -41,7 +51,7 @@ static void group_codes(uint8_t *codes, const float *x, float step)
 void nvfp4_pack_row(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n)
 {
     for (int64_t g = 0; g < n / NVFP4_GROUP; g++, x += NVFP4_GROUP, codes += NVFP4_GROUP / 2) {
-        scale[g] = group_scale(group_absmax(x), global);
+        scale[g] = nvfp4_group_scale(x, global);
         group_codes(codes, x, e4m3_to_f32(scale[g]) / global);
     }
 }

@@ -17,9 +17,16 @@ enum { NVFP4_GROUP = 16 };
  * finite; 1.0 where the quotient overflows (an all-zero matrix). */
 float nvfp4_global_scale(float absmax);
 
+/* 1536 / absmax: like it, but the group of the largest weight has room for scales up to 1.75 times the
+ * nearest method's. For scales that are searched. */
+float nvfp4_global_scale_roomy(float absmax);
+
 /* Nearest codes for one row. x: f32 [n] (values of BF16 weights), n % 16 == 0. codes: n/2 bytes. scale:
  * [n/16]. Group scale: e4m3(global * bf(m / 6)), m the group's absmax; a zero becomes 0.125 (byte 0x20). */
 void nvfp4_pack_row(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n);
+
+/* The scale such a row gives a group of 16. */
+e4m3 nvfp4_group_scale(const float *x, float global);
 
 /* Unpacks n weights of one row. codes: n/2 bytes. scale: [n/16]. global > 0, divides. Cannot fail. */
 void nvfp4_unpack_row(float *out, const uint8_t *codes, const e4m3 *scale, float global, int64_t n);

@@ -1,5 +1,5 @@
 /* Runs the samples through the network a layer at a time and keeps maxima. Takes the source checkpoint and
- * token lists, gives a few thousand numbers. */
+ * token lists, gives a few thousand numbers, and to a sink each layer's second moments. */
 #include "quantize/calibrate.h"
 #include "base/checked.h"
 #include "model/model.h"
@@ -14,6 +14,7 @@ enum { CHUNK_ROWS = 512 };
 struct calibrator {
     struct calibration *result;
     const struct samples *samples;
+    const struct calibration_sink *sink; /* NULL: maxima alone */
     const struct report *report;
     struct backend *backend;
     struct model model;
@@ -131,18 +132,21 @@ static struct step_rows step_rows_of(struct calibrator *k, struct span *span, in
 /* All experts on all rows of the step whose MoE input lies in block_in. */
 static void observe(struct calibrator *k, int layer, int64_t n)
 {
+    const struct calibration_sink *sink = k->sink;
     const struct ops *op = k->backend->ops;
     struct queue *q = k->backend->queue;
     const struct experts *experts = &k->model.layers[layer].moe.experts;
     struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
                up = mat_of(k->up, n, k->inner);
     op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
+    if (sink) moments_add(sink->moments->block, k->block_in, n, k->hidden, sink->pool);
     for (int i = 0; i < experts->n_experts; i++) {
         op->matmul(q, gate, x, experts->gate[i]);
         op->matmul(q, up, x, experts->up[i]);
         op->silu_mul(q, gate, gate, up);
         op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
         k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
+        if (sink) moments_add(moments_down(sink->moments, i), k->products, n, k->inner, sink->pool);
     }
 }
 
@@ -219,6 +223,7 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     struct layer_state state = { 0 };
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     memset(k->input_max, 0, sizeof k->input_max);
+    if (k->sink) moments_clear(k->sink->moments);
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
     bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
@@ -228,7 +233,7 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     if (ok) for_each_chunk(k, layer, &state, layer_chunk);
     layer_state_free(&state, &k->model);
     model_free_layer(&k->model, layer);
-    return ok && finish_layer(k, layer, e);
+    return ok && finish_layer(k, layer, e) && (!k->sink || k->sink->take(k->sink->ctx, layer, e));
 }
 
 static void calibrator_deinit(struct calibrator *k)
@@ -265,9 +270,12 @@ static int64_t widest_input(const struct config *c)
 }
 
 bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
-               const struct samples *samples, const struct report *report, struct err *e)
+               const struct samples *samples, const struct calibration_sink *sink,
+               const struct report *report, struct err *e)
 {
-    struct calibrator k = { .result = c, .samples = samples, .report = report, .backend = backend };
+    struct calibrator k = {
+        .result = c, .samples = samples, .sink = sink, .report = report, .backend = backend
+    };
     k.hidden = source->config.hidden_size;
     k.inner = source->config.moe_intermediate;
     k.tapped_cols = widest_input(&source->config);

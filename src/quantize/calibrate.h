@@ -8,6 +8,7 @@
 #include "base/report.h"
 #include "checkpoint/checkpoint.h"
 #include "quantize/modules.h"
+#include "quantize/moments.h"
 #include "quantize/samples.h"
 
 struct calibration {
@@ -18,10 +19,20 @@ struct calibration {
     int64_t tokens;
 };
 
+/* Takes the second moments of each layer in turn, the layer's own and nothing of the others'; may use them
+ * up. */
+struct calibration_sink {
+    void *ctx;
+    struct moments *moments; /* summed here, over all tokens */
+    struct pool *pool;       /* borrow; sums them */
+    bool (*take)(void *ctx, int layer, struct err *e);
+};
+
 /* Holds one decoder layer and the hidden states of all samples (f32, host memory) at a time. A NaN or an
- * infinity is an error that names layer and expert. */
+ * infinity is an error that names layer and expert. sink: NULL for maxima alone. */
 bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
-               const struct samples *samples, const struct report *report, struct err *e);
+               const struct samples *samples, const struct calibration_sink *sink,
+               const struct report *report, struct err *e);
 /* Of a module of `layer` that reads `input`; expert: for INPUT_EXPERT. */
 float calibration_input(const struct calibration *c, int layer, enum module_input input, int expert);
 void calibration_deinit(struct calibration *c); /* accepts a zeroed one */

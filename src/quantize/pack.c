@@ -3,6 +3,8 @@
 #include "quantize/pack.h"
 #include "num/fp8.h"
 #include "num/nvfp4.h"
+#include "quantize/gptq.h"
+#include "quantize/search.h"
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -14,7 +16,8 @@ enum { ITEM_WEIGHTS = 1 << 12 };
 struct work {
     struct packer *packer;
     const struct matrix *matrix;
-    int64_t rows_each;
+    const struct curvature *curvature;
+    int64_t rows_each; /* 0: as many as ITEM_WEIGHTS has */
     float global;
     atomic_uint top;     /* largest |w| so far, as BF16 bits */
     atomic_bool invalid; /* a byte that must not be written */
@@ -28,7 +31,7 @@ static int64_t item_rows(const struct matrix *m)
 
 static void for_each_item(struct packer *p, struct work *w, void (*body)(void *ctx, int64_t item, int thread))
 {
-    w->rows_each = item_rows(w->matrix);
+    if (!w->rows_each) w->rows_each = item_rows(w->matrix);
     pool_run(p->pool, (w->matrix->rows + w->rows_each - 1) / w->rows_each, body, w);
 }
 
@@ -120,12 +123,33 @@ static void nvfp4_item(void *ctx, int64_t item, int thread)
         uint8_t *codes = p->codes + r * (m->cols / 2);
         e4m3 *scale = (e4m3 *)p->scales + r * (m->cols / NVFP4_GROUP);
         load_row(row, m, r);
-        nvfp4_pack_row(codes, scale, row, w->global, m->cols);
+        if (w->curvature)
+            search_row(codes, scale, row, w->curvature->importance, w->global, m->cols);
+        else
+            nvfp4_pack_row(codes, scale, row, w->global, m->cols);
         nvfp4_unpack_row(back, codes, scale, w->global, m->cols);
         sum_row(&p->sums[2 * r], row, back, m->cols);
         valid &= scales_are_valid(scale, m->cols / NVFP4_GROUP);
     }
     if (!valid) atomic_store(&w->invalid, true);
+}
+
+static void gptq_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    float *x = p->blocks + thread * 3 * p->cols_max * GPTQ_ROWS, *back = x + p->cols_max * GPTQ_ROWS;
+    int64_t first = item * w->rows_each, rows = last_row(w, item) - first, groups = m->cols / NVFP4_GROUP;
+    uint8_t *codes = p->codes + first * (m->cols / 2);
+    e4m3 *scale = (e4m3 *)p->scales + first * groups;
+    for (int64_t r = 0; r < rows; r++) load_row(x + r * m->cols, m, first + r);
+    gptq_pack_rows(codes, scale, x, (int)rows, w->curvature->factor, w->global, m->cols, back);
+    for (int64_t r = 0; r < rows; r++) {
+        nvfp4_unpack_row(back, codes + r * (m->cols / 2), scale + r * groups, w->global, m->cols);
+        sum_row(&p->sums[2 * (first + r)], x + r * m->cols, back, m->cols);
+    }
+    if (!scales_are_valid(scale, rows * groups)) atomic_store(&w->invalid, true);
 }
 
 static void fp8_item(void *ctx, int64_t item, int thread)
@@ -160,12 +184,22 @@ static double relative_error(const struct packer *p, int64_t rows)
     return total > 0 ? sqrt(difference / total) : 0;
 }
 
-bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax, struct err *e)
+static float global_of(float absmax, const struct curvature *curvature)
 {
-    bool nvfp4 = scheme_is_nvfp4(m->scheme);
+    return curvature ? nvfp4_global_scale_roomy(absmax) : nvfp4_global_scale(absmax);
+}
+
+bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
+                const struct curvature *curvature, struct err *e)
+{
+    bool nvfp4 = scheme_is_nvfp4(m->scheme), passes_on = nvfp4 && curvature && curvature->factor;
     uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
-    struct work w = { .packer = p, .matrix = m, .global = nvfp4 ? nvfp4_global_scale(absmax) : 0 };
-    for_each_item(p, &w, nvfp4 ? nvfp4_item : fp8_item);
+    struct work w = { .packer = p,
+                      .matrix = m,
+                      .curvature = curvature,
+                      .rows_each = passes_on ? GPTQ_ROWS : 0,
+                      .global = nvfp4 ? global_of(absmax, curvature) : 0 };
+    for_each_item(p, &w, passes_on ? gptq_item : nvfp4 ? nvfp4_item : fp8_item);
     *out = (struct packed){ .codes = p->codes,
                             .scales = p->scales,
                             .codes_bytes = nvfp4 ? weights / 2 : weights,
@@ -196,7 +230,8 @@ bool packer_init(struct packer *p, const struct plan *plan, int threads, struct 
     p->scales = malloc(scales + 1);
     p->rows = malloc((uint64_t)threads * 2 * (uint64_t)p->cols_max * sizeof *p->rows + 1);
     p->sums = malloc((uint64_t)p->rows_max * 2 * sizeof *p->sums + 1);
-    if (p->codes && p->scales && p->rows && p->sums) return true;
+    p->blocks = malloc((uint64_t)threads * 3 * GPTQ_ROWS * (uint64_t)p->cols_max * sizeof *p->blocks + 1);
+    if (p->codes && p->scales && p->rows && p->sums && p->blocks) return true;
     packer_deinit(p);
     return err_memory(e, "packing buffers", largest + scales);
 }
@@ -208,5 +243,6 @@ void packer_deinit(struct packer *p)
     free(p->scales);
     free(p->rows);
     free(p->sums);
+    free(p->blocks);
     *p = (struct packer){ 0 };
 }

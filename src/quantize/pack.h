@@ -14,11 +14,18 @@ struct packed {
     double error; /* |W - packed W| / |W|, Frobenius norms; 0 for a matrix of zeros */
 };
 
+/* What is known about a matrix's inputs; for NVFP4 only. */
+struct curvature {
+    const float *importance; /* [cols] mean squares of the inputs, any factor; NULL: all 1 */
+    const float *factor;     /* gptq_factor's; NULL: errors are not passed on */
+};
+
 struct packer {
     struct pool *pool;
     uint8_t *codes, *scales;
-    float *rows;  /* [threads][2][cols_max] a row and what it became */
-    double *sums; /* [rows_max][2] squares of the difference and of the weights */
+    float *rows;   /* [threads][2][cols_max] a row and what it became */
+    double *sums;  /* [rows_max][2] squares of the difference and of the weights */
+    float *blocks; /* [threads][3][cols_max][GPTQ_ROWS] */
     int64_t rows_max, cols_max;
 };
 
@@ -28,6 +35,7 @@ void packer_deinit(struct packer *p); /* accepts a zeroed one */
 
 /* max |w|; a weight that is not finite is an error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
-/* absmax: NVFP4's, joint with the partner's; unused for FP8. */
-bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax, struct err *e);
+/* absmax: NVFP4's, joint with the partner's; unused for FP8. curvature: NULL for the nearest values. */
+bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
+                const struct curvature *curvature, struct err *e);
 #endif

@@ -7,11 +7,13 @@
 #include "num/nvfp4.h"
 #include "quantize/calibrate.h"
 #include "quantize/census.h"
+#include "quantize/curvature.h"
 #include "quantize/destination.h"
 #include "quantize/pack.h"
 #include "quantize/pages.h"
 #include "quantize/plan.h"
 #include "quantize/shards.h"
+#include "quantize/spool.h"
 #include <inttypes.h>
 #include <math.h>
 
@@ -31,6 +33,8 @@ struct run {
     struct calibration calibration;
     struct destination destination;
     struct packer packer;
+    struct curvatures curvatures;
+    struct spool spool;
     struct shards *shards;
     float *absmax; /* of NVFP4 matrices, once looked at; negative before */
     uint64_t done; /* bytes of source tensors */
@@ -50,13 +54,31 @@ static bool fill_defaults(struct quantize_options *o, struct err *e)
     return o->threads > 0 || err_set(e, ERR_ARGUMENT, "%d threads", o->threads);
 }
 
+static bool is_nvfp4_expert(const struct matrix *m)
+{
+    return m->expert >= 0 && scheme_is_nvfp4(m->scheme);
+}
+
+/* Whether the method has something to learn from samples. */
+static bool method_measures(const struct run *r)
+{
+    const struct quantize_options *o = &r->options;
+    bool any = false;
+    for (size_t i = 0; i < r->plan.n_matrices && !any; i++) any = is_nvfp4_expert(&r->plan.matrices[i]);
+    return any && (o->method == QUANTIZE_GPTQ || (o->method == QUANTIZE_MSE && o->calibration));
+}
+
 static bool load_samples(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
-    if (!r->plan.needs_inputs) return true;
-    if (!o->calibration)
+    if (!r->plan.needs_inputs && !method_measures(r)) return true;
+    if (!o->calibration && r->plan.needs_inputs)
         return err_set(e, ERR_ARGUMENT, "recipe '%s' needs calibration samples, none are given",
                        o->recipe->name);
+    if (!o->calibration)
+        return err_set(e, ERR_ARGUMENT,
+                       "method gptq needs calibration samples, none are given; nearest and "
+                       "mse do without");
     struct samples_options options = {
         .path = o->calibration,
         .model = r->source.path,
@@ -68,23 +90,90 @@ static bool load_samples(struct run *r, struct err *e)
     return samples_load(&r->samples, &options, e);
 }
 
-static uint64_t output_bytes(const struct plan *p)
+/* Of files, and of the spool beside them until the end. */
+static uint64_t disk_bytes(const struct run *r)
 {
+    const struct plan *p = &r->plan;
     uint64_t n = FILE_EXTRA_BYTES;
     for (size_t i = 0; i < p->n_outputs; i++) n += p->outputs[i].bytes;
+    for (size_t i = 0; i < p->n_matrices && method_measures(r); i++) {
+        const struct matrix *m = &p->matrices[i];
+        if (is_nvfp4_expert(m))
+            n += (uint64_t)m->rows * (uint64_t)m->cols / NVFP4_GROUP * (NVFP4_GROUP / 2 + 1);
+    }
     return n;
+}
+
+/* Calibration. */
+
+static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
+{
+    if (r->absmax[index] < 0 && !packer_absmax(&r->packer, &r->absmax[index], &r->plan.matrices[index], e))
+        return false;
+    *out = r->absmax[index];
+    return true;
+}
+
+/* gate and up, or q, k and v, run as one product, so one scale serves them: the largest maximum's. */
+static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
+{
+    const struct matrix *all = r->plan.matrices;
+    if (!absmax_of(r, out, index, e)) return false;
+    for (size_t i = all[index].partner; i != SIZE_MAX && i != index; i = all[i].partner) {
+        float other;
+        if (!absmax_of(r, &other, i, e)) return false;
+        *out = fmaxf(*out, other);
+    }
+    return true;
+}
+
+/* Packs the experts of a layer while its moments are there; their turn in the output comes later. */
+static bool take_layer(void *ctx, int layer, struct err *e)
+{
+    struct run *r = ctx;
+    int64_t n = (int64_t)r->source.config.n_experts * N_PARTS;
+    curvatures_update(&r->curvatures, r->packer.pool);
+    for (int64_t i = layer * n; i < (layer + 1) * n; i++) {
+        size_t index = r->plan.experts[i];
+        struct packed packed;
+        float absmax;
+        if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
+        const struct matrix *m = &r->plan.matrices[index];
+        struct curvature curvature = curvatures_of(&r->curvatures, m);
+        if (r->options.method == QUANTIZE_GPTQ && !curvature.factor)
+            report_warn(r->options.report,
+                        "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
+        if (!joint_absmax(r, &absmax, index, e) ||
+            !packer_run(&r->packer, &packed, m, absmax, &curvature, e) ||
+            !spool_put(&r->spool, index, &packed, e))
+            return false;
+        pages_release(m->data, (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype));
+    }
+    return true;
+}
+
+static bool prepare_method(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    return curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e) &&
+           spool_init(&r->spool, r->destination.partial, r->plan.n_matrices, e);
 }
 
 static bool run_calibration(struct run *r, struct err *e)
 {
     double start = clock_seconds();
-    if (!r->plan.needs_inputs) return true;
-    if (!calibrate(&r->calibration, &r->source, r->options.backend, &r->samples, r->options.report, e))
+    const struct quantize_options *o = &r->options;
+    bool measures = method_measures(r);
+    if (!r->samples.n) return true;
+    struct calibration_sink sink = { r, &r->curvatures.moments, r->packer.pool, take_layer };
+    if ((measures && !prepare_method(r, e)) || !calibrate(&r->calibration, &r->source, o->backend,
+                                                          &r->samples, measures ? &sink : NULL, o->report, e))
         return false;
     r->result->samples = r->samples.n;
     r->result->tokens = r->calibration.tokens;
     r->result->calibrate_seconds = clock_seconds() - start;
     samples_deinit(&r->samples);
+    curvatures_deinit(&r->curvatures);
     return true;
 }
 
@@ -108,27 +197,6 @@ static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
     return true;
 }
 
-static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
-{
-    if (r->absmax[index] < 0 && !packer_absmax(&r->packer, &r->absmax[index], &r->plan.matrices[index], e))
-        return false;
-    *out = r->absmax[index];
-    return true;
-}
-
-/* gate and up, or q, k and v, run as one product, so one scale serves them: the largest maximum's. */
-static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
-{
-    const struct matrix *all = r->plan.matrices;
-    if (!absmax_of(r, out, index, e)) return false;
-    for (size_t i = all[index].partner; i != SIZE_MAX && i != index; i = all[i].partner) {
-        float other;
-        if (!absmax_of(r, &other, i, e)) return false;
-        *out = fmaxf(*out, other);
-    }
-    return true;
-}
-
 /* What maps the largest measured input to 448 * 6; 1 where every input was zero. */
 static float input_scale(const struct run *r, const struct matrix *m)
 {
@@ -148,14 +216,25 @@ static void count_error(struct quantize_error *x, int64_t *count, const struct m
     snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
 }
 
+/* Packs what the calibration has not packed already. */
+static bool pack_matrix(struct run *r, struct packed *out, size_t index, struct err *e)
+{
+    const struct matrix *m = &r->plan.matrices[index];
+    static const struct curvature plain = { 0 };
+    const struct curvature *c = r->options.method == QUANTIZE_NEAREST ? NULL : &plain;
+    float absmax = 0;
+    if (spool_has(&r->spool, index)) return spool_get(&r->spool, out, index, &r->packer, e);
+    return (scheme_is_nvfp4(m->scheme) ? joint_absmax(r, &absmax, index, e)
+                                       : absmax_of(r, &absmax, index, e)) &&
+           packer_run(&r->packer, out, m, absmax, c, e);
+}
+
 static bool write_matrix(struct run *r, size_t index, struct err *e)
 {
     const struct matrix *m = &r->plan.matrices[index];
     struct packed packed;
     bool nvfp4 = scheme_is_nvfp4(m->scheme);
-    float absmax = 0;
-    if ((nvfp4 ? !joint_absmax(r, &absmax, index, e) : !absmax_of(r, &absmax, index, e)) ||
-        !packer_run(&r->packer, &packed, m, absmax, e) ||
+    if (!pack_matrix(r, &packed, index, e) ||
         !shards_append(r->shards, packed.codes, packed.codes_bytes, e) ||
         !shards_append(r->shards, packed.scales, packed.scales_bytes, e) ||
         (nvfp4 && !shards_append(r->shards, &packed.global, sizeof packed.global, e)))
@@ -186,14 +265,18 @@ static bool write_tensors(struct run *r, struct err *e)
     return shards_finish(r->shards, e);
 }
 
-static bool prepare_writing(struct run *r, struct err *e)
+static bool prepare_packing(struct run *r, struct err *e)
 {
     const struct plan *p = &r->plan;
     r->absmax = malloc((p->n_matrices + 1) * sizeof *r->absmax);
     if (!r->absmax) return err_memory(e, "maxima", p->n_matrices * sizeof *r->absmax);
     for (size_t i = 0; i < p->n_matrices; i++) r->absmax[i] = -1;
-    return packer_init(&r->packer, p, r->options.threads, e) &&
-           shards_create(&r->shards, r->destination.partial, p->outputs, p->n_outputs,
+    return packer_init(&r->packer, p, r->options.threads, e);
+}
+
+static bool prepare_writing(struct run *r, struct err *e)
+{
+    return shards_create(&r->shards, r->destination.partial, r->plan.outputs, r->plan.n_outputs,
                          r->options.max_shard_bytes, e);
 }
 
@@ -270,6 +353,8 @@ static void run_deinit(struct run *r)
 {
     shards_free(r->shards);
     packer_deinit(&r->packer);
+    spool_deinit(&r->spool);
+    curvatures_deinit(&r->curvatures);
     free(r->absmax);
     destination_deinit(&r->destination, r->options.report);
     calibration_deinit(&r->calibration);
@@ -282,9 +367,9 @@ bool quantize_run(const struct quantize_options *o, struct quantize_result *resu
 {
     double start = clock_seconds();
     *result = (struct quantize_result){ 0 };
-    struct run r = { .options = *o, .result = result, .destination = { .lock = -1 } };
-    bool ok = prepare(&r, e) && destination_create(&r.destination, output_bytes(&r.plan), o->report, e) &&
-              run_calibration(&r, e) && write_folder(&r, e) &&
+    struct run r = { .options = *o, .result = result, .destination = { .lock = -1 }, .spool = { .fd = -1 } };
+    bool ok = prepare(&r, e) && destination_create(&r.destination, disk_bytes(&r), o->report, e) &&
+              prepare_packing(&r, e) && run_calibration(&r, e) && write_folder(&r, e) &&
               census(&r.plan, &r.source, r.destination.partial, e) &&
               destination_commit(&r.destination, o->report, e);
     run_deinit(&r);

@@ -9,10 +9,18 @@
 #include "quantize/recipe.h"
 #include <stdint.h>
 
+/* How NVFP4 codes are chosen; the file has the same format and size with all of them. */
+enum quantize_method {
+    QUANTIZE_GPTQ,    /* scales searched, errors passed on to later columns (gptq.h) */
+    QUANTIZE_MSE,     /* scales searched (search.h) */
+    QUANTIZE_NEAREST, /* the reference tool's, byte for byte */
+};
+
 struct quantize_options {
     const char *source, *destination; /* folders; the destination must not exist */
     const char *calibration;     /* JSONL (quantize/samples.h); unused by a recipe without measured scales */
     const struct recipe *recipe; /* NULL: the card's */
+    enum quantize_method method;
     int64_t num_calibration_samples; /* 0: 64 */
     int64_t max_seq_length;          /* 0: 2048; tokens kept of each sample */
     uint64_t max_shard_bytes;        /* 0: 5 GB; a larger tensor gets a file of its own */

@@ -70,6 +70,7 @@ static inline struct quantize_options fixture_options(struct fixture *f, const c
     return (struct quantize_options){ .source = source,
                                       .destination = destination,
                                       .calibration = CALIBRATION,
+                                      .method = QUANTIZE_NEAREST,
                                       .num_calibration_samples = 2,
                                       .max_seq_length = 64,
                                       .threads = 2,

@@ -1,0 +1,306 @@
+/* Scales by search and rounding that passes errors on: judged by their own measures, recomputed here in
+ * double from what was packed, and as whole runs over the demo checkpoint. */
+#include "num/e2m1.h"
+#include "quantize/curvature.h"
+#include "quantize/fixture.h"
+#include "quantize/gptq.h"
+#include "quantize/moments.h"
+#include "quantize/search.h"
+#include <math.h>
+
+enum { COLS = 96, ROWS = 24, SAMPLES = 400 };
+
+static uint64_t seed = 7;
+
+static double uniform(void)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return ((double)(seed >> 11) + 0.5) * 0x1p-53;
+}
+
+static float normal(void)
+{
+    double u = uniform();
+    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * uniform()));
+}
+
+struct problem {
+    float w[ROWS][COLS], x[SAMPLES][COLS], h[COLS][COLS], global;
+};
+
+/* Weights of BF16 values; inputs that depend on one another, and of different size. */
+static void fill_problem(struct problem *p)
+{
+    float top = 0;
+    struct pool *pool;
+    struct err e = { 0 };
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLS; c++) {
+            p->w[r][c] = bf16_round(0.02f * normal());
+            top = fmaxf(top, fabsf(p->w[r][c]));
+        }
+    for (int s = 0; s < SAMPLES; s++)
+        for (int c = 0; c < COLS; c++)
+            p->x[s][c] = normal() * (c % 7 ? 1.0f : 3.0f) + (c > 2 ? 0.7f * p->x[s][c - 3] : 0);
+    p->global = nvfp4_global_scale_roomy(top);
+    memset(p->h, 0, sizeof p->h);
+    if (!pool_create(&pool, 2, &e)) fail_msg("%s", e.text);
+    moments_add(&p->h[0][0], &p->x[0][0], SAMPLES, COLS, pool);
+    pool_free(pool);
+}
+
+/* Sum over rows and samples of ((W - Q) x)^2. */
+static double output_error(const struct problem *p, const uint8_t *codes, const e4m3 *scale)
+{
+    double total = 0;
+    for (int r = 0; r < ROWS; r++) {
+        float q[COLS];
+        nvfp4_unpack_row(q, codes + r * COLS / 2, scale + r * COLS / NVFP4_GROUP, p->global, COLS);
+        for (int s = 0; s < SAMPLES; s++) {
+            double sum = 0;
+            for (int c = 0; c < COLS; c++) sum += ((double)p->w[r][c] - (double)q[c]) * (double)p->x[s][c];
+            total += sum * sum;
+        }
+    }
+    return total;
+}
+
+static double group_error(const float *w, const float *h, int scale, float global, uint8_t *codes)
+{
+    double sum = 0;
+    float step = e4m3_to_f32((e4m3){ (uint8_t)scale }) / global;
+    for (int k = 0; k < NVFP4_GROUP; k++) {
+        uint8_t code = e2m1_from_f32(w[k] / step);
+        double d = (double)w[k] - (double)(e2m1_to_f32(code) * step);
+        sum += (double)h[k] * d * d;
+        if (codes) codes[k] = code;
+    }
+    return sum;
+}
+
+/* The best of all 126 scales, where it lies in the range that is searched; at most the nearest method's. */
+static void search_finds_the_best_scale(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3000; i++) {
+        float w[NVFP4_GROUP], h[NVFP4_GROUP], size = ldexpf(1, -(int)(uniform() * 14));
+        uint8_t codes[NVFP4_GROUP], want[NVFP4_GROUP];
+        for (int k = 0; k < NVFP4_GROUP; k++) {
+            w[k] = bf16_round(normal() * size);
+            h[k] = (float)exp(2 * (double)normal());
+        }
+        struct search_group g = { .value = w, .start = w, .weight = h };
+        int usual = nvfp4_group_scale(w, 600).bits, got = search_group(codes, &g, 600).bits;
+        double error = group_error(w, h, got, 600, want), best = INFINITY;
+        float from = 0.7f * e4m3_to_f32((e4m3){ (uint8_t)usual });
+        int low = e4m3_from_f32(from).bits, high = e4m3_from_f32(from / 0.7f * 1.8f).bits;
+        for (int c = low > 0 ? low : 1; c <= high; c++) best = fmin(best, group_error(w, h, c, 600, NULL));
+        assert_memory_equal(codes, want, sizeof codes);
+        assert_true(error <= best * (1 + 1e-5));
+        assert_true(error <= group_error(w, h, usual, 600, NULL) * (1 + 1e-6));
+        assert_true(got >= 1 && got <= 0x7e);
+    }
+}
+
+static void search_of_zeros(void **state)
+{
+    (void)state;
+    float w[NVFP4_GROUP] = { 0 };
+    uint8_t codes[NVFP4_GROUP / 2];
+    e4m3 scale;
+    search_row(codes, &scale, w, NULL, 1, NVFP4_GROUP);
+    assert_int_equal(scale.bits, 0x20);
+    for (int k = 0; k < NVFP4_GROUP / 2; k++) assert_int_equal(codes[k], 0);
+}
+
+static void moments_are_sums_of_products(void **state)
+{
+    (void)state;
+    static struct problem p;
+    fill_problem(&p);
+    for (int i = 0; i < COLS; i++)
+        for (int j = i; j < COLS; j++) {
+            double sum = 0, size = 0;
+            for (int s = 0; s < SAMPLES; s++) {
+                sum += (double)p.x[s][i] * (double)p.x[s][j];
+                size += fabs((double)p.x[s][i] * (double)p.x[s][j]);
+            }
+            assert_true(fabs((double)p.h[i][j] - sum) <= 1e-5 * size);
+        }
+}
+
+/* R from what gptq_factor leaves; R R^T must be the damped moments over their mean. */
+static void factor_gives_the_moments_back(void **state)
+{
+    (void)state;
+    static struct problem p;
+    static float f[COLS][COLS];
+    double mean = 0;
+    fill_problem(&p);
+    memcpy(f, p.h, sizeof f);
+    assert_true(gptq_factor(&f[0][0], COLS));
+    for (int i = 0; i < COLS; i++) mean += (double)p.h[i][i] / COLS;
+    for (int i = 0; i < COLS; i++)
+        for (int j = i; j < COLS; j++) {
+            double sum = 0; /* R[i][k] = f[k][i] * R[k][k] for i < k */
+            for (int k = j; k < COLS; k++)
+                sum += (i == k ? 1 : (double)f[k][i]) * (j == k ? 1 : (double)f[k][j]) * (double)f[k][k];
+            double want = (double)p.h[i][j] / mean + (i == j ? GPTQ_DAMPING : 0);
+            assert_true(fabs(sum - want) <= 1e-5 * (1 + fabs(want)));
+        }
+}
+
+static void no_factor_without_inputs(void **state)
+{
+    (void)state;
+    float zero[4] = { 0 }, bad[4] = { 1, NAN, 0, 1 }, indefinite[4] = { 1, 3, 0, 1 };
+    assert_false(gptq_factor(zero, 2));
+    assert_false(gptq_factor(bad, 2));
+    assert_false(gptq_factor(indefinite, 2));
+}
+
+static void pack_gptq(const struct problem *p, const float *factor, uint8_t *codes, e4m3 *scale)
+{
+    static float scratch[2 * COLS * GPTQ_ROWS];
+    for (int r = 0; r < ROWS; r += GPTQ_ROWS)
+        gptq_pack_rows(codes + r * COLS / 2, scale + r * COLS / NVFP4_GROUP, p->w[r],
+                       ROWS - r < GPTQ_ROWS ? ROWS - r : GPTQ_ROWS, factor, p->global, COLS, scratch);
+}
+
+static void gptq_lowers_the_output_error(void **state)
+{
+    (void)state;
+    static struct problem p;
+    static uint8_t codes[ROWS * COLS / 2];
+    static e4m3 scale[ROWS * COLS / NVFP4_GROUP];
+    float importance[COLS];
+    fill_problem(&p);
+    for (int c = 0; c < COLS; c++) importance[c] = p.h[c][c];
+    for (int r = 0; r < ROWS; r++)
+        nvfp4_pack_row(codes + r * COLS / 2, scale + r * COLS / NVFP4_GROUP, p.w[r], p.global, COLS);
+    double nearest = output_error(&p, codes, scale);
+    for (int r = 0; r < ROWS; r++)
+        search_row(codes + r * COLS / 2, scale + r * COLS / NVFP4_GROUP, p.w[r], importance, p.global, COLS);
+    double mse = output_error(&p, codes, scale);
+    assert_true(gptq_factor(&p.h[0][0], COLS));
+    pack_gptq(&p, &p.h[0][0], codes, scale);
+    double gptq = output_error(&p, codes, scale);
+    assert_true(mse < 0.9 * nearest);
+    assert_true(gptq < 0.75 * mse);
+}
+
+static void gptq_of_independent_inputs_is_mse(void **state)
+{
+    (void)state;
+    static struct problem p;
+    static uint8_t codes[2][ROWS * COLS / 2];
+    static e4m3 scale[2][ROWS * COLS / NVFP4_GROUP];
+    float identity[COLS][COLS] = { 0 };
+    fill_problem(&p);
+    for (int c = 0; c < COLS; c++) identity[c][c] = 5;
+    assert_true(gptq_factor(&identity[0][0], COLS));
+    pack_gptq(&p, &identity[0][0], codes[0], scale[0]);
+    for (int r = 0; r < ROWS; r++)
+        search_row(codes[1] + r * COLS / 2, scale[1] + r * COLS / NVFP4_GROUP, p.w[r], NULL, p.global, COLS);
+    assert_memory_equal(codes[0], codes[1], sizeof codes[0]);
+    assert_memory_equal(scale[0], scale[1], sizeof scale[0]);
+}
+
+/* An expert whose inputs were all zero is packed as mse would with every column alike; its neighbour is not.
+ */
+static void zero_moments_fall_back(void **state)
+{
+    (void)state;
+    struct config config = { .n_experts = 2, .hidden_size = 32, .moe_intermediate = 16 };
+    struct curvatures c;
+    struct pool *pool;
+    struct err e = { 0 };
+    if (!curvatures_init(&c, &config, true, &e) || !pool_create(&pool, 2, &e)) fail_msg("%s", e.text);
+    moments_clear(&c.moments);
+    for (int i = 0; i < 16; i++) moments_down(&c.moments, 1)[i * 17] = (float)(1 + i);
+    curvatures_update(&c, pool);
+    struct matrix m = { .part = PART_DOWN, .expert = 0 };
+    struct curvature none = curvatures_of(&c, &m);
+    assert_null(none.factor);
+    for (int i = 0; i < 16; i++) assert_true(none.importance[i] == 1);
+    m.expert = 1;
+    struct curvature some = curvatures_of(&c, &m);
+    assert_non_null(some.factor);
+    assert_true(some.importance[15] == 16 / 8.5f);
+    m.part = PART_GATE;
+    assert_null(curvatures_of(&c, &m).factor);
+    pool_free(pool);
+    curvatures_deinit(&c);
+}
+
+/* Whole runs. */
+
+static void assert_same_tensors(const char *left, const char *right)
+{
+    struct checkpoint a, b;
+    must_open(&a, left);
+    must_open(&b, right);
+    assert_int_equal(a.n_tensors, b.n_tensors);
+    for (size_t i = 0; i < a.n_tensors; i++) {
+        const struct tensor *t = must_find(&b, "%s", a.tensors[i]->name);
+        assert_int_equal(t->bytes, a.tensors[i]->bytes);
+        assert_memory_equal(t->data, a.tensors[i]->data, t->bytes);
+    }
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+}
+
+static void threads_do_not_matter(void **state)
+{
+    (void)state;
+    struct fixture f;
+    fixture_init(&f);
+    for (int method = QUANTIZE_GPTQ; method <= QUANTIZE_MSE; method++) {
+        struct quantize_options o = fixture_options(&f, DEMO, in(&f, method ? "mse1" : "gptq1"));
+        o.method = (enum quantize_method)method;
+        o.threads = 1;
+        struct quantize_result one = must_run(&o);
+        o.threads = 2;
+        const char *first = o.destination;
+        o.destination = in(&f, method ? "mse2" : "gptq2");
+        struct quantize_result two = must_run(&o);
+        assert_true(one.nvfp4_error.mean == two.nvfp4_error.mean);
+        assert_true(one.bytes_out == two.bytes_out);
+        assert_same_tensors(first, o.destination);
+    }
+    fixture_deinit(&f);
+}
+
+static void methods_differ_only_in_codes(void **state)
+{
+    (void)state;
+    struct fixture f;
+    fixture_init(&f);
+    struct quantize_options o = fixture_options(&f, DEMO, in(&f, "nearest"));
+    struct quantize_result nearest = must_run(&o);
+    o.method = QUANTIZE_MSE;
+    o.destination = in(&f, "mse");
+    struct quantize_result mse = must_run(&o);
+    assert_true(mse.nvfp4_error.mean < 0.95 * nearest.nvfp4_error.mean);
+    assert_true(mse.bytes_out == nearest.bytes_out && mse.nvfp4_matrices == nearest.nvfp4_matrices);
+    assert_true(mse.fp8_error.mean == nearest.fp8_error.mean);
+    assert_string_equal(f.warnings, "");
+    fixture_deinit(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(search_finds_the_best_scale),
+        cmocka_unit_test(search_of_zeros),
+        cmocka_unit_test(moments_are_sums_of_products),
+        cmocka_unit_test(factor_gives_the_moments_back),
+        cmocka_unit_test(no_factor_without_inputs),
+        cmocka_unit_test(gptq_lowers_the_output_error),
+        cmocka_unit_test(gptq_of_independent_inputs_is_mse),
+        cmocka_unit_test(zero_moments_fall_back),
+        cmocka_unit_test(threads_do_not_matter),
+        cmocka_unit_test(methods_differ_only_in_codes),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
