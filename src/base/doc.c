@@ -117,3 +117,18 @@ bool doc_bool_or(bool *out, const json_t *object, const char *where, const char 
     *out = json_is_true(v);
     return true;
 }
+
+char *doc_dump(const json_t *root, bool sort_keys)
+{
+    char *text = NULL;
+    for (size_t digits = 15; digits <= 17; digits++) {
+        free(text);
+        text =
+            json_dumps(root, JSON_INDENT(2) | (sort_keys ? JSON_SORT_KEYS : 0) | JSON_REAL_PRECISION(digits));
+        json_t *back = text ? json_loads(text, JSON_ALLOW_NUL, NULL) : NULL;
+        bool same = back && json_equal(root, back);
+        json_decref(back);
+        if (same) break;
+    }
+    return text;
+}

@@ -22,4 +22,7 @@ bool doc_int_or(int64_t *out, const json_t *object, const char *where, const cha
                 int64_t max, struct err *e);
 bool doc_number_or(double *out, const json_t *object, const char *where, const char *key, struct err *e);
 bool doc_bool_or(bool *out, const json_t *object, const char *where, const char *key, struct err *e);
+/* The text of a document, indent 2, with the fewest digits that give every number back: 1e-06 stays 1e-06.
+ * malloc'd; NULL when out of memory. */
+char *doc_dump(const json_t *root, bool sort_keys);
 #endif

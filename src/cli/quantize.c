@@ -21,12 +21,7 @@ static const struct command command = {
     2,
 };
 
-static const char *const methods[] = { [QUANTIZE_GPTQ] = "gptq",
-                                       [QUANTIZE_MSE] = "mse",
-                                       [QUANTIZE_NEAREST] = "nearest",
-                                       [QUANTIZE_NEAREST + 1] = NULL };
-
-enum { METHOD_DEFAULT = -1 };
+static const char *const methods[] = { "nearest", "mse", "gptq", NULL }; /* enum quantize_method */
 
 struct settings {
     struct common common;
@@ -100,13 +95,6 @@ static void print_json(const struct settings *s, const struct quantize_result *r
     json_decref(o);
 }
 
-/* The best that what is given allows. */
-static enum quantize_method method_of(const struct settings *s)
-{
-    if (s->method != METHOD_DEFAULT) return (enum quantize_method)s->method;
-    return s->calibration ? QUANTIZE_GPTQ : QUANTIZE_MSE;
-}
-
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
@@ -119,7 +107,7 @@ static bool run(const struct settings *s, struct err *e)
                                   .destination = s->folders[1],
                                   .calibration = s->calibration,
                                   .recipe = recipe,
-                                  .method = method_of(s),
+                                  .method = (enum quantize_method)s->method,
                                   .num_calibration_samples = s->samples,
                                   .max_seq_length = s->length,
                                   .max_shard_bytes = (uint64_t)s->shard_bytes,
@@ -138,14 +126,12 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_quantize(int argc, char **argv)
 {
-    struct settings s = {
-        .recipe = "card", .method = METHOD_DEFAULT, .samples = 64, .length = 2048, .shard_bytes = 5000000000
-    };
+    struct settings s = { .recipe = "card", .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
     const struct flag flags[] = {
         { "--recipe", 0, FLAG_TEXT, &s.recipe, "NAME", "card (default), nvfp4, fast, nvfp4a16 or a YAML file",
           NULL },
-        { "--method", 0, FLAG_CHOICE, &s.method, "gptq|mse|nearest",
-          "how NVFP4 codes are chosen: same format and size (default gptq; mse without --calibration)",
+        { "--method", 0, FLAG_CHOICE, &s.method, "nearest|mse|gptq",
+          "how NVFP4 codes are chosen: same format and size; nearest (default) is the reference tool's",
           methods },
         { "--calibration", 0, FLAG_TEXT, &s.calibration, "FILE", "JSONL of text, messages or input_ids",
           NULL },

@@ -1,5 +1,6 @@
 /* Checks first, then writes, then renames. */
 #include "quantize/merge_mtp.h"
+#include "base/doc.h"
 #include "base/file.h"
 #include "quantize/mtp.h"
 #include "quantize/pages.h"
@@ -253,21 +254,6 @@ static bool change_config(struct merge *m, struct err *e)
            (text == m->config || add_pattern(m, json_object_get(text, "quantization_config"), e));
 }
 
-/* With the fewest digits that give every number back: 1e-06 stays 1e-06. Fields keep their order. */
-static char *dump_exact(const json_t *root)
-{
-    char *text = NULL;
-    for (size_t digits = 15; digits <= 17; digits++) {
-        free(text);
-        text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
-        json_t *back = text ? json_loads(text, JSON_ALLOW_NUL, NULL) : NULL;
-        bool same = back && json_equal(root, back);
-        json_decref(back);
-        if (same) break;
-    }
-    return text;
-}
-
 static bool write_text(const struct change *c, char *text, struct err *e)
 {
     bool ok = text ? file_write(c->partial, text, strlen(text), e) : err_memory(e, c->path, 0);
@@ -280,7 +266,7 @@ static bool write_config(struct merge *m, struct err *e)
     if (!change_config(m, e)) return false;
     if (!m->result->ignore_added && !m->result->layers_added) return true;
     return name_change(&m->config_change, m->model.path, CONFIG_NAME, e) &&
-           write_text(&m->config_change, dump_exact(m->config), e);
+           write_text(&m->config_change, doc_dump(m->config, false), e);
 }
 
 /* total_size is what loaders ignore and people read. */

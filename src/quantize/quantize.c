@@ -3,6 +3,7 @@
  * the source's files. */
 #include "quantize/quantize.h"
 #include "base/clock.h"
+#include "base/doc.h"
 #include "base/file.h"
 #include "num/nvfp4.h"
 #include "quantize/calibrate.h"
@@ -300,26 +301,11 @@ static bool write_recipe(const struct run *r, struct err *e)
     return ok;
 }
 
-/* JSON with the fewest digits that give every number back: 1e-06 stays 1e-06. */
-static char *dump_exact(const json_t *root)
-{
-    char *text = NULL;
-    for (size_t digits = 15; digits <= 17; digits++) {
-        free(text);
-        text = json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS | JSON_REAL_PRECISION(digits));
-        json_t *back = text ? json_loads(text, JSON_ALLOW_NUL, NULL) : NULL;
-        bool same = back && json_equal(root, back);
-        json_decref(back);
-        if (same) break;
-    }
-    return text;
-}
-
 static bool write_config(const struct run *r, struct err *e)
 {
     json_t *config = json_copy(r->source.config_json);
     char *text = NULL;
-    if (config && json_object_update(config, r->plan.block) == 0) text = dump_exact(config);
+    if (config && json_object_update(config, r->plan.block) == 0) text = doc_dump(config, true);
     bool ok = text ? write_file(r, "config.json", text, strlen(text), e) : err_memory(e, "config.json", 0);
     free(text);
     json_decref(config);

@@ -11,9 +11,9 @@
 
 /* How NVFP4 codes are chosen; the file has the same format and size with all of them. */
 enum quantize_method {
-    QUANTIZE_GPTQ,    /* scales searched, errors passed on to later columns (gptq.h) */
-    QUANTIZE_MSE,     /* scales searched (search.h) */
     QUANTIZE_NEAREST, /* the reference tool's, byte for byte */
+    QUANTIZE_MSE,     /* scales searched (search.h) */
+    QUANTIZE_GPTQ,    /* scales searched, errors passed on to later columns (gptq.h) */
 };
 
 struct quantize_options {

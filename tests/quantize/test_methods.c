@@ -255,14 +255,15 @@ static void threads_do_not_matter(void **state)
     (void)state;
     struct fixture f;
     fixture_init(&f);
-    for (int method = QUANTIZE_GPTQ; method <= QUANTIZE_MSE; method++) {
-        struct quantize_options o = fixture_options(&f, DEMO, in(&f, method ? "mse1" : "gptq1"));
+    for (int method = QUANTIZE_MSE; method <= QUANTIZE_GPTQ; method++) {
+        struct quantize_options o =
+            fixture_options(&f, DEMO, in(&f, method == QUANTIZE_MSE ? "mse1" : "gptq1"));
         o.method = (enum quantize_method)method;
         o.threads = 1;
         struct quantize_result one = must_run(&o);
         o.threads = 2;
         const char *first = o.destination;
-        o.destination = in(&f, method ? "mse2" : "gptq2");
+        o.destination = in(&f, method == QUANTIZE_MSE ? "mse2" : "gptq2");
         struct quantize_result two = must_run(&o);
         assert_true(one.nvfp4_error.mean == two.nvfp4_error.mean);
         assert_true(one.bytes_out == two.bytes_out);
