@@ -48,7 +48,7 @@ void file_map_close(struct file_map *m)
 bool file_read(char **text, size_t *bytes, const char *path, size_t max, struct err *e)
 {
     int fd;
-    uint64_t size;
+    uint64_t size = 0;
     *text = NULL;
     *bytes = 0;
     if (!open_regular(&fd, &size, path, e)) return false;
