@@ -1,9 +1,9 @@
-/* bench_quantize SRC DST_PREFIX [SAMPLES]: source bytes a second for
- *     copy      every file of SRC copied and synced, the bound for anything that reads and writes a
- * checkpoint pack      a recipe without measured input scales: planning, packing, writing, census quantize
- * the card's recipe, calibrated on SAMPLES (default 4) lines of data/calibration.jsonl, 2048 tokens each as
- * CSV, each the median of three; all three read the source from the page cache and end in fsync. DST_PREFIX.N
- * are created and removed. */
+/* usage: bench_quantize SRC DST_PREFIX [SAMPLES]
+ * Source bytes a second, as CSV, each row the median of three; all read the source from the page cache and
+ * end in fsync. copy: every file of SRC copied and synced, the bound for anything that reads and writes a
+ * checkpoint. pack: a recipe without measured input scales: planning, packing, writing, census. quantize: the
+ * card's recipe, calibrated on SAMPLES (default 4) lines of data/calibration.jsonl, 2048 tokens each.
+ * DST_PREFIX.N are created and removed. */
 #include "backend/ops.h"
 #include "base/clock.h"
 #include "base/file.h"
@@ -30,7 +30,13 @@ static const char *const dense[] = { "re:.*self_attn\\.(q|k|v|o)_proj$",
                                      "re:.*shared_expert\\.(gate|up|down)_proj$" };
 static const struct recipe_group groups[] = { { "group_0", SCHEME_NVFP4A16, experts, 1 },
                                               { "group_1", SCHEME_FP8_DYNAMIC, dense, 2 } };
-static const struct recipe weights_only = { .name = "weights only", .groups = groups, .n_groups = 2 };
+static const char *const rest[] = {
+    "lm_head",       "re:.*mlp\\.gate$", "re:.*mlp\\.shared_expert_gate$", "re:.*linear_attn.*",
+    "re:.*visual.*", "re:.*mtp.*"
+};
+static const struct recipe weights_only = {
+    .name = "weights only", .groups = groups, .n_groups = 2, .ignore = rest, .n_ignore = 6
+};
 
 static bool run_copy(struct bench *b, struct err *e)
 {
