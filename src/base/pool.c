@@ -21,8 +21,11 @@ struct pool {
     void *ctx;
     int64_t n_items;
     _Alignas(64) atomic_llong next;
-    _Alignas(64) atomic_int busy;
+    /* Workers inside the current loop, and whether it takes more. The caller closes a loop when no item is
+     * left and waits for those inside only: a worker that the system has not let run yet holds nobody up. */
+    _Alignas(64) atomic_uint inside;
 };
+static const unsigned CLOSED = 1u << 31;
 
 struct start {
     struct pool *pool;
@@ -57,6 +60,17 @@ static unsigned await_epoch(struct pool *p, unsigned seen)
     return atomic_load(&p->epoch);
 }
 
+/* False: the loop that was announced is over. What the loop is, is read after this. */
+static bool enter(struct pool *p)
+{
+    unsigned inside = atomic_load_explicit(&p->inside, memory_order_relaxed);
+    while (!(inside & CLOSED))
+        if (atomic_compare_exchange_weak_explicit(&p->inside, &inside, inside + 1, memory_order_acquire,
+                                                  memory_order_relaxed))
+            return true;
+    return false;
+}
+
 static void *work(void *arg)
 {
     struct start start = *(struct start *)arg;
@@ -66,8 +80,9 @@ static void *work(void *arg)
     for (;;) {
         seen = await_epoch(p, seen);
         if (p->stop) return NULL;
+        if (!enter(p)) continue;
         take_items(p, start.thread);
-        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
+        atomic_fetch_sub_explicit(&p->inside, 1, memory_order_release);
     }
 }
 
@@ -88,7 +103,7 @@ bool pool_create(struct pool **out, int n_threads, struct err *e)
     *out = NULL;
     struct pool *p = aligned_alloc(64, sizeof *p);
     if (!p) return err_memory(e, "thread pool", sizeof *p);
-    *p = (struct pool){ .n_threads = 1 };
+    *p = (struct pool){ .n_threads = 1, .inside = CLOSED };
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->threads = calloc((size_t)n_threads, sizeof *p->threads);
@@ -140,10 +155,11 @@ void pool_run(struct pool *p, int64_t n_items, void (*body)(void *ctx, int64_t i
     p->ctx = ctx;
     p->n_items = n_items;
     atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&p->busy, p->n_threads - 1, memory_order_relaxed);
+    atomic_store_explicit(&p->inside, 0, memory_order_release);
     announce(p);
     take_items(p, 0);
-    for (int looks = 0; atomic_load_explicit(&p->busy, memory_order_acquire) > 0; looks++)
+    atomic_fetch_or_explicit(&p->inside, CLOSED, memory_order_relaxed);
+    for (int looks = 0; atomic_load_explicit(&p->inside, memory_order_acquire) != CLOSED; looks++)
         if (looks < LOOKS)
             relax();
         else
