@@ -16,7 +16,7 @@ struct pool {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     atomic_uint epoch; /* changes when there is work; written under lock */
-    bool stop;
+    atomic_bool stop;
     void (*body)(void *ctx, int64_t item, int thread);
     void *ctx;
     int64_t n_items;
@@ -79,7 +79,7 @@ static void *work(void *arg)
     unsigned seen = 0;
     for (;;) {
         seen = await_epoch(p, seen);
-        if (p->stop) return NULL;
+        if (atomic_load(&p->stop)) return NULL;
         if (!enter(p)) continue;
         take_items(p, start.thread);
         atomic_fetch_sub_explicit(&p->inside, 1, memory_order_release);
@@ -131,7 +131,7 @@ static void announce(struct pool *p)
 void pool_free(struct pool *p)
 {
     if (!p) return;
-    p->stop = true;
+    atomic_store(&p->stop, true);
     announce(p);
     for (int i = 1; p->threads && i < p->n_threads; i++) pthread_join(p->threads[i], NULL);
     pthread_cond_destroy(&p->wake);
