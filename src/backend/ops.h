@@ -28,22 +28,17 @@ static inline struct mat mat_of(float *data, int64_t rows, int64_t cols)
 {
     return (struct mat){ data, rows, cols, cols };
 }
-static inline struct mat mat_columns(struct mat m, int64_t first, int64_t cols)
-{
-    return (struct mat){ m.data + first, m.rows, cols, m.stride };
-}
 
 /* Weights. */
 
 enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4 };
 
-/* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, except a table.
- */
+/* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, but for a
+ * table. */
 struct weight_source {
     enum weight_format format;
-    int64_t rows, cols; /* rows = outputs, cols = inputs */
-    const void
-        *data; /* row-major: elements, e4m3 codes, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
+    int64_t rows, cols;  /* rows = outputs, cols = inputs */
+    const void *data;    /* row-major: elements, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
     const void *scale;   /* FP8: f32 [rows]. NVFP4: e4m3 [rows][cols / 16]. Else NULL */
     float global;        /* NVFP4: divides the scales; else unused */
     bool quantize_input; /* FP8: inputs are quantized per row to e4m3 first (W8A8, num/fp8.h) */

@@ -7,8 +7,9 @@
 
 enum flag_kind { FLAG_SWITCH, FLAG_TEXT, FLAG_INT, FLAG_NUMBER, FLAG_LIST, FLAG_CHOICE };
 
+enum { TEXT_LIST_MAX = 16 }; /* repeats of a flag */
+
 struct text_list {
-    enum { TEXT_LIST_MAX = 16 } limit; /* repeats of a flag */
     const char *items[TEXT_LIST_MAX];
     int n;
 };
@@ -27,8 +28,8 @@ struct command {
     int n_arguments; /* exactly */
 };
 
-/* Parses argv[first..]; positionals go to `arguments`. *help is set when --help was given (nothing else is
- * checked). */
+/* Parses the words after the command; positionals go to `arguments`. *help is set when --help was given
+ * (nothing else is checked). */
 bool flags_parse(const struct command *c, const struct flag *flags, int argc, char **argv,
                  const char **arguments, bool *help, struct err *e);
 void flags_help(const struct command *c, const struct flag *flags);
