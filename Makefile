@@ -2,7 +2,7 @@
 # make check          unit tests, kernels, layers, every header alone
 # make asan|ubsan|tsan   the tests in a build folder of their own
 # make kernels        every operation of every backend and ISA mask against ref
-# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60
+# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # STATIC=1            a binary that needs only libc; WERROR=1 warnings are errors; BUILD=dir another folder
@@ -101,7 +101,7 @@ fuzz-%: tests/fuzz/fuzz_%.c
 	@mkdir -p build-fuzz/corpus-$*
 	clang $(filter-out -MMD -MP,$(CFLAGS)) -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build-fuzz/fuzz_$* $< \
 	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(FUZZ_ALSO_$*) $(LDLIBS)
-	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ \
+	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ $(FUZZ_ARGS) \
 	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
 
 bench: $(BENCHES)

@@ -167,7 +167,7 @@ static int64_t unmap(const struct loader *l, char *out, const char *text)
 static char *pool_room(struct loader *l, size_t bytes, struct err *e)
 {
     struct tokenizer *t = l->t;
-    if (l->pool_capacity - t->n_bytes < bytes) {
+    if (!t->bytes || l->pool_capacity - t->n_bytes < bytes) {
         size_t capacity = 2 * l->pool_capacity + bytes + 4096;
         char *pool = capacity <= UINT32_MAX ? realloc(t->bytes, capacity) : NULL;
         if (!pool) {
