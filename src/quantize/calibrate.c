@@ -20,6 +20,7 @@ struct calibrator {
     struct model model;
     struct step *step;
     int64_t rows_max, hidden, inner;
+    int64_t sample;  /* that runs */
     float *states;   /* host: residual stream of every token, [n_tokens][hidden] */
     float *block_in; /* host: the MoE block's input of one step */
     float *products; /* host: SiLU(gate) * up of one expert and step */
@@ -129,24 +130,30 @@ static struct step_rows step_rows_of(struct calibrator *k, struct span *span, in
     return (struct step_rows){ k->rows, n, span, 1 };
 }
 
+static struct moments *moments_of(const struct calibrator *k)
+{
+    const struct calibration_sink *s = k->sink;
+    return !s ? NULL : s->held && k->sample >= s->held_from ? s->held : s->moments;
+}
+
 /* All experts on all rows of the step whose MoE input lies in block_in. */
 static void observe(struct calibrator *k, int layer, int64_t n)
 {
-    const struct calibration_sink *sink = k->sink;
+    struct moments *m = moments_of(k);
     const struct ops *op = k->backend->ops;
     struct queue *q = k->backend->queue;
     const struct experts *experts = &k->model.layers[layer].moe.experts;
     struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
                up = mat_of(k->up, n, k->inner);
     op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
-    if (sink) moments_add(sink->moments->block, k->block_in, n, k->hidden, sink->pool);
+    if (m) moments_add(m->block, k->block_in, n, k->hidden, k->sink->pool);
     for (int i = 0; i < experts->n_experts; i++) {
         op->matmul(q, gate, x, experts->gate[i]);
         op->matmul(q, up, x, experts->up[i]);
         op->silu_mul(q, gate, gate, up);
         op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
         k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
-        if (sink) moments_add(moments_down(sink->moments, i), k->products, n, k->inner, sink->pool);
+        if (m) moments_add(moments_down(m, i), k->products, n, k->inner, k->sink->pool);
     }
 }
 
@@ -157,6 +164,7 @@ static void for_each_chunk(struct calibrator *k, int layer, struct layer_state *
 {
     for (int64_t s = 0; s < k->samples->n; s++) {
         int64_t begin = k->samples->begin[s], length = k->samples->begin[s + 1] - begin;
+        k->sample = s;
         if (state) layer_state_reset(state, &k->model, layer, 0);
         for (int64_t past = 0; past < length; past += k->rows_max) {
             struct span span;
@@ -224,6 +232,7 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     memset(k->input_max, 0, sizeof k->input_max);
     if (k->sink) moments_clear(k->sink->moments);
+    if (k->sink && k->sink->held) moments_clear(k->sink->held);
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
     bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);

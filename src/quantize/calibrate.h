@@ -24,7 +24,9 @@ struct calibration {
 struct calibration_sink {
     void *ctx;
     struct moments *moments; /* summed here, over all tokens */
-    struct pool *pool;       /* borrow; sums them */
+    struct moments *held;    /* NULL, or: those of the samples from held_from on are summed here instead */
+    int64_t held_from;
+    struct pool *pool; /* borrow; sums them */
     bool (*take)(void *ctx, int layer, struct err *e);
 };
 

@@ -8,6 +8,7 @@
 #include "num/nvfp4.h"
 #include "quantize/calibrate.h"
 #include "quantize/census.h"
+#include "quantize/contest.h"
 #include "quantize/curvature.h"
 #include "quantize/destination.h"
 #include "quantize/pack.h"
@@ -35,6 +36,7 @@ struct run {
     struct destination destination;
     struct packer packer;
     struct curvatures curvatures;
+    struct contest contest; /* of method auto */
     struct spool spool;
     struct shards *shards;
     float *absmax; /* of NVFP4 matrices, once looked at; negative before */
@@ -66,7 +68,8 @@ static bool method_measures(const struct run *r)
     const struct quantize_options *o = &r->options;
     bool any = false;
     for (size_t i = 0; i < r->plan.n_matrices && !any; i++) any = is_nvfp4_expert(&r->plan.matrices[i]);
-    return any && (o->method == QUANTIZE_GPTQ || (o->method == QUANTIZE_MSE && o->calibration));
+    return any && (o->method == QUANTIZE_GPTQ ||
+                   ((o->method == QUANTIZE_MSE || o->method == QUANTIZE_AUTO) && o->calibration));
 }
 
 static bool load_samples(struct run *r, struct err *e)
@@ -78,8 +81,8 @@ static bool load_samples(struct run *r, struct err *e)
                        o->recipe->name);
     if (!o->calibration)
         return err_set(e, ERR_ARGUMENT,
-                       "method gptq needs calibration samples, none are given; nearest and "
-                       "mse do without");
+                       "method gptq needs calibration samples, none are given; the other methods "
+                       "do without");
     struct samples_options options = {
         .path = o->calibration,
         .model = r->source.path,
@@ -128,11 +131,33 @@ static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
     return true;
 }
 
+/* Whether a layer's errors are passed on: as the method says, or as the samples held out do. */
+static bool choose(struct run *r, struct contest_result *out, int layer, struct err *e)
+{
+    bool always = r->options.method == QUANTIZE_GPTQ;
+    int64_t n = (int64_t)r->source.config.n_experts * N_PARTS, count = 0;
+    *out = (struct contest_result){ always, always };
+    if (!r->contest.held.block) return true;
+    struct contestant *list = malloc((size_t)n * sizeof *list);
+    bool ok = list || err_memory(e, "experts of a layer", (uint64_t)n * sizeof *list);
+    for (int64_t i = layer * n; ok && i < (layer + 1) * n; i++) {
+        size_t index = r->plan.experts[i];
+        if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
+        list[count].matrix = &r->plan.matrices[index];
+        ok = joint_absmax(r, &list[count++].absmax, index, e);
+    }
+    ok = ok && contest_run(out, &r->contest, &r->curvatures.moments, list, count, r->packer.pool, e);
+    free(list);
+    return ok;
+}
+
 /* Packs the experts of a layer while its moments are there; their turn in the output comes later. */
 static bool take_layer(void *ctx, int layer, struct err *e)
 {
     struct run *r = ctx;
     int64_t n = (int64_t)r->source.config.n_experts * N_PARTS;
+    struct contest_result passes_on;
+    if (!choose(r, &passes_on, layer, e)) return false;
     curvatures_update(&r->curvatures, r->packer.pool);
     for (int64_t i = layer * n; i < (layer + 1) * n; i++) {
         size_t index = r->plan.experts[i];
@@ -141,13 +166,16 @@ static bool take_layer(void *ctx, int layer, struct err *e)
         if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
         const struct matrix *m = &r->plan.matrices[index];
         struct curvature curvature = curvatures_of(&r->curvatures, m);
-        if (r->options.method == QUANTIZE_GPTQ && !curvature.factor)
+        if (!(m->part == PART_DOWN ? passes_on.down : passes_on.block))
+            curvature.factor = NULL;
+        else if (!curvature.factor)
             report_warn(r->options.report,
                         "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
         if (!joint_absmax(r, &absmax, index, e) ||
             !packer_run(&r->packer, &packed, m, absmax, &curvature, e) ||
             !spool_put(&r->spool, index, &packed, e))
             return false;
+        r->result->gptq_matrices += curvature.factor != NULL;
         pages_release(m->data, (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype));
     }
     return true;
@@ -155,8 +183,10 @@ static bool take_layer(void *ctx, int layer, struct err *e)
 
 static bool prepare_method(struct run *r, struct err *e)
 {
-    const struct quantize_options *o = &r->options;
-    return curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e) &&
+    enum quantize_method method = r->options.method;
+    bool contest = method == QUANTIZE_AUTO && contest_held(r->samples.n) > 0;
+    return curvatures_init(&r->curvatures, &r->source.config, method == QUANTIZE_GPTQ || contest, e) &&
+           (!contest || contest_init(&r->contest, &r->source.config, e)) &&
            spool_init(&r->spool, r->destination.partial, r->plan.n_matrices, e);
 }
 
@@ -166,15 +196,22 @@ static bool run_calibration(struct run *r, struct err *e)
     const struct quantize_options *o = &r->options;
     bool measures = method_measures(r);
     if (!r->samples.n) return true;
-    struct calibration_sink sink = { r, &r->curvatures.moments, r->packer.pool, take_layer };
-    if ((measures && !prepare_method(r, e)) || !calibrate(&r->calibration, &r->source, o->backend,
-                                                          &r->samples, measures ? &sink : NULL, o->report, e))
+    if (measures && !prepare_method(r, e)) return false;
+    struct calibration_sink sink = { .ctx = r,
+                                     .moments = &r->curvatures.moments,
+                                     .held = r->contest.held.block ? &r->contest.held : NULL,
+                                     .held_from = r->samples.n - contest_held(r->samples.n),
+                                     .pool = r->packer.pool,
+                                     .take = take_layer };
+    if (!calibrate(&r->calibration, &r->source, o->backend, &r->samples, measures ? &sink : NULL, o->report,
+                   e))
         return false;
     r->result->samples = r->samples.n;
     r->result->tokens = r->calibration.tokens;
     r->result->calibrate_seconds = clock_seconds() - start;
     samples_deinit(&r->samples);
     curvatures_deinit(&r->curvatures);
+    contest_deinit(&r->contest);
     return true;
 }
 
@@ -221,7 +258,7 @@ static void count_error(struct quantize_error *x, int64_t *count, const struct m
 static bool pack_matrix(struct run *r, struct packed *out, size_t index, struct err *e)
 {
     const struct matrix *m = &r->plan.matrices[index];
-    static const struct curvature plain = { 0 };
+    const struct curvature plain = { .four_over_six = r->options.method == QUANTIZE_FOUR_OVER_SIX };
     const struct curvature *c = r->options.method == QUANTIZE_NEAREST ? NULL : &plain;
     float absmax = 0;
     if (spool_has(&r->spool, index)) return spool_get(&r->spool, out, index, &r->packer, e);
@@ -341,6 +378,7 @@ static void run_deinit(struct run *r)
     packer_deinit(&r->packer);
     spool_deinit(&r->spool);
     curvatures_deinit(&r->curvatures);
+    contest_deinit(&r->contest);
     free(r->absmax);
     destination_deinit(&r->destination, r->options.report);
     calibration_deinit(&r->calibration);
