@@ -34,7 +34,8 @@ bf16 fp8_pack_row(e4m3 *codes, const float *x, int64_t n)
     return scale;
 }
 
-void fp8_quantize_fixed(float *out, const float *x, int64_t n, float scale)
+/* Without the scale. */
+static void quantize(float *out, const float *x, int64_t n, float scale)
 {
     for (int64_t i = 0; i < n; i++) out[i] = e4m3_to_f32(e4m3_from_f32(x[i] / scale));
 }
@@ -43,16 +44,21 @@ float fp8_quantize_activations(float *out, const float *x, int64_t n)
 {
     float m = row_absmax(x, n) / E4M3_MAX, floor = 1.0f / (E4M3_MAX * 512);
     float s = m > floor ? m : floor;
-    fp8_quantize_fixed(out, x, n, s);
+    quantize(out, x, n, s);
     return s;
+}
+
+void fp8_round_fixed(float *out, const float *x, int64_t n, float scale)
+{
+    quantize(out, x, n, scale);
+    for (int64_t i = 0; i < n; i++) out[i] *= scale;
 }
 
 void fp8_round_groups(float *out, const float *x, int64_t n)
 {
     for (int64_t c = 0; c < n; c += FP8_BLOCK) {
         int64_t k = n - c < FP8_BLOCK ? n - c : FP8_BLOCK;
-        float m = row_absmax(x + c, k), s = (m > 1e-10f ? m : 1e-10f) / E4M3_MAX;
-        fp8_quantize_fixed(out + c, x + c, k, s);
-        for (int64_t i = c; i < c + k; i++) out[i] *= s;
+        float m = row_absmax(x + c, k);
+        fp8_round_fixed(out + c, x + c, k, (m > 1e-10f ? m : 1e-10f) / E4M3_MAX);
     }
 }

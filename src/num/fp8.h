@@ -27,6 +27,6 @@ float fp8_quantize_activations(float *out, const float *x, int64_t n);
 /* Each 128 columns (the last group may be shorter) by a scale of their own: out[i] = e4m3(x[i] / s) * s, s =
  * max(absmax, 1e-10) / 448. out may be x. */
 void fp8_round_groups(float *out, const float *x, int64_t n);
-/* All by one: out[i] = e4m3(x[i] / scale) as f32 (unscaled), saturating. out may be x. */
-void fp8_quantize_fixed(float *out, const float *x, int64_t n, float scale);
+/* All by one: out[i] = e4m3(x[i] / scale) * scale, saturating. out may be x. */
+void fp8_round_fixed(float *out, const float *x, int64_t n, float scale);
 #endif

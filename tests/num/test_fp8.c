@@ -171,8 +171,8 @@ static void test_fixed(void **state)
 {
     (void)state;
     float x[] = { 0.5f, -1000, 1e9f, 0x1p-11f, 3, -0.0f };
-    fp8_quantize_fixed(x, x, 6, 0.5f);
-    assert_true(x[0] == 1 && x[1] == -448 && x[2] == 448 && x[3] == 0 && x[4] == 6 && signbit(x[5]));
+    fp8_round_fixed(x, x, 6, 0.5f);
+    assert_true(x[0] == 0.5f && x[1] == -224 && x[2] == 224 && x[3] == 0 && x[4] == 3 && signbit(x[5]));
 }
 
 int main(void)
