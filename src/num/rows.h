@@ -17,8 +17,8 @@ struct row_kernels {
     /* nvfp4_pack_row and nvfp4_unpack_row; n % 16 == 0. */
     void (*nvfp4_pack)(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n);
     void (*nvfp4_unpack)(float *out, const uint8_t *codes, const e4m3 *scale, float global, int64_t n);
-    /* fp8_pack_row, and its way back: out[i] = e4m3(codes[i]) * scale. */
-    bf16 (*fp8_pack)(e4m3 *codes, const float *x, int64_t n);
+    /* fp8_pack, and its way back: out[i] = e4m3(codes[i]) * scale. */
+    void (*fp8_pack)(e4m3 *codes, const float *x, int64_t n, bf16 scale);
     void (*fp8_unpack)(float *out, const e4m3 *codes, bf16 scale, int64_t n);
     /* sums[0] = sum of (w - packed)^2, sums[1] = sum of w^2, in double: element i to the (i mod 8)-th of
      * eight sums, these in order. */

@@ -233,25 +233,12 @@ static void nvfp4_unpack(float *out, const uint8_t *codes, const e4m3 *scale, fl
 }
 #endif
 
-static float row_absmax(const float *x, int64_t n)
+static void fp8_codes(e4m3 *codes, const float *x, int64_t n, bf16 scale)
 {
-    vec m = { 0 };
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) m = vmax(vabs(vload(x + i)), m);
-    float rest[VL] = { 0 };
-    memcpy(rest, x + i, (size_t)(n - i) * sizeof *x);
-    return vmaximum(vmax(vabs(vload(rest)), m));
-}
-
-static bf16 fp8_pack(e4m3 *codes, const float *x, int64_t n)
-{
-    bf16 scale = bf16_from_f32(row_absmax(x, n) / E4M3_MAX);
-    if (scale.bits == 0) scale = bf16_from_f32(0x1p-7f);
     float s = bf16_to_f32(scale);
     int64_t i = 0;
     for (; i + VL <= n; i += VL) vstore_bytes(&codes[i].bits, vto_e4m3(vbf16_round(vload(x + i) / s)));
     for (; i < n; i++) codes[i] = e4m3_from_f32(bf16_round(x[i] / s));
-    return scale;
 }
 
 static void fp8_unpack(float *out, const e4m3 *codes, bf16 scale, int64_t n)
@@ -296,7 +283,7 @@ static void squares(double sums[2], const float *w, const float *packed, int64_t
                                                    .widen = widen,                                           \
                                                    .nvfp4_pack = nvfp4_pack,                                 \
                                                    .nvfp4_unpack = nvfp4_unpack,                             \
-                                                   .fp8_pack = fp8_pack,                                     \
+                                                   .fp8_pack = fp8_codes,                                    \
                                                    .fp8_unpack = fp8_unpack,                                 \
                                                    .squares = squares }
 #endif

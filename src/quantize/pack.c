@@ -1,6 +1,7 @@
 /* Rows of a matrix, spread over threads; a row is the unit of every format here, so the result does not
  * depend on how they are spread. Sums are kept per row and added in order for the same reason. */
 #include "quantize/pack.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include "quantize/gptq.h"
 #include "quantize/search.h"
@@ -125,7 +126,9 @@ static void fp8_item(void *ctx, int64_t item, int thread)
     for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
         load_row(p, row, m, r);
-        bf16 scale = p->kernels->fp8_pack(codes, row, m->cols);
+        uint16_t top = p->kernels->absmax(m->data + r * m->cols * 2, m->cols);
+        bf16 scale = fp8_scale(bf16_to_f32((bf16){ top }));
+        p->kernels->fp8_pack(codes, row, m->cols, scale);
         memcpy(p->scales + 2 * r, &scale, 2);
         valid &= scale.bits > 0 && scale.bits < 0x7f80;
         for (int64_t i = 0; i < m->cols; i++) nan |= (codes[i].bits & 0x7f) == 0x7f;
@@ -146,21 +149,21 @@ static void fp8_tensor_item(void *ctx, int64_t item, int thread)
     if (item == 0) memcpy(p->scales, &scale, 2);
     for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
-        load_row(row, m, r);
-        fp8_pack(codes, row, m->cols, scale);
-        for (int64_t i = 0; i < m->cols; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+        load_row(p, row, m, r);
+        p->kernels->fp8_pack(codes, row, m->cols, scale);
+        p->kernels->fp8_unpack(back, codes, scale, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
     }
 }
 
 /* The scales of a row of blocks, 128 rows. top: scratch [blocks]. */
-static void block_scales(bf16 *scales, float *row, const struct matrix *m, int64_t first, int64_t end,
-                         float *top)
+static void block_scales(const struct packer *p, bf16 *scales, float *row, const struct matrix *m,
+                         int64_t first, int64_t end, float *top)
 {
     int64_t blocks = fp8_blocks(m->cols);
     for (int64_t b = 0; b < blocks; b++) top[b] = 0;
     for (int64_t r = first; r < end; r++) {
-        load_row(row, m, r);
+        load_row(p, row, m, r);
         for (int64_t i = 0; i < m->cols; i++) top[i / FP8_BLOCK] = fmaxf(top[i / FP8_BLOCK], fabsf(row[i]));
     }
     for (int64_t b = 0; b < blocks; b++) scales[b] = fp8_scale(top[b]);
@@ -173,17 +176,17 @@ static void fp8_block_item(void *ctx, int64_t item, int thread)
     const struct matrix *m = w->matrix;
     float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
     bf16 *scales = (bf16 *)(void *)p->scales + item * fp8_blocks(m->cols);
-    block_scales(scales, row, m, item * FP8_BLOCK, last_row(w, item), back);
+    block_scales(p, scales, row, m, item * FP8_BLOCK, last_row(w, item), back);
     for (int64_t r = item * FP8_BLOCK; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
-        load_row(row, m, r);
+        load_row(p, row, m, r);
         for (int64_t c = 0; c < m->cols; c += FP8_BLOCK) {
             int64_t n = m->cols - c < FP8_BLOCK ? m->cols - c : FP8_BLOCK;
             bf16 scale = scales[c / FP8_BLOCK];
-            fp8_pack(codes + c, row + c, n, scale);
-            for (int64_t i = c; i < c + n; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
+            p->kernels->fp8_pack(codes + c, row + c, n, scale);
+            p->kernels->fp8_unpack(back + c, codes + c, scale, n);
         }
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
     }
 }
 
