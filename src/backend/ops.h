@@ -31,7 +31,7 @@ static inline struct mat mat_of(float *data, int64_t rows, int64_t cols)
 
 /* Weights. */
 
-enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4 };
+enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4, WEIGHT_FP8_BLOCK };
 
 /* What becomes of a product's inputs before they meet the weights. */
 enum weight_input {
@@ -46,7 +46,8 @@ struct weight_source {
     enum weight_format format;
     int64_t rows, cols; /* rows = outputs, cols = inputs */
     const void *data;   /* row-major: elements, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
-    const void *scale;  /* FP8: f32 [rows]. NVFP4: e4m3 [rows][cols / 16]. Else NULL */
+    const void *scale;  /* FP8: f32 [rows]. FP8_BLOCK: f32 [rows / 128][cols / 128], rounded up. NVFP4: e4m3
+                           [rows][cols / 16]. Else NULL */
     float global;       /* NVFP4: divides the scales; else unused */
     enum weight_input input;
     float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; else unused */

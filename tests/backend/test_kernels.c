@@ -123,7 +123,7 @@ struct made {
 
 static struct made make_weight(enum weight_format format, int64_t rows, int64_t cols, enum weight_input input)
 {
-    static const int bytes[] = { 2, 2, 4, 1, 1 };
+    static const int bytes[] = { 2, 2, 4, 1, 1, 1 };
     struct made w = {
         .src = { .format = format, .rows = rows, .cols = cols, .input = input, .input_global = 600 }
     };
@@ -140,12 +140,14 @@ static struct made make_weight(enum weight_format format, int64_t rows, int64_t 
             memcpy(data + 4 * i, &x, 4);
         else {
             data[i] = (uint8_t)random_u32();
-            if (format == WEIGHT_FP8 && (data[i] & 0x7f) == 0x7f) data[i] = 0;
+            if (format != WEIGHT_NVFP4 && (data[i] & 0x7f) == 0x7f) data[i] = 0;
         }
     }
-    if (format == WEIGHT_FP8) {
-        float *scale = w.scale = malloc((size_t)rows * 4);
-        for (int64_t r = 0; r < rows; r++) scale[r] = bf16_round(0.001f + (float)random_below(100) * 1e-4f);
+    if (format == WEIGHT_FP8 || format == WEIGHT_FP8_BLOCK) {
+        int64_t n_scales = format == WEIGHT_FP8 ? rows : fp8_blocks(rows) * fp8_blocks(cols);
+        float *scale = w.scale = malloc((size_t)n_scales * 4);
+        for (int64_t r = 0; r < n_scales; r++)
+            scale[r] = bf16_round(0.001f + (float)random_below(100) * 1e-4f);
     } else if (format == WEIGHT_NVFP4) {
         uint8_t *scale = w.scale = malloc((size_t)(n / 16) + 1);
         for (int64_t i = 0; i < n / 16; i++)
@@ -248,16 +250,18 @@ static void products(void)
 {
     static const int64_t ns[] = { 1, 2, 3, 7, 16, 17, 33 }, rows[] = { 1, 15, 16, 17, 48, 131 };
     static const int64_t cols[] = { 16, 32, 48, 256, 272, 528 }, odd[] = { 1, 7, 100, 257 };
+    static const int64_t blocks[] = { 1, 127, 128, 129, 300 };
     reserve(64, 1024, 64, 2, 4);
     for (size_t i = 0; i < sizeof ns / sizeof *ns; i++)
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
-            enum weight_format f = (enum weight_format)random_below(5);
+            enum weight_format f = (enum weight_format)random_below(6);
             product_case(f, ns[i], rows[r], cols[random_below(6)],
                          f == WEIGHT_FP8 && random_below(2) ? INPUT_FP8_ROW : INPUT_AS_IS);
             product_case(WEIGHT_NVFP4, ns[i], rows[r], cols[random_below(6)], INPUT_AS_IS);
             product_case(WEIGHT_NVFP4, ns[i], rows[r], cols[random_below(6)], INPUT_NVFP4);
             product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], INPUT_FP8_ROW);
             product_case(WEIGHT_BF16, ns[i], rows[r], odd[random_below(4)], INPUT_AS_IS);
+            product_case(WEIGHT_FP8_BLOCK, ns[i], blocks[random_below(5)], odd[random_below(4)], INPUT_AS_IS);
         }
 }
 
@@ -301,9 +305,9 @@ static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_
 
 static void experts(void)
 {
-    static const enum weight_format formats[] = { WEIGHT_NVFP4, WEIGHT_BF16, WEIGHT_FP8 };
+    static const enum weight_format formats[] = { WEIGHT_NVFP4, WEIGHT_BF16, WEIGHT_FP8, WEIGHT_FP8_BLOCK };
     reserve(64, 256, 80, 4, 8);
-    for (int f = 0; f < 3; f++)
+    for (int f = 0; f < 4; f++)
         for (int i = 0; i < 6; i++)
             experts_case(formats[f], 1 + random_below(40), 16 * (1 + random_below(12)),
                          16 * (1 + random_below(5)), 8, 1 + (int)random_below(4));

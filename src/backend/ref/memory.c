@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "num/e4m3.h"
 #include "num/f16.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,8 @@ static float element(enum weight_format format, const void *data, int64_t i)
     switch (format) {
     case WEIGHT_BF16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return bf16_to_f32((bf16){ half });
     case WEIGHT_F16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return f16_to_f32(half);
-    case WEIGHT_FP8: return e4m3_to_f32(((const e4m3 *)data)[i]);
+    case WEIGHT_FP8:
+    case WEIGHT_FP8_BLOCK: return e4m3_to_f32(((const e4m3 *)data)[i]);
     default: memcpy(&x, (const uint8_t *)data + 4 * i, 4); return x;
     }
 }
@@ -40,6 +42,10 @@ static void fill(struct ref_weight *w, const struct weight_source *src)
         }
         for (int64_t c = 0; c < src->cols; c++) row[c] = element(src->format, src->data, r * src->cols + c);
         if (src->format == WEIGHT_FP8) w->scale[r] = ((const float *)src->scale)[r];
+        if (src->format == WEIGHT_FP8_BLOCK) {
+            const float *scale = (const float *)src->scale + r / FP8_BLOCK * fp8_blocks(src->cols);
+            for (int64_t c = 0; c < src->cols; c++) row[c] *= scale[c / FP8_BLOCK];
+        }
     }
 }
 
