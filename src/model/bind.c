@@ -123,9 +123,9 @@ bool bind_input_global(const struct model *m, float *least, const char *name, st
     if (!m->backend->fp4_activations || !find(m, name, ".weight_packed")) return true;
     const struct tensor *t = find(m, name, ".input_global_scale");
     if (!t)
-        return err_set(e, ERR_FORMAT,
-                       "tensor '%s.input_global_scale' is missing: FP4 activations need measured input scales",
-                       name);
+        return err_set(
+            e, ERR_FORMAT,
+            "tensor '%s.input_global_scale' is missing: FP4 activations need measured input scales", name);
     if (!one_float(&scale, t, e)) return false;
     if (!isfinite(scale) || scale <= 0)
         return err_set(e, ERR_FORMAT, "tensor '%s': expected a scale above 0 for FP4 activations, found %g",
