@@ -124,9 +124,11 @@ struct made {
 static struct made make_weight(enum weight_format format, int64_t rows, int64_t cols, enum weight_input input)
 {
     static const int bytes[] = { 2, 2, 4, 1, 1, 1 };
-    struct made w = {
-        .src = { .format = format, .rows = rows, .cols = cols, .input = input, .input_global = 600 }
-    };
+    struct made w = { .src = { .format = format,
+                               .rows = rows,
+                               .cols = cols,
+                               .input = input,
+                               .input_global = input == INPUT_FP8_FIXED ? 0.01f : 600 } };
     int64_t n = rows * cols;
     uint8_t *data = w.data = malloc((size_t)(n * bytes[format]) + 1);
     for (int64_t i = 0; i < n; i++) {
@@ -207,6 +209,8 @@ static void check_product(struct made *w, const struct guarded *x, const struct 
     must(ref.ops->weight_create(ref.queue, &absolute, &src, &e), &e);
     for (int64_t r = 0; r < ax.m.rows; r++) {
         float *row = ax.m.data + r * ax.m.stride;
+        if (input == INPUT_FP8_FIXED) fp8_round_fixed(row, row, ax.m.cols, w->src.input_global);
+        if (input == INPUT_FP8_GROUPS) fp8_round_groups(row, row, ax.m.cols);
         if (input == INPUT_NVFP4) nvfp4_quantize_activations(row, row, w->src.input_global, ax.m.cols);
         for (int64_t c = 0; c < ax.m.cols; c++) row[c] = fabsf(row[c]) * (input == INPUT_FP8_ROW ? 1.07f : 1);
     }
@@ -262,6 +266,9 @@ static void products(void)
             product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], INPUT_FP8_ROW);
             product_case(WEIGHT_BF16, ns[i], rows[r], odd[random_below(4)], INPUT_AS_IS);
             product_case(WEIGHT_FP8_BLOCK, ns[i], blocks[random_below(5)], odd[random_below(4)], INPUT_AS_IS);
+            product_case(WEIGHT_FP8_BLOCK, ns[i], blocks[random_below(5)], odd[random_below(4)],
+                         INPUT_FP8_GROUPS);
+            product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], INPUT_FP8_FIXED);
         }
 }
 

@@ -35,6 +35,10 @@ void cpu_pack_block(float *packed, float *row_scale, float *quantized, const flo
         const float *row = x + (index ? index[i] : i) * stride;
         if (w->input == INPUT_FP8_ROW)
             row_scale[i] = fp8_quantize_activations(quantized, row, cols);
+        else if (w->input == INPUT_FP8_FIXED)
+            fp8_round_fixed(quantized, row, cols, w->input_global);
+        else if (w->input == INPUT_FP8_GROUPS)
+            fp8_round_groups(quantized, row, cols);
         else if (w->input == INPUT_NVFP4)
             nvfp4_quantize_activations(quantized, row, w->input_global, cols);
         if (w->input != INPUT_AS_IS) row = quantized;

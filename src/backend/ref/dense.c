@@ -25,6 +25,10 @@ void ref_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
         float input_scale = 1;
         if (weight->input == INPUT_FP8_ROW)
             input_scale = fp8_quantize_activations(q->scratch, in, x.cols);
+        else if (weight->input == INPUT_FP8_FIXED)
+            fp8_round_fixed(q->scratch, in, x.cols, weight->input_global);
+        else if (weight->input == INPUT_FP8_GROUPS)
+            fp8_round_groups(q->scratch, in, x.cols);
         else if (weight->input == INPUT_NVFP4)
             nvfp4_quantize_activations(q->scratch, in, weight->input_global, x.cols);
         if (weight->input != INPUT_AS_IS) in = q->scratch;
