@@ -236,6 +236,24 @@ static void modelopt_mixed(void **state)
     must_be_clean("mixed-modelopt", SCHEME_NVFP4, 4 * 16 * 3);
 }
 
+/* A routed expert in NVFP4 and the shared one in FP8 read the same inputs: absmax is 2688 / one scale and 448
+ * * the other, but for BF16. */
+static void input_scales_are_measured(void **state)
+{
+    (void)state;
+    struct checkpoint c;
+    must_open(&c, in(&fixture, "mixed"));
+    for (int i = 0; i < 4; i++) {
+        float global = f32_at(must_find(&c, LAYERS "%d.mlp.experts.0.gate_proj.input_global_scale", i));
+        const struct tensor *gate = must_find(&c, LAYERS "%d.mlp.shared_expert.gate_proj.input_scale", i),
+                            *up = must_find(&c, LAYERS "%d.mlp.shared_expert.up_proj.input_scale", i);
+        assert_true(gate->dtype == DTYPE_BF16 && gate->n_dims == 1 && gate->shape[0] == 1);
+        assert_true(fabsf(global * bf16_at(gate, 0) / 6 - 1) < 0.012f);
+        assert_memory_equal(gate->data, up->data, 2);
+    }
+    checkpoint_close(&c);
+}
+
 static void modelopt_faults(void **state)
 {
     (void)state;
@@ -399,9 +417,8 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(modelopt_mixed),
-        cmocka_unit_test(modelopt_faults),
-        cmocka_unit_test(modelopt_weights_only),
+        cmocka_unit_test(modelopt_mixed),  cmocka_unit_test(input_scales_are_measured),
+        cmocka_unit_test(modelopt_faults), cmocka_unit_test(modelopt_weights_only),
         cmocka_unit_test(block_fp8),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
