@@ -377,13 +377,11 @@ void verify_steps_mtp(struct verify_steps *v)
 {
     const struct checkpoint *c = &v->model;
     size_t n = mtp_count(c);
+    bool ours = quantization_origin(c->quantization) == QUANTIZATION_COMPRESSED_TENSORS;
     char what[300], module[128];
     if (c->config.mtp_layers > 0 && n == 0) {
-        snprintf(
-            what, sizeof what,
-            "config.json says mtp_num_hidden_layers = %d, no mtp tensor is there: quench merge-mtp brings "
-            "them back from the source",
-            c->config.mtp_layers);
+        snprintf(what, sizeof what, "config.json says mtp_num_hidden_layers = %d, no mtp tensor is there%s",
+                 c->config.mtp_layers, ours ? ": quench merge-mtp brings them back from the source" : "");
         verify_steps_note(v, VERIFY_MTP, true, NULL, what);
     } else {
         mtp_visit(&c->config, check_mtp_tensor, v);
@@ -394,7 +392,7 @@ void verify_steps_mtp(struct verify_steps *v)
             "mtp tensors are there, config.json has no mtp_num_hidden_layers: nobody will use them");
     if (mtp_uncovered(module, c))
         verify_steps_note(
-            v, VERIFY_MTP, quantization_origin(c->quantization) == QUANTIZATION_COMPRESSED_TENSORS, module,
+            v, VERIFY_MTP, ours, module,
             "the MTP head is not quantized, yet no entry of quantization_config.ignore covers it "
             "(\"re:.*mtp.*\" would)");
     v->result->steps[VERIFY_MTP].done = true;

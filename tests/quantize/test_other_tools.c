@@ -2,6 +2,7 @@
  * to the same bits as the same numbers under compressed-tensors' names, verify finds nothing in them, and it
  * finds what is planted. */
 #include "eval/perplexity.h"
+#include "quantize/merge_mtp.h"
 #include "quantize/variant.h"
 #include "quantize/verify.h"
 #include "support/models.h"
@@ -311,6 +312,11 @@ static void modelopt_faults(void **state)
     run(&r, "variant", NULL);
     assert_true(findings_count(&r.findings, VERIFY_MTP, true) == 1);
     verify_deinit(&r);
+    struct merge_mtp_options merge = { .model = in(&fixture, "variant"), .source = DEMO };
+    struct merge_mtp_result merged;
+    struct err e = { 0 };
+    assert_false(merge_mtp(&merge, &merged, &e));
+    assert_non_null(strstr(e.text, "quantization_config is not compressed-tensors'"));
 }
 
 /* Weights only, said in hf_quant_config.json with wildcards. */
