@@ -85,7 +85,7 @@ static const char *format_name(char out[64], const struct checkpoint *c)
         nvfp4 = nvfp4 || (dot && strcmp(dot, ".weight_packed") == 0);
         if (dot && strcmp(dot, ".weight") == 0) of[c->tensors[i]->dtype] = true;
     }
-    snprintf(out, 64, "%s%s%s%s", nvfp4 ? " + NVFP4" : "", of[DTYPE_F8_E4M3] ? " + FP8" : "",
+    snprintf(out, 64, "%s%s%s%s", nvfp4 || of[DTYPE_U8] ? " + NVFP4" : "", of[DTYPE_F8_E4M3] ? " + FP8" : "",
              of[DTYPE_BF16] ? " + BF16" : "", of[DTYPE_F16] ? " + F16" : "");
     return *out ? out + 3 : "F32";
 }
