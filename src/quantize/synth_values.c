@@ -143,6 +143,11 @@ static enum kind kind_of(const struct tensor *t)
     return KIND_WEIGHT;
 }
 
+bool synth_values_are_weights(const struct tensor *t)
+{
+    return t->dtype == DTYPE_BF16 && kind_of(t) == KIND_WEIGHT;
+}
+
 /* splitmix64's output function: every bit of x reaches every bit of the result. */
 static inline uint64_t mix(uint64_t x)
 {

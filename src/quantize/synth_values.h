@@ -16,4 +16,6 @@ void synth_values_free(struct synth_values *v); /* NULL is fine */
  * E2M1 codes), F8_E4M3 and F32 (one number a matrix). Cannot fail; pool NULL: this thread alone. */
 void synth_values_fill(const struct synth_values *v, void *out, const struct tensor *t, uint64_t first,
                        uint64_t bytes, struct pool *pool);
+/* Whether its values are N(0, 0.02) like those of any other weight matrix. */
+bool synth_values_are_weights(const struct tensor *t);
 #endif
