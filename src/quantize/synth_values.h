@@ -1,5 +1,5 @@
 /* Random tensor contents that a network of this family could have: weights N(0, 0.02), norms near their
- * neutral value, decays and time steps in the ranges that training starts from, a router whose picks spread,
+ * neutral value, decays and time steps in the ranges that training starts from, routers with popular experts,
  * NVFP4 codes with group scales, and FP8 codes with row scales, as packing such weights would give. A value
  * is a function of the seed, the tensor's name and the element's number alone. */
 #ifndef QUANTIZE_SYNTH_VALUES_H

@@ -319,6 +319,33 @@ static void weights_are_normal(void **state)
     free(x);
 }
 
+static void rows_of_a_router_differ_in_length(void **state)
+{
+    (void)state;
+    enum { ROWS = 256, COLS = 512 };
+    struct err e = { 0 };
+    struct synth_values *v;
+    struct tensor t = {
+        .name = "model.layers.0.mlp.gate.weight", .dtype = DTYPE_BF16, .n_dims = 2, .shape = { ROWS, COLS }
+    };
+    static bf16 x[ROWS][COLS], part[COLS];
+    double sum = 0, squares = 0;
+    must(synth_values_create(&v, 0, &e), &e);
+    synth_values_fill(v, x, &t, 0, sizeof x, NULL);
+    synth_values_fill(v, part, &t, 100 * sizeof x[0], sizeof part, NULL);
+    assert_memory_equal(part, x[100], sizeof part);
+    for (int r = 0; r < ROWS; r++) {
+        double length = 0;
+        for (int c = 0; c < COLS; c++) length += pow(bf16_to_f32(x[r][c]), 2);
+        length = 0.5 * log(length / COLS);
+        sum += length / ROWS;
+        squares += length * length / ROWS;
+    }
+    assert_true(fabs(sqrt(squares - sum * sum) - 0.25) < 0.05);
+    assert_true(fabs(exp(sum) - 0.03) < 0.003);
+    synth_values_free(v);
+}
+
 static void codes_and_scales_are_valid_and_of_the_right_size(void **state)
 {
     (void)state;
@@ -421,6 +448,7 @@ int main(void)
         cmocka_unit_test(quantize_takes_it_with_and_without_calibration),
         cmocka_unit_test(a_seed_gives_one_file_whatever_the_threads),
         cmocka_unit_test(weights_are_normal),
+        cmocka_unit_test(rows_of_a_router_differ_in_length),
         cmocka_unit_test(codes_and_scales_are_valid_and_of_the_right_size),
         cmocka_unit_test(faults_are_named),
         cmocka_unit_test(a_full_disk_leaves_nothing),
