@@ -369,6 +369,21 @@ static void random_routers_spread_their_picks(void **state)
     unmake(&r);
 }
 
+/* An operation without a wrapper would be called through NULL. */
+static void every_operation_is_wrapped(void **state)
+{
+    (void)state;
+    struct ready r;
+    make_ready(&r, "models/demo", &cpu);
+    void *const *wrapped = (void *const *)(const void *)r.trace.ops;
+    void *const *inner = (void *const *)(const void *)r.inner.ops;
+    for (size_t i = 0; i < sizeof(struct ops) / sizeof(void *); i++) {
+        assert_true(!inner[i] == !wrapped[i]);
+        assert_true(!inner[i] || inner[i] != wrapped[i]);
+    }
+    unmake(&r);
+}
+
 /* The account changes no result. */
 static void a_traced_backend_computes_the_same(void **state)
 {
@@ -442,6 +457,7 @@ int main(void)
         cmocka_unit_test(a_profile_accounts_for_the_time_and_the_bytes),
         cmocka_unit_test(text_tokens_route_otherwise_than_one_token),
         cmocka_unit_test(random_routers_spread_their_picks),
+        cmocka_unit_test(every_operation_is_wrapped),
         cmocka_unit_test(a_traced_backend_computes_the_same),
         cmocka_unit_test(specs_are_checked),
     };
