@@ -1,5 +1,6 @@
 #include "backend/trace.h"
 #include "base/clock.h"
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -353,6 +354,7 @@ static uint64_t picked_bytes(struct trace *t, const struct picks *picks, int64_t
 {
     uint64_t bytes = 0;
     int64_t n = rows * picks->k;
+    assert(n <= t->picks_capacity && x->n_experts <= t->seen_capacity);
     t->op->download(t->q, t->picks, picks->expert, (uint64_t)n * sizeof *t->picks);
     memset(t->seen, 0, (size_t)x->n_experts);
     for (int64_t i = 0; i < n; i++) {

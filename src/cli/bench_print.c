@@ -320,22 +320,23 @@ static double number(const json_t *o, const char *key)
 /* Bytes by group, one line a test. */
 static void md_bytes(const json_t *results)
 {
-    printf("\n| MB a token      |");
+    printf("\n| MB a token      | threads |");
     for (int g = 0; g < BENCH_GROUPS; g++) printf(" %s |", bench_group_names[g]);
-    printf(" all | experts a step and layer | read GB/s |\n| --- |");
-    for (int g = 0; g < BENCH_GROUPS + 3; g++) printf(" ---: |");
+    printf(" all | GFLOP a token | experts a step and layer | read GB/s |\n| --- |");
+    for (int g = 0; g < BENCH_GROUPS + 5; g++) printf(" ---: |");
     putchar('\n');
     for (size_t i = 0; i < json_array_size(results); i++) {
         const json_t *o = json_array_get(results, i);
         struct bench_test t = { (int64_t)number(o, "n_prompt"), (int64_t)number(o, "n_gen"),
                                 (int64_t)number(o, "n_depth"), (int)number(o, "n_sequences") };
         char test[80], key[64];
-        printf("| %-15s |", test_name(test, &t));
+        printf("| %-15s | %.0f |", test_name(test, &t), number(o, "n_threads"));
         for (int g = 0; g < BENCH_GROUPS; g++) {
             snprintf(key, sizeof key, "bytes_%s", bench_group_names[g]);
             printf(" %.3f |", number(o, key) * 1e-6);
         }
-        printf(" %.3f | %.1f | %.1f |\n", number(o, "bytes_per_token") * 1e-6, number(o, "experts_per_step"),
+        printf(" %.3f | %.3f | %.1f | %.1f |\n", number(o, "bytes_per_token") * 1e-6,
+               number(o, "flops_per_token") * 1e-9, number(o, "experts_per_step"),
                number(o, "read_bandwidth") * 1e-9);
     }
 }

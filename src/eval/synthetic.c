@@ -39,7 +39,8 @@ static int run_for(const struct tensor *t)
     return t->dtype == DTYPE_BF16 && synth_values_are_weights(t) ? 3 : -1;
 }
 
-/* The first round of the run is memory, the others show it again. */
+/* The first round of the run is memory, the others show it again. Shared memory, not the heap's: a backend
+ * may tell the system that it is done with pages of a checkpoint, and they must still be there. */
 static bool map_rounds(struct run_of_values *r, uint64_t round, int fd, struct err *e)
 {
     r->data = mmap(NULL, r->mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -53,16 +54,12 @@ static bool map_rounds(struct run_of_values *r, uint64_t round, int fd, struct e
     return true;
 }
 
-static bool create_run(struct run_of_values *r, int kind, uint64_t largest, const struct synth_values *values,
-                       struct err *e)
+static bool create_run(struct run_of_values *r, uint64_t round, uint64_t rounds, struct err *e)
 {
-    uint64_t round = kinds[kind].bytes;
-    struct tensor t = { .name = kinds[kind].name, .dtype = kinds[kind].dtype };
     int fd = memfd_create("quench", MFD_CLOEXEC);
-    r->mapped = (largest / round + 2) * round; /* a tensor begins anywhere in the first */
     bool ok = fd >= 0 && ftruncate(fd, (off_t)round) == 0;
+    r->mapped = round * rounds;
     ok = ok ? map_rounds(r, round, fd, e) : err_errno(e, "memory for random weights");
-    if (ok) synth_values_fill(values, r->data, &t, 0, round, NULL);
     if (fd >= 0) close(fd);
     return ok;
 }
@@ -71,14 +68,20 @@ static bool create_runs(struct synthetic *s, const struct synth_values *values, 
 {
     uint64_t largest[N_RUNS] = { 0 };
     const struct tensor_list *l = &s->synth.tensors;
-    s->runs = calloc(N_RUNS, sizeof *s->runs);
+    s->runs = calloc(N_RUNS + 1, sizeof *s->runs);
     if (!s->runs) return err_memory(e, "random weights", N_RUNS * sizeof *s->runs);
     for (size_t i = 0; i < l->n; i++) {
         int kind = run_for(&l->items[i]);
         if (kind >= 0 && l->items[i].bytes > largest[kind]) largest[kind] = l->items[i].bytes;
     }
-    for (int k = 0; k < N_RUNS; k++)
-        if (largest[k] && !create_run(&s->runs[k], k, largest[k], values, e)) return false;
+    for (int k = 0; k < N_RUNS; k++) {
+        uint64_t round = kinds[k].bytes;
+        struct tensor t = { .name = kinds[k].name, .dtype = kinds[k].dtype };
+        if (!largest[k]) continue;
+        /* a tensor begins anywhere in the first round */
+        if (!create_run(&s->runs[k], round, largest[k] / round + 2, e)) return false;
+        synth_values_fill(values, s->runs[k].data, &t, 0, round, NULL);
+    }
     return true;
 }
 
@@ -100,8 +103,8 @@ static bool place_tensors(struct synthetic *s, const struct synth_values *values
     uint64_t small = 0, at = 0;
     for (size_t i = 0; i < l->n; i++)
         if (run_for(&l->items[i]) < 0) small += aligned(l->items[i].bytes);
-    s->small = malloc(small + 1);
-    if (!s->small) return err_memory(e, "random weights", small);
+    if (!create_run(&s->runs[N_RUNS], small + 1, 1, e)) return false;
+    uint8_t *own = s->runs[N_RUNS].data;
     for (size_t i = 0; i < l->n; i++) {
         struct tensor *t = &l->items[i];
         int kind = run_for(t);
@@ -109,8 +112,8 @@ static bool place_tensors(struct synthetic *s, const struct synth_values *values
             t->data = s->runs[kind].data + hash(t->name) % (kinds[kind].bytes / ALIGN) * ALIGN;
             continue;
         }
-        synth_values_fill(values, s->small + at, t, 0, t->bytes, NULL);
-        t->data = s->small + at;
+        synth_values_fill(values, own + at, t, 0, t->bytes, NULL);
+        t->data = own + at;
         at += aligned(t->bytes);
     }
     return true;
@@ -165,10 +168,9 @@ bool synthetic_create(struct synthetic *s, const char *what, struct err *e)
 
 void synthetic_destroy(struct synthetic *s)
 {
-    for (int k = 0; s->runs && k < N_RUNS; k++)
+    for (int k = 0; s->runs && k <= N_RUNS; k++)
         if (s->runs[k].data) munmap(s->runs[k].data, s->runs[k].mapped);
     free(s->runs);
-    free(s->small);
     synth_deinit(&s->synth);
     *s = (struct synthetic){ 0 };
 }

@@ -8,8 +8,7 @@
 
 struct synthetic {
     struct synth synth;
-    struct run_of_values *runs;
-    uint8_t *small; /* tensors with values of their own: routers, norms, decays */
+    struct run_of_values *runs; /* and one of tensors with values of their own: routers, norms, decays */
 };
 /* "35b-a3b", "35b-a3b:layers=4", "35b-a3b:layers=4:format=fast", or a path of a config.json in place of the
  * name; format as for synth, card unless given. */
