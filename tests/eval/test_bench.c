@@ -181,9 +181,9 @@ struct ready {
     struct synthetic synthetic;
     struct backend inner, trace;
     struct model model;
-    struct read_speed *speed;
     struct bench_options options;
 };
+static struct read_speed *speed; /* of all tests */
 
 static void make_ready(struct ready *r, const char *what, const struct backend_options *backend)
 {
@@ -195,13 +195,11 @@ static void make_ready(struct ready *r, const char *what, const struct backend_o
     must(model_init(&r->model, &r->synthetic.synth.checkpoint, &r->trace, NULL, &e), &e);
     must(model_bind_all(&r->model, &e), &e);
     must(bench_label(&r->model, &e), &e);
-    must(read_speed_create(&r->speed, 1, &e), &e);
-    r->options = (struct bench_options){ &r->model, r->speed, NULL, 0, KV_BF16, 512, 2, false, NULL };
+    r->options = (struct bench_options){ &r->model, speed, NULL, 0, KV_BF16, 512, 2, false, NULL };
 }
 
 static void unmake(struct ready *r)
 {
-    read_speed_free(r->speed);
     model_deinit(&r->model);
     trace_destroy(&r->trace);
     if (r->inner.ops != &null_ops) backend_destroy(&r->inner);
@@ -447,6 +445,21 @@ static void specs_are_checked(void **state)
     }
 }
 
+static int setup(void **state)
+{
+    struct err e = { 0 };
+    (void)state;
+    must(read_speed_create(&speed, 1, &e), &e);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    read_speed_free(speed);
+    return 0;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -461,5 +474,5 @@ int main(void)
         cmocka_unit_test(a_traced_backend_computes_the_same),
         cmocka_unit_test(specs_are_checked),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, setup, teardown);
 }
