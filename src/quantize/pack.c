@@ -18,7 +18,7 @@ struct work {
     const struct matrix *matrix;
     const struct curvature *curvature;
     int64_t rows_each; /* 0: as many as ITEM_WEIGHTS has */
-    float global;
+    float global, absmax;
     atomic_uint top;     /* largest |w| so far, as BF16 bits */
     atomic_bool invalid; /* a byte that must not be written */
 };
@@ -174,6 +174,58 @@ static void fp8_item(void *ctx, int64_t item, int thread)
     if (!valid) atomic_store(&w->invalid, true);
 }
 
+/* One scale for the matrix. */
+static void fp8_tensor_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
+    bf16 scale = fp8_scale(w->absmax);
+    if (item == 0) memcpy(p->scales, &scale, 2);
+    for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
+        e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
+        load_row(row, m, r);
+        fp8_pack(codes, row, m->cols, scale);
+        for (int64_t i = 0; i < m->cols; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
+        sum_row(&p->sums[2 * r], row, back, m->cols);
+    }
+}
+
+/* The scales of a row of blocks, 128 rows. top: scratch [blocks]. */
+static void block_scales(bf16 *scales, float *row, const struct matrix *m, int64_t first, int64_t end,
+                         float *top)
+{
+    int64_t blocks = fp8_blocks(m->cols);
+    for (int64_t b = 0; b < blocks; b++) top[b] = 0;
+    for (int64_t r = first; r < end; r++) {
+        load_row(row, m, r);
+        for (int64_t i = 0; i < m->cols; i++) top[i / FP8_BLOCK] = fmaxf(top[i / FP8_BLOCK], fabsf(row[i]));
+    }
+    for (int64_t b = 0; b < blocks; b++) scales[b] = fp8_scale(top[b]);
+}
+
+static void fp8_block_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
+    bf16 *scales = (bf16 *)(void *)p->scales + item * fp8_blocks(m->cols);
+    block_scales(scales, row, m, item * FP8_BLOCK, last_row(w, item), back);
+    for (int64_t r = item * FP8_BLOCK; r < last_row(w, item); r++) {
+        e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
+        load_row(row, m, r);
+        for (int64_t c = 0; c < m->cols; c += FP8_BLOCK) {
+            int64_t n = m->cols - c < FP8_BLOCK ? m->cols - c : FP8_BLOCK;
+            bf16 scale = scales[c / FP8_BLOCK];
+            fp8_pack(codes + c, row + c, n, scale);
+            for (int64_t i = c; i < c + n; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
+        }
+        sum_row(&p->sums[2 * r], row, back, m->cols);
+    }
+}
+
 static double relative_error(const struct packer *p, int64_t rows)
 {
     double difference = 0, total = 0;
@@ -189,6 +241,17 @@ static float global_of(float absmax, const struct curvature *curvature)
     return curvature ? nvfp4_global_scale_roomy(absmax) : nvfp4_global_scale(absmax);
 }
 
+static uint64_t scales_bytes(const struct matrix *m)
+{
+    switch (m->scheme) {
+    case SCHEME_NVFP4:
+    case SCHEME_NVFP4A16: return (uint64_t)m->rows * (uint64_t)m->cols / NVFP4_GROUP;
+    case SCHEME_FP8: return 2;
+    case SCHEME_FP8_BLOCK: return (uint64_t)fp8_blocks(m->rows) * (uint64_t)fp8_blocks(m->cols) * 2;
+    default: return (uint64_t)m->rows * 2;
+    }
+}
+
 bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
                 const struct curvature *curvature, struct err *e)
 {
@@ -197,13 +260,21 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
     struct work w = { .packer = p,
                       .matrix = m,
                       .curvature = curvature,
-                      .rows_each = passes_on ? GPTQ_ROWS : 0,
+                      .rows_each = passes_on                       ? GPTQ_ROWS
+                                   : m->scheme == SCHEME_FP8_BLOCK ? FP8_BLOCK
+                                                                   : 0,
+                      .absmax = absmax,
                       .global = nvfp4 ? global_of(absmax, curvature) : 0 };
-    for_each_item(p, &w, passes_on ? gptq_item : nvfp4 ? nvfp4_item : fp8_item);
+    for_each_item(p, &w,
+                  passes_on                       ? gptq_item
+                  : nvfp4                         ? nvfp4_item
+                  : m->scheme == SCHEME_FP8       ? fp8_tensor_item
+                  : m->scheme == SCHEME_FP8_BLOCK ? fp8_block_item
+                                                  : fp8_item);
     *out = (struct packed){ .codes = p->codes,
                             .scales = p->scales,
                             .codes_bytes = nvfp4 ? weights / 2 : weights,
-                            .scales_bytes = nvfp4 ? weights / NVFP4_GROUP : (uint64_t)m->rows * 2,
+                            .scales_bytes = scales_bytes(m),
                             .global = w.global,
                             .error = relative_error(p, m->rows) };
     if (!atomic_load(&w.invalid) && isfinite(out->error) && (!nvfp4 || (w.global > 0 && isfinite(w.global))))

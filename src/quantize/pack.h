@@ -35,7 +35,8 @@ void packer_deinit(struct packer *p); /* accepts a zeroed one */
 
 /* max |w|; a weight that is not finite is an error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
-/* absmax: NVFP4's, joint with the partner's; unused for FP8. curvature: NULL for the nearest values. */
+/* absmax: NVFP4's, joint with the partner's; SCHEME_FP8's own; else unused. curvature: NULL for the nearest
+ * values. */
 bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
                 const struct curvature *curvature, struct err *e);
 #endif

@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/doc.h"
 #include "base/file.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include "quantize/calibrate.h"
 #include "quantize/census.h"
@@ -198,14 +199,18 @@ static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
     return true;
 }
 
-/* What maps the largest measured input to 448 * 6; 1 where every input was zero. */
-static float input_scale(const struct run *r, const struct matrix *m)
+/* What maps the largest measured input to 448 * 6, or divided into it gives 448; 1 and 2^-7 where every input
+ * was zero. */
+static bool write_input_scale(const struct run *r, const struct matrix *m, struct err *e)
 {
     float top = calibration_input(&r->calibration, m->layer, m->input, m->expert);
     if (top == 0)
-        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is 1",
-                    m->module);
-    return nvfp4_global_scale(top);
+        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is %s",
+                    m->module, m->scheme == SCHEME_FP8 ? "2^-7" : "1");
+    float global = nvfp4_global_scale(top);
+    bf16 fixed = fp8_scale(top);
+    return m->scheme == SCHEME_FP8 ? shards_append(r->shards, &fixed, sizeof fixed, e)
+                                   : shards_append(r->shards, &global, sizeof global, e);
 }
 
 static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m, double error)
@@ -240,10 +245,7 @@ static bool write_matrix(struct run *r, size_t index, struct err *e)
         !shards_append(r->shards, packed.scales, packed.scales_bytes, e) ||
         (nvfp4 && !shards_append(r->shards, &packed.global, sizeof packed.global, e)))
         return false;
-    if (m->scheme == SCHEME_NVFP4) {
-        float input = input_scale(r, m);
-        if (!shards_append(r->shards, &input, sizeof input, e)) return false;
-    }
+    if (scheme_measures(m->scheme) && !write_input_scale(r, m, e)) return false;
     struct quantize_result *result = r->result;
     count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
                 nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, packed.error);
