@@ -207,6 +207,7 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
                                      .backend = &l.backend,
                                      .threads = threads,
                                      .kv = common_kv_name(common_kv_dtype(&s->common)),
+                                     .activations = common_activations[s->common.fp4],
                                      .step_rows = s->step_rows,
                                      .load_seconds = clock_seconds() - start,
                                      .content = s->content };
@@ -263,6 +264,7 @@ int cli_bench(int argc, char **argv)
         { "--synthetic", 0, FLAG_SWITCH, &s.synthetic, NULL, "MODEL is a shape; weights are random", NULL },
         { "--profile", 0, FLAG_SWITCH, &s.profile, NULL, "time each operation in one more repetition", NULL },
         COMMON_KV_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAG(s.common),
         { "--device", 0, FLAG_CHOICE, &s.common.device, "auto|cpu|ref", "where to compute (auto: cpu)",
           common_devices },
         { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512",

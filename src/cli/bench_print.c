@@ -121,7 +121,7 @@ static double pct_of_bound(const struct bench_result *r)
 
 static const char *format_name(enum weight_format f)
 {
-    static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4" };
+    static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4", "FP8_BLOCK" };
     return names[f];
 }
 
@@ -172,14 +172,15 @@ static json_t *result_json(const struct bench_setting *s, const struct bench_tes
     struct bench_summary time = bench_summarize(r->seconds, r->n), speed = speeds_of(r);
     json_t *o = llama_part(s, t, r);
     json_object_update_new(
-        o, json_pack("{s:i, s:s, s:o, s:s, s:s, s:f, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I}",
+        o, json_pack("{s:i, s:s, s:o, s:s, s:s, s:s, s:f, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I}",
                      "n_sequences", t->sequences, "device", s->backend->name, "isa", isa(s->backend),
-                     "weight_mix", s->mix, "tokens", s->content ? s->content : "random", "load_seconds",
-                     s->load_seconds, "median_ns", (json_int_t)(time.median * 1e9), "min_ns",
-                     (json_int_t)(time.min * 1e9), "max_ns", (json_int_t)(time.max * 1e9), "median_ts",
-                     speed.median, "read_bandwidth", r->read_bandwidth, "pct_of_bound", pct_of_bound(r),
-                     "flops_per_token", r->flops, "experts_per_step", r->experts_per_step, "bytes_per_token",
-                     r->total_bytes, "peak_memory", (json_int_t)peak_memory()));
+                     "weight_mix", s->mix, "nvfp4_activations", s->activations, "tokens",
+                     s->content ? s->content : "random", "load_seconds", s->load_seconds, "median_ns",
+                     (json_int_t)(time.median * 1e9), "min_ns", (json_int_t)(time.min * 1e9), "max_ns",
+                     (json_int_t)(time.max * 1e9), "median_ts", speed.median, "read_bandwidth",
+                     r->read_bandwidth, "pct_of_bound", pct_of_bound(r), "flops_per_token", r->flops,
+                     "experts_per_step", r->experts_per_step, "bytes_per_token", r->total_bytes,
+                     "peak_memory", (json_int_t)peak_memory()));
     for (int i = 0; i < BENCH_GROUPS; i++) {
         char key[64];
         snprintf(key, sizeof key, "bytes_%s", bench_group_names[i]);

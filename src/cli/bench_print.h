@@ -16,7 +16,7 @@ struct bench_setting {
     uint64_t bytes, parameters; /* of the language model */
     const struct backend *backend;
     int threads;
-    const char *kv;
+    const char *kv, *activations; /* of keys and values; of inputs of NVFP4 weights: "bf16", "fp4" */
     int64_t step_rows;
     double load_seconds;
     const char *content; /* NULL: random tokens */

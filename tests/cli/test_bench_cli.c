@@ -79,7 +79,7 @@ static const struct {
     { "stddev_ts", 'f' },      { "samples_ns", 'I' },   { "samples_ts", 'F' },
 }, own[] = {
     { "n_sequences", 'i' },   { "device", 's' },         { "isa", 's' },
-    { "weight_mix", 's' },    { "tokens", 's' },         { "load_seconds", 'f' },
+    { "weight_mix", 's' }, { "nvfp4_activations", 's' },    { "tokens", 's' },         { "load_seconds", 'f' },
     { "median_ns", 'i' },     { "min_ns", 'i' },         { "max_ns", 'i' },
     { "median_ts", 'f' },     { "read_bandwidth", 'f' }, { "pct_of_bound", 'f' },
     { "flops_per_token", 'f' }, { "experts_per_step", 'f' }, { "bytes_per_token", 'f' },
