@@ -5,6 +5,7 @@
 #include "base/pool.h"
 #include "num/bf16.h"
 #include "num/e4m3.h"
+#include "num/rows.h"
 #include "quantize/plan.h"
 
 struct packed {
@@ -22,6 +23,7 @@ struct curvature {
 
 struct packer {
     struct pool *pool;
+    const struct row_kernels *kernels;
     uint8_t *codes, *scales;
     float *rows;   /* [threads][2][cols_max] a row and what it became */
     double *sums;  /* [rows_max][2] squares of the difference and of the weights */
