@@ -57,7 +57,8 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
     uint64_t elements = 0, bytes = 0;
     struct ref_weight *w = calloc(1, sizeof *w);
     if (!w) return err_memory(e, "weight", sizeof *w);
-    w->head = (struct weight){ src->format, src->rows, src->cols, src->quantize_input, src->is_table };
+    w->head =
+        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
     w->table = src->data;
     bool ok = fits_mul((uint64_t)src->rows, (uint64_t)src->cols, &elements) && fits_mul(elements, 4, &bytes);
     if (ok && !src->is_table) {
