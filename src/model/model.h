@@ -99,4 +99,7 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);
+/* Noise in place of what a sequence with these pages and this slot would remember: for throughput runs. */
+bool layer_state_noise(struct layer_state *state, const struct model *m, int layer, const int32_t *pages,
+                       int64_t n_pages, int32_t slot, struct err *e);
 #endif
