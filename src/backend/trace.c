@@ -1,5 +1,6 @@
 #include "backend/trace.h"
 #include "base/clock.h"
+#include "num/fp8.h"
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +63,7 @@ uint64_t trace_weight_bytes(const struct weight *w)
     switch (w->format) {
     case WEIGHT_NVFP4: return n / 2 + n / 16;
     case WEIGHT_FP8: return n + 4 * (uint64_t)w->rows;
+    case WEIGHT_FP8_BLOCK: return n + 4 * (uint64_t)(fp8_blocks(w->rows) * fp8_blocks(w->cols));
     case WEIGHT_F32: return 4 * n;
     default: return 2 * n;
     }
