@@ -230,12 +230,14 @@ enum cpu_isa {
     CPU_ISA_BEST,
     CPU_ISA_GENERIC,
     CPU_ISA_AVX2,
-    CPU_ISA_AVX512
-}; /* --cpu-mask: at most this one */
+    CPU_ISA_AVX512,
+    CPU_ISA_AVX512BF16 /* with VNNI, BF16 and VBMI */
+};                     /* --cpu-mask: at most this one */
 struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */
     enum cpu_isa isa;
+    bool rounded;         /* inputs of products may be rounded as rounding.h says; else f32 */
     bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
 };
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e);

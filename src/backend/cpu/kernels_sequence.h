@@ -2,6 +2,7 @@
 #ifndef BACKEND_CPU_KERNELS_SEQUENCE_H
 #define BACKEND_CPU_KERNELS_SEQUENCE_H
 #include "backend/cpu/kernels_dense.h"
+#include "backend/cpu/kernels_input.h"
 
 /* Attention. */
 
@@ -289,12 +290,19 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
 /* What every kernels_*.c defines: the table of this ISA. */
-#define CPU_KERNELS(ISA, WIDEST_BLOCK)                                                                       \
+#define CPU_KERNELS(ISA, WIDEST_BLOCK, DOT_BF16, DOT_INT8)                                                   \
     const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
         .name = #ISA,                                                                                        \
         .block_rows = WIDEST_BLOCK,                                                                          \
+        .interleave = interleave,                                                                            \
+        .round_bf16 = round_bf16,                                                                            \
+        .round_int8 = round_int8,                                                                            \
+        .round_fp8 = round_fp8,                                                                              \
+        .stream = stream,                                                                                    \
         .decode = decode,                                                                                    \
         .product = product,                                                                                  \
+        .dot_bf16 = DOT_BF16,                                                                                \
+        .dot_int8 = DOT_INT8,                                                                                \
         .rmsnorm = rmsnorm,                                                                                  \
         .gated_norm = gated_norm,                                                                            \
         .silu_mul = silu_mul,                                                                                \
