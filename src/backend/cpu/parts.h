@@ -14,7 +14,7 @@ enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of t
 struct cpu_thread {
     float *panel;     /* [DECODE_COLUMNS][16] */
     float *sums;      /* [PANELS_MAX][rows][16], twice: gate and up */
-    float *scores;    /* [context] */
+    float *scores;    /* [ATTEND_HEADS_MAX][context] */
     float *work;      /* of delta_chunk */
     float *quantized; /* one row of inputs */
 };
