@@ -27,7 +27,7 @@ static bool null_weight_create(struct queue *q, struct weight **out, const struc
 {
     (void)q;
     (void)e;
-    struct weight w = { src->format, src->rows, src->cols, src->input != INPUT_AS_IS, src->is_table };
+    struct weight w = { src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
     *out = malloc(sizeof **out);
     assert_non_null(*out);
     **out = w;
