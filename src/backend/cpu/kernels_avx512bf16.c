@@ -145,12 +145,24 @@ typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_
     }
 TILE(bf16, 4, 2)
 TILE(bf16, 4, 4)
-TILE(bf16, 2, 8) TILE(bf16, 1, 1) TILE(bf16, 1, 2) TILE(bf16, 1, 4) TILE(bf16, 1, 8) TILE(bf16, 1, 16)
-    TILE(fp8, 4, 1) TILE(fp8, 4, 2) TILE(fp8, 4, 4) TILE(fp8, 2, 8) TILE(fp8, 1, 1) TILE(fp8, 1, 2)
-        TILE(fp8, 1, 4) TILE(fp8, 1, 8) TILE(fp8, 1, 16)
+TILE(bf16, 2, 8)
+TILE(bf16, 1, 1)
+TILE(bf16, 1, 2)
+TILE(bf16, 1, 4)
+TILE(bf16, 1, 8)
+TILE(bf16, 1, 16)
+TILE(fp8, 4, 1)
+TILE(fp8, 4, 2)
+TILE(fp8, 4, 4)
+TILE(fp8, 2, 8)
+TILE(fp8, 1, 1)
+TILE(fp8, 1, 2)
+TILE(fp8, 1, 4)
+TILE(fp8, 1, 8)
+TILE(fp8, 1, 16)
 
-    /* [log2 rows]: several panels at once, then one. */
-    struct tiles {
+/* [log2 rows]: several panels at once, then one. */
+struct tiles {
     int panels;
     tile_function *wide, *single;
 };
