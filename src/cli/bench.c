@@ -245,7 +245,7 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_bench(int argc, char **argv)
 {
-    struct settings s = { .repetitions = 5, .step_rows = 512 };
+    struct settings s = { .common.inputs = 1, .repetitions = 5, .step_rows = 512 };
     const struct flag flags[] = {
         { "--n-prompt", 'p', FLAG_LIST, &s.prompts, "N,...", "tokens of a prompt (default 512)", NULL },
         { "--n-gen", 'n', FLAG_LIST, &s.gens, "N,...", "tokens generated (default 128)", NULL },
@@ -264,10 +264,10 @@ int cli_bench(int argc, char **argv)
         { "--synthetic", 0, FLAG_SWITCH, &s.synthetic, NULL, "MODEL is a shape; weights are random", NULL },
         { "--profile", 0, FLAG_SWITCH, &s.profile, NULL, "time each operation in one more repetition", NULL },
         COMMON_KV_FLAG(s.common),
-        COMMON_ACTIVATIONS_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAGS(s.common),
         { "--device", 0, FLAG_CHOICE, &s.common.device, "auto|cpu|ref", "where to compute (auto: cpu)",
           common_devices },
-        { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512",
+        { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512|avx512bf16",
           "use at most these instructions", common_masks },
         { "--quiet", 0, FLAG_SWITCH, &s.common.quiet, NULL, "no progress, no notes", NULL },
         { "--json", 0, FLAG_SWITCH, &s.common.json, NULL, "the same as -o json", NULL },

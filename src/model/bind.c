@@ -1,4 +1,5 @@
 #include "model/bind.h"
+#include "base/pages.h"
 #include "num/e4m3.h"
 #include "checkpoint/linear.h"
 #include "num/f16.h"
@@ -52,10 +53,15 @@ static float element(const struct tensor *t, int64_t i)
     return t->dtype == DTYPE_BF16 ? bf16_to_f32((bf16){ half }) : f16_to_f32(half);
 }
 
+/* The backend keeps its own copy: the file's pages need not stay. */
 static bool create(struct model *m, struct weight **out, const struct weight_source *src, const char *name,
                    struct err *e)
 {
-    return m->backend->ops->weight_create(m->backend->queue, out, src, e) || err_note(e, "'%s'", name);
+    static const uint64_t bits[] = { [WEIGHT_BF16] = 16, [WEIGHT_F16] = 16,  [WEIGHT_F32] = 32,
+                                     [WEIGHT_FP8] = 8,   [WEIGHT_NVFP4] = 4, [WEIGHT_FP8_BLOCK] = 8 };
+    if (!m->backend->ops->weight_create(m->backend->queue, out, src, e)) return err_note(e, "'%s'", name);
+    if (!src->is_table) pages_release(src->data, (uint64_t)(src->rows * src->cols) * bits[src->format] / 8);
+    return true;
 }
 
 /* The formats of a linear module. */

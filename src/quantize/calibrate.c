@@ -4,7 +4,7 @@
 #include "base/checked.h"
 #include "model/model.h"
 #include "num/bf16.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include <stdlib.h>
 #include <string.h>
 

@@ -3,7 +3,7 @@
 #include "base/doc.h"
 #include "base/file.h"
 #include "quantize/mtp.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

@@ -12,7 +12,7 @@
 #include "quantize/curvature.h"
 #include "quantize/destination.h"
 #include "quantize/pack.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/plan.h"
 #include "quantize/shards.h"
 #include "quantize/spool.h"

@@ -2,7 +2,7 @@
 #include "quantize/verify.h"
 #include "base/file.h"
 #include "model/bind.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/verify_steps.h"
 #include <inttypes.h>
 #include <math.h>

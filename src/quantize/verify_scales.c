@@ -2,7 +2,7 @@
  * readers assume of those numbers inside a layer. */
 #include "num/e4m3.h"
 #include "quantize/mtp.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/verify_steps.h"
 #include <inttypes.h>
 #include <math.h>

@@ -1,7 +1,7 @@
 /* The checkpoint against the BF16 one it was made from: every source tensor is there bit for bit, or as
  * matrices that decode to nearly the same numbers. */
 #include "base/pool.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/verify_steps.h"
 #include <inttypes.h>
 #include <math.h>

@@ -72,7 +72,7 @@ static void layout(struct queue *q, struct arena *a)
         struct cpu_thread *s = &q->threads[t];
         s->panel = arena_take(a, (int64_t)DECODE_COLUMNS * PANEL, sizeof(float), 64);
         s->sums = arena_take(a, 2 * PANELS_MAX * l->rows * PANEL, sizeof(float), 64);
-        s->scores = arena_take(a, l->context, sizeof(float), 64);
+        s->scores = arena_take(a, ATTEND_HEADS_MAX * l->context, sizeof(float), 64);
         s->work = arena_take(a, delta, sizeof(float), 64);
         s->quantized = arena_take(a, wide, sizeof(float), 64);
     }

@@ -116,8 +116,8 @@ static void gate_up(void *ctx, int64_t item, int thread)
     for (int p = 0; p < part.panels; p++) {
         int64_t first = (part.panel + p) * PANEL, n = gate->rows - first < PANEL ? gate->rows - first : PANEL;
         for (int64_t r = 0; r < in.rows; r++)
-            memcpy(q->hidden + (q->begin[part.expert] + r) * gate->rows + first, g + p * each + r * PANEL,
-                   (size_t)n * sizeof *g);
+            cpu_keep(q->hidden + (q->begin[part.expert] + r) * gate->rows + first, g + p * each + r * PANEL,
+                     n);
     }
 }
 
@@ -133,8 +133,8 @@ static void down(void *ctx, int64_t item, int thread)
     for (int p = 0; p < part.panels; p++) {
         int64_t first = (part.panel + p) * PANEL, n = w->rows - first < PANEL ? w->rows - first : PANEL;
         for (int64_t r = 0; r < in.rows; r++)
-            memcpy(q->outputs + q->order[q->begin[part.expert] + r] * w->rows + first,
-                   t->sums + (p * in.rows + r) * PANEL, (size_t)n * sizeof(float));
+            cpu_keep(q->outputs + q->order[q->begin[part.expert] + r] * w->rows + first,
+                     t->sums + (p * in.rows + r) * PANEL, n);
     }
 }
 

@@ -40,6 +40,18 @@ enum { INT8_WORDS = 6 };
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
 
+/* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
+ * span. */
+enum { ATTEND_HEADS_MAX = 8 };
+struct attend_group {
+    float *y; /* [n_heads][dim] */
+    const float *qg;
+    int n_heads; /* at most ATTEND_HEADS_MAX */
+    const struct kv_cache *kv;
+    const int32_t *pages;
+    int kv_head;
+};
+
 /* One value head's inputs: token t's at pointer + t * its stride. q, k are normalised, q scaled. */
 struct delta_head {
     float *o;
@@ -79,10 +91,9 @@ struct cpu_kernels {
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
     double (*divergence)(const float *p, const float *q, int64_t n);     /* sum e^p (p - q) */
 
-    /* One query head against n_tokens keys and values: y[dim] = softmax(q.k / sqrt(dim)) v * sigmoid(gate).
-     * pages as in struct span; head: the kv head. scores: scratch, [n_tokens]. */
-    void (*attend)(float *y, const float *query, const float *gate, const struct kv_cache *kv,
-                   const int32_t *pages, int head, int64_t n_tokens, float *scores);
+    /* A group's query heads against n_tokens keys and values: y = softmax(q.k / sqrt(dim)) v * sigmoid(gate),
+     * head after head. scores: scratch, [n_heads][n_tokens]. */
+    void (*attend)(const struct attend_group *g, int64_t n_tokens, float *scores);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */

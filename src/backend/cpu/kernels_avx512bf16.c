@@ -109,8 +109,10 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
     __m512 sum[4][16];
     no_sums(sum, 1, rows);
     for (; in < end; in += 128, group += PANEL, x += INT8_WORDS * rows) {
-        _mm_prefetch((const char *)in + 1024, _MM_HINT_T0);
-        _mm_prefetch((const char *)in + 1088, _MM_HINT_T0);
+        /* past the page: the hardware's prefetch stops there, and a panel's codes are two streams */
+        _mm_prefetch((const char *)in + 4096, _MM_HINT_T0);
+        _mm_prefetch((const char *)in + 4160, _MM_HINT_T0);
+        _mm_prefetch((const char *)group + 512, _MM_HINT_T0);
         __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + 64);
         __m512i w0 = _mm512_shuffle_epi8(value, _mm512_and_si512(a, low4));
         __m512i w1 = _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(a, 4), low4));
@@ -141,17 +143,30 @@ typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_
     {                                                                                                        \
         tile_##kind(y, stride, x, w, panel, panels, rows);                                                   \
     }
-TILE(bf16, 4, 1)
-TILE(bf16, 4, 2) TILE(bf16, 4, 4) TILE(bf16, 2, 8) TILE(bf16, 1, 1) TILE(bf16, 1, 2) TILE(bf16, 1, 4)
-    TILE(bf16, 1, 8) TILE(bf16, 1, 16) TILE(fp8, 4, 1) TILE(fp8, 4, 2) TILE(fp8, 4, 4) TILE(fp8, 2, 8)
-        TILE(fp8, 1, 1) TILE(fp8, 1, 2) TILE(fp8, 1, 4) TILE(fp8, 1, 8) TILE(fp8, 1, 16)
+TILE(bf16, 4, 2)
+TILE(bf16, 4, 4)
+TILE(bf16, 2, 8)
+TILE(bf16, 1, 1)
+TILE(bf16, 1, 2)
+TILE(bf16, 1, 4)
+TILE(bf16, 1, 8)
+TILE(bf16, 1, 16)
+TILE(fp8, 4, 1)
+TILE(fp8, 4, 2)
+TILE(fp8, 4, 4)
+TILE(fp8, 2, 8)
+TILE(fp8, 1, 1)
+TILE(fp8, 1, 2)
+TILE(fp8, 1, 4)
+TILE(fp8, 1, 8)
+TILE(fp8, 1, 16)
 
-    /* [log2 rows]: several panels at once, then one. */
-    struct tiles {
+/* [log2 rows]: several panels at once, then one. */
+struct tiles {
     int panels;
     tile_function *wide, *single;
 };
-static const struct tiles BF16_TILES[] = { { 4, bf16_4_1, bf16_1_1 },
+static const struct tiles BF16_TILES[] = { { 1, bf16_1_1, bf16_1_1 },
                                            { 4, bf16_4_2, bf16_1_2 },
                                            { 4, bf16_4_4, bf16_1_4 },
                                            { 2, bf16_2_8, bf16_1_8 },

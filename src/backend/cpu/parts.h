@@ -6,6 +6,7 @@
 #include "backend/cpu/slab.h"
 #include "backend/rounding.h"
 #include "base/pool.h"
+#include <string.h>
 
 enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of the first cache */
 
@@ -13,7 +14,7 @@ enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of t
 struct cpu_thread {
     float *panel;     /* [DECODE_COLUMNS][16] */
     float *sums;      /* [PANELS_MAX][rows][16], twice: gate and up */
-    float *scores;    /* [context] */
+    float *scores;    /* [ATTEND_HEADS_MAX][context] */
     float *work;      /* of delta_chunk */
     float *quantized; /* one row of inputs */
 };
@@ -69,6 +70,15 @@ float cpu_write_row(struct queue *q, const struct weight *w, enum input_form for
 /* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels);
+
+/* n <= 16 results of a panel; a whole one without a call of memcpy. */
+static inline void cpu_keep(float *to, const float *sums, int64_t n)
+{
+    if (n == PANEL)
+        memcpy(to, sums, PANEL * sizeof *to);
+    else
+        memcpy(to, sums, (size_t)n * sizeof *to);
+}
 
 bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cpu_weight_free(struct queue *q, struct weight *w);

@@ -134,7 +134,7 @@ static void multiply(void *ctx, int64_t item, int thread)
         int64_t first = (panel + p) * PANEL, n = m->y.cols - first < PANEL ? m->y.cols - first : PANEL;
         const float *sums = t->sums + p * m->x.rows * PANEL;
         for (int64_t r = 0; r < m->x.rows; r++)
-            memcpy(m->y.data + r * m->y.stride + first, sums + r * PANEL, (size_t)n * sizeof(float));
+            cpu_keep(m->y.data + r * m->y.stride + first, sums + r * PANEL, n);
     }
 }
 

@@ -1,7 +1,7 @@
 /* Pages of a mapped file that were used and will not be soon: given back, so that the resident size does not
  * grow with the checkpoint. They come back from the file when touched. */
-#ifndef QUANTIZE_PAGES_H
-#define QUANTIZE_PAGES_H
+#ifndef BASE_PAGES_H
+#define BASE_PAGES_H
 #include <stdint.h>
 #include <sys/mman.h>
 #include <unistd.h>
