@@ -174,14 +174,12 @@ static void fp8_item(void *ctx, int64_t item, int thread)
     if (!valid) atomic_store(&w->invalid, true);
 }
 
-static double relative_error(const struct packer *p, int64_t rows)
+static void add_sums(struct packed *out, const struct packer *p, int64_t rows)
 {
-    double difference = 0, total = 0;
     for (int64_t r = 0; r < rows; r++) {
-        difference += p->sums[2 * r];
-        total += p->sums[2 * r + 1];
+        out->difference += p->sums[2 * r];
+        out->total += p->sums[2 * r + 1];
     }
-    return total > 0 ? sqrt(difference / total) : 0;
 }
 
 static float global_of(float absmax, const struct curvature *curvature)
@@ -204,9 +202,10 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                             .scales = p->scales,
                             .codes_bytes = nvfp4 ? weights / 2 : weights,
                             .scales_bytes = nvfp4 ? weights / NVFP4_GROUP : (uint64_t)m->rows * 2,
-                            .global = w.global,
-                            .error = relative_error(p, m->rows) };
-    if (!atomic_load(&w.invalid) && isfinite(out->error) && (!nvfp4 || (w.global > 0 && isfinite(w.global))))
+                            .global = w.global };
+    add_sums(out, p, m->rows);
+    if (!atomic_load(&w.invalid) && isfinite(out->difference + out->total) &&
+        (!nvfp4 || (w.global > 0 && isfinite(w.global))))
         return true;
     return err_set(e, ERR_FORMAT,
                    "module '%s': packing as %s gave a scale or code that is not finite and above zero",

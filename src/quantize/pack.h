@@ -10,8 +10,8 @@
 struct packed {
     const void *codes, *scales; /* borrow from the packer until its next matrix */
     uint64_t codes_bytes, scales_bytes;
-    float global; /* NVFP4: divides the scales */
-    double error; /* |W - packed W| / |W|, Frobenius norms; 0 for a matrix of zeros */
+    float global;             /* NVFP4: divides the scales */
+    double difference, total; /* sums of squares of W - packed W and of W */
 };
 
 /* What is known about a matrix's inputs; for NVFP4 only. */

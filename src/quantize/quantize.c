@@ -13,6 +13,7 @@
 #include "quantize/pack.h"
 #include "quantize/pages.h"
 #include "quantize/plan.h"
+#include "quantize/results.h"
 #include "quantize/shards.h"
 #include "quantize/spool.h"
 #include <inttypes.h>
@@ -37,8 +38,9 @@ struct run {
     struct curvatures curvatures;
     struct spool spool;
     struct shards *shards;
-    float *absmax; /* of NVFP4 matrices, once looked at; negative before */
-    uint64_t done; /* bytes of source tensors */
+    struct matrix_result *results; /* [plan.n_matrices] */
+    float *absmax;                 /* of NVFP4 matrices, once looked at; negative before */
+    uint64_t done;                 /* bytes of source tensors */
 };
 
 static bool fill_defaults(struct quantize_options *o, struct err *e)
@@ -198,23 +200,11 @@ static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
     return true;
 }
 
-/* What maps the largest measured input to 448 * 6; 1 where every input was zero. */
-static float input_scale(const struct run *r, const struct matrix *m)
+/* Largest measured input of a matrix that has one. */
+static float largest_input(const struct run *r, const struct matrix *m)
 {
-    float top = calibration_input(&r->calibration, m->layer, m->input, m->expert);
-    if (top == 0)
-        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is 1",
-                    m->module);
-    return nvfp4_global_scale(top);
-}
-
-static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m, double error)
-{
-    ++*count;
-    x->mean += (error - x->mean) / (double)*count;
-    if (error < x->worst || (error == x->worst && *count > 1)) return;
-    x->worst = error;
-    snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
+    bool measured = r->calibration.tokens > 0 && m->layer >= 0 && m->input != INPUT_NONE;
+    return measured ? calibration_input(&r->calibration, m->layer, m->input, m->expert) : 0;
 }
 
 /* Packs what the calibration has not packed already. */
@@ -240,13 +230,16 @@ static bool write_matrix(struct run *r, size_t index, struct err *e)
         !shards_append(r->shards, packed.scales, packed.scales_bytes, e) ||
         (nvfp4 && !shards_append(r->shards, &packed.global, sizeof packed.global, e)))
         return false;
+    struct matrix_result result = { packed.difference, packed.total, packed.global, largest_input(r, m),
+                                    true };
     if (m->scheme == SCHEME_NVFP4) {
-        float input = input_scale(r, m);
-        if (!shards_append(r->shards, &input, sizeof input, e)) return false;
+        float scale = nvfp4_global_scale(result.input); /* maps it to 448 * 6; 1 where every input was zero */
+        if (result.input == 0)
+            report_warn(r->options.report,
+                        "module '%s': every calibration input is zero; its input scale is 1", m->module);
+        if (!shards_append(r->shards, &scale, sizeof scale, e)) return false;
     }
-    struct quantize_result *result = r->result;
-    count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
-                nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, packed.error);
+    r->results[index] = result;
     uint64_t bytes = (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype);
     pages_release(m->data, bytes);
     report_done(r, bytes);
@@ -270,7 +263,8 @@ static bool prepare_packing(struct run *r, struct err *e)
 {
     const struct plan *p = &r->plan;
     r->absmax = malloc((p->n_matrices + 1) * sizeof *r->absmax);
-    if (!r->absmax) return err_memory(e, "maxima", p->n_matrices * sizeof *r->absmax);
+    r->results = calloc(p->n_matrices + 1, sizeof *r->results);
+    if (!r->absmax || !r->results) return err_memory(e, "results", p->n_matrices * sizeof *r->results);
     for (size_t i = 0; i < p->n_matrices; i++) r->absmax[i] = -1;
     return packer_init(&r->packer, p, r->options.threads, e);
 }
@@ -322,6 +316,28 @@ static bool write_folder(struct run *r, struct err *e)
 
 /* The run. */
 
+static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m,
+                        const struct matrix_result *result)
+{
+    double error = result->total > 0 ? sqrt(result->difference / result->total) : 0;
+    ++*count;
+    x->mean += (error - x->mean) / (double)*count;
+    if (error < x->worst || (error == x->worst && *count > 1)) return;
+    x->worst = error;
+    snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
+}
+
+static void count_errors(struct run *r)
+{
+    struct quantize_result *result = r->result;
+    for (size_t i = 0; i < r->plan.n_matrices; i++) {
+        const struct matrix *m = &r->plan.matrices[i];
+        bool nvfp4 = scheme_is_nvfp4(m->scheme);
+        count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
+                    nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, &r->results[i]);
+    }
+}
+
 static bool prepare(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
@@ -342,6 +358,7 @@ static void run_deinit(struct run *r)
     spool_deinit(&r->spool);
     curvatures_deinit(&r->curvatures);
     free(r->absmax);
+    free(r->results);
     destination_deinit(&r->destination, r->options.report);
     calibration_deinit(&r->calibration);
     samples_deinit(&r->samples);
@@ -358,6 +375,7 @@ bool quantize_run(const struct quantize_options *o, struct quantize_result *resu
               prepare_packing(&r, e) && run_calibration(&r, e) && write_folder(&r, e) &&
               census(&r.plan, &r.source, r.destination.partial, e) &&
               destination_commit(&r.destination, o->report, e);
+    if (ok) count_errors(&r);
     run_deinit(&r);
     result->seconds = clock_seconds() - start;
     return ok;
