@@ -26,6 +26,7 @@ struct calibrator {
     float *tapped;   /* host: any other input of one step, [rows_max][tapped_cols] */
     int64_t tapped_cols;
     struct row *rows;                 /* of one step */
+    int32_t *picked;                  /* host: the experts of one step's rows */
     int32_t *pages;                   /* of the one sequence that runs: page i is page i */
     void *x, *gate, *up;              /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
     uint32_t input_max[INPUT_EXPERT]; /* of the current layer: bits of the largest |x|; NaN is above infinity,
@@ -58,27 +59,31 @@ static bool create_buffers(struct calibrator *k, struct err *e)
     const struct ops *op = k->backend->ops;
     int64_t n_pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     void *states = NULL, *block_in = NULL, *products = NULL, *tapped = NULL, *rows = NULL, *pages = NULL,
-         *top = NULL;
+         *top = NULL, *picked = NULL;
     uint64_t row_bytes = (uint64_t)k->rows_max * sizeof(float);
-    bool ok = alloc_host(&states, k->samples->n_tokens, k->hidden, sizeof(float),
-                         "hidden states of all samples", e) &&
-              alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
-              alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
-              alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
-              alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
-              alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
-              alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
-              op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
-              op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
-              op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
+    bool ok =
+        alloc_host(&states, k->samples->n_tokens, k->hidden, sizeof(float), "hidden states of all samples",
+                   e) &&
+        alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
+        alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
+        alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
+        alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
+        alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
+        alloc_host(&picked, k->rows_max, c->experts_per_token, sizeof(int32_t), "calibration rows", e) &&
+        alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
+        op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
+        op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
+        op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
     k->states = states;
     k->block_in = block_in;
     k->products = products;
     k->tapped = tapped;
     k->rows = rows;
     k->pages = pages;
+    k->picked = picked;
     k->down_max = top;
     for (int64_t i = 0; ok && i < n_pages; i++) k->pages[i] = (int32_t)i;
+    if (ok) memset(picked, 0, (size_t)k->rows_max * (size_t)c->experts_per_token * sizeof *k->picked);
     return ok;
 }
 
@@ -150,6 +155,14 @@ static void observe(struct calibrator *k, int layer, int64_t n)
     }
 }
 
+static void count_picks(struct calibrator *k, int layer, int64_t rows)
+{
+    const struct picks *p = step_picks(k->step);
+    int64_t n = rows * p->k, *routed = k->result->routed + (int64_t)layer * k->result->n_experts;
+    k->backend->ops->download(k->backend->queue, k->picked, p->expert, (uint64_t)n * sizeof *k->picked);
+    for (int64_t i = 0; i < n; i++) routed[k->picked[i]]++;
+}
+
 /* Calls body for each step of each sample. */
 static void for_each_chunk(struct calibrator *k, int layer, struct layer_state *state,
                            void (*body)(struct calibrator *k, int layer, const struct layer_state *state,
@@ -183,6 +196,7 @@ static void layer_chunk(struct calibrator *k, int layer, const struct layer_stat
     op->upload(q, k->x, states, bytes);
     step_layer(k->step, layer, mat_of(k->x, rows->n, k->hidden), rows, state);
     op->download(q, states, k->x, bytes);
+    count_picks(k, layer, rows->n);
     observe(k, layer, rows->n);
     k->result->tokens += rows->n;
     report_progress(k->report, "calibrate", (uint64_t)k->result->tokens,
@@ -248,6 +262,7 @@ static void calibrator_deinit(struct calibrator *k)
     free(k->tapped);
     free(k->rows);
     free(k->pages);
+    free(k->picked);
     free(k->down_max);
 }
 
@@ -257,7 +272,9 @@ static bool create_result(struct calibration *c, const struct config *config, st
     *c = (struct calibration){ .n_layers = config->n_layers, .n_experts = config->n_experts };
     c->inputs = calloc(layers * INPUT_EXPERT, sizeof *c->inputs);
     c->down = calloc(layers * experts, sizeof *c->down);
-    return (c->inputs && c->down) || err_memory(e, "calibration", layers * experts * sizeof *c->down);
+    c->routed = calloc(layers * experts, sizeof *c->routed);
+    return (c->inputs && c->down && c->routed) ||
+           err_memory(e, "calibration", layers * experts * sizeof *c->down);
 }
 
 static int64_t widest_input(const struct config *c)
@@ -305,5 +322,6 @@ void calibration_deinit(struct calibration *c)
 {
     free(c->inputs);
     free(c->down);
+    free(c->routed);
     *c = (struct calibration){ 0 };
 }

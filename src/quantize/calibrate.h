@@ -13,10 +13,11 @@
 
 struct calibration {
     int n_layers, n_experts;
-    float *inputs; /* [n_layers][INPUT_EXPERT] max |x| by enum module_input, rounded to BF16; INPUT_NONE's
-                      is 0 */
-    float *down;   /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| of routed experts */
-    int64_t tokens;
+    float *inputs;   /* [n_layers][INPUT_EXPERT] max |x| by enum module_input, rounded to BF16; INPUT_NONE's
+                        is 0 */
+    float *down;     /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| of routed experts */
+    int64_t *routed; /* [n_layers][n_experts] tokens that the router sent to each expert */
+    int64_t tokens;  /* that every expert saw */
 };
 
 /* Takes the second moments of each layer in turn, the layer's own and nothing of the others'; may use them

@@ -123,18 +123,23 @@ static bool ends_in(const char *name, const char *end)
 /* Files that the run writes itself or that describe the source's weights. */
 static bool is_own(const char *name)
 {
-    static const char *const own[] = { "config.json", "recipe.yaml", "model.safetensors.index.json" };
+    static const char *const own[] = { "config.json", "recipe.yaml", "model.safetensors.index.json",
+                                       "quantization_report.json" };
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
         if (strcmp(name, own[i]) == 0) return true;
     return ends_in(name, ".safetensors");
 }
+
+/* The result has a card of its own; the source's is kept under this name. */
+static const char CARD[] = "README.md", SOURCE_CARD[] = "README.source.md";
 
 /* Links are followed: download caches keep a checkpoint's files as links. */
 static bool copy_one(const struct destination *d, const char *source, const char *name,
                      const struct report *report, struct err *e)
 {
     struct stat st;
-    char *from = file_join(source, name), *to = file_join(d->partial, name);
+    char *from = file_join(source, name),
+         *to = file_join(d->partial, strcmp(name, CARD) == 0 ? SOURCE_CARD : name);
     bool ok = (from && to) || err_memory(e, "path", strlen(name));
     if (ok && stat(from, &st) != 0) ok = err_errno(e, from);
     if (ok && S_ISREG(st.st_mode))
@@ -156,7 +161,11 @@ bool destination_copy_files(const struct destination *d, const char *source, con
     while (ok && (errno = 0, entry = readdir(dir))) {
         const char *name = entry->d_name;
         if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0 || is_own(name)) continue;
-        ok = copy_one(d, source, name, report, e);
+        if (strcmp(name, SOURCE_CARD) == 0)
+            report_warn(report, "%s/%s: not copied, the name is needed for the source's README.md", source,
+                        name);
+        else
+            ok = copy_one(d, source, name, report, e);
     }
     if (ok && errno != 0) ok = err_errno(e, source);
     closedir(dir);

@@ -18,7 +18,8 @@ bool destination_init(struct destination *d, const char *path, const char *sourc
 /* Makes the partial folder; an interrupted run's is removed first, with a warning. bytes: what will be
  * written, checked against what the file system has free. */
 bool destination_create(struct destination *d, uint64_t bytes, const struct report *report, struct err *e);
-/* Copies every regular file of the source that a run does not write itself. */
+/* Copies every regular file of the source that a run does not write itself; its README.md becomes
+ * README.source.md. */
 bool destination_copy_files(const struct destination *d, const char *source, const struct report *report,
                             struct err *e);
 /* Gives the partial folder its final name. Only warns when the name may not survive a power cut: the data do.

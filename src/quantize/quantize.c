@@ -5,10 +5,12 @@
 #include "base/clock.h"
 #include "base/doc.h"
 #include "base/file.h"
+#include "base/memory.h"
 #include "num/nvfp4.h"
 #include "quantize/calibrate.h"
 #include "quantize/census.h"
 #include "quantize/curvature.h"
+#include "quantize/describe.h"
 #include "quantize/destination.h"
 #include "quantize/pack.h"
 #include "quantize/pages.h"
@@ -316,26 +318,44 @@ static bool write_folder(struct run *r, struct err *e)
 
 /* The run. */
 
-static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m,
-                        const struct matrix_result *result)
+static const char *method_name(enum quantize_method m)
 {
-    double error = result->total > 0 ? sqrt(result->difference / result->total) : 0;
-    ++*count;
-    x->mean += (error - x->mean) / (double)*count;
-    if (error < x->worst || (error == x->worst && *count > 1)) return;
-    x->worst = error;
-    snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
+    return m == QUANTIZE_NEAREST ? "nearest" : m == QUANTIZE_MSE ? "mse" : "gptq";
 }
 
-static void count_errors(struct run *r)
+static bool evaluate(struct run *r, struct evaluation *out, struct err *e)
 {
-    struct quantize_result *result = r->result;
-    for (size_t i = 0; i < r->plan.n_matrices; i++) {
-        const struct matrix *m = &r->plan.matrices[i];
-        bool nvfp4 = scheme_is_nvfp4(m->scheme);
-        count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
-                    nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, &r->results[i]);
-    }
+    const struct quantize_options *o = &r->options;
+    double start = clock_seconds();
+    r->result->peak_bytes = memory_peak();
+    bool ok = !o->evaluate || o->evaluate(o->evaluate_ctx, out, r->destination.partial, e);
+    r->result->evaluate_seconds = clock_seconds() - start;
+    return ok;
+}
+
+/* Report and card, the last files of the folder. */
+static bool describe(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    struct summary_run about = { .version = o->version ? o->version : "quench",
+                                 .method = method_name(o->method),
+                                 .source = o->source,
+                                 .calibration_file = o->calibration,
+                                 .checkpoint = &r->source,
+                                 .plan = &r->plan,
+                                 .results = r->results,
+                                 .calibration = &r->calibration,
+                                 .recipe = o->recipe,
+                                 .samples = r->result->samples,
+                                 .max_seq_length = o->max_seq_length,
+                                 .shards = r->result->shards };
+    struct evaluation evaluation = { 0 };
+    struct summary s;
+    if (!evaluate(r, &evaluation, e) || !summary_create(&s, &about, e)) return false;
+    describe_result(r->result, &s);
+    bool ok = describe_write(r->destination.partial, &s, o->evaluate ? &evaluation : NULL, o->report, e);
+    summary_deinit(&s);
+    return ok;
 }
 
 static bool prepare(struct run *r, struct err *e)
@@ -373,9 +393,8 @@ bool quantize_run(const struct quantize_options *o, struct quantize_result *resu
     struct run r = { .options = *o, .result = result, .destination = { .lock = -1 }, .spool = { .fd = -1 } };
     bool ok = prepare(&r, e) && destination_create(&r.destination, disk_bytes(&r), o->report, e) &&
               prepare_packing(&r, e) && run_calibration(&r, e) && write_folder(&r, e) &&
-              census(&r.plan, &r.source, r.destination.partial, e) &&
+              census(&r.plan, &r.source, r.destination.partial, e) && describe(&r, e) &&
               destination_commit(&r.destination, o->report, e);
-    if (ok) count_errors(&r);
     run_deinit(&r);
     result->seconds = clock_seconds() - start;
     return ok;
