@@ -24,12 +24,11 @@ static bool has_text(const json_t *list, const char *text)
 /* The source's tags and ours. */
 static json_t *tags(const struct summary *s, const json_t *front)
 {
-    const struct summary_errors *x = s->errors;
     const json_t *old = json_object_get(front, "tags");
     json_t *list = json_is_array(old) ? json_copy((json_t *)(uintptr_t)old) : json_array();
     const char *const ours[] = {
-        x[SCHEME_NVFP4].matrices + x[SCHEME_NVFP4A16].matrices ? "nvfp4" : NULL,
-        x[SCHEME_FP8_DYNAMIC].matrices + x[SCHEME_FP8A16].matrices ? "fp8" : NULL,
+        summary_matrices(s, true) ? "nvfp4" : NULL,
+        summary_matrices(s, false) ? "fp8" : NULL,
         "compressed-tensors",
         "quench",
     };

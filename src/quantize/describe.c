@@ -35,18 +35,25 @@ bool describe_write(const char *folder, const struct summary *s, const struct ev
     return ok;
 }
 
-/* Of two schemes that differ in their activations alone. */
-static void add_errors(struct quantize_error *out, const struct summary *s, enum scheme a, enum scheme b)
+/* Of the schemes of one format together. */
+static void add_errors(struct quantize_error *out, int64_t *matrices, const struct summary *s, bool nvfp4)
 {
-    const struct summary_errors *x = &s->errors[a], *y = &s->errors[b];
-    const struct summary_errors *worse = y->matrices && (!x->matrices || y->worst > x->worst) ? y : x;
-    double n = (double)(x->matrices + y->matrices);
-    if (n == 0) return;
-    out->mean = (x->mean * (double)x->matrices + y->mean * (double)y->matrices) / n;
-    out->worst = worse->worst;
-    out->snr = summary_snr(x->difference + y->difference, x->total + y->total);
-    snprintf(out->worst_module, sizeof out->worst_module, "%s",
-             s->run.plan->matrices[worse->worst_matrix].module);
+    double difference = 0, total = 0;
+    *out = (struct quantize_error){ 0 };
+    *matrices = 0;
+    for (int i = 0; i < SUMMARY_SCHEMES; i++) {
+        const struct summary_errors *x = &s->errors[i];
+        if (x->matrices == 0 || scheme_is_nvfp4((enum scheme)i) != nvfp4) continue;
+        difference += x->difference;
+        total += x->total;
+        *matrices += x->matrices;
+        out->mean += (x->mean - out->mean) * (double)x->matrices / (double)*matrices;
+        if (*matrices > x->matrices && !(x->worst > out->worst)) continue;
+        out->worst = x->worst;
+        snprintf(out->worst_module, sizeof out->worst_module, "%s",
+                 s->run.plan->matrices[x->worst_matrix].module);
+    }
+    out->snr = summary_snr(difference, total);
 }
 
 static void add_few(struct quantize_coverage *c, const struct quantize_routed *x)
@@ -76,11 +83,8 @@ static void add_coverage(struct quantize_coverage *c, const struct summary *s)
 
 void describe_result(struct quantize_result *r, const struct summary *s)
 {
-    const struct summary_errors *x = s->errors;
-    r->nvfp4_matrices = x[SCHEME_NVFP4].matrices + x[SCHEME_NVFP4A16].matrices;
-    r->fp8_matrices = x[SCHEME_FP8_DYNAMIC].matrices + x[SCHEME_FP8A16].matrices;
-    add_errors(&r->nvfp4_error, s, SCHEME_NVFP4, SCHEME_NVFP4A16);
-    add_errors(&r->fp8_error, s, SCHEME_FP8_DYNAMIC, SCHEME_FP8A16);
+    add_errors(&r->nvfp4_error, &r->nvfp4_matrices, s, true);
+    add_errors(&r->fp8_error, &r->fp8_matrices, s, false);
     r->n_worst = s->n_worst;
     for (int i = 0; i < s->n_worst; i++) {
         const struct matrix *m = &s->run.plan->matrices[s->worst[i]];

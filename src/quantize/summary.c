@@ -1,6 +1,5 @@
 /* Takes plan, results and calibration; gives sums, ranges and ranks. */
 #include "quantize/summary.h"
-#include "num/nvfp4.h"
 #include "quantize/mtp.h"
 #include "tokenizer/utf8.h"
 #include <math.h>
@@ -88,21 +87,21 @@ static char *source_name(const char *path)
     return name;
 }
 
+int64_t summary_matrices(const struct summary *s, bool nvfp4)
+{
+    int64_t n = 0;
+    for (int i = 0; i < SUMMARY_SCHEMES; i++)
+        n += scheme_is_nvfp4((enum scheme)i) == nvfp4 ? s->errors[i].matrices : 0;
+    return n;
+}
+
 void summary_formats(const struct summary *s, char out[32])
 {
-    bool nvfp4 = s->errors[SCHEME_NVFP4].matrices + s->errors[SCHEME_NVFP4A16].matrices > 0;
-    bool fp8 = s->errors[SCHEME_FP8_DYNAMIC].matrices + s->errors[SCHEME_FP8A16].matrices > 0;
+    bool nvfp4 = summary_matrices(s, true) > 0, fp8 = summary_matrices(s, false) > 0;
     snprintf(out, 32, "%s%s%s", nvfp4 ? "NVFP4" : "", nvfp4 && fp8 ? " + " : "", fp8 ? "FP8" : "");
 }
 
 /* Errors. */
-
-static uint64_t packed_bytes(const struct matrix *m)
-{
-    uint64_t n = (uint64_t)m->rows * (uint64_t)m->cols;
-    if (!scheme_is_nvfp4(m->scheme)) return n + 2 * (uint64_t)m->rows;
-    return n / 2 + n / NVFP4_GROUP + sizeof(float) * (m->scheme == SCHEME_NVFP4 ? 2 : 1);
-}
 
 static void add_matrix(struct summary_errors *x, const struct summary_run *run, size_t index)
 {
@@ -111,7 +110,6 @@ static void add_matrix(struct summary_errors *x, const struct summary_run *run, 
     double error = summary_error(r);
     x->matrices++;
     x->weights += m->rows * m->cols;
-    x->bytes += packed_bytes(m);
     x->mean += (error - x->mean) / (double)x->matrices;
     x->difference += r->difference;
     x->total += r->total;
@@ -132,6 +130,16 @@ static void rank(struct summary *s, size_t index)
     s->worst[at] = index;
 }
 
+/* outputs: the first of the matrix's; returns the first of the next. */
+static const struct tensor *add_bytes(struct summary *s, const struct matrix *m, const struct tensor *outputs)
+{
+    for (int n = plan_outputs_of(m->scheme); n > 0; n--, outputs++) {
+        s->errors[m->scheme].bytes += outputs->bytes;
+        if (m->layer >= 0) s->layers[m->layer].errors[m->scheme].bytes += outputs->bytes;
+    }
+    return outputs;
+}
+
 static void add_results(struct summary *s)
 {
     for (size_t i = 0; i < s->run.plan->n_matrices; i++) {
@@ -146,13 +154,16 @@ static void add_results(struct summary *s)
 static void count_tensors(struct summary *s)
 {
     const struct plan *p = s->run.plan;
+    const struct tensor *out = p->outputs;
     for (size_t i = 0; i < p->n_jobs; i++) {
-        const struct tensor *t = p->jobs[i].source;
-        s->bytes_in += t->bytes;
-        if (p->jobs[i].n > 0) continue;
+        const struct job *j = &p->jobs[i];
+        s->bytes_in += j->source->bytes;
+        for (size_t k = j->first; k < j->first + j->n; k++) out = add_bytes(s, &p->matrices[k], out);
+        if (j->n > 0) continue;
+        out++;
         s->copied++;
-        s->copied_bytes += (int64_t)t->bytes;
-        s->draft += mtp_is_name(t->name);
+        s->copied_bytes += (int64_t)j->source->bytes;
+        s->draft += mtp_is_name(j->source->name);
     }
     for (size_t i = 0; i < p->n_outputs; i++) s->bytes_out += p->outputs[i].bytes;
 }

@@ -77,6 +77,7 @@ int64_t summary_routed(const struct summary *s, int layer, int expert);
 /* The last part of a path, malloc'd, with U+FFFD for what is not UTF-8 and for control characters; NULL when
  * out of memory. */
 char *summary_name(const char *path);
+int64_t summary_matrices(const struct summary *s, bool nvfp4); /* in NVFP4, or in FP8 */
 /* "NVFP4 + FP8": the packed formats. */
 void summary_formats(const struct summary *s, char out[32]);
 #endif
