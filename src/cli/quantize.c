@@ -144,11 +144,10 @@ static void print_coverage(const struct quantize_result *r)
 {
     const struct quantize_coverage *c = &r->coverage;
     if (!c->experts) return;
-    printf(
-        "\nexperts     all %lld calibrated on %lld tokens each; of these the router sent an expert %lld at "
-        "least, %lld at most, median %lld\n",
-        (long long)c->experts, (long long)r->tokens, (long long)c->minimum, (long long)c->maximum,
-        (long long)c->median);
+    printf("experts     all %lld calibrated on %lld tokens each; of these the router sent an expert %lld at "
+           "least, %lld at most, median %lld\n",
+           (long long)c->experts, (long long)r->tokens, (long long)c->minimum, (long long)c->maximum,
+           (long long)c->median);
     if (c->few) printf("            %lld got fewer than %d:", (long long)c->few, SUMMARY_FEW_TOKENS);
     for (int64_t i = 0; i < c->few && i < QUANTIZE_FEWEST; i++)
         printf("%s layer %d expert %d (%lld)", i ? "," : "", c->fewest[i].layer, c->fewest[i].expert,
@@ -180,6 +179,7 @@ static void print_text(const struct settings *s, const struct quantize_result *r
            common_bytes(in, sizeof in, r->bytes_in), common_bytes(out, sizeof out, r->bytes_out),
            (long long)r->shards, r->shards == 1 ? "" : "s", r->seconds);
     print_worst(r);
+    putchar('\n');
     print_coverage(r);
     if (s->evaluate) print_evaluation(&v->result);
     printf("memory      %s at most\nmore        README.md by layer, quantization_report.json by matrix\n",
