@@ -212,33 +212,40 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                    m->module, scheme_name(m->scheme));
 }
 
+int64_t packer_piece_rows(const struct matrix *m)
+{
+    enum { PIECE_WEIGHTS = 1 << 23, MULTIPLE = 128 };
+    int64_t n = PIECE_WEIGHTS / (m->cols ? m->cols : 1) / MULTIPLE * MULTIPLE;
+    if (n == 0) n = MULTIPLE;
+    return n < m->rows ? n : m->rows;
+}
+
 bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e)
 {
     uint64_t largest = 0;
     *p = (struct packer){ 0 };
     for (size_t i = 0; i < plan->n_matrices; i++) {
         const struct matrix *m = &plan->matrices[i];
-        uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
+        int64_t rows = packer_piece_rows(m);
+        uint64_t weights = (uint64_t)rows * (uint64_t)m->cols;
         largest = weights > largest ? weights : largest;
-        p->rows_max = m->rows > p->rows_max ? m->rows : p->rows_max;
+        p->rows_max = rows > p->rows_max ? rows : p->rows_max;
         p->cols_max = m->cols > p->cols_max ? m->cols : p->cols_max;
     }
     if (!pool_create(&p->pool, threads, e)) return false;
     uint64_t scales = largest / NVFP4_GROUP + (uint64_t)p->rows_max * 2;
-    p->codes = malloc(largest + 1);
     p->scales = malloc(scales + 1);
     p->rows = malloc((uint64_t)threads * 2 * (uint64_t)p->cols_max * sizeof *p->rows + 1);
     p->sums = malloc((uint64_t)p->rows_max * 2 * sizeof *p->sums + 1);
     p->blocks = malloc((uint64_t)threads * 3 * GPTQ_ROWS * (uint64_t)p->cols_max * sizeof *p->blocks + 1);
-    if (p->codes && p->scales && p->rows && p->sums && p->blocks) return true;
+    if (p->scales && p->rows && p->sums && p->blocks) return true;
     packer_deinit(p);
-    return err_memory(e, "packing buffers", largest + scales);
+    return err_memory(e, "packing buffers", scales);
 }
 
 void packer_deinit(struct packer *p)
 {
     pool_free(p->pool);
-    free(p->codes);
     free(p->scales);
     free(p->rows);
     free(p->sums);

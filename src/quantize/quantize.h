@@ -25,6 +25,7 @@ struct quantize_options {
     int64_t num_calibration_samples; /* 0: 64 */
     int64_t max_seq_length;          /* 0: 2048; tokens kept of each sample */
     uint64_t max_shard_bytes;        /* 0: 5 GB; a larger tensor gets a file of its own */
+    uint64_t sync_bytes;             /* 0: 128 MiB; output between two points where a killed run continues */
     int threads;                     /* for packing; 0: this process's share of the machine */
     struct backend *backend;         /* borrow; runs the calibration */
     const char *version;             /* of the program, for the report and the model card */
@@ -75,6 +76,9 @@ struct quantize_result {
     double seconds, calibrate_seconds, evaluate_seconds; /* the first holds the others */
 };
 
-/* On failure nothing is left behind: neither the destination nor its partial folder. */
+/* The destination appears when all is done. An interrupted run, or one that failed for want of memory or by
+ * the system (a full disk, an unreadable file), leaves DST.quench-partial; a run with the same options
+ * continues from there and writes the same bytes as one that was never interrupted. Other failures leave
+ * nothing. */
 bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e);
 #endif

@@ -174,7 +174,7 @@ static void texts_that_cannot_be_scored(void **state)
 /* The tensors are written, the perplexity is not yet known. */
 static bool is_evaluating(void)
 {
-    return file_exists(in(&fixture, "killed.quench-partial/config.json"));
+    return file_exists(in(&fixture, "killed.quench-partial/checkpoint/config.json"));
 }
 
 static void killed_while_it_evaluates(void **state)
@@ -188,6 +188,7 @@ static void killed_while_it_evaluates(void **state)
     assert_true(is_evaluating());
     if (file_exists(in(&fixture, "killed"))) fail_msg("it was over before it could be killed");
     succeed(QUANTIZE("killed", "--evaluate", text));
+    assert_false(has_partial(in(&fixture, "killed")));
     assert_same("killed", "scored", "README.md");
     assert_same("killed", "scored", "quantization_report.json");
 }

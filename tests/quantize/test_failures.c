@@ -277,28 +277,6 @@ static void calibration_must_be_there(void **state)
 /* --- runs that end early
  * ----------------------------------------------------------------------------------------- */
 
-static void full_disk_leaves_nothing(void **state)
-{
-    (void)state;
-    struct rlimit old, small;
-    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "full"));
-    getrlimit(RLIMIT_FSIZE, &old);
-    small = (struct rlimit){ 2000000, old.rlim_max };
-    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
-    setrlimit(RLIMIT_FSIZE, &small);
-    struct quantize_result r;
-    struct err e = { 0 };
-    bool ok = quantize_run(&o, &r, &e);
-    setrlimit(RLIMIT_FSIZE, &old);
-    signal(SIGXFSZ, handler);
-    assert_false(ok);
-    assert_int_equal(e.code, ERR_IO);
-    assert_non_null(strstr(e.text, "model-00001-of-00001.safetensors"));
-    assert_non_null(strstr(e.text, "File too large"));
-    assert_false(file_exists(o.destination));
-    assert_false(has_partial(o.destination));
-}
-
 static void die_midway(void *ctx, const char *what, uint64_t done, uint64_t total)
 {
     (void)ctx;
@@ -319,6 +297,19 @@ static int run_and_die(const char *destination)
     return 1;
 }
 
+/* What a program that knew no journal left is no help. */
+static void foreign_leftover_is_removed(void **state)
+{
+    (void)state;
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "foreign"));
+    assert_int_equal(mkdir(in(&fixture, "foreign.quench-partial"), 0777), 0);
+    write_text(in(&fixture, "foreign.quench-partial/model-00001-of-00001.safetensors"), "x");
+    fixture.warnings[0] = 0;
+    must_run(&o);
+    assert_non_null(strstr(fixture.warnings, "foreign.quench-partial: left by an interrupted run, removed\n"));
+    assert_false(has_partial(o.destination));
+}
+
 static void killed_run_is_no_checkpoint(void **state)
 {
     (void)state;
@@ -336,8 +327,9 @@ static void killed_run_is_no_checkpoint(void **state)
     assert_false(file_exists(in(&fixture, "killed.quench-partial/config.json")));
 
     fixture.warnings[0] = 0;
+    o.max_shard_bytes = 1000000;
     must_run(&o);
-    assert_non_null(strstr(fixture.warnings, "killed.quench-partial: left by an interrupted run, removed\n"));
+    assert_non_null(strstr(fixture.warnings, "killed.quench-partial: continuing an interrupted run\n"));
     assert_false(has_partial(o.destination));
     struct checkpoint c;
     must_open(&c, o.destination);
@@ -389,7 +381,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(modules_must_be_named),
         cmocka_unit_test(modules_must_have_one_scheme),
         cmocka_unit_test(calibration_must_be_there),
-        cmocka_unit_test(full_disk_leaves_nothing),
+        cmocka_unit_test(foreign_leftover_is_removed),
         cmocka_unit_test(killed_run_is_no_checkpoint),
         cmocka_unit_test(running_run_is_left_alone),
     };

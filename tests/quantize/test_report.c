@@ -393,7 +393,7 @@ static bool measured(void *ctx, struct evaluation *out, const char *folder, stru
     if (!checkpoint_open(&c, folder, e)) return false;
     checkpoint_close(&c);
     *out = *(const struct evaluation *)ctx;
-    return out->chunks > 0 || err_set(e, ERR_IO, "no text");
+    return out->chunks > 0 || err_set(e, ERR_ARGUMENT, "no text");
 }
 
 static void an_evaluation_is_in_card_and_report(void **state)
@@ -419,7 +419,7 @@ static void an_evaluation_is_in_card_and_report(void **state)
     assert_true(file_remove_tree(in(&fixture, "scored"), NULL));
 }
 
-static void a_failed_evaluation_gives_no_result(void **state)
+static void a_failed_evaluation_is_repeated_alone(void **state)
 {
     (void)state;
     struct evaluation v = { 0 };
@@ -432,8 +432,12 @@ static void a_failed_evaluation_gives_no_result(void **state)
     assert_false(quantize_run(&o, &r, &e));
     assert_string_equal(e.text, "no text");
     assert_false(file_exists(in(&fixture, "scored")));
+    assert_true(has_partial(in(&fixture, "scored")));
     v = (struct evaluation){ "t", "f32", 512, 10, 1, 9, 8, 8, 1, 1, 1, 0, 1 };
+    fixture.warnings[0] = 0;
     must_run(&o); /* the same again, with a text */
+    assert_non_null(strstr(fixture.warnings, "continuing an interrupted run"));
+    assert_false(has_partial(in(&fixture, "scored")));
 }
 
 static int set_up(void **state)
@@ -471,7 +475,7 @@ int main(void)
         cmocka_unit_test(verify_accepts_the_folder),
         cmocka_unit_test(fields_of_the_sources_card_are_kept),
         cmocka_unit_test(an_evaluation_is_in_card_and_report),
-        cmocka_unit_test(a_failed_evaluation_gives_no_result),
+        cmocka_unit_test(a_failed_evaluation_is_repeated_alone),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
