@@ -133,8 +133,11 @@ static const char *activations(enum scheme scheme)
     switch (scheme) {
     case SCHEME_NVFP4: return "NVFP4, group scales at run time under a measured scale";
     case SCHEME_FP8_DYNAMIC: return "FP8, one scale a token at run time";
-    default: return "as they are";
+    case SCHEME_NONE:
+    case SCHEME_NVFP4A16:
+    case SCHEME_FP8A16: break;
     }
+    return "as they are";
 }
 
 static const char *weights(enum scheme scheme)
@@ -147,7 +150,7 @@ static void put_recipe(FILE *f, const struct summary *s)
 {
     char *name = summary_name(s->run.recipe->name), n[32], bytes[32];
     fputs("## What is in which format\n\nRecipe ", f);
-    markdown_code(f, name ? name : "?");
+    markdown_code(f, name ? name : "?", false);
     fprintf(f, ", method `%s`. `recipe.yaml` says it in full, `config.json` to readers.\n\n", s->run.method);
     fputs("| scheme | weights | activations | matrices | bits a weight | size |\n"
           "|---|---|---|---:|---:|---:|\n",
@@ -186,7 +189,7 @@ static void put_calibration(FILE *f, const struct summary *s)
         fputs("None: no scale of this checkpoint depends on activations.\n\n", f);
         return;
     }
-    markdown_code(f, s->calibration_name);
+    markdown_code(f, s->calibration_name, false);
     fprintf(f, ": %s samples of at most %s tokens, ", grouped(n, s->run.samples),
             grouped(m, s->run.max_seq_length));
     fprintf(f, "%s tokens in all, each sample a sequence of its own. ",
@@ -257,7 +260,7 @@ static void put_errors(FILE *f, const struct summary *s)
     for (int i = 0; i < s->n_worst; i++) {
         const struct matrix_result *r = &s->run.results[s->worst[i]];
         fputs("| ", f);
-        markdown_code(f, p->matrices[s->worst[i]].module);
+        markdown_code(f, p->matrices[s->worst[i]].module, true);
         fprintf(f, " | %s | %.3f %% |", scheme_name(p->matrices[s->worst[i]].scheme), 100 * summary_error(r));
         put_decibels(f, r->difference, r->total);
         fputc('\n', f);
@@ -315,7 +318,7 @@ static void put_evaluation(FILE *f, const struct summary *s, const struct evalua
 {
     char n[32], chunks[32], bytes[32], formats[32], *text = summary_name(v->text);
     fputs("## Perplexity\n\nText ", f);
-    markdown_code(f, text ? text : "?");
+    markdown_code(f, text ? text : "?", false);
     fprintf(f, ": %s tokens in %s chunks", grouped(n, v->tokens), grouped(chunks, v->chunks));
     fprintf(f,
             " of %lld, each from an empty state, the first token of a chunk not scored; %s scored; KV cache "

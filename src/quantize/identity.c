@@ -45,13 +45,12 @@ static json_t *recipe_digest(const struct recipe *r, struct err *e)
 bool identity_create(json_t **out, const struct quantize_options *o, const struct checkpoint *source,
                      const struct samples *samples, struct err *e)
 {
-    static const char *const methods[] = { "nearest", "mse", "gptq" };
     json_t *recipe = recipe_digest(o->recipe, e);
     *out = json_object();
     bool ok = recipe && *out && json_object_set_new(*out, "version", json_integer(VERSION)) == 0 &&
               json_object_set_new(*out, "source's weights", hex(source_digest(source))) == 0 &&
               json_object_set(*out, "recipe", recipe) == 0 &&
-              json_object_set_new(*out, "method", json_string(methods[o->method])) == 0 &&
+              json_object_set_new(*out, "method", json_string(quantize_method_name(o->method))) == 0 &&
               json_object_set_new(*out, "calibration samples", samples_digest(samples)) == 0 &&
               json_object_set_new(*out, "calibration device", device(o, samples)) == 0 &&
               json_object_set_new(*out, "shard size", json_integer((json_int_t)o->max_shard_bytes)) == 0;

@@ -1,6 +1,5 @@
 /* Escapes. */
 #include "quantize/markdown.h"
-#include <stdbool.h>
 #include <string.h>
 
 static bool is_control(char c)
@@ -33,7 +32,7 @@ static void fence(FILE *f, int n)
 
 /* A fence longer than any run of backticks inside; a space keeps backticks and spaces at the ends apart from
  * it. */
-void markdown_code(FILE *f, const char *text)
+void markdown_code(FILE *f, const char *text, bool in_table)
 {
     size_t n = strlen(text);
     int ticks = longest_fence(text) + 1;
@@ -41,7 +40,7 @@ void markdown_code(FILE *f, const char *text)
     fence(f, ticks);
     if (pad) fputc(' ', f);
     for (const char *p = text; *p; p++) {
-        if (*p == '|') fputc('\\', f);
+        if (*p == '|' && in_table) fputc('\\', f);
         fputc(is_control(*p) ? ' ' : *p, f);
     }
     if (pad) fputc(' ', f);

@@ -3,8 +3,10 @@
  * spaces. */
 #ifndef QUANTIZE_MARKDOWN_H
 #define QUANTIZE_MARKDOWN_H
+#include <stdbool.h>
 #include <stdio.h>
 
 void markdown_text(FILE *f, const char *text); /* plain, also in a table */
-void markdown_code(FILE *f, const char *text); /* a code span in a table's cell */
+/* A code span; in a table's cell a bar needs an escape that would show anywhere else. */
+void markdown_code(FILE *f, const char *text, bool in_table);
 #endif

@@ -25,6 +25,16 @@ enum {
 };
 static const uint64_t SHARD_BYTES = 5000000000u;
 
+const char *quantize_method_name(enum quantize_method m)
+{
+    switch (m) {
+    case QUANTIZE_NEAREST: return "nearest";
+    case QUANTIZE_MSE: return "mse";
+    case QUANTIZE_GPTQ: return "gptq";
+    }
+    return "?";
+}
+
 static bool fill_defaults(struct quantize_options *o, struct err *e)
 {
     if (!o->recipe) o->recipe = recipe_card();
@@ -120,11 +130,6 @@ static bool write_folder(struct run *r, struct err *e)
 
 /* The run. */
 
-static const char *method_name(enum quantize_method m)
-{
-    return m == QUANTIZE_NEAREST ? "nearest" : m == QUANTIZE_MSE ? "mse" : "gptq";
-}
-
 static bool evaluate(struct run *r, struct evaluation *out, struct err *e)
 {
     const struct quantize_options *o = &r->options;
@@ -139,7 +144,7 @@ static bool summarize(struct run *r, struct summary *s, struct err *e)
 {
     const struct quantize_options *o = &r->options;
     struct summary_run about = { .version = o->version ? o->version : "quench",
-                                 .method = method_name(o->method),
+                                 .method = quantize_method_name(o->method),
                                  .source = o->source,
                                  .calibration_file = o->calibration,
                                  .checkpoint = &r->source,

@@ -17,6 +17,8 @@ enum quantize_method {
     QUANTIZE_GPTQ,    /* scales searched, errors passed on to later columns (gptq.h) */
 };
 
+const char *quantize_method_name(enum quantize_method m); /* "nearest" */
+
 struct quantize_options {
     const char *source, *destination; /* folders; the destination must not exist */
     const char *calibration;     /* JSONL (quantize/samples.h); unused by a recipe without measured scales */

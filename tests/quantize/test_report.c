@@ -410,7 +410,7 @@ static void an_evaluation_is_in_card_and_report(void **state)
     char *card = read_all(in(&fixture, "scored"), "README.md");
     check_markdown(card);
     assert_non_null(strstr(card, "| NVFP4 | 12.22 MB | 8.2500 | +0.2500 | +3.125 | +1.000 % to +5.294 % |"));
-    assert_non_null(strstr(card, "`wiki\\|text`: 1,000 tokens in 2 chunks of 512"));
+    assert_non_null(strstr(card, "`wiki|text`: 1,000 tokens in 2 chunks of 512"));
     json_t *about = read_report(in(&fixture, "scored"));
     assert_string_equal(json_string_value(at(about, "evaluation.text")), "wiki|text");
     assert_true(json_number_value(at(about, "evaluation.delta")) == 0.25);

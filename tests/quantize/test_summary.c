@@ -393,17 +393,28 @@ static void expect_markdown(void (*put)(FILE *, const char *), const char *text,
     free(have);
 }
 
+static void cell(FILE *f, const char *text)
+{
+    markdown_code(f, text, true);
+}
+
+static void code(FILE *f, const char *text)
+{
+    markdown_code(f, text, false);
+}
+
 static void text_does_not_become_markup(void **state)
 {
     (void)state;
     expect_markdown(markdown_text, "a_b*c `d` <e> [f](g)|h\ni",
                     "a\\_b\\*c \\`d\\` \\<e\\> \\[f\\]\\(g\\)\\|h i");
-    expect_markdown(markdown_code, "plain", "`plain`");
-    expect_markdown(markdown_code, "a|b\nc", "`a\\|b c`");
-    expect_markdown(markdown_code, "a`b``c", "```a`b``c```");
-    expect_markdown(markdown_code, "`a", "`` `a ``");
-    expect_markdown(markdown_code, " a ", "`  a  `");
-    expect_markdown(markdown_code, "", "`  `");
+    expect_markdown(cell, "plain", "`plain`");
+    expect_markdown(code, "a|b", "`a|b`");
+    expect_markdown(cell, "a|b\nc", "`a\\|b c`");
+    expect_markdown(cell, "a`b``c", "```a`b``c```");
+    expect_markdown(cell, "`a", "`` `a ``");
+    expect_markdown(cell, " a ", "`  a  `");
+    expect_markdown(cell, "", "`  `");
 }
 
 static void names_are_the_last_part_of_a_path(void **state)
