@@ -14,6 +14,7 @@ enum scheme {
     SCHEME_NVFP4A16, /* the same weights, activations not quantized */
     SCHEME_FP8_DYNAMIC, /* weights e4m3 per channel (or per tensor); activations e4m3 per token, dynamic */
     SCHEME_FP8A16,      /* the same weights, activations not quantized */
+    N_SCHEMES
 };
 const char *scheme_name(enum scheme s); /* "NVFP4", "NVFP4A16", "FP8_DYNAMIC", "FP8A16", "-" */
 

@@ -30,7 +30,8 @@ struct settings {
     struct common common;
     const char *folders[2], *calibration, *recipe, *evaluate;
     int method;
-    int64_t samples, length, shard_bytes;
+    int64_t samples, length, shard_bytes, memory;
+    bool dry_run;
 };
 
 /* A built-in name, or else a file; file: what the recipe then borrows from. */
@@ -53,9 +54,11 @@ static bool check(const struct settings *s, const struct recipe *recipe, struct 
     if (!s->calibration && recipe_measures(recipe))
         return err_set(e, ERR_ARGUMENT, "--calibration FILE.jsonl is needed: recipe %s measures activations",
                        s->recipe);
-    if (s->samples < 1 || s->length < 1 || s->shard_bytes < 1)
-        return err_set(e, ERR_ARGUMENT,
-                       "--num-calibration-samples, --max-seq-length and --max-shard-size must be above 0");
+    if (s->samples < 1 || s->length < 1 || s->shard_bytes < 1 || s->memory < 1)
+        return err_set(
+            e, ERR_ARGUMENT,
+            "--num-calibration-samples, --max-seq-length, --max-shard-size and --max-memory must be "
+            "above 0");
     return true;
 }
 
@@ -245,6 +248,74 @@ static void print_json(const struct settings *s, const struct quantize_result *r
     json_decref(o);
 }
 
+static void duration(char out[32], double seconds)
+{
+    if (seconds < 90)
+        snprintf(out, 32, "%.*f s", seconds < 10, seconds);
+    else if (seconds < 5400)
+        snprintf(out, 32, "%.0f min", seconds / 60);
+    else
+        snprintf(out, 32, "%.1f h", seconds / 3600);
+}
+
+static double longer(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+static void print_plan(const struct settings *s, const struct quantize_forecast *f)
+{
+    char a[32], b[32], c[32];
+    printf("%s -> %s, recipe %s, method %s: the plan; nothing is written\n", s->folders[0], s->folders[1],
+           s->recipe, methods[s->method]);
+    for (int i = SCHEME_NONE + 1; i < N_SCHEMES; i++)
+        if (f->matrices[i])
+            printf("  %-11s %8lld matrices\n", scheme_name((enum scheme)i), (long long)f->matrices[i]);
+    printf("  %-11s %8lld tensors\n", "copied", (long long)f->copied_tensors);
+    printf("  size        %s -> %s in %lld file%s; up to %s of disk while running\n",
+           common_bytes(a, sizeof a, f->bytes_in), common_bytes(b, sizeof b, f->bytes_out),
+           (long long)f->shards, f->shards == 1 ? "" : "s", common_bytes(c, sizeof c, f->disk_bytes));
+    printf("  memory      up to %s, limit %s\n", common_bytes(a, sizeof a, f->memory_bytes),
+           common_bytes(b, sizeof b, (uint64_t)s->memory));
+    duration(a, f->calibrate_seconds + longer(f->read_seconds, f->pack_seconds));
+    duration(b, f->pack_seconds);
+    duration(c, f->read_seconds);
+    printf("  time        about %s: packing %s, beside it reading %s", a, b, c);
+    if (f->tokens) {
+        duration(a, f->calibrate_seconds);
+        printf(", before it calibration on %lld tokens %s", (long long)f->tokens, a);
+    }
+    printf("\n              estimated from short probes of this machine; a slower disk to write to takes "
+           "longer\n");
+}
+
+static void print_plan_json(const struct settings *s, const struct quantize_forecast *f)
+{
+    json_t *matrices = json_object();
+    for (int i = SCHEME_NONE + 1; i < N_SCHEMES; i++)
+        if (f->matrices[i])
+            json_object_set_new(matrices, scheme_name((enum scheme)i), json_integer(f->matrices[i]));
+    json_t *o = json_pack(
+        "{s:o, s:o, s:o, s:b, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+        common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
+        common_json_path(s->recipe), "dry_run", 1, "matrices", matrices, "copied_tensors",
+        (json_int_t)f->copied_tensors, "tokens", (json_int_t)f->tokens, "bytes_in", (json_int_t)f->bytes_in,
+        "bytes_out", (json_int_t)f->bytes_out, "shards", (json_int_t)f->shards, "disk_bytes",
+        (json_int_t)f->disk_bytes, "memory_bytes", (json_int_t)f->memory_bytes, "read_seconds",
+        f->read_seconds, "pack_seconds", f->pack_seconds, "calibrate_seconds", f->calibrate_seconds);
+    json_dumpf(o, stdout, JSON_COMPACT);
+    putchar('\n');
+    json_decref(o);
+}
+
+static bool plan(const struct settings *s, const struct quantize_options *o, struct err *e)
+{
+    struct quantize_forecast f;
+    if (!quantize_dry_run(o, &f, e)) return false;
+    (s->common.json ? print_plan_json : print_plan)(s, &f);
+    return true;
+}
+
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
@@ -263,16 +334,19 @@ static bool run(const struct settings *s, struct err *e)
                                   .num_calibration_samples = s->samples,
                                   .max_seq_length = s->length,
                                   .max_shard_bytes = (uint64_t)s->shard_bytes,
+                                  .max_memory = (uint64_t)s->memory,
                                   .threads = (int)s->common.threads,
                                   .backend = &b,
                                   .version = cli_version,
                                   .evaluate = s->evaluate ? evaluate : NULL,
                                   .evaluate_ctx = &v,
                                   .report = &report };
-    ok = ok && quantize_run(&o, &r, e);
-    if (ok && s->common.json)
+    ok = ok && (s->dry_run ? plan(s, &o, e) : quantize_run(&o, &r, e));
+    if (!ok || s->dry_run)
+        ;
+    else if (s->common.json)
         print_json(s, &r, &v);
-    else if (ok)
+    else
         print_text(s, &r, &v);
     backend_destroy(&b);
     recipe_file_deinit(&file);
@@ -281,7 +355,9 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_quantize(int argc, char **argv)
 {
-    struct settings s = { .recipe = "card", .samples = 64, .length = 2048, .shard_bytes = 5000000000 };
+    struct settings s = {
+        .recipe = "card", .samples = 64, .length = 2048, .shard_bytes = 5000000000, .memory = 8000000000
+    };
     const struct flag flags[] = {
         { "--recipe", 0, FLAG_TEXT, &s.recipe, "NAME", "card (default), nvfp4, fast, nvfp4a16 or a YAML file",
           NULL },
@@ -296,6 +372,10 @@ int cli_quantize(int argc, char **argv)
           NULL },
         { "--evaluate", 0, FLAG_TEXT, &s.evaluate, "TEXT",
           "score source and result on this UTF-8 text (card rule, chunks of 512) for the model card", NULL },
+        { "--max-memory", 0, FLAG_INT, &s.memory, "BYTES",
+          "refuse a run that may need more (default 8000000000)", NULL },
+        { "--dry-run", 0, FLAG_SWITCH, &s.dry_run, NULL, "print the plan and what it takes; write nothing",
+          NULL },
         COMMON_FLAGS(s.common),
         FLAGS_END,
     };

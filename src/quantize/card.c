@@ -135,7 +135,8 @@ static const char *activations(enum scheme scheme)
     case SCHEME_FP8_DYNAMIC: return "FP8, one scale a token at run time";
     case SCHEME_NONE:
     case SCHEME_NVFP4A16:
-    case SCHEME_FP8A16: break;
+    case SCHEME_FP8A16:
+    case N_SCHEMES: break;
     }
     return "as they are";
 }
@@ -155,7 +156,7 @@ static void put_recipe(FILE *f, const struct summary *s)
     fputs("| scheme | weights | activations | matrices | bits a weight | size |\n"
           "|---|---|---|---:|---:|---:|\n",
           f);
-    for (int i = 0; i < SUMMARY_SCHEMES; i++) {
+    for (int i = 0; i < N_SCHEMES; i++) {
         const struct summary_errors *x = &s->errors[i];
         if (x->matrices)
             fprintf(f, "| %s | %s | %s | %s | %.2f | %s |\n", scheme_name((enum scheme)i),
@@ -248,7 +249,7 @@ static void put_errors(FILE *f, const struct summary *s)
           "` has it for every matrix.\n\n| scheme | matrices | mean error | worst error | SNR, dB |\n"
           "|---|---:|---:|---:|---:|\n",
           f);
-    for (int i = 0; i < SUMMARY_SCHEMES; i++) {
+    for (int i = 0; i < N_SCHEMES; i++) {
         const struct summary_errors *x = &s->errors[i];
         if (!x->matrices) continue;
         fprintf(f, "| %s | %s | %.3f %% | %.3f %% |", scheme_name((enum scheme)i), grouped(n, x->matrices),
@@ -273,7 +274,7 @@ static void put_layer(FILE *f, const struct summary *s, int i)
     const struct summary_layer *l = &s->layers[i];
     bool linear = s->run.plan->config->layer_kinds[i] == LAYER_LINEAR_ATTENTION;
     fprintf(f, "| %d | %s |", i, linear ? "DeltaNet" : "attention");
-    for (int k = 0; k < SUMMARY_SCHEMES; k++) {
+    for (int k = 0; k < N_SCHEMES; k++) {
         if (s->errors[k].matrices == 0) continue;
         if (l->errors[k].matrices)
             fprintf(f, " %.3f / %.3f |", 100 * l->errors[k].mean, 100 * l->errors[k].worst);
@@ -298,7 +299,7 @@ static void put_layers(FILE *f, const struct summary *s)
                   "output projection, the MoE block, the shared expert's down_proj, the routed experts' "
                   "down_proj; last, tokens the router sent to an expert, minimum / median / maximum."
                 : "");
-    for (int k = 0; k < SUMMARY_SCHEMES; k++)
+    for (int k = 0; k < N_SCHEMES; k++)
         if (s->errors[k].matrices) {
             fprintf(f, " %s |", scheme_name((enum scheme)k));
             columns++;

@@ -41,7 +41,7 @@ static void add_errors(struct quantize_error *out, int64_t *matrices, const stru
     double difference = 0, total = 0;
     *out = (struct quantize_error){ 0 };
     *matrices = 0;
-    for (int i = 0; i < SUMMARY_SCHEMES; i++) {
+    for (int i = 0; i < N_SCHEMES; i++) {
         const struct summary_errors *x = &s->errors[i];
         if (x->matrices == 0 || scheme_is_nvfp4((enum scheme)i) != nvfp4) continue;
         difference += x->difference;

@@ -159,11 +159,16 @@ bool run_layer_read(struct run *r, const struct journal_record *record, struct e
     return head.n_spooled == 0 || read_items(r, data + fixed, head.n_spooled, e);
 }
 
+bool run_is_calibrated(const struct run *r)
+{
+    return r->samples.n == 0 || r->layers_done == r->calibration.n_layers;
+}
+
 bool run_calibration(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
     bool measures = run_measures(r);
-    if (r->samples.n == 0 || r->layers_done == r->calibration.n_layers) return true;
+    if (run_is_calibrated(r)) return true;
     if (measures && !curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e))
         return false;
     struct calibration_options options = {

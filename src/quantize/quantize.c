@@ -8,6 +8,7 @@
 #include "num/nvfp4.h"
 #include "quantize/census.h"
 #include "quantize/describe.h"
+#include "quantize/estimate.h"
 #include "quantize/run.h"
 #include "quantize/source.h"
 #include <inttypes.h>
@@ -23,7 +24,7 @@ enum {
     SYNC_BYTES = 128 << 20,
     REPORT_BYTES = 400
 };
-static const uint64_t SHARD_BYTES = 5000000000u;
+static const uint64_t SHARD_BYTES = 5000000000u, MEMORY_BYTES = 8000000000u;
 
 const char *quantize_method_name(enum quantize_method m)
 {
@@ -41,6 +42,7 @@ static bool fill_defaults(struct quantize_options *o, struct err *e)
     if (!o->num_calibration_samples) o->num_calibration_samples = SAMPLES;
     if (!o->max_seq_length) o->max_seq_length = SEQUENCE;
     if (!o->max_shard_bytes) o->max_shard_bytes = SHARD_BYTES;
+    if (!o->max_memory) o->max_memory = MEMORY_BYTES;
     if (!o->sync_bytes) o->sync_bytes = SYNC_BYTES;
     if (!o->threads) o->threads = pool_default_threads();
     if (o->num_calibration_samples < 0 || o->num_calibration_samples > INT32_MAX)
@@ -204,6 +206,16 @@ static bool prepare(struct run *r, struct err *e)
     return true;
 }
 
+static bool check_memory(const struct run *r, struct err *e)
+{
+    uint64_t need = estimate_memory(r), most = r->options.max_memory;
+    return need <= most || err_set(e, ERR_LIMIT,
+                                   "up to %.1f GB of memory may be needed, the limit is %.1f GB; raise the "
+                                   "limit (--max-memory), or take fewer "
+                                   "and shorter calibration samples",
+                                   (double)need / 1e9, (double)most / 1e9);
+}
+
 static bool work(struct run *r, struct err *e)
 {
     double start = clock_seconds();
@@ -248,18 +260,47 @@ static void run_deinit(struct run *r)
     checkpoint_close(&r->source);
 }
 
+static struct run run_of(const struct quantize_options *o, struct quantize_result *result)
+{
+    return (struct run){ .options = *o,
+                         .result = result,
+                         .destination = { .lock = -1 },
+                         .journal = { .fd = -1 },
+                         .spool = { .fd = -1 } };
+}
+
+bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast *f, struct err *e)
+{
+    struct quantize_result result = { 0 };
+    struct run r = run_of(o, &result);
+    *f = (struct quantize_forecast){ 0 };
+    bool ok = prepare(&r, e) && shards_create(&r.shards, r.destination.partial, r.plan.outputs,
+                                              r.plan.n_outputs, r.options.max_shard_bytes, e);
+    if (ok) {
+        for (size_t i = 0; i < r.plan.n_matrices; i++) f->matrices[r.plan.matrices[i].scheme]++;
+        f->copied_tensors = result.copied_tensors;
+        f->samples = r.samples.n;
+        f->tokens = r.samples.n_tokens;
+        f->shards = shards_count(r.shards);
+        f->bytes_in = result.bytes_in;
+        f->bytes_out = result.bytes_out;
+        f->disk_bytes = r.disk_bytes;
+        f->memory_bytes = estimate_memory(&r);
+        ok = run_prepare_packing(&r, e) && estimate_seconds(f, &r, e);
+    }
+    run_deinit(&r);
+    return ok;
+}
+
 bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e)
 {
     double start = clock_seconds();
     struct err own = { 0 };
     if (!e) e = &own;
     *result = (struct quantize_result){ 0 };
-    struct run r = { .options = *o,
-                     .result = result,
-                     .destination = { .lock = -1 },
-                     .journal = { .fd = -1 },
-                     .spool = { .fd = -1 } };
-    bool ok = prepare(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e);
+    struct run r = run_of(o, result);
+    bool ok =
+        prepare(&r, e) && check_memory(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e);
     ok = ok && (r.destination.is_renamed ? tidy(&r, e) : work(&r, e));
     writer_free(r.writer); /* its thread is done with files before they are judged */
     r.writer = NULL;

@@ -27,6 +27,7 @@ struct quantize_options {
     int64_t num_calibration_samples; /* 0: 64 */
     int64_t max_seq_length;          /* 0: 2048; tokens kept of each sample */
     uint64_t max_shard_bytes;        /* 0: 5 GB; a larger tensor gets a file of its own */
+    uint64_t max_memory;             /* 0: 8 GB; a run that may need more is refused before it starts */
     uint64_t sync_bytes;             /* 0: 128 MiB; output between two points where a killed run continues */
     int threads;                     /* for packing; 0: this process's share of the machine */
     struct backend *backend;         /* borrow; runs the calibration */
@@ -77,6 +78,19 @@ struct quantize_result {
     uint64_t peak_bytes;                                 /* of memory, before the evaluation */
     double seconds, calibrate_seconds, evaluate_seconds; /* the first holds the others */
 };
+
+/* What a run would do and take. */
+struct quantize_forecast {
+    int64_t matrices[N_SCHEMES], copied_tensors, samples, tokens, shards;
+    uint64_t bytes_in, bytes_out; /* of tensors */
+    uint64_t disk_bytes;          /* of the destination's file system while it runs, at most */
+    uint64_t memory_bytes;        /* resident, at most; held against max_memory */
+    /* From short probes: estimates. Reading and packing overlap. Writing is not in them. */
+    double read_seconds, pack_seconds, calibrate_seconds;
+};
+
+/* Checks all that quantize_run checks before it writes, and writes nothing. */
+bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast *f, struct err *e);
 
 /* The destination appears when all is done. An interrupted run, or one that failed for want of memory or by
  * the system (a full disk, an unreadable file), leaves DST.quench-partial; a run with the same options

@@ -131,7 +131,7 @@ static json_t *tokens_range(const struct summary_range *r)
 static json_t *all_errors(const struct summary *s, const struct summary_errors *of)
 {
     json_t *o = json_object();
-    for (int i = 0; i < SUMMARY_SCHEMES; i++)
+    for (int i = 0; i < N_SCHEMES; i++)
         if (of[i].matrices) json_object_set_new(o, scheme_name((enum scheme)i), errors(s, &of[i]));
     return o;
 }

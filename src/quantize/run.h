@@ -50,7 +50,8 @@ struct outlet {
 bool run_resume(struct run *r, struct err *e);
 
 /* layers.c */
-bool run_measures(const struct run *r); /* whether the method has something to learn from samples */
+bool run_measures(const struct run *r);      /* whether the method has something to learn from samples */
+bool run_is_calibrated(const struct run *r); /* by an earlier run, or nothing is to be measured */
 bool run_calibration(struct run *r, struct err *e);
 /* The journal's word on one layer; run_layer_read is its inverse. */
 bool run_layer_read(struct run *r, const struct journal_record *record, struct err *e);

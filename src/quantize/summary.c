@@ -90,7 +90,7 @@ static char *source_name(const char *path)
 int64_t summary_matrices(const struct summary *s, bool nvfp4)
 {
     int64_t n = 0;
-    for (int i = 0; i < SUMMARY_SCHEMES; i++)
+    for (int i = 0; i < N_SCHEMES; i++)
         n += scheme_is_nvfp4((enum scheme)i) == nvfp4 ? s->errors[i].matrices : 0;
     return n;
 }

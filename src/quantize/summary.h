@@ -8,7 +8,7 @@
 #include "quantize/plan.h"
 #include "quantize/results.h"
 
-enum { SUMMARY_WORST = 10, SUMMARY_SCHEMES = 8 }; /* enum scheme has fewer */
+enum { SUMMARY_WORST = 10 };
 /* Experts that fewer routed tokens reached are named. All experts see all tokens; these saw few of their own.
  */
 enum { SUMMARY_FEW_TOKENS = 64 };
@@ -39,7 +39,7 @@ struct summary_range {
 };
 
 struct summary_layer {
-    struct summary_errors errors[SUMMARY_SCHEMES];
+    struct summary_errors errors[N_SCHEMES];
     double inputs[INPUT_EXPERT];  /* max |x| by enum module_input */
     struct summary_range experts; /* max |x| in front of down_proj */
     struct summary_range routed;  /* tokens */
@@ -53,7 +53,7 @@ struct summary {
                                            */
     uint64_t bytes_in, bytes_out;         /* of tensors */
     int64_t copied, copied_bytes, draft;  /* tensors as in the source; those of the MTP head among them */
-    struct summary_errors errors[SUMMARY_SCHEMES];
+    struct summary_errors errors[N_SCHEMES];
     struct summary_layer *layers; /* [config->n_layers] */
     size_t worst[SUMMARY_WORST];  /* matrices of the plan, worst first; of equals the first */
     int n_worst;
