@@ -257,6 +257,9 @@ static void put_errors(FILE *f, const struct summary *s)
         put_decibels(f, x->difference, x->total);
         fputc('\n', f);
     }
+    if (s->n_far)
+        fprintf(f, "\nMatrices below %g dB, more than rounding explains: %s.\n", SUMMARY_SNR_LOW,
+                grouped(n, s->n_far));
     fputs("\nThe worst:\n\n| module | scheme | error | SNR, dB |\n|---|---|---:|---:|\n", f);
     for (int i = 0; i < s->n_worst; i++) {
         const struct matrix_result *r = &s->run.results[s->worst[i]];

@@ -160,6 +160,12 @@ static bool summarize(struct run *r, struct summary *s, struct err *e)
     r->result->shards = about.shards;
     if (!summary_create(s, &about, e)) return false;
     describe_result(r->result, s);
+    if (s->n_far)
+        report_warn(o->report,
+                    "%" PRId64
+                    " matrices have a signal-to-noise ratio below %g dB, more than rounding explains; the "
+                    "worst is module '%s'",
+                    s->n_far, SUMMARY_SNR_LOW, r->plan.matrices[s->worst[0]].module);
     return true;
 }
 

@@ -147,6 +147,7 @@ static void add_results(struct summary *s)
         add_matrix(&s->errors[m->scheme], &s->run, i);
         if (m->layer >= 0) add_matrix(&s->layers[m->layer].errors[m->scheme], &s->run, i);
         rank(s, i);
+        s->n_far += summary_snr(s->run.results[i].difference, s->run.results[i].total) < SUMMARY_SNR_LOW;
         s->n_zero += m->scheme == SCHEME_NVFP4 && s->run.results[i].input == 0;
     }
 }

@@ -13,6 +13,9 @@ enum { SUMMARY_WORST = 10 };
  */
 enum { SUMMARY_FEW_TOKENS = 64 };
 
+/* dB. NVFP4 keeps 20 (1 % of |W|^2 lost), FP8 31; below this it is not rounding that went wrong. */
+static const double SUMMARY_SNR_LOW = 15;
+
 /* What a summary is made of; everything is borrowed. */
 struct summary_run {
     const char *version, *method;
@@ -57,6 +60,7 @@ struct summary {
     struct summary_layer *layers; /* [config->n_layers] */
     size_t worst[SUMMARY_WORST];  /* matrices of the plan, worst first; of equals the first */
     int n_worst;
+    int64_t n_far;               /* matrices with SNR below SUMMARY_SNR_LOW */
     int64_t n_zero;              /* NVFP4 matrices whose calibration inputs were all zero; their scale is 1 */
     struct summary_range routed; /* tokens, over all experts of all layers */
     int n_few;

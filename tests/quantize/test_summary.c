@@ -280,6 +280,7 @@ static void the_report_holds_all_of_it(void **state)
     assert_string_equal(json_string_value(json_object_get(x, "module")),
                         "model.language_model.layers.17.mlp.experts.200.down_proj");
     assert_true(fabs(json_number_value(json_object_get(x, "snr_db")) - 6.0206) < 1e-4); /* 20 log10 2 */
+    assert_int_equal(s.n_far, 1);
     x = json_array_get(json_object_get(o, "experts"), 5);
     assert_int_equal(json_array_size(json_object_get(json_object_get(x, "few"), "experts")), 20);
     assert_true(bytes < 12000000);
@@ -301,6 +302,7 @@ static void the_card_is_of_a_page(void **state)
         "--max-model-len 32768 --speculative-config '{\"method\":\"mtp\",\"num_speculative_tokens\":1}'",
         "| 5 | 20 of 256 | 0 (0), 1 (1), 2 (2), 3 (3), 4 (4), 5 (5), 6 (6), 7 (7) and 12 more |",
         "| `model.language_model.layers.17.mlp.experts.200.down_proj` | NVFP4 | 50.000 % | 6.02 |",
+        "\nMatrices below 15 dB, more than rounding explains: 1.\n",
         "| 39 | attention | ",
         "| 38 | DeltaNet | ",
         "base_model: Qwen3.6-35B-A3B\n",
