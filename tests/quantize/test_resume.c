@@ -210,8 +210,8 @@ static void kill_at_random_moments(void **state)
     (void)state;
     printf("note: seed %u\n", SEED);
     srand(SEED);
-    kill_often(QUANTIZE_NEAREST, KILLS / 2);
-    kill_often(QUANTIZE_GPTQ, KILLS - KILLS / 2);
+    kill_often(QUANTIZE_NEAREST, 3 * KILLS / 5);
+    kill_often(QUANTIZE_GPTQ, KILLS - 3 * KILLS / 5);
 }
 
 /* Work that was done is not done again: each run gets a little further, and all of them together through. */
