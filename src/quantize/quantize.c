@@ -161,11 +161,11 @@ static bool summarize(struct run *r, struct summary *s, struct err *e)
     if (!summary_create(s, &about, e)) return false;
     describe_result(r->result, s);
     if (s->n_far)
-        report_warn(o->report,
-                    "%" PRId64
-                    " matrices have a signal-to-noise ratio below %g dB, more than rounding explains; the "
-                    "worst is module '%s'",
-                    s->n_far, SUMMARY_SNR_LOW, r->plan.matrices[s->worst[0]].module);
+        report_warn(
+            o->report,
+            "%lld matrices have a signal-to-noise ratio below %g dB, more than rounding explains; the "
+            "worst is module '%s'",
+            (long long)s->n_far, SUMMARY_SNR_LOW, r->plan.matrices[s->worst[0]].module);
     return true;
 }
 
