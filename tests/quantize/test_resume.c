@@ -117,9 +117,10 @@ static int child_run(char **argv)
     struct err e = { 0 };
     if (!backend_create(&child.backend, &options, NULL)) return 1;
     struct quantize_options o = small_run(&child, argv[0], argv[1], (enum quantize_method)atoi(argv[2]));
-    if (quantize_run(&o, &r, &e)) return 0;
-    fprintf(stderr, "%s\n", e.text);
-    return 1;
+    bool ok = quantize_run(&o, &r, &e);
+    if (!ok) fprintf(stderr, "%s\n", e.text);
+    backend_destroy(&child.backend);
+    return ok ? 0 : 1;
 }
 
 static pid_t start(const char *source, const char *destination, enum quantize_method method,
@@ -494,6 +495,7 @@ static int child_full_disk(const char *folder, const char *want)
     }
     must_run(&o);
     same_folder(want, destination);
+    backend_destroy(&child.backend);
     return 0;
 }
 
