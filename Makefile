@@ -49,16 +49,20 @@ $(BUILD)/quench: $(BUILD)/src/cli/main.o $(LIB)
 $(LIB): $(LIBOBJ)
 	rm -f $@ && $(AR) rcs $@ $^
 
-# Kernels: one file per ISA, with the flags its name asks for. ref keeps one meaning everywhere.
+# Kernels: one file per ISA, with the flags its name asks for, on x86-64; elsewhere all are the generic ones. ref
+# keeps one meaning everywhere.
+X86     := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 $(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
 $(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma
 $(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512
+# The row kernels of packing likewise, but never contracted: every set writes the same bytes.
+$(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
 $(BUILD)/src/cli/version.o: override CFLAGS += -DQUENCH_COMMIT='"$(COMMIT)"'
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(STRICT) $(ISA) -c -o $@ $<
+	$(CC) $(CFLAGS) $(STRICT) $(if $(X86),$(ISA),$(filter-out -m%,$(ISA))) -c -o $@ $<
 
 $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)

@@ -71,9 +71,13 @@ static struct weight *make(struct backend *b, enum weight_format f, uint32_t see
     }
     memset(groups, 0x38, (size_t)n / 16);
     for (int i = 0; i < OUT; i++) scale[i] = 0.01f;
-    struct weight_source src = {
-        f, OUT, IN, data, f == WEIGHT_FP8 ? (void *)scale : groups, 100, f == WEIGHT_FP8, false
-    };
+    struct weight_source src = { .format = f,
+                                 .rows = OUT,
+                                 .cols = IN,
+                                 .data = data,
+                                 .scale = f == WEIGHT_FP8 ? (void *)scale : groups,
+                                 .global = 100,
+                                 .input = f == WEIGHT_FP8 ? INPUT_FP8_ROW : INPUT_AS_IS };
     struct weight *w;
     struct err e = { 0 };
     if (!b->ops->weight_create(b->queue, &w, &src, &e)) {

@@ -31,25 +31,36 @@ static inline struct mat mat_of(float *data, int64_t rows, int64_t cols)
 
 /* Weights. */
 
-enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4 };
+enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4, WEIGHT_FP8_BLOCK };
+
+/* What becomes of a product's inputs before they meet the weights. */
+enum weight_input {
+    INPUT_AS_IS,
+    INPUT_FP8_ROW, /* of FP8 weights: e4m3 with one scale a row, fp8_quantize_activations (W8A8) */
+    INPUT_NVFP4,   /* of NVFP4 weights: e2m1 in groups of 16, nvfp4_quantize_activations (W4A4) */
+};
 
 /* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, but for a
  * table. */
 struct weight_source {
     enum weight_format format;
-    int64_t rows, cols;  /* rows = outputs, cols = inputs */
-    const void *data;    /* row-major: elements, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
-    const void *scale;   /* FP8: f32 [rows]. NVFP4: e4m3 [rows][cols / 16]. Else NULL */
-    float global;        /* NVFP4: divides the scales; else unused */
-    bool quantize_input; /* FP8: inputs are quantized per row to e4m3 first (W8A8, num/fp8.h) */
-    bool is_table;       /* only read row by row (embeddings): `data` stays borrowed where it is */
+    int64_t rows, cols; /* rows = outputs, cols = inputs */
+    const void *data;   /* row-major: elements, or E2M1 codes two a byte (num/nvfp4.h); may be unaligned */
+    const void *scale;  /* FP8: f32 [rows]. FP8_BLOCK: f32 [rows / 128][cols / 128], rounded up. NVFP4: e4m3
+                           [rows][cols / 16]. Else NULL */
+    float global;       /* NVFP4: divides the scales; else unused */
+    enum weight_input input;
+    float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; else unused */
+    bool is_table;      /* only read row by row (embeddings): `data` stays borrowed where it is */
 };
 
 /* What every backend's weight begins with. */
 struct weight {
     enum weight_format format;
     int64_t rows, cols;
-    bool quantize_input, is_table;
+    enum weight_input input;
+    float input_global;
+    bool is_table;
 };
 
 /* The routed experts of one layer. gate, up: [intermediate x hidden]; down: [hidden x intermediate]. */
@@ -145,8 +156,8 @@ struct ops {
     /* y[i] = row's embedding, or row `token` of the table. y: [n, table->cols]. */
     void (*embed)(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
     /* y[i][r] = sum_c x[i][c] * W[r][c]. x: [n, w->cols]; y: [n, w->rows]; any n >= 0. With
-     * w->quantize_input: y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as
-     * fp8_quantize_activations. */
+     * INPUT_FP8_ROW: y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as
+     * fp8_quantize_activations. With INPUT_NVFP4: x is what nvfp4_quantize_activations makes of it. */
     void (*matmul)(struct queue *q, struct mat y, struct mat x, const struct weight *w);
     void (*add)(struct queue *q, struct mat y, struct mat x); /* y += x */
     /* y = x / sqrt(mean(x^2) + eps) * gain, per row. gain: [cols], already 1 + w where the model says so. */
@@ -205,7 +216,8 @@ struct ops {
 struct backend {
     const struct ops *ops;
     struct queue *queue;
-    char name[64]; /* "cpu avx512, 2 threads" */
+    char name[64];        /* "cpu avx512, 2 threads" */
+    bool fp4_activations; /* see backend_options; for who binds weights */
 };
 
 enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU };
@@ -219,6 +231,7 @@ struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */
     enum cpu_isa isa;
+    bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
 };
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e);
 void backend_destroy(struct backend *b); /* accepts a zeroed one */

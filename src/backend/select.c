@@ -6,7 +6,7 @@
 
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e)
 {
-    *b = (struct backend){ 0 };
+    *b = (struct backend){ .fp4_activations = options->fp4_activations };
     if (options->device == DEVICE_REF) {
         b->ops = &ref_ops;
         snprintf(b->name, sizeof b->name, "ref, 1 thread");

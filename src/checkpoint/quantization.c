@@ -1,6 +1,5 @@
-/* quantization_config: takes config.json, gives a matcher from module name to scheme. A group's argument
- * objects are reduced to one of the schemes we compute, or refused; its targets become sorted names and
- * compiled patterns. */
+/* quantization_config: takes config.json, gives a matcher from module name to scheme. Targets become sorted
+ * names and compiled patterns; what other tools than compressed-tensors wrote is first put into its words. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "checkpoint/quantization.h"
 #include <inttypes.h>
@@ -9,11 +8,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 /* One match tries at most MATCH_LIMIT positions: patterns in real files need hundreds for a module name, a
  * hostile one stops after milliseconds. */
-enum { PATTERN_BYTES_MAX = 4096, MATCH_LIMIT = 100000, HEAP_LIMIT_KIB = 4096, PATH_BYTES = 256 };
+enum {
+    PATTERN_BYTES_MAX = 4096,
+    MATCH_LIMIT = 100000,
+    HEAP_LIMIT_KIB = 4096,
+    PATH_BYTES = 256,
+    NAME_BYTES = 640
+};
 
 struct target {
     const char *text; /* borrow from the document; without "re:" */
@@ -28,186 +32,13 @@ struct targets {
 };
 
 struct quantization {
+    enum quantization_origin origin;
     json_t *document; /* what the texts borrow from */
     struct targets ignore_names, ignore_patterns, names, patterns;
     pcre2_compile_context *compile;
     pcre2_match_context *limits;
     pcre2_match_data *match;
 };
-
-const char *scheme_name(enum scheme s)
-{
-    static const char *const names[] = { "-", "NVFP4", "NVFP4A16", "FP8_DYNAMIC", "FP8A16" };
-    return names[s];
-}
-
-/* One argument object of compressed-tensors (QuantizationArgs), with its defaults where a field is absent or
- * null. */
-struct args {
-    const json_t *object;
-    const char *path;
-    int64_t bits, group_size; /* group_size 0: null */
-    const char *type, *strategy, *scale_dtype;
-    enum { DYNAMIC_NO, DYNAMIC_YES, DYNAMIC_LOCAL } dynamic;
-};
-
-static bool string_or(const char **out, const json_t *object, const char *path, const char *key,
-                      struct err *e)
-{
-    const json_t *v = json_object_get(object, key);
-    return !v || json_is_null(v) || doc_string(out, object, path, key, e);
-}
-
-static bool read_dynamic(struct args *a, struct err *e)
-{
-    const json_t *v = json_object_get(a->object, "dynamic");
-    if (json_is_string(v) && strcmp(json_string_value(v), "local") == 0) {
-        a->dynamic = DYNAMIC_LOCAL;
-        return true;
-    }
-    bool dynamic = false;
-    if (v && !json_is_null(v) && !json_is_boolean(v))
-        return err_set(e, ERR_FORMAT, "%s.dynamic: expected true, false or \"local\"", a->path);
-    if (!doc_bool_or(&dynamic, a->object, a->path, "dynamic", e)) return false;
-    a->dynamic = dynamic ? DYNAMIC_YES : DYNAMIC_NO;
-    return true;
-}
-
-/* Orders that permute columns need a g_idx tensor; "static" and "weight" only change how the weights were
- * found. */
-static bool check_actorder(const struct args *a, struct err *e)
-{
-    const char *order = "static";
-    if (!string_or(&order, a->object, a->path, "actorder", e)) return false;
-    if (strcmp(order, "static") == 0 || strcmp(order, "weight") == 0) return true;
-    return err_set(e, ERR_UNSUPPORTED, "%s.actorder: '%.100s' is not supported", a->path, order);
-}
-
-static bool read_args(struct args *a, const json_t *object, const char *path, struct err *e)
-{
-    bool symmetric = true;
-    *a = (struct args){ .object = object, .path = path, .bits = 8, .type = "int", .strategy = NULL };
-    if (!json_is_object(object)) return err_set(e, ERR_FORMAT, "%s: expected an object", path);
-    if (!doc_int_or(&a->bits, object, path, "num_bits", 1, 64, e) ||
-        !doc_int_or(&a->group_size, object, path, "group_size", -1, INT32_MAX, e) ||
-        !string_or(&a->type, object, path, "type", e) ||
-        !string_or(&a->strategy, object, path, "strategy", e) ||
-        !string_or(&a->scale_dtype, object, path, "scale_dtype", e) || !read_dynamic(a, e) ||
-        !check_actorder(a, e) || !doc_bool_or(&symmetric, object, path, "symmetric", e))
-        return false;
-    if (!symmetric) return err_set(e, ERR_UNSUPPORTED, "%s.symmetric: false is not supported", path);
-    if (!a->strategy) a->strategy = a->group_size > 0 ? "group" : a->group_size < 0 ? "channel" : "tensor";
-    return true;
-}
-
-static bool is_float(const struct args *a, int64_t bits)
-{
-    return a->bits == bits && strcmp(a->type, "float") == 0;
-}
-
-static bool has_strategy(const struct args *a, const char *strategy)
-{
-    return strcmp(a->strategy, strategy) == 0;
-}
-
-static bool is_nvfp4(const struct args *a)
-{
-    return is_float(a, 4) && has_strategy(a, "tensor_group") && a->group_size == 16 &&
-           (!a->scale_dtype || strcmp(a->scale_dtype, "torch.float8_e4m3fn") == 0);
-}
-
-static bool unsupported(const struct args *a, struct err *e)
-{
-    static const char *const dynamic[] = { "false", "true", "\"local\"" };
-    return err_set(e, ERR_UNSUPPORTED,
-                   "%s: %" PRId64 "-bit %.40s, strategy '%.40s', group_size %" PRId64 ", dynamic %s%s%.60s"
-                   " is not supported",
-                   a->path, a->bits, a->type, a->strategy, a->group_size, dynamic[a->dynamic],
-                   a->scale_dtype ? ", scale_dtype " : "", a->scale_dtype ? a->scale_dtype : "");
-}
-
-/* SCHEME_NVFP4A16 or SCHEME_FP8A16: what the weights alone decide. */
-static bool weight_scheme(enum scheme *out, const struct args *w, struct err *e)
-{
-    bool fp8 = is_float(w, 8) && (has_strategy(w, "channel") || has_strategy(w, "tensor"));
-    if ((!is_nvfp4(w) && !fp8) || w->dynamic != DYNAMIC_NO) return unsupported(w, e);
-    *out = fp8 ? SCHEME_FP8A16 : SCHEME_NVFP4A16;
-    return true;
-}
-
-static bool with_input(enum scheme *scheme, const struct args *in, struct err *e)
-{
-    if (*scheme == SCHEME_NVFP4A16 && is_nvfp4(in) && in->dynamic == DYNAMIC_LOCAL) {
-        *scheme = SCHEME_NVFP4;
-        return true;
-    }
-    if (*scheme == SCHEME_FP8A16 && is_float(in, 8) && has_strategy(in, "token") &&
-        in->dynamic == DYNAMIC_YES) {
-        *scheme = SCHEME_FP8_DYNAMIC;
-        return true;
-    }
-    return unsupported(in, e);
-}
-
-static bool is_given(const json_t *object, const char *key)
-{
-    const json_t *v = json_object_get(object, key);
-    return v && !json_is_null(v);
-}
-
-/* The packing of a group, when it or the whole config names one; "mixed-precision" leaves it to the groups.
- */
-static bool check_format(const json_t *config, const json_t *group, const char *path, enum scheme scheme,
-                         struct err *e)
-{
-    const char *format = "mixed-precision";
-    if (!string_or(&format, config, "quantization_config", "format", e) ||
-        !string_or(&format, group, path, "format", e))
-        return false;
-    if (strcmp(format, "mixed-precision") == 0) return true;
-    bool fp4 = scheme == SCHEME_NVFP4 || scheme == SCHEME_NVFP4A16;
-    if (fp4 ? strcmp(format, "nvfp4-pack-quantized") == 0
-            : strcmp(format, "float-quantized") == 0 || strcmp(format, "naive-quantized") == 0)
-        return true;
-    return err_set(e, ERR_UNSUPPORTED, "%s.format: '%.100s' is not supported for %s", path, format,
-                   scheme_name(scheme));
-}
-
-static bool group_scheme(enum scheme *out, const json_t *config, const json_t *group, const char *path,
-                         struct err *e)
-{
-    char weights_path[PATH_BYTES + 24], input_path[PATH_BYTES + 24];
-    struct args args;
-    snprintf(weights_path, sizeof weights_path, "%s.weights", path);
-    snprintf(input_path, sizeof input_path, "%s.input_activations", path);
-    if (is_given(group, "output_activations"))
-        return err_set(e, ERR_UNSUPPORTED, "%s.output_activations is not supported", path);
-    if (!read_args(&args, json_object_get(group, "weights"), weights_path, e) ||
-        !weight_scheme(out, &args, e))
-        return false;
-    if (is_given(group, "input_activations") &&
-        (!read_args(&args, json_object_get(group, "input_activations"), input_path, e) ||
-         !with_input(out, &args, e)))
-        return false;
-    return check_format(config, group, path, *out, e);
-}
-
-bool quantization_group_scheme(enum scheme *out, const json_t *group, const char *where, struct err *e)
-{
-    return group_scheme(out, NULL, group, where, e);
-}
-
-bool quantization_preset(enum scheme *out, const char *name, struct err *e)
-{
-    static const enum scheme presets[] = { SCHEME_NVFP4, SCHEME_NVFP4A16, SCHEME_FP8_DYNAMIC };
-    for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
-        if (strcasecmp(name, scheme_name(presets[i])) != 0) continue;
-        *out = presets[i];
-        return true;
-    }
-    return err_set(e, ERR_UNSUPPORTED,
-                   "preset '%.100s' is not supported, only NVFP4, NVFP4A16 and FP8_DYNAMIC are", name);
-}
 
 static bool targets_add(struct targets *list, struct target t, struct err *e)
 {
@@ -330,7 +161,7 @@ static bool add_group(struct quantization *q, const json_t *config, const char *
                add_list(q, &q->names, &q->patterns, group, scheme, path, e);
     if (!json_is_object(group)) return err_set(e, ERR_FORMAT, "%s: expected an object or a list", path);
     snprintf(targets_path, sizeof targets_path, "%s.targets", path);
-    return group_scheme(&scheme, config, group, path, e) &&
+    return quantization_group_scheme(&scheme, config, group, path, e) &&
            add_list(q, &q->names, &q->patterns, json_object_get(group, "targets"), scheme, targets_path, e);
 }
 
@@ -357,6 +188,12 @@ static bool add_ignore(struct quantization *q, const json_t *config, struct err 
            targets_sort(&q->ignore_names, e);
 }
 
+static bool is_given(const json_t *object, const char *key)
+{
+    const json_t *v = json_object_get(object, key);
+    return v && !json_is_null(v);
+}
+
 static bool check_string(const json_t *config, const char *key, const char *value, struct err *e)
 {
     const char *found;
@@ -375,8 +212,6 @@ static bool check_empty(const json_t *config, const char *key, struct err *e)
 
 static bool check_config(const json_t *config, struct err *e)
 {
-    if (!json_is_object(config)) return err_set(e, ERR_FORMAT, "quantization_config: expected an object");
-    if (!check_string(config, "quant_method", "compressed-tensors", e)) return false;
     if (is_given(config, "quantization_status") &&
         !check_string(config, "quantization_status", "compressed", e))
         return false;
@@ -410,6 +245,15 @@ static bool find_config(json_t **out, const json_t *root, struct err *e)
            err_set(e, ERR_FORMAT, "quantization_config: differs from the one in text_config");
 }
 
+static bool make_document(struct quantization *q, json_t *config, struct err *e)
+{
+    if (!json_is_object(config)) return err_set(e, ERR_FORMAT, "quantization_config: expected an object");
+    if (!quantization_translate(&q->document, &q->origin, config, e)) return false;
+    if (q->origin != QUANTIZATION_COMPRESSED_TENSORS) return true;
+    q->document = json_incref(config);
+    return check_config(config, e);
+}
+
 bool quantization_parse(struct quantization **out, const json_t *root, struct err *e)
 {
     json_t *config;
@@ -418,9 +262,8 @@ bool quantization_parse(struct quantization **out, const json_t *root, struct er
     if (!config) return true;
     struct quantization *q = calloc(1, sizeof *q);
     if (!q) return err_memory(e, "quantization_config", sizeof *q);
-    q->document = json_incref(config);
-    if (check_config(config, e) && create_contexts(q, e) && add_groups(q, config, e) &&
-        add_ignore(q, config, e)) {
+    if (make_document(q, config, e) && create_contexts(q, e) && add_groups(q, q->document, e) &&
+        add_ignore(q, q->document, e)) {
         *out = q;
         return true;
     }
@@ -458,10 +301,40 @@ static const struct target *find_pattern(const struct quantization *q, const str
     return NULL;
 }
 
+/* A name of the list that is the module's or, in other tools' lists, a parent's. Those tools name modules
+ * with and without the parts in front of "layers". */
+static const struct target *find_module(const struct quantization *q, const struct targets *list,
+                                        const char *module)
+{
+    char name[NAME_BYTES];
+    if (q->origin == QUANTIZATION_COMPRESSED_TENSORS) return find_name(list, module);
+    snprintf(name, sizeof name, "%s", quantization_bare_name(module));
+    for (char *end = name; end;) {
+        const struct target *t = find_name(list, name);
+        if (t) return t;
+        end = strrchr(name, '.');
+        if (end) *end = 0;
+    }
+    return NULL;
+}
+
+static const struct target *match_module(const struct quantization *q, const struct targets *names,
+                                         const struct targets *patterns, const char *module)
+{
+    const struct target *t = find_module(q, names, module);
+    bool bare = q->origin != QUANTIZATION_COMPRESSED_TENSORS;
+    return t ? t : find_pattern(q, patterns, bare ? quantization_bare_name(module) : module);
+}
+
 bool quantization_ignores(const struct quantization *q, const char *module, const char *class_name)
 {
-    return q && (find_name(&q->ignore_names, module) || find_name(&q->ignore_names, class_name) ||
-                 find_pattern(q, &q->ignore_patterns, module));
+    return q && (find_name(&q->ignore_names, class_name) ||
+                 match_module(q, &q->ignore_names, &q->ignore_patterns, module));
+}
+
+enum quantization_origin quantization_origin(const struct quantization *q)
+{
+    return q ? q->origin : QUANTIZATION_COMPRESSED_TENSORS;
 }
 
 bool quantization_agrees(const struct quantization *q, const char *module)
@@ -480,8 +353,7 @@ bool quantization_agrees(const struct quantization *q, const char *module)
 enum scheme quantization_scheme(const struct quantization *q, const char *module, const char *class_name)
 {
     if (!q || quantization_ignores(q, module, class_name)) return SCHEME_NONE;
-    const struct target *t = find_name(&q->names, module);
-    if (!t) t = find_pattern(q, &q->patterns, module);
+    const struct target *t = match_module(q, &q->names, &q->patterns, module);
     if (!t) t = find_name(&q->names, class_name);
     return t ? t->scheme : SCHEME_NONE;
 }

@@ -9,6 +9,7 @@
 const char *const common_devices[] = { "auto", "cpu", "ref", NULL };
 const char *const common_masks[] = { "best", "generic", "avx2", "avx512", NULL };
 const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
+const char *const common_activations[] = { "bf16", "fp4", NULL };
 
 enum kv_dtype common_kv_dtype(const struct common *c)
 {
@@ -93,7 +94,8 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
         return err_set(e, ERR_ARGUMENT, "--threads: expected 1 to 1024, found %lld", (long long)c->threads);
     struct backend_options o = { .device = (enum device)(c->device == 2 ? DEVICE_REF : DEVICE_CPU),
                                  .threads = (int)c->threads,
-                                 .isa = (enum cpu_isa)c->mask };
+                                 .isa = (enum cpu_isa)c->mask,
+                                 .fp4_activations = c->fp4 };
     return backend_create(b, &o, e);
 }
 

@@ -12,10 +12,12 @@ struct common {
     int device; /* index into common_devices */
     int mask;   /* index into common_masks */
     int kv;     /* index into common_kv */
+    int fp4;    /* index into common_activations */
     int64_t threads;
     bool quiet, json;
 };
-extern const char *const common_devices[], *const common_masks[], *const common_kv[];
+extern const char *const common_devices[], *const common_masks[], *const common_kv[],
+                                                                      *const common_activations[];
 /* Rows of a flag table. */
 #define COMMON_FLAGS(c)                                                                                      \
     {                                                                                                        \
@@ -40,6 +42,12 @@ extern const char *const common_devices[], *const common_masks[], *const common_
     {                                                                                                        \
         "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
             "how keys and values are kept (auto: as activations are, f32 on a CPU)", common_kv               \
+    }
+#define COMMON_ACTIVATIONS_FLAG(c)                                                                           \
+    {                                                                                                        \
+        "--nvfp4-activations", 0, FLAG_CHOICE, &(c).fp4, "bf16|fp4",                                         \
+            "inputs of NVFP4 weights: as they are (bf16, default) or as FP4 tensor cores take them (fp4)",   \
+            common_activations                                                                               \
     }
 #define FLAGS_END                                                                                            \
     {                                                                                                        \

@@ -188,6 +188,7 @@ int cli_generate(int argc, char **argv)
         { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
           NULL },
         COMMON_KV_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAG(s.common),
         COMMON_FLAGS(s.common),
         FLAGS_END,
     };

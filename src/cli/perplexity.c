@@ -32,9 +32,9 @@ static void print_text(const struct settings *s, const struct perplexity_result 
     printf("text        %s\nrule        %s, ctx %lld\ntokens      %lld\nchunks      %lld\nscored      %lld\n",
            s->text, rules[s->rule], (long long)s->ctx, (long long)r->tokens, (long long)r->chunks,
            (long long)r->scored);
-    printf("kv cache    %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
-           common_kv_name(common_kv_dtype(&s->common)), b->name, r->seconds,
-           (double)(r->scored + r->chunks) / r->seconds);
+    printf("kv cache    %s\nnvfp4 input %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
+           common_kv_name(common_kv_dtype(&s->common)), common_activations[s->common.fp4], b->name,
+           r->seconds, (double)(r->scored + r->chunks) / r->seconds);
     if (!s->against) printf("perplexity  %.5f\n", r->perplexity);
 }
 
@@ -77,12 +77,12 @@ static void print_comparison(const struct comparison *c, const struct checkpoint
 static void print_json(const struct settings *s, const struct perplexity_result *r,
                        const struct comparison *c)
 {
-    json_t *o =
-        json_pack("{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:f, s:f}", "model", common_json_path(s->model),
-                  "text", common_json_path(s->text), "rule", rules[s->rule], "ctx", (json_int_t)s->ctx,
-                  "tokens", (json_int_t)r->tokens, "chunks", (json_int_t)r->chunks, "scored_tokens",
-                  (json_int_t)r->scored, "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common)),
-                  "perplexity", r->perplexity, "seconds", r->seconds);
+    json_t *o = json_pack(
+        "{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:f, s:f}", "model", common_json_path(s->model),
+        "text", common_json_path(s->text), "rule", rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens",
+        (json_int_t)r->tokens, "chunks", (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored,
+        "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common)), "nvfp4_activations",
+        common_activations[s->common.fp4], "perplexity", r->perplexity, "seconds", r->seconds);
     if (c) {
         json_t *more = json_pack("{s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against",
                                  common_json_path(s->against), "against_perplexity", c->other.perplexity,
@@ -150,6 +150,7 @@ int cli_perplexity(int argc, char **argv)
         { "--ctx", 0, FLAG_INT, &s.ctx, "N", "tokens a chunk (default 512)", NULL },
         { "--max-chunks", 0, FLAG_INT, &s.max_chunks, "N", "score only the first N chunks", NULL },
         COMMON_KV_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAG(s.common),
         COMMON_FLAGS(s.common),
         FLAGS_END,
     };

@@ -91,7 +91,7 @@ static bool row_scales(float *out, const struct tensor *t, int64_t rows, struct 
 }
 
 static bool bind_fp8(struct model *m, struct weight **out, const char *name, const struct tensor *t,
-                     bool quantize_input, int64_t rows, int64_t cols, struct err *e)
+                     enum weight_input input, int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *scale = find(m, name, ".weight_scale");
     if (!scale)
@@ -100,10 +100,38 @@ static bool bind_fp8(struct model *m, struct weight **out, const char *name, con
     if (!check_shape(t, 2, (int64_t[]){ rows, cols }, e)) return false;
     float *scales = malloc((size_t)rows * sizeof *scales + 1);
     if (!scales) return err_memory(e, name, (uint64_t)rows * sizeof *scales);
-    struct weight_source src = { WEIGHT_FP8, rows, cols, t->data, scales, 0, quantize_input, false };
+    struct weight_source src = {
+        .format = WEIGHT_FP8, .rows = rows, .cols = cols, .data = t->data, .scale = scales, .input = input
+    };
     bool ok = row_scales(scales, scale, rows, e) && create(m, out, &src, t->name, e);
     free(scales);
     return ok;
+}
+
+static bool one_float(float *out, const struct tensor *t, struct err *e)
+{
+    if (t->dtype != DTYPE_F32 || tensor_elements(t) != 1)
+        return err_set(e, ERR_FORMAT, "tensor '%s': expected F32 of one element, found %s of %" PRId64,
+                       t->name, dtype_name(t->dtype), tensor_elements(t));
+    *out = element(t, 0);
+    return true;
+}
+
+bool bind_input_global(const struct model *m, float *least, const char *name, struct err *e)
+{
+    float scale;
+    if (!m->backend->fp4_activations || !find(m, name, ".weight_packed")) return true;
+    const struct tensor *t = find(m, name, ".input_global_scale");
+    if (!t)
+        return err_set(e, ERR_FORMAT,
+                       "tensor '%s.input_global_scale' is missing: FP4 activations need measured input scales",
+                       name);
+    if (!one_float(&scale, t, e)) return false;
+    if (!isfinite(scale) || scale <= 0)
+        return err_set(e, ERR_FORMAT, "tensor '%s': expected a scale above 0 for FP4 activations, found %g",
+                       t->name, (double)scale);
+    *least = fminf(*least, scale);
+    return true;
 }
 
 /* What divides the group scales. Files of older tools hold Inf for a matrix of zeros; then it stands for 1.
@@ -112,10 +140,7 @@ static bool global_scale(struct model *m, float *out, const char *name, struct e
 {
     const struct tensor *t = find(m, name, ".weight_global_scale");
     if (!t) return err_set(e, ERR_FORMAT, "tensor '%s.weight_global_scale' is missing", name);
-    if (t->dtype != DTYPE_F32 || tensor_elements(t) != 1)
-        return err_set(e, ERR_FORMAT, "tensor '%s': expected F32 of one element, found %s of %" PRId64,
-                       t->name, dtype_name(t->dtype), tensor_elements(t));
-    *out = element(t, 0);
+    if (!one_float(out, t, e)) return false;
     if (isfinite(*out) && *out > 0) return true;
     report_warn(m->report, "tensor '%s' is %g: taken as 1", t->name, (double)*out);
     *out = 1;
@@ -123,7 +148,7 @@ static bool global_scale(struct model *m, float *out, const char *name, struct e
 }
 
 static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, const struct tensor *t,
-                       int64_t rows, int64_t cols, struct err *e)
+                       float input_global, int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *scale = find(m, name, ".weight_scale");
     if (!scale) return err_set(e, ERR_FORMAT, "tensor '%s.weight_scale' is missing", name);
@@ -134,7 +159,13 @@ static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, c
     if (scale->dtype != DTYPE_F8_E4M3 || t->dtype != DTYPE_U8)
         return err_set(e, ERR_FORMAT, "'%s': expected U8 codes and F8_E4M3 scales, found %s and %s", name,
                        dtype_name(t->dtype), dtype_name(scale->dtype));
-    struct weight_source src = { WEIGHT_NVFP4, rows, cols, t->data, scale->data, 0, false, false };
+    struct weight_source src = { .format = WEIGHT_NVFP4,
+                                 .rows = rows,
+                                 .cols = cols,
+                                 .data = t->data,
+                                 .scale = scale->data,
+                                 .input = m->backend->fp4_activations ? INPUT_NVFP4 : INPUT_AS_IS,
+                                 .input_global = input_global };
     return check_shape(t, 2, (int64_t[]){ rows, cols / 2 }, e) &&
            check_shape(scale, 2, (int64_t[]){ rows, cols / NVFP4_GROUP }, e) &&
            global_scale(m, &src.global, name, e) && create(m, out, &src, t->name, e);
@@ -146,15 +177,15 @@ static bool scheme_disagrees(const char *name, enum scheme scheme, const char *f
                    scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme), found);
 }
 
-bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
-                 struct err *e)
+bool bind_expert(struct model *m, struct weight **out, const char *name, float input_global, int64_t rows,
+                 int64_t cols, struct err *e)
 {
     enum scheme scheme = quantization_scheme(m->checkpoint->quantization, name, "Linear");
     const struct tensor *packed = find(m, name, ".weight_packed"), *plain = find(m, name, ".weight");
     if (packed) {
         if (scheme != SCHEME_NVFP4 && scheme != SCHEME_NVFP4A16)
             return scheme_disagrees(name, scheme, "weight_packed (NVFP4)", e);
-        return bind_nvfp4(m, out, name, packed, rows, cols, e);
+        return bind_nvfp4(m, out, name, packed, input_global, rows, cols, e);
     }
     if (!plain) {
         char full[NAME_MAX_BYTES];
@@ -164,10 +195,19 @@ bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t
     if (plain->dtype == DTYPE_F8_E4M3) {
         if (scheme != SCHEME_FP8_DYNAMIC && scheme != SCHEME_FP8A16)
             return scheme_disagrees(name, scheme, "FP8", e);
-        return bind_fp8(m, out, name, plain, scheme == SCHEME_FP8_DYNAMIC, rows, cols, e);
+        return bind_fp8(m, out, name, plain, scheme == SCHEME_FP8_DYNAMIC ? INPUT_FP8_ROW : INPUT_AS_IS, rows,
+                        cols, e);
     }
     if (scheme != SCHEME_NONE) return scheme_disagrees(name, scheme, dtype_name(plain->dtype), e);
     return bind_dense(m, out, plain, rows, cols, e);
+}
+
+bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
+                 struct err *e)
+{
+    float input_global = INFINITY;
+    return bind_input_global(m, &input_global, name, e) &&
+           bind_expert(m, out, name, input_global, rows, cols, e);
 }
 
 bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,

@@ -9,6 +9,13 @@
  * quantization_config. */
 bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
                  struct err *e);
+/* The same for a module whose inputs, where NVFP4 inputs are asked for, are scaled by `input_global` and not
+ * by what its own file entry says: the experts of a layer share one (bind_input_global). */
+bool bind_expert(struct model *m, struct weight **out, const char *name, float input_global, int64_t rows,
+                 int64_t cols, struct err *e);
+/* Lowers *least to name.input_global_scale, above 0 and finite: the least divisor has the widest range. Only
+ * where the backend quantizes activations and the module is stored as NVFP4; else does nothing. */
+bool bind_input_global(const struct model *m, float *least, const char *name, struct err *e);
 /* The tensor `name` ([rows x cols]), never quantized: an embedding that serves as head. */
 bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
                 struct err *e);

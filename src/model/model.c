@@ -55,8 +55,25 @@ static bool bind_delta(struct model *m, struct delta_weights *w, struct names n,
            bind_vector(m, &w->norm, at(&n, "linear_attn.norm.weight"), c->linear_value_dim, 0, e);
 }
 
-static bool bind_expert(struct model *m, struct experts *x, int expert, bool fused, struct names n,
-                        struct err *e)
+/* Of gate and up, and of down: what FP4 activations of any expert of the layer are scaled by. */
+struct input_globals {
+    float block, down;
+};
+
+static bool find_input_globals(struct input_globals *g, const struct model *m, struct names n, struct err *e)
+{
+    static const char *const parts[] = { "gate_proj", "up_proj", "down_proj" };
+    *g = (struct input_globals){ INFINITY, INFINITY };
+    for (int i = 0; m->backend->fp4_activations && i < 3 * m->config->n_experts; i++) {
+        char module[64];
+        snprintf(module, sizeof module, "mlp.experts.%d.%s", i / 3, parts[i % 3]);
+        if (!bind_input_global(m, i % 3 == 2 ? &g->down : &g->block, at(&n, module), e)) return false;
+    }
+    return true;
+}
+
+static bool bind_expert_parts(struct model *m, struct experts *x, int expert, bool fused,
+                              const struct input_globals *g, struct names n, struct err *e)
 {
     int64_t hidden = m->config->hidden_size, inner = m->config->moe_intermediate;
     int count = x->n_experts;
@@ -69,11 +86,11 @@ static bool bind_expert(struct model *m, struct experts *x, int expert, bool fus
     }
     char module[64];
     snprintf(module, sizeof module, "mlp.experts.%d.gate_proj", expert);
-    if (!bind_linear(m, &x->gate[expert], at(&n, module), inner, hidden, e)) return false;
+    if (!bind_expert(m, &x->gate[expert], at(&n, module), g->block, inner, hidden, e)) return false;
     snprintf(module, sizeof module, "mlp.experts.%d.up_proj", expert);
-    if (!bind_linear(m, &x->up[expert], at(&n, module), inner, hidden, e)) return false;
+    if (!bind_expert(m, &x->up[expert], at(&n, module), g->block, inner, hidden, e)) return false;
     snprintf(module, sizeof module, "mlp.experts.%d.down_proj", expert);
-    return bind_linear(m, &x->down[expert], at(&n, module), hidden, inner, e);
+    return bind_expert(m, &x->down[expert], at(&n, module), g->down, hidden, inner, e);
 }
 
 static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, struct err *e)
@@ -81,6 +98,7 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
     const struct config *c = m->config;
     int64_t hidden = c->hidden_size, shared = c->shared_intermediate;
     struct experts *x = &w->experts;
+    struct input_globals g;
     x->n_experts = c->n_experts;
     x->gate = calloc(3 * (size_t)c->n_experts, sizeof *x->gate);
     if (!x->gate) return err_memory(e, "experts", 3 * (uint64_t)c->n_experts * sizeof *x->gate);
@@ -91,8 +109,9 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
               bind_linear(m, &w->shared_gate, at(&n, "mlp.shared_expert_gate"), 1, hidden, e) &&
               bind_linear(m, &w->gate, at(&n, "mlp.shared_expert.gate_proj"), shared, hidden, e) &&
               bind_linear(m, &w->up, at(&n, "mlp.shared_expert.up_proj"), shared, hidden, e) &&
-              bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e);
-    for (int i = 0; ok && i < c->n_experts; i++) ok = bind_expert(m, x, i, fused, n, e);
+              bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
+              find_input_globals(&g, m, n, e);
+    for (int i = 0; ok && i < c->n_experts; i++) ok = bind_expert_parts(m, x, i, fused, &g, n, e);
     return ok;
 }
 

@@ -21,4 +21,13 @@ static inline uint8_t e2m1_from_f32(float x)
         (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
     return (uint8_t)(code | (x < 0 ? 8 : 0));
 }
+
+/* The value that code stands for, without branches: loops of it become vector instructions. */
+static inline float e2m1_round(float x)
+{
+    float a = x < 0 ? -x : x;
+    int halves = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + 2 * ((a > 2.5f) + (a >= 3.5f)) +
+                 4 * (a > 5.0f);
+    return x < 0 ? -0.5f * (float)halves : 0.5f * (float)halves;
+}
 #endif

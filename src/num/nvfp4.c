@@ -66,3 +66,15 @@ void nvfp4_unpack_row(float *out, const uint8_t *codes, const e4m3 *scale, float
         }
     }
 }
+
+void nvfp4_quantize_activations(float *out, const float *x, float global, int64_t n)
+{
+    const float sixth = 1.0f / E2M1_MAX, inverse = 1.0f / global;
+    for (; n > 0; n -= NVFP4_GROUP, x += NVFP4_GROUP, out += NVFP4_GROUP) {
+        float rounded[NVFP4_GROUP];
+        for (int i = 0; i < NVFP4_GROUP; i++) rounded[i] = bf16_round(x[i]);
+        float scale = e4m3_to_f32(e4m3_from_f32(global * (group_absmax(rounded) * sixth)));
+        float up = scale > 0 ? 1.0f / (scale * inverse) : 0, step = scale / global;
+        for (int i = 0; i < NVFP4_GROUP; i++) out[i] = e2m1_round(rounded[i] * up) * step;
+    }
+}

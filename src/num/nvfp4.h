@@ -28,6 +28,13 @@ void nvfp4_pack_row(uint8_t *codes, e4m3 *scale, const float *x, float global, i
 /* The scale such a row gives a group of 16. */
 e4m3 nvfp4_group_scale(const float *x, float global);
 
+/* One row of activations as FP4 tensor cores read it, as f32 again. With bf(x) in groups of 16, m a group's
+ * absmax: S = e4m3(global * (m * (1 / 6))), code = e2m1(bf(x) * (1 / (S * (1 / global)))), out = code * (S /
+ * global); a group whose S is 0 becomes zeros. global > 0; n % 16 == 0; out may be x. Each operation is an
+ * f32 one, 1 / a rounded to nearest where the hardware's rcp.approx may be off by one unit. Source: vLLM,
+ * csrc/quantization/fp4. */
+void nvfp4_quantize_activations(float *out, const float *x, float global, int64_t n);
+
 /* Unpacks n weights of one row. codes: n/2 bytes. scale: [n/16]. global > 0, divides. Cannot fail. */
 void nvfp4_unpack_row(float *out, const uint8_t *codes, const e4m3 *scale, float global, int64_t n);
 #endif

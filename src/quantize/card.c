@@ -133,6 +133,8 @@ static const char *activations(enum scheme scheme)
     switch (scheme) {
     case SCHEME_NVFP4: return "NVFP4, group scales at run time under a measured scale";
     case SCHEME_FP8_DYNAMIC: return "FP8, one scale a token at run time";
+    case SCHEME_FP8: return "FP8 under a measured scale";
+    case SCHEME_FP8_BLOCK: return "FP8, a scale for a token's 128 columns at run time";
     case SCHEME_NONE:
     case SCHEME_NVFP4A16:
     case SCHEME_FP8A16:

@@ -56,7 +56,8 @@ static bool check_matrix(const struct plan *p, const struct checkpoint *c, const
                        scheme_name(m->scheme), scheme_name(found));
     if (!find_part(c, m, nvfp4 ? ".weight_packed" : ".weight") || !find_part(c, m, ".weight_scale") ||
         (nvfp4 && !find_part(c, m, global)) ||
-        (m->scheme == SCHEME_NVFP4 && !find_part(c, m, ".input_global_scale")))
+        (m->scheme == SCHEME_NVFP4 && !find_part(c, m, ".input_global_scale")) ||
+        (m->scheme == SCHEME_FP8 && !find_part(c, m, ".input_scale")))
         return err_set(e, ERR_FORMAT, "module '%s': a part is missing", m->module);
     if (m->partner == SIZE_MAX) return true;
     const struct tensor *a = find_part(c, m, global), *b = find_part(c, &p->matrices[m->partner], global);

@@ -56,13 +56,17 @@ static bool lies_in(const char *inner, const char *outer)
     return below;
 }
 
+static bool exists(const struct destination *d, struct err *e)
+{
+    return err_set(e, ERR_ARGUMENT, "%s: already exists; remove it or name another destination", d->path);
+}
+
 static bool check_names(const struct destination *d, const char *source, struct err *e)
 {
     if (file_same(d->path, source))
         return err_set(e, ERR_ARGUMENT, "%s: the destination is the source folder; name another one",
                        d->path);
-    if (file_exists(d->path) && !d->is_renamed)
-        return err_set(e, ERR_ARGUMENT, "%s: already exists; remove it or name another destination", d->path);
+    if (file_exists(d->path) && !d->is_renamed) return exists(d, e);
     if (!file_is_folder(d->parent))
         return err_set(e, ERR_ARGUMENT, "%s: no folder %s to create it in", d->path, d->parent);
     if (lies_in(d->parent, source))
@@ -187,6 +191,12 @@ bool destination_prepare(struct destination *d, uint64_t bytes, struct err *e)
 {
     if (mkdir(d->partial, 0777) != 0 && errno != EEXIST) return err_errno(e, d->partial);
     return check_room(d, bytes, e);
+}
+
+bool destination_create(struct destination *d, uint64_t bytes, const struct report *report, struct err *e)
+{
+    if (d->is_renamed) return exists(d, e);
+    return destination_lock(d, e) && destination_clear(d, report, e) && destination_prepare(d, bytes, e);
 }
 
 static bool ends_in(const char *name, const char *end)

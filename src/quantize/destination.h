@@ -24,6 +24,8 @@ bool destination_clear(struct destination *d, const struct report *report, struc
 /* Makes the checkpoint's folder if there is none. bytes: what will be in the work folder at most, checked
  * against what is there and what the file system has free. */
 bool destination_prepare(struct destination *d, uint64_t bytes, struct err *e);
+/* All three, for a run that is never continued. */
+bool destination_create(struct destination *d, uint64_t bytes, const struct report *report, struct err *e);
 /* Copies every regular file of the source that a run does not write itself; its README.md becomes
  * README.source.md. */
 bool destination_copy_files(const struct destination *d, const char *source, const struct report *report,

@@ -5,6 +5,7 @@
 #include "base/pool.h"
 #include "num/bf16.h"
 #include "num/e4m3.h"
+#include "num/rows.h"
 #include "quantize/plan.h"
 
 struct packed {
@@ -22,6 +23,7 @@ struct curvature {
 
 struct packer {
     struct pool *pool;
+    const struct row_kernels *kernels;
     uint8_t *codes; /* the caller's: where those of the next piece go, at most a byte a weight */
     uint8_t *scales;
     float *rows;   /* [threads][2][cols_max] a row and what it became */
@@ -39,7 +41,8 @@ void packer_deinit(struct packer *p); /* accepts a zeroed one */
 /* m in what follows: a matrix of at most packer_piece_rows rows. max |w|; a weight that is not finite is an
  * error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
-/* absmax: NVFP4's, joint with the partner's; unused for FP8. curvature: NULL for the nearest values. */
+/* absmax: NVFP4's, joint with the partner's; SCHEME_FP8's own; else unused. curvature: NULL for the nearest
+ * values. */
 bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
                 const struct curvature *curvature, struct err *e);
 #endif

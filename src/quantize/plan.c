@@ -1,6 +1,7 @@
 /* Takes an open checkpoint and a recipe, gives the list of jobs. Every error that the names, shapes and
  * dtypes of the source can cause is found here. */
 #include "quantize/plan.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include <inttypes.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@ static const char WEIGHT[] = ".weight";
 
 int plan_outputs_of(enum scheme scheme)
 {
-    return scheme == SCHEME_NVFP4 ? 4 : scheme == SCHEME_NVFP4A16 ? 3 : 2;
+    return scheme == SCHEME_NVFP4 ? 4 : scheme == SCHEME_NVFP4A16 || scheme == SCHEME_FP8 ? 3 : 2;
 }
 
 /* The tensor's module: its name without ".weight"; false when it ends in something else. */
@@ -174,13 +175,12 @@ static bool check_matrix(const struct matrix *m, struct err *e)
             e, ERR_UNSUPPORTED,
             "module '%s': %s: readers build this one unquantized, so it must be on the ignore list",
             m->module, scheme_name(m->scheme));
+    if (scheme_measures(m->scheme) && m->input == INPUT_NONE)
+        return err_set(e, ERR_UNSUPPORTED,
+                       "module '%s': %s needs a measured input and only modules of decoder layers have one; "
+                       "NVFP4A16, FP8_DYNAMIC and FP8_BLOCK are possible",
+                       m->module, scheme_name(m->scheme));
     if (!scheme_is_nvfp4(m->scheme)) return true;
-    if (m->scheme == SCHEME_NVFP4 && m->input == INPUT_NONE)
-        return err_set(
-            e, ERR_UNSUPPORTED,
-            "module '%s': NVFP4 needs a measured input and only modules of decoder layers have one; "
-            "NVFP4A16 and FP8_DYNAMIC are possible",
-            m->module);
     if (m->cols % NVFP4_GROUP == 0) return true;
     return err_set(e, ERR_UNSUPPORTED,
                    "tensor '%s': %" PRId64 " columns are not a multiple of %d, as %s needs", m->source->name,
@@ -207,7 +207,7 @@ static bool add_matrix(struct plan *p, struct matrix m, struct err *e)
     }
     if (m.expert >= 0) *expert_slot(p, m.layer, m.expert, m.part) = p->n_matrices;
     p->matrices[p->n_matrices++] = m;
-    p->needs_inputs = p->needs_inputs || m.scheme == SCHEME_NVFP4;
+    p->needs_inputs = p->needs_inputs || scheme_measures(m.scheme);
     return check_matrix(&p->matrices[p->n_matrices - 1], e);
 }
 
@@ -438,12 +438,20 @@ static bool add_output(struct plan *p, const char *stem, const char *suffix, enu
     return true;
 }
 
+static bool add_fp8(struct plan *p, const struct matrix *m, struct err *e)
+{
+    bool fixed = m->scheme == SCHEME_FP8, block = m->scheme == SCHEME_FP8_BLOCK;
+    int64_t one[] = { 1 }, whole[] = { m->rows, m->cols };
+    int64_t scales[] = { block ? fp8_blocks(m->rows) : m->rows, block ? fp8_blocks(m->cols) : 1 };
+    return add_output(p, m->module, WEIGHT, DTYPE_F8_E4M3, 2, whole, e) &&
+           add_output(p, m->module, ".weight_scale", DTYPE_BF16, fixed ? 1 : 2, fixed ? one : scales, e) &&
+           (!fixed || add_output(p, m->module, ".input_scale", DTYPE_BF16, 1, one, e));
+}
+
 static bool add_packed(struct plan *p, const struct matrix *m, struct err *e)
 {
-    int64_t one[] = { 1 }, whole[] = { m->rows, m->cols }, column[] = { m->rows, 1 };
-    if (!scheme_is_nvfp4(m->scheme))
-        return add_output(p, m->module, WEIGHT, DTYPE_F8_E4M3, 2, whole, e) &&
-               add_output(p, m->module, ".weight_scale", DTYPE_BF16, 2, column, e);
+    int64_t one[] = { 1 };
+    if (!scheme_is_nvfp4(m->scheme)) return add_fp8(p, m, e);
     int64_t codes[] = { m->rows, m->cols / 2 }, groups[] = { m->rows, m->cols / NVFP4_GROUP };
     return add_output(p, m->module, ".weight_packed", DTYPE_U8, 2, codes, e) &&
            add_output(p, m->module, ".weight_scale", DTYPE_F8_E4M3, 2, groups, e) &&

@@ -45,7 +45,7 @@ struct plan {
 bool plan_create(struct plan *p, const struct checkpoint *c, const struct recipe *r, struct err *e);
 void plan_deinit(struct plan *p); /* accepts a zeroed one */
 
-/* Tensors a packed matrix becomes: 4 for NVFP4, 3 without an input scale, 2 for FP8. */
+/* Tensors a packed matrix becomes: 4 for NVFP4, 3 without an input scale; 2 for FP8, 3 with one. */
 int plan_outputs_of(enum scheme scheme);
 static inline bool scheme_is_nvfp4(enum scheme s)
 {

@@ -1,6 +1,7 @@
 /* The built-in recipes and how any recipe is written down. Takes a table of groups, gives the JSON block that
  * goes into config.json and the YAML text of recipe.yaml. */
 #include "quantize/recipe.h"
+#include "num/fp8.h"
 #include "quantize/yaml.h"
 #include <string.h>
 
@@ -81,10 +82,15 @@ const struct recipe *recipe_builtin(const char *name)
     return NULL;
 }
 
+bool scheme_measures(enum scheme s)
+{
+    return s == SCHEME_NVFP4 || s == SCHEME_FP8;
+}
+
 bool recipe_measures(const struct recipe *r)
 {
     for (size_t i = 0; i < r->n_groups; i++)
-        if (r->groups[i].scheme == SCHEME_NVFP4) return true;
+        if (scheme_measures(r->groups[i].scheme)) return true;
     return false;
 }
 
@@ -102,6 +108,10 @@ static const struct args nvfp4_input = {
 };
 static const struct args fp8_weights = { 8, 0, "channel", NULL, NULL, "memoryless_minmax" };
 static const struct args fp8_input = { 8, 0, "token", "", NULL, NULL };
+static const struct args fp8_tensor = { 8, 0, "tensor", NULL, NULL, "memoryless_minmax" };
+static const struct args fp8_fixed = { 8, 0, "tensor", NULL, NULL, "static_minmax" };
+static const struct args fp8_block = { 8, 0, "block", NULL, NULL, "memoryless_minmax" };
+static const struct args fp8_groups = { 8, FP8_BLOCK, "group", "", NULL, NULL };
 
 static const struct {
     const char *format;
@@ -111,6 +121,8 @@ static const struct {
     [SCHEME_NVFP4A16] = { "nvfp4-pack-quantized", &nvfp4_weights, NULL },
     [SCHEME_FP8_DYNAMIC] = { "float-quantized", &fp8_weights, &fp8_input },
     [SCHEME_FP8A16] = { "float-quantized", &fp8_weights, NULL },
+    [SCHEME_FP8] = { "float-quantized", &fp8_tensor, &fp8_fixed },
+    [SCHEME_FP8_BLOCK] = { "float-quantized", &fp8_block, &fp8_groups },
 };
 
 /* jansson takes NULL for a value as a failure and passes it on, so a lost allocation shows at the end. */
@@ -129,14 +141,24 @@ static json_t *dynamic_json(const struct args *a)
     return !a->dynamic ? json_false() : *a->dynamic ? json_string(a->dynamic) : json_true();
 }
 
+static bool has_blocks(const struct args *a)
+{
+    return strcmp(a->strategy, "block") == 0;
+}
+
+static json_t *block_json(const struct args *a)
+{
+    return has_blocks(a) ? json_pack("[i, i]", FP8_BLOCK, FP8_BLOCK) : json_null();
+}
+
 static json_t *args_json(const struct args *a)
 {
     if (!a) return json_null();
-    return json_pack("{s:i, s:s, s:s, s:o, s:b, s:o, s:o, s:o, s:n, s:n, s:{}, s:n}", "num_bits", a->num_bits,
+    return json_pack("{s:i, s:s, s:s, s:o, s:b, s:o, s:o, s:o, s:n, s:o, s:{}, s:n}", "num_bits", a->num_bits,
                      "type", "float", "strategy", a->strategy, "group_size", number_or_null(a->group_size),
                      "symmetric", 1, "dynamic", dynamic_json(a), "scale_dtype", text_or_null(a->scale_dtype),
-                     "observer", text_or_null(a->observer), "actorder", "block_structure", "observer_kwargs",
-                     "zp_dtype");
+                     "observer", text_or_null(a->observer), "actorder", "block_structure", block_json(a),
+                     "observer_kwargs", "zp_dtype");
 }
 
 static json_t *texts_json(const char *const *texts, size_t n)
@@ -192,6 +214,7 @@ static json_t *yaml_args(const struct args *a)
         json_pack("{s:i, s:s, s:s}", "num_bits", a->num_bits, "type", "float", "strategy", a->strategy);
     bool ok = o &&
               (!a->group_size || json_object_set_new(o, "group_size", json_integer(a->group_size)) == 0) &&
+              (!has_blocks(a) || json_object_set_new(o, "block_structure", block_json(a)) == 0) &&
               json_object_set_new(o, "symmetric", json_true()) == 0 &&
               json_object_set_new(o, "dynamic", dynamic_json(a)) == 0 &&
               (!a->scale_dtype || json_object_set_new(o, "scale_dtype", json_string(a->scale_dtype)) == 0) &&

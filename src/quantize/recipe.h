@@ -48,7 +48,8 @@ bool recipe_parse(struct recipe_file *out, const char *name, const char *text, s
 bool recipe_load(struct recipe_file *out, const char *path, struct err *e);
 void recipe_file_deinit(struct recipe_file *f); /* accepts a zeroed one */
 
-/* Whether some group's activations have measured scales. */
+bool scheme_measures(enum scheme s); /* its activations have measured scales */
+/* Whether some group's have. */
 bool recipe_measures(const struct recipe *r);
 
 /* {"quantization_config": {...}} with every key compressed-tensors writes. ignore: an array of strings,

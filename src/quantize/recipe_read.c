@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 enum { PATH_BYTES = 160, FILE_BYTES_MAX = 1 << 20 };
 
@@ -79,7 +78,6 @@ static const struct fixed weight_fixed[] = {
       "scales come from the largest weight (memoryless_minmax)" },
     { "observer_kwargs", { NULL }, "the observer has none" },
     { "actorder", { NULL }, "columns keep their order" },
-    { "block_structure", { NULL }, "no scheme has blocks" },
     { "zp_dtype", { "torch.float8_e4m3fn", NULL }, "there are no zero points" },
     { NULL, { NULL }, NULL },
 };
@@ -89,10 +87,26 @@ static const struct fixed input_fixed[] = {
       "input scales come from the largest value of all samples (static_minmax)" },
     { "observer_kwargs", { NULL }, "the observer has none" },
     { "actorder", { NULL }, "columns keep their order" },
-    { "block_structure", { NULL }, "no scheme has blocks" },
+    { "block_structure", { NULL }, "inputs have no blocks" },
     { "zp_dtype", { "torch.float8_e4m3fn", NULL }, "there are no zero points" },
     { NULL, { NULL }, NULL },
 };
+
+/* [128, 128], or the text 128x128. */
+static bool add_block(json_t *out, const struct yaml_tree *n, const char *where, struct err *e)
+{
+    json_t *block = NULL;
+    int rows, cols, end = 0;
+    if (n->kind == YAML_TREE_LIST && (block = json_array()))
+        for (const struct yaml_tree *c = n->first; c; c = c->next)
+            json_array_append_new(block, c->kind == YAML_TREE_TEXT ? scalar_json(c) : json_null());
+    else if (n->kind == YAML_TREE_TEXT && strlen(n->text) < 20 &&
+             sscanf(n->text, "%dx%d%n", &rows, &cols, &end) == 2 && !n->text[end])
+        block = json_pack("[i, i]", rows, cols);
+    else
+        return err_set(e, ERR_FORMAT, "line %d: %s.block_structure: expected [128, 128]", n->line, where);
+    return json_object_set_new(out, n->key, block) == 0 || err_memory(e, "recipe", 0);
+}
 
 /* Adds one argument to what quantization_config's own reader will judge. */
 static bool add_argument(json_t *out, const struct yaml_tree *n, const struct fixed *fixed, const char *where,
@@ -102,6 +116,7 @@ static bool add_argument(json_t *out, const struct yaml_tree *n, const struct fi
                                         "symmetric", "dynamic", "scale_dtype", NULL };
     for (const struct fixed *f = fixed; f->key; f++)
         if (strcmp(n->key, f->key) == 0) return check_fixed(n, f, where, e);
+    if (strcmp(n->key, "block_structure") == 0) return is_null(n) || add_block(out, n, where, e);
     if (!one_of(n->key, read))
         return err_set(e, ERR_FORMAT, "line %d: %s: unknown key '%.100s'", n->line, where, n->key);
     char path[PATH_BYTES + 32];
@@ -133,10 +148,19 @@ static bool check_written(enum scheme scheme, const json_t *group, const char *w
     if (scheme == SCHEME_NVFP4 || scheme == SCHEME_NVFP4A16) return true;
     const json_t *weights = json_object_get(group, "weights"), *size = json_object_get(weights, "group_size");
     const char *strategy = json_string_value(json_object_get(weights, "strategy"));
-    if (strategy ? strcmp(strategy, "channel") != 0 : json_integer_value(size) != -1)
-        return err_set(e, ERR_UNSUPPORTED,
-                       "%s.weights: one scale for the whole matrix is not done here; strategy 'channel' is",
-                       where);
+    bool channel = strategy ? strcmp(strategy, "channel") == 0 : json_integer_value(size) == -1;
+    if (scheme == SCHEME_FP8 && channel)
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "%s.weights: one scale a row with one for all inputs is not done here; strategy 'tensor' "
+            "is, or 'token' for the inputs",
+            where);
+    if (scheme != SCHEME_FP8 && scheme != SCHEME_FP8_BLOCK && !channel)
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "%s.weights: one scale for the whole matrix with these inputs is not done here; strategy "
+            "'channel' is",
+            where);
     if (json_string_value(json_object_get(weights, "scale_dtype")))
         return err_set(e, ERR_UNSUPPORTED,
                        "%s.weights.scale_dtype: scales of FP8 weights are stored in the weights' own dtype",
@@ -166,21 +190,13 @@ static bool read_arguments(enum scheme *out, const struct yaml_tree *n, const ch
         ok = must_be(format, YAML_TREE_TEXT, "format", e) &&
              (json_object_set_new(group, "format", json_string(format->text)) == 0 ||
               err_memory(e, "recipe", 0));
-    ok = ok && quantization_group_scheme(out, group, path, e) && check_written(*out, group, path, e);
+    ok = ok && quantization_group_scheme(out, NULL, group, path, e) && check_written(*out, group, path, e);
     json_decref(group);
     return ok;
 }
 
 static bool read_preset(enum scheme *out, const char *name, int line, struct err *e)
 {
-    static const char *const known[][2] = {
-        { "FP8", "activation scales measured beforehand" },
-        { "FP8_BLOCK", "weight scales for blocks of 128 x 128" },
-    };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strcasecmp(name, known[i][0]) == 0)
-            return err_set(e, ERR_UNSUPPORTED, "line %d: scheme '%s' (%s) is not done here; FP8_DYNAMIC is",
-                           line, known[i][0], known[i][1]);
     return quantization_preset(out, name, e) || err_note(e, "line %d", line);
 }
 

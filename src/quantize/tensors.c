@@ -1,5 +1,6 @@
 /* Tensors in the order of the source's files: the source is read ahead of, packed in pieces on all threads,
  * and what comes out goes to the writer's thread. Takes the plan, gives shards and a result per matrix. */
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include "quantize/pages.h"
 #include "quantize/run.h"
@@ -82,6 +83,8 @@ static bool pack_piece(struct run *r, struct packed *sum, const struct matrix *p
     if (!r->packer.codes || !packer_run(&r->packer, &p, piece, absmax, c, e) ||
         !to->put(to->ctx, p.codes_bytes, e))
         return false;
+    bool is_common = piece->scheme == SCHEME_FP8; /* one scale for all pieces */
+    if (is_common) sum->scales_bytes = 0;
     memcpy(r->scales + sum->scales_bytes, p.scales, p.scales_bytes);
     sum->codes_bytes += p.codes_bytes;
     sum->scales_bytes += p.scales_bytes;
@@ -218,6 +221,19 @@ static bool put_matrix(struct run *r, struct matrix_result *result, size_t index
     return true;
 }
 
+/* What maps the largest measured input to 448 * 6, or divided into it gives 448; 1 and 2^-7 where every input
+ * was zero. */
+static bool write_input_scale(const struct run *r, const struct matrix *m, float top, struct err *e)
+{
+    if (top == 0)
+        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is %s",
+                    m->module, m->scheme == SCHEME_FP8 ? "2^-7" : "1");
+    float global = nvfp4_global_scale(top);
+    bf16 fixed = fp8_scale(top);
+    return m->scheme == SCHEME_FP8 ? writer_put_copy(r->writer, &fixed, sizeof fixed, e)
+                                   : writer_put_copy(r->writer, &global, sizeof global, e);
+}
+
 static bool write_matrix(struct run *r, size_t index, struct err *e)
 {
     const struct matrix *m = &r->plan.matrices[index];
@@ -227,13 +243,7 @@ static bool write_matrix(struct run *r, size_t index, struct err *e)
         return false;
     result.input = largest_input(r, m);
     result.is_done = true;
-    if (m->scheme == SCHEME_NVFP4) {
-        float scale = nvfp4_global_scale(result.input); /* maps it to 448 * 6; 1 where every input was zero */
-        if (result.input == 0)
-            report_warn(r->options.report,
-                        "module '%s': every calibration input is zero; its input scale is 1", m->module);
-        if (!writer_put_copy(r->writer, &scale, sizeof scale, e)) return false;
-    }
+    if (scheme_measures(m->scheme) && !write_input_scale(r, m, result.input, e)) return false;
     r->results[index] = result;
     report_done(r, run_matrix_bytes(m));
     return writer_mark(r->writer, index, &result, e);

@@ -21,7 +21,7 @@ enum verify_step {
     VERIFY_STEPS
 };
 
-enum { VERIFY_WORST = 10, VERIFY_SCHEMES = SCHEME_FP8A16 + 1 };
+enum { VERIFY_WORST = 10, VERIFY_SCHEMES = N_SCHEMES };
 
 struct verify_error {
     char module[256];

@@ -54,7 +54,7 @@ static void test_example_counts(void **state)
     json_t *root = must_load(EXAMPLE);
     struct quantization *q = must_quantize(root);
     json_decref(root);
-    int counts[SCHEME_FP8A16 + 1] = { 0 };
+    int counts[N_SCHEMES] = { 0 };
     char name[128];
     for (int layer = 0; layer < 40; layer++)
         for (int expert = 0; expert < 256; expert++)
@@ -133,6 +133,9 @@ static void test_presets(void **state)
 #define FP8W "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"channel\",\"actorder\":\"static\"}"
 #define FP8T "{\"num_bits\":8,\"type\":\"float\"}"
 #define FP8I "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"token\",\"dynamic\":true}"
+#define FP8F "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"tensor\",\"dynamic\":false}"
+#define FP8B "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"block\",\"block_structure\":[128,128]}"
+#define FP8G "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"group\",\"group_size\":128,\"dynamic\":true}"
 #define GROUP(weights, input)                                                                                \
     "{\"targets\":[\"Linear\"],\"weights\":" weights ",\"input_activations\":" input "}"
 
@@ -148,6 +151,9 @@ static void test_schemes(void **state)
         { "{\"g\":" GROUP(FP8W, FP8I) "}", SCHEME_FP8_DYNAMIC },
         { "{\"g\":" GROUP(FP8T, FP8I) "}", SCHEME_FP8_DYNAMIC },
         { "{\"g\":" GROUP(FP8W, "null") "}", SCHEME_FP8A16 },
+        { "{\"g\":" GROUP(FP8T, FP8F) "}", SCHEME_FP8 },
+        { "{\"g\":" GROUP(FP8W, FP8F) "}", SCHEME_FP8 },
+        { "{\"g\":" GROUP(FP8B, FP8G) "}", SCHEME_FP8_BLOCK },
         { "{\"g\":{\"targets\":[\"Linear\"],\"weights\":" FP4W ",\"format\":\"nvfp4-pack-quantized\"}}",
           SCHEME_NVFP4A16 },
         { "{\"g\":{\"targets\":[\"Linear\"],\"weights\":" FP8W ",\"format\":\"naive-quantized\"}}",
@@ -233,15 +239,15 @@ static void test_unsupported(void **state)
 {
     (void)state;
     static const struct change cases[] = {
-        { Q "quant_method", "\"fp8\"",
-          Q "quant_method: 'fp8' is not supported, only 'compressed-tensors' is" },
+        { Q "quant_method", "\"awq\"",
+          Q "quant_method: 'awq' is not supported, only 'compressed-tensors', 'modelopt' and 'fp8' are" },
         { Q "quantization_status", "\"frozen\"",
           Q "quantization_status: 'frozen' is not supported, only 'compressed' is" },
         { Q "transform_config", "{\"a\":1}", Q "transform_config: only an empty one is supported" },
         { Q "sparsity_config", "{\"format\":\"x\"}", Q "sparsity_config: only an empty one is supported" },
         { Q "config_groups.W4A16", "[\"Linear\"]",
-          "quantization_config.config_groups: preset 'W4A16' is not supported, only NVFP4, NVFP4A16 and "
-          "FP8_DYNAMIC" },
+          "quantization_config.config_groups: preset 'W4A16' is not supported, only NVFP4, NVFP4A16, "
+          "FP8_DYNAMIC, FP8 and FP8_BLOCK are" },
         { G0 ".output_activations", "{}", G0 ".output_activations is not supported" },
         { G0 ".format", "\"pack-quantized\"", G0 ".format: 'pack-quantized' is not supported for NVFP4" },
         { G1 ".format", "\"nvfp4-pack-quantized\"",
@@ -264,10 +270,8 @@ static void test_unsupported(void **state)
         { G0 ".input_activations.num_bits", "8", G0 ".input_activations: 8-bit float" },
         { G1 ".weights.strategy", "\"block\"",
           G1 ".weights: 8-bit float, strategy 'block', group_size 0, dynamic false is not supported" },
-        { G1 ".input_activations",
-          "{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"tensor\",\"dynamic\":false}",
-          G1 ".input_activations: 8-bit float, strategy 'tensor', group_size 0, dynamic false is not "
-             "supported" },
+        { G1 ".weights.block_structure", "[128, 64]",
+          G1 ".weights: 8-bit float, strategy 'channel', group_size 0, dynamic false, blocks of 128 x 64" },
         { G1 ".input_activations.strategy", "\"tensor\"",
           G1
           ".input_activations: 8-bit float, strategy 'tensor', group_size 0, dynamic true is not supported" },
@@ -297,6 +301,8 @@ static void test_format_messages(void **state)
         { G0 ".weights", "null", G0 ".weights: expected an object" },
         { G0 ".input_activations", "[]", G0 ".input_activations: expected an object" },
         { G0 ".weights.dynamic", "\"yes\"", G0 ".weights.dynamic: expected true, false or \"local\"" },
+        { G1 ".weights.block_structure", "[128, 0]",
+          G1 ".weights.block_structure: expected two integers above 0" },
         { G0 ".weights.num_bits", "0", G0 ".weights.num_bits: expected 1 to 64, found 0" },
         { G0 ".weights.strategy", "1", G0 ".weights.strategy: expected a string, found an integer" },
     };

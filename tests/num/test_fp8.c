@@ -144,13 +144,49 @@ static void test_activation_error(void **state)
     }
 }
 
+/* Groups of 128 columns stand alone, the last one too when it is shorter; the smallest scale is 1e-10 / 448.
+ */
+static void test_groups(void **state)
+{
+    (void)state;
+    enum { N = 2 * FP8_BLOCK + 7 };
+    float x[N], out[N], part[FP8_BLOCK];
+    uint64_t seed = 5;
+    for (int i = 0; i < N; i++)
+        x[i] = random_bf16(&seed, 6) * (i < FP8_BLOCK ? 100 : i < 2 * FP8_BLOCK ? 1 : 0.01f);
+    fp8_round_groups(out, x, N);
+    for (int c = 0; c < N; c += FP8_BLOCK) {
+        int n = N - c < FP8_BLOCK ? N - c : FP8_BLOCK;
+        float s = fp8_quantize_activations(part, x + c, n);
+        for (int i = 0; i < n; i++) assert_true(out[c + i] == part[i] * s);
+    }
+    memset(x, 0, sizeof x);
+    x[3] = 1e-10f;
+    x[200] = 0x1p-120f;
+    fp8_round_groups(x, x, N); /* in place */
+    assert_true(x[3] == 448 * (1e-10f / 448) && x[2] == 0 && x[200] == 0);
+}
+
+static void test_fixed(void **state)
+{
+    (void)state;
+    float x[] = { 0.5f, -1000, 1e9f, 0x1p-11f, 3, -0.0f };
+    fp8_round_fixed(x, x, 6, 0.5f);
+    assert_true(x[0] == 0.5f && x[1] == -224 && x[2] == 224 && x[3] == 0 && x[4] == 3 && signbit(x[5]));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference_bytes),           cmocka_unit_test(test_zero_rows),
-        cmocka_unit_test(test_vanishing_weight_scale),    cmocka_unit_test(test_activation_floor),
-        cmocka_unit_test(test_activation_has_no_ceiling), cmocka_unit_test(test_weight_error),
+        cmocka_unit_test(test_reference_bytes),
+        cmocka_unit_test(test_zero_rows),
+        cmocka_unit_test(test_vanishing_weight_scale),
+        cmocka_unit_test(test_activation_floor),
+        cmocka_unit_test(test_activation_has_no_ceiling),
+        cmocka_unit_test(test_weight_error),
         cmocka_unit_test(test_activation_error),
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_fixed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

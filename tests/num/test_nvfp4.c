@@ -235,14 +235,61 @@ static void test_unpack_all_codes(void **state)
     }
 }
 
+/* BF16 bits, and codes and scales as compressed-tensors 0.20.0 casts them (FP4_E2M1_DATA.cast_to_fp4 of x
+ * over S / global, S of m / 6 * global as float8_e4m3fn). */
+static const uint16_t activations[COLUMNS] = {
+    0x3fec, 0x3f05, 0xbfdb, 0xbfda, 0x4001, 0xbe8a, 0xbe06, 0xbfb8, 0x3ec8, 0xbc9b, 0xbfad,
+    0xbf3b, 0x3f7d, 0xbed7, 0xbf16, 0xbf48, 0x4105, 0x406b, 0xbf81, 0xc039, 0xbec7, 0xbfe7,
+    0x3edf, 0xbee6, 0xbfa8, 0x4016, 0xbe33, 0xc0c3, 0x408e, 0x3fbe, 0x3f3f, 0x40a8,
+};
+static const float activation_codes[COLUMNS] = { 6,  1.5f, -4,    -4, 6,     -1,    -0.5f, -4,
+                                                 1,  0,    -4,    -2, 3,     -1,    -1.5f, -2,
+                                                 6,  3,    -0.5f, -2, -0.5f, -1.5f, 0.5f,  -0.5f,
+                                                 -1, 1.5f, 0,     -4, 3,     1,     0.5f,  4 };
+static const uint8_t activation_scales[COLUMNS / NVFP4_GROUP] = { 109, 125 };
+
+static void test_activations(void **state)
+{
+    (void)state;
+    float x[COLUMNS], out[COLUMNS], global = 2688.0f / 9;
+    widen(x, activations, COLUMNS);
+    for (int i = 0; i < COLUMNS; i++) x[i] *= 1 + 0x1p-10f; /* what BF16 drops does not count */
+    nvfp4_quantize_activations(out, x, global, COLUMNS);
+    for (int i = 0; i < COLUMNS; i++) {
+        float step = e4m3_to_f32((e4m3){ activation_scales[i / NVFP4_GROUP] }) / global;
+        assert_true(out[i] == activation_codes[i] * step);
+    }
+    /* a group far below the others keeps no scale and becomes zeros; above the range it saturates */
+    for (int i = 0; i < COLUMNS; i++) x[i] = i < NVFP4_GROUP ? 1e-6f : -100;
+    nvfp4_quantize_activations(x, x, global, COLUMNS);
+    for (int i = 0; i < COLUMNS; i++) assert_true(x[i] == (i < NVFP4_GROUP ? 0 : -6 * (448 / global)));
+}
+
+static void test_rounding_agrees_with_codes(void **state)
+{
+    (void)state;
+    for (int i = -7000; i <= 7000; i++) {
+        float x = (float)i / 1000;
+        assert_true(e2m1_round(x) == e2m1_to_f32(e2m1_from_f32(x)));
+        assert_true(e2m1_round(nextafterf(x, 9)) == e2m1_to_f32(e2m1_from_f32(nextafterf(x, 9))));
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference_bytes), cmocka_unit_test(test_reference_values),
-        cmocka_unit_test(test_global_scale),    cmocka_unit_test(test_global_scale_everywhere),
-        cmocka_unit_test(test_zero_groups),     cmocka_unit_test(test_zero_matrix),
-        cmocka_unit_test(test_small_groups),    cmocka_unit_test(test_group_scale_rounding),
-        cmocka_unit_test(test_error_bound),     cmocka_unit_test(test_unpack_all_codes),
+        cmocka_unit_test(test_reference_bytes),
+        cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_rounding_agrees_with_codes),
+        cmocka_unit_test(test_reference_values),
+        cmocka_unit_test(test_global_scale),
+        cmocka_unit_test(test_global_scale_everywhere),
+        cmocka_unit_test(test_zero_groups),
+        cmocka_unit_test(test_zero_matrix),
+        cmocka_unit_test(test_small_groups),
+        cmocka_unit_test(test_group_scale_rounding),
+        cmocka_unit_test(test_error_bound),
+        cmocka_unit_test(test_unpack_all_codes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

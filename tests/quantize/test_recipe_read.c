@@ -75,6 +75,34 @@ static void reading_undoes_writing(void **state)
     assert_null(recipe_builtin("cards"));
 }
 
+/* What a recipe writes of each scheme is read as that scheme, from recipe.yaml and from config.json. */
+static void schemes_come_back(void **state)
+{
+    (void)state;
+    static const char *const target = "re:x";
+    for (enum scheme s = SCHEME_NVFP4; s < N_SCHEMES; s++) {
+        struct recipe_group group = { "g", s, &target, 1 };
+        struct recipe r = { .name = "r", .groups = &group, .n_groups = 1 };
+        struct recipe_file f;
+        struct quantization *q;
+        struct err e = { 0 };
+        char *text;
+        size_t bytes;
+        json_t *config, *ignore = json_array();
+        assert_true(recipe_yaml(&text, &bytes, &r, &e));
+        parse(&f, text);
+        assert_int_equal(f.recipe.groups[0].scheme, s);
+        assert_true(recipe_config(&config, &r, ignore, &e));
+        if (!quantization_parse(&q, config, &e)) fail_msg("%s", e.text);
+        assert_int_equal(quantization_scheme(q, "x", "Linear"), s);
+        quantization_free(q);
+        json_decref(config);
+        json_decref(ignore);
+        recipe_file_deinit(&f);
+        free(text);
+    }
+}
+
 /* "NAME SCHEME target,target; ... | ignored,ignored" */
 static void expect(const char *text, const char *want)
 {
@@ -108,7 +136,16 @@ static void schemes_by_name(void **state)
            "targets: [Linear], ignore: null, kv_cache_scheme: null, config_groups: ~, "
            "bypass_divisibility_checks: false}\n",
            "group_0 FP8_DYNAMIC Linear |");
+    expect(HEAD "      scheme: FP8\n", "group_0 FP8 Linear |");
+    expect(HEAD "      scheme:\n        NVFP4: [a]\n        fp8_block: [b]\n",
+           "group_0 NVFP4 a; group_1 FP8_BLOCK b |");
 }
+
+#define BLOCK_WEIGHTS                                                                                        \
+    "          weights: {num_bits: 8, type: float, strategy: block, block_structure: [128, 128]}\n"
+#define BLOCK_INPUTS                                                                                         \
+    "          input_activations: {num_bits: 8, type: float, strategy: group, group_size: 128, dynamic: "    \
+    "true}\n"
 
 static void schemes_by_arguments(void **state)
 {
@@ -122,6 +159,14 @@ static void schemes_by_arguments(void **state)
     expect(GROUP TARGETS FP8_WEIGHTS
            "          input_activations: {num_bits: 8, type: float, strategy: token, dynamic: true}\n",
            "a FP8_DYNAMIC Linear |");
+    expect(GROUP TARGETS "          weights: {num_bits: 8, type: float, strategy: tensor}\n"
+                         "          input_activations: {num_bits: 8, type: float, strategy: tensor, dynamic: "
+                         "false, observer: static_minmax}\n",
+           "a FP8 Linear |");
+    expect(GROUP TARGETS BLOCK_WEIGHTS BLOCK_INPUTS, "a FP8_BLOCK Linear |");
+    expect(GROUP TARGETS "          weights: {num_bits: 8, type: float, strategy: block, block_structure: "
+                         "128x128}\n" BLOCK_INPUTS,
+           "a FP8_BLOCK Linear |");
     expect(GROUP TARGETS "          weights: {num_bits: 8, type: float, group_size: -1}\n",
            "a FP8A16 Linear |");
     expect(GROUP TARGETS FP8_WEIGHTS "        NVFP4: ['re:x', y]\n", "a FP8A16 Linear; NVFP4 NVFP4 re:x,y |");
@@ -186,15 +231,8 @@ static void schemes_are_checked(void **state)
 {
     (void)state;
     static const struct mistake mistakes[] = {
-        { HEAD "      scheme: FP8\n",
-          "line 4: scheme 'FP8' (activation scales measured beforehand) is not done here; FP8_DYNAMIC is",
-          ERR_UNSUPPORTED },
-        { HEAD "      scheme:\n        NVFP4: [a]\n        fp8_block: [b]\n",
-          "line 6: scheme 'FP8_BLOCK' (weight scales for blocks of 128 x 128) is not done here; FP8_DYNAMIC "
-          "is",
-          ERR_UNSUPPORTED },
         { HEAD "      scheme: W4A16\n",
-          "line 4: preset 'W4A16' is not supported, only NVFP4, NVFP4A16 and FP8_DYNAMIC are",
+          "line 4: preset 'W4A16' is not supported, only NVFP4, NVFP4A16, FP8_DYNAMIC, FP8 and FP8_BLOCK are",
           ERR_UNSUPPORTED },
         { HEAD "      scheme: [NVFP4]\n", "line 4: scheme: expected a mapping", ERR_FORMAT },
         { HEAD "      scheme: {}\n", "line 4: scheme: empty", ERR_FORMAT },
@@ -256,7 +294,26 @@ static void arguments_are_checked(void **state)
           "line 8: config_groups.a.weights.actorder: 'static' is not done here: columns keep their order",
           ERR_UNSUPPORTED },
         { WEIGHTS("block_structure: [128, 128]"),
-          "line 8: config_groups.a.weights.block_structure: '...' is not done here: no scheme has blocks",
+          "line 5: config_groups.a.weights: 4-bit float, strategy 'tensor', group_size 0, dynamic false, "
+          "blocks of 128 x 128 is not supported",
+          ERR_UNSUPPORTED },
+        { WEIGHTS("block_structure: 128x"),
+          "line 8: config_groups.a.weights.block_structure: expected [128, 128]", ERR_FORMAT },
+        { WEIGHTS("block_structure: [128]"),
+          "line 5: config_groups.a.weights.block_structure: expected two integers above 0", ERR_FORMAT },
+        { GROUP TARGETS
+          "          weights: {num_bits: 8, type: float, strategy: block, block_structure: [64, "
+          "128]}\n",
+          "line 5: config_groups.a.weights: 8-bit float, strategy 'block', group_size 0, dynamic false, "
+          "blocks of 64 x 128 is not supported",
+          ERR_UNSUPPORTED },
+        { GROUP TARGETS BLOCK_WEIGHTS,
+          "line 5: config_groups.a.input_activations: null; FP8 weights in blocks are supported with inputs "
+          "of 8-bit float, strategy 'group', group_size 128, dynamic true",
+          ERR_UNSUPPORTED },
+        { GROUP TARGETS BLOCK_WEIGHTS "          input_activations: {block_structure: [128, 128]}\n",
+          "line 8: config_groups.a.input_activations.block_structure: '...' is not done here: inputs have no "
+          "blocks",
           ERR_UNSUPPORTED },
         { FP8("zp_dtype: torch.int8"),
           "line 8: config_groups.a.weights.zp_dtype: 'torch.int8' is not done here: there are no zero points",
@@ -266,14 +323,13 @@ static void arguments_are_checked(void **state)
           "dtype",
           ERR_UNSUPPORTED },
         { GROUP TARGETS "          weights: {num_bits: 8, type: float, strategy: tensor}\n",
-          "line 5: config_groups.a.weights: one scale for the whole matrix is not done here; strategy "
-          "'channel' is",
+          "line 5: config_groups.a.weights: one scale for the whole matrix with these inputs is not done "
+          "here; strategy 'channel' is",
           ERR_UNSUPPORTED },
         { GROUP TARGETS FP8_WEIGHTS
           "          input_activations: {num_bits: 8, type: float, strategy: tensor}\n",
-          "line 5: config_groups.a.input_activations: 8-bit float, strategy 'tensor', group_size 0, dynamic "
-          "false is "
-          "not supported",
+          "line 5: config_groups.a.weights: one scale a row with one for all inputs is not done here; "
+          "strategy 'tensor' is, or 'token' for the inputs",
           ERR_UNSUPPORTED },
         { GROUP TARGETS NVFP4_WEIGHTS "          input_activations: {observer: minmax}\n",
           "line 8: config_groups.a.input_activations.observer: 'minmax' is not done here: input scales come "
@@ -426,6 +482,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(example_is_the_card),
         cmocka_unit_test(reading_undoes_writing),
+        cmocka_unit_test(schemes_come_back),
         cmocka_unit_test(schemes_by_name),
         cmocka_unit_test(schemes_by_arguments),
         cmocka_unit_test(structure_is_checked),

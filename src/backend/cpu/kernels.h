@@ -15,7 +15,7 @@ struct cpu_weight {
     int64_t panels;
     uint8_t *data;     /* owned */
     uint8_t *groups;   /* NVFP4: E4M3 scales; owned */
-    float *scale;      /* FP8: [panels * 16]; owned */
+    float *scale;      /* FP8: [panels * 16]; FP8_BLOCK: [rows / 128][cols / 128], rounded up; owned */
     float global;      /* NVFP4 */
     const void *table; /* is_table: borrowed rows */
 };
@@ -35,7 +35,7 @@ struct cpu_kernels {
     int block_rows; /* widest block `product` takes */
 
     /* Columns [first, first + n) of a panel as f32 [n][16]; NVFP4: multiples of 16. FP8 without the row
-     * scales. */
+     * scales, FP8_BLOCK with those of its blocks. */
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     /* y[i][0..16) += sum_c x[c * rows + i] * w[c][0..16), c ascending, one fused product at a time. y:
      * [rows][16]. rows: 1, 2, 4, 8 or 16, at most block_rows. */

@@ -5,6 +5,7 @@
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/simd.h"
 #include "num/e4m3.h"
+#include "num/fp8.h"
 #include <assert.h>
 #include <math.h>
 
@@ -36,6 +37,16 @@ static void decode_fp8(float *out, const uint8_t *in, int64_t n)
     for (int64_t i = 0; i < n * PANEL; i += VL) vstore(out + i, vfrom_e4m3(vload_u8(in + i)));
 }
 
+/* A panel lies in one row of blocks. */
+static void decode_fp8_block(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n)
+{
+    const uint8_t *in = w->data + (panel * w->head.cols + first) * PANEL;
+    const float *scale = w->scale + panel * PANEL / FP8_BLOCK * fp8_blocks(w->head.cols);
+    for (int64_t c = first; c < first + n; c++, in += PANEL, out += PANEL)
+        for (int v = 0; v < PER_PANEL; v++)
+            vstore(out + v * VL, vfrom_e4m3(vload_u8(in + v * VL)) * vset(scale[c / FP8_BLOCK]));
+}
+
 /* One group of 16 columns. codes: 8 bytes a column, rows 0..7 in the low nibbles, 8..15 in the high. */
 INLINE void decode_group(float *out, const uint8_t *codes, const vec step[PER_PANEL])
 {
@@ -61,6 +72,8 @@ static void decode(float *out, const struct cpu_weight *w, int64_t panel, int64_
         decode_nvfp4(out, w->data + at * 8, w->groups + at, w->global, n);
     else if (w->head.format == WEIGHT_FP8)
         decode_fp8(out, w->data + at * PANEL, n);
+    else if (w->head.format == WEIGHT_FP8_BLOCK)
+        decode_fp8_block(out, w, panel, first, n);
     else if (w->head.format == WEIGHT_BF16)
         decode_bf16(out, (const uint16_t *)w->data + at * PANEL, n);
     else

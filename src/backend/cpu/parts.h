@@ -35,7 +35,7 @@ struct queue {
  * another. Block at row r begins at r * cols. */
 struct packed {
     const float *x;
-    const float *row_scale; /* per row, NULL: 1 */
+    const float *row_scale; /* INPUT_FP8_ROW: per row; else NULL: 1 */
     int64_t rows, cols;
 };
 
@@ -51,9 +51,9 @@ static inline int block_rows(const struct cpu_kernels *k, int64_t left)
 void cpu_panel_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                        const struct cpu_weight *w, int64_t panel);
 /* Packs one block of `rows` rows; row(i) = x + index[i] * stride, or x + i * stride when index is NULL.
- * Quantizes first if the weight says so, writing row_scale. quantized: scratch [cols]. */
+ * Quantizes first if the weight says so; INPUT_FP8_ROW writes row_scale. quantized: scratch [cols]. */
 void cpu_pack_block(float *packed, float *row_scale, float *quantized, const float *x, int64_t stride,
-                    const int64_t *index, int rows, int64_t cols, bool quantize);
+                    const int64_t *index, int rows, int64_t cols, const struct weight *w);
 
 bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cpu_weight_free(struct queue *q, struct weight *w);

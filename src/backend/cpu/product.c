@@ -4,6 +4,7 @@
  * number of rows. */
 #include "backend/cpu/parts.h"
 #include "num/fp8.h"
+#include "num/nvfp4.h"
 #include <math.h>
 #include <string.h>
 
@@ -28,14 +29,15 @@ void cpu_panel_product(struct queue *q, struct cpu_thread *t, float *sums, const
 }
 
 void cpu_pack_block(float *packed, float *row_scale, float *quantized, const float *x, int64_t stride,
-                    const int64_t *index, int rows, int64_t cols, bool quantize)
+                    const int64_t *index, int rows, int64_t cols, const struct weight *w)
 {
     for (int i = 0; i < rows; i++) {
         const float *row = x + (index ? index[i] : i) * stride;
-        if (quantize) {
+        if (w->input == INPUT_FP8_ROW)
             row_scale[i] = fp8_quantize_activations(quantized, row, cols);
-            row = quantized;
-        }
+        else if (w->input == INPUT_NVFP4)
+            nvfp4_quantize_activations(quantized, row, w->input_global, cols);
+        if (w->input != INPUT_AS_IS) row = quantized;
         for (int64_t c = 0; c < cols; c++) packed[c * rows + i] = row[c];
     }
 }
@@ -59,8 +61,7 @@ static void pack_rows(void *ctx, int64_t item, int thread)
     while (r < end) {
         int rows = block_rows(q->k, m->x.rows - r);
         cpu_pack_block(q->packed + r * m->x.cols, q->row_scale + r, q->threads[thread].quantized,
-                       m->x.data + r * m->x.stride, m->x.stride, NULL, rows, m->x.cols,
-                       m->w->head.quantize_input);
+                       m->x.data + r * m->x.stride, m->x.stride, NULL, rows, m->x.cols, &m->w->head);
         r += rows;
     }
 }
@@ -82,7 +83,7 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
 {
     const struct cpu_weight *w = (const struct cpu_weight *)weight;
     struct matmul m = {
-        q, y, x, w, { q->packed, weight->quantize_input ? q->row_scale : NULL, x.rows, x.cols }, 1
+        q, y, x, w, { q->packed, weight->input == INPUT_FP8_ROW ? q->row_scale : NULL, x.rows, x.cols }, 1
     };
     if (x.rows == 0) return;
     while (m.panels_per_item < 16 && m.panels_per_item * x.rows * x.cols < 4096) m.panels_per_item *= 2;
@@ -121,7 +122,7 @@ static int group_picks(struct queue *q, const struct picks *picks, int64_t rows,
 
 /* Packs an expert's inputs: rows of x for gate and up, rows of hidden for down. */
 static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, int64_t stride, int64_t cols,
-                        bool by_row, bool quantize)
+                        bool by_row, const struct weight *w)
 {
     struct queue *q = m->q;
     int64_t end = q->begin[e + 1];
@@ -130,7 +131,7 @@ static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, in
         int64_t index[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) index[i] = by_row ? q->order[r + i] / m->picks->k : r + i;
         cpu_pack_block(q->packed + r * cols, q->row_scale + r, q->threads[thread].quantized, x, stride, index,
-                       rows, cols, quantize);
+                       rows, cols, w);
         r += rows;
     }
 }
@@ -139,7 +140,7 @@ static void pack_gate_up(void *ctx, int64_t item, int thread)
 {
     struct moe *m = ctx;
     int32_t e = m->q->active[item];
-    pack_expert(m, e, thread, m->x.data, m->x.stride, m->x.cols, true, m->experts->gate[e]->quantize_input);
+    pack_expert(m, e, thread, m->x.data, m->x.stride, m->x.cols, true, m->experts->gate[e]);
 }
 
 static void pack_down(void *ctx, int64_t item, int thread)
@@ -147,14 +148,15 @@ static void pack_down(void *ctx, int64_t item, int thread)
     struct moe *m = ctx;
     int32_t e = m->q->active[item];
     const struct weight *down = m->experts->down[e];
-    pack_expert(m, e, thread, m->q->hidden, down->cols, down->cols, false, down->quantize_input);
+    pack_expert(m, e, thread, m->q->hidden, down->cols, down->cols, false, down);
 }
 
 static struct packed packed_of(const struct queue *q, int32_t e, const struct weight *w)
 {
     int64_t begin = q->begin[e];
-    return (struct packed){ q->packed + begin * w->cols, w->quantize_input ? q->row_scale + begin : NULL,
-                            q->begin[e + 1] - begin, w->cols };
+    return (struct packed){ q->packed + begin * w->cols,
+                            w->input == INPUT_FP8_ROW ? q->row_scale + begin : NULL, q->begin[e + 1] - begin,
+                            w->cols };
 }
 
 /* One panel of one expert's gate and up: 16 columns of its hidden rows. */

@@ -2,6 +2,7 @@
 #include "backend/cpu/parts.h"
 #include "base/checked.h"
 #include "num/f16.h"
+#include "num/fp8.h"
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -13,9 +14,14 @@ struct laying {
     atomic_llong nan_at; /* element + 1 of an FP8 NaN */
 };
 
+static bool is_fp8(enum weight_format f)
+{
+    return f == WEIGHT_FP8 || f == WEIGHT_FP8_BLOCK;
+}
+
 static unsigned element_bytes(enum weight_format f)
 {
-    return f == WEIGHT_BF16 ? 2 : f == WEIGHT_FP8 ? 1 : 4; /* F16 is widened: it is rare and small */
+    return f == WEIGHT_BF16 ? 2 : is_fp8(f) ? 1 : 4; /* F16 is widened: it is rare and small */
 }
 
 static void lay_nvfp4(struct laying *l, int64_t panel)
@@ -47,7 +53,7 @@ static void lay_dense(struct laying *l, int64_t panel)
         for (int64_t c = 0; c < cols; c++, lane += PANEL * bytes) {
             if (l->src->format == WEIGHT_BF16) {
                 memcpy(lane, row + 2 * c, 2);
-            } else if (l->src->format == WEIGHT_FP8) {
+            } else if (is_fp8(l->src->format)) {
                 *lane = row[c];
                 if ((row[c] & 0x7f) == 0x7f) atomic_store(&l->nan_at, r * cols + c + 1);
             } else if (l->src->format == WEIGHT_F16) {
@@ -72,6 +78,13 @@ static void lay_panel(void *ctx, int64_t panel, int thread)
         lay_dense(l, panel);
 }
 
+/* FP8 scales in w->scale: one a row, or one a block. */
+static int64_t n_scales(const struct cpu_weight *w)
+{
+    if (w->head.format == WEIGHT_FP8) return w->panels * PANEL;
+    return w->head.format == WEIGHT_FP8_BLOCK ? fp8_blocks(w->head.rows) * fp8_blocks(w->head.cols) : 0;
+}
+
 static void *take(uint64_t bytes)
 {
     void *p = aligned_alloc(64, (bytes + 63) & ~(uint64_t)63);
@@ -90,8 +103,8 @@ static bool take_memory(struct cpu_weight *w, const struct weight_source *src, s
     bytes = src->format == WEIGHT_NVFP4 ? elements / 2 : elements * element_bytes(src->format);
     w->data = take(bytes ? bytes : 64);
     if (src->format == WEIGHT_NVFP4) w->groups = take(elements / 16 + 64);
-    if (src->format == WEIGHT_FP8) w->scale = take((uint64_t)w->panels * PANEL * sizeof *w->scale + 64);
-    if (w->data && (w->groups || src->format != WEIGHT_NVFP4) && (w->scale || src->format != WEIGHT_FP8))
+    if (is_fp8(src->format)) w->scale = take((uint64_t)n_scales(w) * sizeof *w->scale + 64);
+    if (w->data && (w->groups || src->format != WEIGHT_NVFP4) && (w->scale || !is_fp8(src->format)))
         return true;
     return err_memory(e, "weights", bytes);
 }
@@ -101,7 +114,8 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
     *out = NULL;
     struct cpu_weight *w = calloc(1, sizeof *w);
     if (!w) return err_memory(e, "weight", sizeof *w);
-    w->head = (struct weight){ src->format, src->rows, src->cols, src->quantize_input, src->is_table };
+    w->head =
+        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
     w->panels = (src->rows + PANEL - 1) / PANEL;
     w->global = src->global;
     w->table = src->data;
@@ -110,7 +124,8 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
     struct laying l = { .w = w, .src = src };
     bool ok = take_memory(w, src, e);
     if (ok) {
-        if (src->format == WEIGHT_FP8) memcpy(w->scale, src->scale, (size_t)src->rows * sizeof *w->scale);
+        int64_t n = src->format == WEIGHT_FP8 ? src->rows : n_scales(w);
+        if (n > 0 && is_fp8(src->format)) memcpy(w->scale, src->scale, (size_t)n * sizeof *w->scale);
         pool_run(q->pool, w->panels, lay_panel, &l);
         int64_t at = atomic_load(&l.nan_at) - 1;
         ok = at < 0 || err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / src->cols,

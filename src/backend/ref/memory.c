@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "num/e4m3.h"
 #include "num/f16.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,8 @@ static float element(enum weight_format format, const void *data, int64_t i)
     switch (format) {
     case WEIGHT_BF16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return bf16_to_f32((bf16){ half });
     case WEIGHT_F16: memcpy(&half, (const uint8_t *)data + 2 * i, 2); return f16_to_f32(half);
-    case WEIGHT_FP8: return e4m3_to_f32(((const e4m3 *)data)[i]);
+    case WEIGHT_FP8:
+    case WEIGHT_FP8_BLOCK: return e4m3_to_f32(((const e4m3 *)data)[i]);
     default: memcpy(&x, (const uint8_t *)data + 4 * i, 4); return x;
     }
 }
@@ -40,6 +42,10 @@ static void fill(struct ref_weight *w, const struct weight_source *src)
         }
         for (int64_t c = 0; c < src->cols; c++) row[c] = element(src->format, src->data, r * src->cols + c);
         if (src->format == WEIGHT_FP8) w->scale[r] = ((const float *)src->scale)[r];
+        if (src->format == WEIGHT_FP8_BLOCK) {
+            const float *scale = (const float *)src->scale + r / FP8_BLOCK * fp8_blocks(src->cols);
+            for (int64_t c = 0; c < src->cols; c++) row[c] *= scale[c / FP8_BLOCK];
+        }
     }
 }
 
@@ -51,7 +57,8 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
     uint64_t elements = 0, bytes = 0;
     struct ref_weight *w = calloc(1, sizeof *w);
     if (!w) return err_memory(e, "weight", sizeof *w);
-    w->head = (struct weight){ src->format, src->rows, src->cols, src->quantize_input, src->is_table };
+    w->head =
+        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
     w->table = src->data;
     bool ok = fits_mul((uint64_t)src->rows, (uint64_t)src->cols, &elements) && fits_mul(elements, 4, &bytes);
     if (ok && !src->is_table) {

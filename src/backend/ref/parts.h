@@ -12,7 +12,7 @@ struct queue {
 
 struct ref_weight {
     struct weight head;
-    float *dense;      /* [rows][cols], unscaled for FP8; NULL for a table */
+    float *dense;      /* [rows][cols], without the row scales of FP8; NULL for a table */
     float *scale;      /* FP8: [rows] */
     const void *table; /* borrowed, in head.format */
 };
