@@ -1,9 +1,6 @@
 /* quench perplexity MODEL --text FILE [--against OTHER] */
 #include "cli/commands.h"
-#include "cli/common.h"
-#include "base/file.h"
-#include "eval/perplexity.h"
-#include "tokenizer/utf8.h"
+#include "cli/evaluate.h"
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +16,6 @@ static const struct command command = {
     1,
 };
 
-enum { TEXT_BYTES_MAX = 1 << 30 };
-
 static const char *const rules[] = { "card", NULL };
 
 struct settings {
@@ -29,32 +24,6 @@ struct settings {
     int rule;
     int64_t ctx, max_chunks;
 };
-
-/* CR LF and lone CR become LF, as when a text file is opened in text mode: the published token counts of
- * WikiText-2 are of such readers, while copies of the file with CR LF are in use. Returns the new length. */
-static size_t normalise_line_ends(char *text, size_t n)
-{
-    size_t out = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (text[i] == '\r' && i + 1 < n && text[i + 1] == '\n') continue;
-        text[out++] = text[i] == '\r' ? '\n' : text[i];
-    }
-    return out;
-}
-
-static bool read_tokens(struct token_list *list, const struct opened *o, const char *path, struct err *e)
-{
-    char *text;
-    size_t bytes;
-    if (!file_read(&text, &bytes, path, TEXT_BYTES_MAX, e)) return false;
-    size_t valid = utf8_valid_prefix(text, bytes); /* here, where offsets are still the file's */
-    bool ok = (bytes > 0 || err_set(e, ERR_FORMAT, "the text is empty")) &&
-              (valid == bytes || err_set(e, ERR_FORMAT, "the text is not UTF-8 at byte %zu", valid));
-    bytes = normalise_line_ends(text, bytes);
-    ok = ok && tokenizer_encode(o->tokenizer, list, text, bytes, 0, e);
-    free(text);
-    return ok || err_note(e, "%s", path);
-}
 
 static void print_text(const struct settings *s, const struct perplexity_result *r, const struct backend *b)
 {
@@ -140,19 +109,6 @@ static bool check(const struct settings *s, struct err *e)
     return true;
 }
 
-/* The same text must be the same tokens for both, or the chunks would not pair. */
-static bool same_tokens(const struct token_list *a, const struct opened *other, const struct settings *s,
-                        struct err *e)
-{
-    struct token_list b = { 0 };
-    bool ok = read_tokens(&b, other, s->text, e);
-    if (ok && (a->n != b.n || memcmp(a->ids, b.ids, a->n * sizeof *a->ids) != 0))
-        ok = err_set(e, ERR_ARGUMENT, "the tokenizers of %s and %s differ on %s", s->model, s->against,
-                     s->text);
-    free(b.ids);
-    return ok;
-}
-
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
@@ -164,9 +120,11 @@ static bool run(const struct settings *s, struct err *e)
     struct token_list tokens = { 0 };
     struct comparison c = { 0 };
     bool ok = check(s, e) && common_backend(&b, &s->common, e) &&
-              common_open(&base, s->model, &b, &report, e) && read_tokens(&tokens, &base, s->text, e);
+              common_open(&base, s->model, &b, &report, e) &&
+              evaluate_tokens(&tokens, base.tokenizer, s->text, e);
     if (ok && s->against)
-        ok = common_open(&other, s->against, &b, &report, e) && same_tokens(&tokens, &other, s, e) &&
+        ok = common_open(&other, s->against, &b, &report, e) &&
+             evaluate_same_tokens(&tokens, other.tokenizer, s->text, s->model, s->against, e) &&
              perplexity_compare(&c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
     else if (ok)
         ok = perplexity_run(&c.base, &base.model, tokens.ids, (int64_t)tokens.n, &o, e);

@@ -88,6 +88,8 @@ struct mat step_embed(struct step *s, const struct step_rows *rows);
 /* One layer, x in place. */
 void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows,
                 const struct layer_state *state);
+/* The experts that the last layer picked for its rows, in the backend's memory; valid until the next call. */
+const struct picks *step_picks(const struct step *s);
 /* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows. */
 struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states);
 /* Logits [n, vocab] of chosen rows of what step_run returned; n <= logits_max. index in host memory. */
