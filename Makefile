@@ -33,7 +33,8 @@ endif
 SRC     := $(wildcard src/*/*.c src/*/*/*.c)
 OBJ     := $(SRC:%.c=$(BUILD)/%.o)
 LIB     := $(BUILD)/libquench.a
-LIBOBJ  := $(filter-out $(BUILD)/src/cli/main.o,$(OBJ))
+PROGRAM := $(BUILD)/src/cli/main.o $(BUILD)/src/cli/version.o
+LIBOBJ  := $(filter-out $(PROGRAM),$(OBJ))
 HDR     := $(wildcard src/*/*.h src/*/*/*.h)
 TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
 BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
@@ -43,7 +44,7 @@ FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
 
-$(BUILD)/quench: $(BUILD)/src/cli/main.o $(LIB)
+$(BUILD)/quench: $(PROGRAM) $(LIB)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(LIB): $(LIBOBJ)
@@ -53,11 +54,17 @@ $(LIB): $(LIBOBJ)
 # keeps one meaning everywhere.
 X86     := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 $(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
-$(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma
-$(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma -mf16c
+$(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx512bf16.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
+# A new commit is a new version, and nothing else.
+$(BUILD)/commit: always
+	@mkdir -p $(@D)
+	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' >$@
+$(BUILD)/src/cli/version.o: $(BUILD)/commit
 $(BUILD)/src/cli/version.o: override CFLAGS += -DQUENCH_COMMIT='"$(COMMIT)"'
 
 $(BUILD)/%.o: %.c
@@ -123,5 +130,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: all check test fmt-check tsan-threads kernels layers headers asan ubsan tsan bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels layers headers asan ubsan tsan bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

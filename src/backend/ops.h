@@ -36,8 +36,11 @@ enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVF
 /* What becomes of a product's inputs before they meet the weights. */
 enum weight_input {
     INPUT_AS_IS,
-    INPUT_FP8_ROW, /* of FP8 weights: e4m3 with one scale a row, fp8_quantize_activations (W8A8) */
-    INPUT_NVFP4,   /* of NVFP4 weights: e2m1 in groups of 16, nvfp4_quantize_activations (W4A4) */
+    INPUT_FP8_ROW,    /* of FP8 weights: e4m3 with one scale a row, fp8_quantize_activations (W8A8) */
+    INPUT_FP8_FIXED,  /* ... with one scale for all, fp8_round_fixed */
+    INPUT_FP8_GROUPS, /* of FP8_BLOCK weights: e4m3 with one scale per row and 128 columns, fp8_round_groups
+                       */
+    INPUT_NVFP4,      /* of NVFP4 weights: e2m1 in groups of 16, nvfp4_quantize_activations (W4A4) */
 };
 
 /* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, but for a
@@ -50,7 +53,8 @@ struct weight_source {
                            [rows][cols / 16]. Else NULL */
     float global;       /* NVFP4: divides the scales; else unused */
     enum weight_input input;
-    float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; else unused */
+    float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; INPUT_FP8_FIXED: their scale; else
+                           unused */
     bool is_table;      /* only read row by row (embeddings): `data` stays borrowed where it is */
 };
 
@@ -157,7 +161,8 @@ struct ops {
     void (*embed)(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
     /* y[i][r] = sum_c x[i][c] * W[r][c]. x: [n, w->cols]; y: [n, w->rows]; any n >= 0. With
      * INPUT_FP8_ROW: y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as
-     * fp8_quantize_activations. With INPUT_NVFP4: x is what nvfp4_quantize_activations makes of it. */
+     * fp8_quantize_activations. With INPUT_FP8_FIXED, INPUT_FP8_GROUPS and INPUT_NVFP4: x is what the
+     * function named there makes of it. */
     void (*matmul)(struct queue *q, struct mat y, struct mat x, const struct weight *w);
     void (*add)(struct queue *q, struct mat y, struct mat x); /* y += x */
     /* y = x / sqrt(mean(x^2) + eps) * gain, per row. gain: [cols], already 1 + w where the model says so. */
@@ -225,12 +230,14 @@ enum cpu_isa {
     CPU_ISA_BEST,
     CPU_ISA_GENERIC,
     CPU_ISA_AVX2,
-    CPU_ISA_AVX512
-}; /* --cpu-mask: at most this one */
+    CPU_ISA_AVX512,
+    CPU_ISA_AVX512BF16 /* with VNNI, BF16 and VBMI */
+};                     /* --cpu-mask: at most this one */
 struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */
     enum cpu_isa isa;
+    bool rounded;         /* inputs of products may be rounded as rounding.h says; else f32 */
     bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
 };
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e);

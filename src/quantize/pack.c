@@ -192,14 +192,12 @@ static void fp8_block_item(void *ctx, int64_t item, int thread)
     }
 }
 
-static double relative_error(const struct packer *p, int64_t rows)
+static void add_sums(struct packed *out, const struct packer *p, int64_t rows)
 {
-    double difference = 0, total = 0;
     for (int64_t r = 0; r < rows; r++) {
-        difference += p->sums[2 * r];
-        total += p->sums[2 * r + 1];
+        out->difference += p->sums[2 * r];
+        out->total += p->sums[2 * r + 1];
     }
-    return total > 0 ? sqrt(difference / total) : 0;
 }
 
 static float global_of(float absmax, const struct curvature *curvature)
@@ -241,13 +239,22 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                             .scales = p->scales,
                             .codes_bytes = nvfp4 ? weights / 2 : weights,
                             .scales_bytes = scales_bytes(m),
-                            .global = w.global,
-                            .error = relative_error(p, m->rows) };
-    if (!atomic_load(&w.invalid) && isfinite(out->error) && (!nvfp4 || (w.global > 0 && isfinite(w.global))))
+                            .global = w.global };
+    add_sums(out, p, m->rows);
+    if (!atomic_load(&w.invalid) && isfinite(out->difference + out->total) &&
+        (!nvfp4 || (w.global > 0 && isfinite(w.global))))
         return true;
     return err_set(e, ERR_FORMAT,
                    "module '%s': packing as %s gave a scale or code that is not finite and above zero",
                    m->module, scheme_name(m->scheme));
+}
+
+int64_t packer_piece_rows(const struct matrix *m)
+{
+    enum { PIECE_WEIGHTS = 1 << 23, MULTIPLE = 128 };
+    int64_t n = PIECE_WEIGHTS / (m->cols ? m->cols : 1) / MULTIPLE * MULTIPLE;
+    if (n == 0) n = MULTIPLE;
+    return n < m->rows ? n : m->rows;
 }
 
 bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e)
@@ -256,28 +263,27 @@ bool packer_init(struct packer *p, const struct plan *plan, int threads, struct 
     *p = (struct packer){ 0 };
     for (size_t i = 0; i < plan->n_matrices; i++) {
         const struct matrix *m = &plan->matrices[i];
-        uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
+        int64_t rows = packer_piece_rows(m);
+        uint64_t weights = (uint64_t)rows * (uint64_t)m->cols;
         largest = weights > largest ? weights : largest;
-        p->rows_max = m->rows > p->rows_max ? m->rows : p->rows_max;
+        p->rows_max = rows > p->rows_max ? rows : p->rows_max;
         p->cols_max = m->cols > p->cols_max ? m->cols : p->cols_max;
     }
     p->kernels = rows_select(ROWS_BEST);
     if (!pool_create(&p->pool, threads, e)) return false;
     uint64_t scales = largest / NVFP4_GROUP + (uint64_t)p->rows_max * 2;
-    p->codes = malloc(largest + 1);
     p->scales = malloc(scales + 1);
     p->rows = malloc((uint64_t)threads * 2 * (uint64_t)p->cols_max * sizeof *p->rows + 1);
     p->sums = malloc((uint64_t)p->rows_max * 2 * sizeof *p->sums + 1);
     p->blocks = malloc((uint64_t)threads * 3 * GPTQ_ROWS * (uint64_t)p->cols_max * sizeof *p->blocks + 1);
-    if (p->codes && p->scales && p->rows && p->sums && p->blocks) return true;
+    if (p->scales && p->rows && p->sums && p->blocks) return true;
     packer_deinit(p);
-    return err_memory(e, "packing buffers", largest + scales);
+    return err_memory(e, "packing buffers", scales);
 }
 
 void packer_deinit(struct packer *p)
 {
     pool_free(p->pool);
-    free(p->codes);
     free(p->scales);
     free(p->rows);
     free(p->sums);
