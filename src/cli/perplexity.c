@@ -143,7 +143,7 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_perplexity(int argc, char **argv)
 {
-    struct settings s = { .common.inputs = 1, .ctx = 512 };
+    struct settings s = { .ctx = 512 };
     const struct flag flags[] = {
         { "--text", 0, FLAG_TEXT, &s.text, "FILE", "UTF-8 text to score", NULL },
         { "--against", 0, FLAG_TEXT, &s.against, "OTHER", "a second checkpoint, compared chunk by chunk",

@@ -97,7 +97,7 @@ static void the_table_says_what_was_done(void **state)
 {
     (void)state;
     static const char *const parts[] = {
-        "recipe card\n  calibrated on 128 tokens of 2 samples",
+        "recipe card, method auto\n  calibrated on 128 tokens of 2 samples",
         "  NVFP4         192 matrices, relative error ",
         "\nfurthest from the source (|W - packed W| / |W|)\n",
         "\nexperts     all 64 calibrated on 128 tokens each; of these the router sent an expert ",

@@ -169,8 +169,9 @@ static void wait_seconds(double s)
 
 static const char *reference(enum quantize_method method)
 {
-    static const char *const names[] = { "want-nearest", "want-mse", "want-gptq" };
-    const char *path = in(&fixture, names[method]);
+    char name[64];
+    snprintf(name, sizeof name, "want-%s", quantize_method_name(method));
+    const char *path = in(&fixture, name);
     if (!file_exists(path)) {
         struct quantize_options o = small_run(&fixture, DEMO, path, method);
         must_run(&o);
@@ -217,8 +218,9 @@ static void kill_at_random_moments(void **state)
     (void)state;
     printf("note: seed %u\n", SEED);
     srand(SEED);
-    kill_often(QUANTIZE_NEAREST, 3 * KILLS / 5);
-    kill_often(QUANTIZE_GPTQ, KILLS - 3 * KILLS / 5);
+    kill_often(QUANTIZE_NEAREST, KILLS * 2 / 5);
+    kill_often(QUANTIZE_GPTQ, KILLS * 3 / 10);
+    kill_often(QUANTIZE_AUTO, KILLS * 3 / 10);
 }
 
 /* Work that was done is not done again: each run gets a little further, and all of them together through. */

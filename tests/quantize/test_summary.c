@@ -150,7 +150,9 @@ static void make_up(void)
         const struct matrix *m = &plan.matrices[i];
         bool off = m->layer == 17 && m->expert == 200 && m->part == PART_DOWN;
         double error = m->expert < 0 ? 0.025 : off ? 0.5 : 0.09 + 1e-7 * (double)i;
-        results[i] = (struct matrix_result){ error * error * 4, 4, 1792, 2.5f, true };
+        results[i] = (struct matrix_result){
+            .difference = error * error * 4, .total = 4, .global = 1792, .input = 2.5f, .is_done = true
+        };
     }
 }
 
@@ -443,7 +445,8 @@ static void nothing_changed_is_exact(void **state)
     struct summary s;
     char *text;
     size_t bytes;
-    for (size_t i = 0; i < plan.n_matrices; i++) results[i] = (struct matrix_result){ 0, 0, 1, 0, true };
+    for (size_t i = 0; i < plan.n_matrices; i++)
+        results[i] = (struct matrix_result){ .global = 1, .is_done = true };
     must_create(&s, "x");
     assert_int_equal(s.worst[0], 0);
     assert_int_equal(s.worst[9], 9);
