@@ -54,7 +54,8 @@ extern const char *const common_devices[],
       common_activations },                                                                                  \
     {                                                                                                        \
         "--cpu-activations", 0, FLAG_CHOICE, &(c).inputs, "int8|f32",                                        \
-            "inputs of products: f32, or int8 for NVFP4 weights and BF16 for BF16 ones (default but for perplexity)",     \
+            "inputs of products: f32, or int8 for NVFP4 weights and BF16 for BF16 ones (default but for "    \
+            "perplexity)",                                                                                   \
             common_inputs                                                                                    \
     }
 #define FLAGS_END                                                                                            \

@@ -236,17 +236,17 @@ static json_t *json_evaluation(const struct evaluation *v)
 static void print_json(const struct settings *s, const struct quantize_result *r, const struct evaluator *v)
 {
     json_t *o = json_pack(
-        "{s:o, s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:I, s:o, s:o}",
+        "{s:o, s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:I, s:o, "
+        "s:o}",
         "source", common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
         common_json_path(s->recipe), "method", quantize_method_name((enum quantize_method)s->method),
         "gptq_matrices", (json_int_t)r->gptq_matrices, "nvfp4_matrices", (json_int_t)r->nvfp4_matrices,
-        "fp8_matrices",
-        (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors, "ignored_modules",
-        (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens", (json_int_t)r->tokens,
-        "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out, "shards",
-        (json_int_t)r->shards, "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean, "seconds",
-        r->seconds, "peak_memory_bytes", (json_int_t)r->peak_bytes, "worst", json_worst(r), "coverage",
-        json_coverage(&r->coverage));
+        "fp8_matrices", (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors,
+        "ignored_modules", (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens",
+        (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out,
+        "shards", (json_int_t)r->shards, "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean,
+        "seconds", r->seconds, "peak_memory_bytes", (json_int_t)r->peak_bytes, "worst", json_worst(r),
+        "coverage", json_coverage(&r->coverage));
     if (s->evaluate) json_object_set_new(o, "evaluation", json_evaluation(&v->result));
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');

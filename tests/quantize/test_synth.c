@@ -406,7 +406,8 @@ static void faults_are_named(void **state)
 static void a_full_disk_leaves_nothing(void **state)
 {
     (void)state;
-    static const char message[] = "/full.quench-partial/checkpoint/model-00001-of-00001.safetensors: tensor '";
+    static const char message[] =
+        "/full.quench-partial/checkpoint/model-00001-of-00001.safetensors: tensor '";
     char to[256], partial[300];
     snprintf(to, sizeof to, "%s/full", temp.path);
     snprintf(partial, sizeof partial, "%s.quench-partial", to);
