@@ -17,6 +17,7 @@ static const struct {
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },
     { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
+    { "synth", "write a checkpoint of random values in any shape", cli_synth },
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
