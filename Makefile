@@ -52,6 +52,9 @@ HDR     := $(filter-out src/backend/cuda/%,$(HDR))
 endif
 TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
 BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
+ifneq ($(CUDA),1)
+BENCHES := $(filter-out %/bench_cuda,$(BENCHES))
+endif
 TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 $(TESTLIB): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
@@ -85,9 +88,10 @@ $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(TESTLIB) $(LIB) $(LDLIBS) -lcmocka
 
+$(BUILD)/bench/bench_cuda: $(BUILD)/bench/bench_cuda_read.cu.o
 $(BUILD)/bench/%: bench/%.c $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $< $(LIB) $(LDLIBS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter-out $(LIB),$^) $(LIB) $(LDLIBS)
 
 check: all layers headers test
 

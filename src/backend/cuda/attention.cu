@@ -21,7 +21,7 @@ __device__ void norm_rope_head(float *out, const float *x, int dim, const float 
 {
     int lane = threadIdx.x % LANES;
     float scale = warp_inverse_rms(x, dim, eps);
-    for (int d = lane; d < dim; d += LANES) out[d] = x[d] * scale * gain[d];
+    for (int d = lane; d < dim; d += LANES) out[d] = __ldcg(x + d) * scale * gain[d];
     __syncwarp();
     for (int j = lane; j < rope.n; j += LANES) {
         float angle = (float)position[rope.axis[j]] * rope.inverse[j], c = cosf(angle), s = sinf(angle);
@@ -171,7 +171,7 @@ __device__ void append_own(const attention_args &a, int64_t row, int span, int t
     __syncthreads();
     for (int d = threadIdx.x; d < dim; d += THREADS) {
         kv_store(a.kv.keys, a.kv.dtype, line + d, scratch[d]);
-        kv_store(a.kv.values, a.kv.dtype, line + d, a.v.data[row * a.v.stride + (int64_t)kv_head * dim + d]);
+        kv_store(a.kv.values, a.kv.dtype, line + d, __ldcg(a.v.data + row * a.v.stride + (int64_t)kv_head * dim + d));
     }
     __syncthreads();
 }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS) attention_parts(const __grid_constant
         if (a.q_gain)
             norm_rope_head(queries + h * dim, from, dim, a.q_gain, a.eps, a.rope, a.rows.rows[row].position);
         else
-            for (int d = threadIdx.x % LANES; d < dim; d += LANES) queries[h * dim + d] = from[d];
+            for (int d = threadIdx.x % LANES; d < dim; d += LANES) queries[h * dim + d] = __ldcg(from + d);
     }
     if (a.q_gain && end == token + 1) append_own(a, row, span, token, kv_head, own);
     __syncthreads();
@@ -251,11 +251,11 @@ __global__ void attention_whole(mat y, const __grid_constant__ attention_args a)
     const float *from = a.parts + (row * a.n_heads + head) * a.splits * size;
     if (threadIdx.x < LANES) {
         float top = -INFINITY, sum = 0;
-        for (int s = threadIdx.x; s < parts; s += LANES) top = fmaxf(top, from[s * size + dim]);
+        for (int s = threadIdx.x; s < parts; s += LANES) top = fmaxf(top, __ldcg(from + s * size + dim));
         top = warp_max(top);
         for (int s = threadIdx.x; s < parts; s += LANES) {
-            share[s] = expf(from[s * size + dim] - top);
-            sum += share[s] * from[s * size + dim + 1];
+            share[s] = expf(__ldcg(from + s * size + dim) - top);
+            sum += share[s] * __ldcg(from + s * size + dim + 1);
         }
         sum = warp_sum(sum);
         if (threadIdx.x == 0) total = sum;
@@ -263,8 +263,8 @@ __global__ void attention_whole(mat y, const __grid_constant__ attention_args a)
     __syncthreads();
     for (int d = threadIdx.x; d < dim; d += THREADS) {
         float x = 0;
-        for (int s = 0; s < parts; s++) x = fmaf(from[s * size + d], share[s], x);
-        float gate = a.qg.data[row * a.qg.stride + (int64_t)head * 2 * dim + dim + d];
+        for (int s = 0; s < parts; s++) x = fmaf(__ldcg(from + s * size + d), share[s], x);
+        float gate = __ldcg(a.qg.data + row * a.qg.stride + (int64_t)head * 2 * dim + dim + d);
         y.data[row * y.stride + (int64_t)head * dim + d] = x / total * sigmoid(gate);
     }
 }

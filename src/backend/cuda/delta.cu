@@ -19,10 +19,10 @@ __device__ float conv_value(const conv_args &a, const cuda_span &span, int row, 
 {
     int keep = a.kernel - 1;
     const float *past = a.state + (int64_t)span.slot * keep * a.u.cols;
-    float sum = a.weight[keep * a.u.cols + c] * a.u.data[(span.first + row) * a.u.stride + c];
+    float sum = a.weight[keep * a.u.cols + c] * __ldcg(a.u.data + (span.first + row) * a.u.stride + c);
     for (int j = 0; j < keep; j++) {
         int at = row - keep + j; /* row of the span; negative: before this step */
-        float u = at >= 0 ? a.u.data[(span.first + at) * a.u.stride + c] : past[(keep + at) * a.u.cols + c];
+        float u = __ldcg(at >= 0 ? a.u.data + (span.first + at) * a.u.stride + c : past + (keep + at) * a.u.cols + c);
         sum = fmaf(a.weight[j * a.u.cols + c], u, sum);
     }
     return silu(sum);
@@ -66,7 +66,7 @@ struct token {
 
 __device__ float input_at(const delta_args &p, const cuda_span &span, int row, int64_t c)
 {
-    return p.conv.u.data ? conv_value(p.conv, span, row, c) : p.qkv.data[(span.first + row) * p.qkv.stride + c];
+    return p.conv.u.data ? conv_value(p.conv, span, row, c) : __ldcg(p.qkv.data + (span.first + row) * p.qkv.stride + c);
 }
 
 __device__ void normalise(float *x, int n, float scale)
@@ -90,9 +90,9 @@ __device__ void load_token(token &t, const delta_args &p, const cuda_span &span,
             t.v[i - 2 * dk] = input_at(p, span, row, 2 * keys + (int64_t)head * dv + first_column + i - 2 * dk);
     }
     if (threadIdx.x == THREADS - 1) {
-        float x = p.a.data[at * p.a.stride + head] + p.dt_bias[head];
+        float x = __ldcg(p.a.data + at * p.a.stride + head) + p.dt_bias[head];
         t.decay = expf(-expf(p.A_log[head]) * (x > 20 ? x : log1pf(expf(x))));
-        t.beta = sigmoid(p.b.data[at * p.b.stride + head]);
+        t.beta = sigmoid(__ldcg(p.b.data + at * p.b.stride + head));
     }
     __syncthreads();
     if (threadIdx.x < LANES) normalise(t.q, dk, 1.0f / sqrtf((float)dk));

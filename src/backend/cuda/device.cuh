@@ -40,7 +40,8 @@ __device__ __forceinline__ void wait_for_previous()
 #endif
 }
 
-/* Kernels started with `overlap` call wait_for_previous before they touch anything an earlier kernel writes, and
+/* What an earlier kernel wrote is read with __ldcg by kernels that overlap it: their first cache may be older.
+ * Kernels started with `overlap` call wait_for_previous before they touch anything an earlier kernel writes, and
  * before they write. */
 template <class... P, class... A>
 void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)(P...), dim3 grid, size_t shared,
@@ -116,7 +117,7 @@ __device__ __forceinline__ float block_inverse_rms(const float *x, int n, float 
 __device__ __forceinline__ float warp_inverse_rms(const float *x, int n, float eps)
 {
     float sum = 0;
-    for (int d = threadIdx.x % LANES; d < n; d += LANES) sum = fmaf(x[d], x[d], sum);
+    for (int d = threadIdx.x % LANES; d < n; d += LANES) sum = fmaf(__ldcg(x + d), __ldcg(x + d), sum);
     return 1.0f / sqrtf(warp_sum(sum) / (float)n + eps);
 }
 
@@ -245,19 +246,17 @@ __device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, 
  * Each warp copies pieces of 8 rows x 64 bytes asynchronously into a ring of its own, lane 4 g + t the bytes 16 t of row
  * g, and reads back what it copied itself: no barrier, and as many bytes in flight as the ring holds. */
 
-constexpr int RING = 10, PIECE = 64;
+constexpr int RING = 12, PIECE = 64;
 constexpr size_t RING_BYTES = (size_t)RING * WARPS * LANES * 16, RING_SCALES = (size_t)RING * WARPS * 64;
 
-__device__ __forceinline__ void copy_async16(void *to, const void *from, bool valid)
+__device__ __forceinline__ void copy_async16(uint32_t to, const void *from, bool valid)
 {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void copy_async4(void *to, const void *from, bool valid)
+__device__ __forceinline__ void copy_async4(uint32_t to, const void *from, bool valid)
 {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(valid ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit()
@@ -270,14 +269,6 @@ template <int N> __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/* Eight rows of a matrix. */
-struct tile {
-    const uint8_t *data, *groups;
-    uint32_t row_bytes;
-    int rows; /* valid ones */
-    int format;
-};
-
 __host__ __device__ inline uint32_t row_bytes_of(int format, int cols)
 {
     return format == WEIGHT_BF16 ? 2u * cols : format == WEIGHT_NVFP4 ? cols / 2u : (uint32_t)cols;
@@ -288,101 +279,195 @@ __host__ __device__ inline int pieces_of(int format, int cols)
     return (int)((row_bytes_of(format, cols) + PIECE - 1) / PIECE);
 }
 
-__device__ __forceinline__ tile tile_of(const cuda_matrix &m, int number)
+/* Columns of a piece, and pieces that are worked on together. */
+__host__ __device__ constexpr int piece_cols(int format)
 {
-    tile t;
-    t.format = m.format;
-    t.row_bytes = row_bytes_of(m.format, m.cols);
-    t.rows = m.rows - number * 8;
-    t.data = (const uint8_t *)m.data + (size_t)number * 8 * t.row_bytes;
-    t.groups = m.groups + (size_t)number * 8 * (m.cols / 16);
-    return t;
+    return format == WEIGHT_BF16 ? 32 : format == WEIGHT_FP8 ? 64 : 128;
 }
 
-struct ring {
-    uint8_t *data, *scales; /* this warp's */
-    int next, oldest;
+__host__ __device__ constexpr int together(int format)
+{
+    return format == WEIGHT_NVFP4 ? 2 : 4;
+}
 
-    __device__ ring(uint8_t *shared)
-    {
-        int warp = threadIdx.x / LANES;
-        data = shared + (size_t)warp * RING * LANES * 16;
-        scales = shared + RING_BYTES + (size_t)warp * RING * 64;
-        next = oldest = 0;
-    }
+/* Pieces of a row for each of `warps` warps, in whole groups. */
+__host__ __device__ inline int share_of(int format, int pieces, int warps)
+{
+    int each = (pieces + warps - 1) / warps, unit = together(format);
+    return (each + unit - 1) / unit * unit;
+}
 
-    /* Piece `p` of a tile; p outside of it gives zeros and moves nothing. */
-    __device__ void request(const tile &t, int p)
-    {
-        int lane = threadIdx.x % LANES, g = lane / 4, at = p * PIECE + lane % 4 * 16;
-        bool valid = g < t.rows && at < (int)t.row_bytes;
-        copy_async16(data + (next * LANES + lane) * 16, valid ? t.data + (size_t)g * t.row_bytes + at : t.data, valid);
-        if (t.format == WEIGHT_NVFP4 && lane % 2 == 0) {
-            const uint8_t *from = valid ? t.groups + (size_t)g * (t.row_bytes / 8) + at / 8 : t.groups;
-            copy_async4(scales + next * 64 + lane * 2, from, valid);
-        }
-        next = next + 1 == RING ? 0 : next + 1;
-    }
-
-    __device__ void nothing() { next = next + 1 == RING ? 0 : next + 1; }
-
-    __device__ uint4 take(uint32_t *scale)
-    {
-        int lane = threadIdx.x % LANES;
-        uint4 w = *(const uint4 *)(data + (oldest * LANES + lane) * 16);
-        *scale = *(const uint16_t *)(scales + oldest * 64 + lane * 2);
-        oldest = oldest + 1 == RING ? 0 : oldest + 1;
-        return w;
-    }
+/* A warp's share of eight rows of a matrix. */
+struct job {
+    const uint8_t *data, *groups; /* first row, from the share's first piece on */
+    uint32_t row_bytes;
+    int left;   /* bytes of a row from there to its end; 0 or less: none */
+    int rows;   /* valid ones */
+    int pieces; /* of the share, whole groups; 0: no more jobs */
+    int format;
+    int x;      /* where its inputs begin, in BF16 numbers from the slots' begin */
+    int sums;   /* where its result goes, in floats */
 };
 
-/* acc += slots x piece. x: this lane's slot (g, and g + 8 when ROWS > 1) at the first column of its 16 bytes;
- * two sums, so that one instruction need not wait for the one before. */
-template <int ROWS> struct piece_product {
-    const __nv_bfloat16 *x;
-    int stride8; /* from slot g to g + 8 */
-    bool used;   /* lanes of slots that hold something */
+/* Pieces [first, first + n) of rows [row, row + 8) of m. */
+__device__ __forceinline__ job job_of(const cuda_matrix &m, int64_t row, int valid, int first, int n)
+{
+    job j;
+    j.format = m.format;
+    j.row_bytes = row_bytes_of(m.format, m.cols);
+    j.data = (const uint8_t *)m.data + row * j.row_bytes + first * PIECE;
+    j.groups = m.groups + row * (m.cols / 16) + first * (PIECE / 8);
+    j.left = (int)j.row_bytes - first * PIECE;
+    j.rows = valid;
+    j.pieces = n;
+    j.x = first * piece_cols(m.format);
+    j.sums = 0;
+    return j;
+}
 
-    __device__ __forceinline__ void read(uint4 &low, uint4 &high, int at) const
+/* Jobs: job operator()(int i), the warp's i-th. */
+template <class Jobs> struct stream {
+    const Jobs &jobs;
+    uint8_t *data, *scales; /* this warp's ring, this lane's place */
+    uint32_t data_at, scales_at;
+    /* asked for next */
+    const uint8_t *at, *groups;
+    int left, pieces, number, slot;
+    bool fp4;
+    /* worked on next */
+    int oldest;
+
+    __device__ stream(const Jobs &all, uint8_t *shared) : jobs(all)
     {
-        low = high = make_uint4(0, 0, 0, 0);
-        if (ROWS > 1 || used) low = *(const uint4 *)(x + at);
-        if (ROWS > 1) high = *(const uint4 *)(x + stride8 + at);
+        int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        data = shared + (size_t)warp * RING * LANES * 16 + lane * 16;
+        scales = shared + RING_BYTES + (size_t)warp * RING * 64 + lane * 2;
+        data_at = (uint32_t)__cvta_generic_to_shared(data);
+        scales_at = (uint32_t)__cvta_generic_to_shared(scales);
+        number = slot = oldest = 0;
+        begin();
     }
 
-    __device__ __forceinline__ void two(float (&acc)[2][4], int at, uint32_t b0, uint32_t b1, uint32_t b2,
-                                        uint32_t b3) const
+    __device__ __forceinline__ void begin()
     {
-        uint4 l, h;
-        read(l, h, at);
-        mma(acc[0], l.x, h.x, l.y, h.y, b0, b1);
-        mma(acc[1], l.z, h.z, l.w, h.w, b2, b3);
+        job j = jobs(number++);
+        int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+        at = j.data + (size_t)g * j.row_bytes + t * 16;
+        groups = j.groups + (size_t)g * (j.row_bytes / 8) + t * 2;
+        left = g < j.rows ? j.left - t * 16 : 0;
+        pieces = j.pieces;
+        fp4 = j.format == WEIGHT_NVFP4;
     }
 
-    __device__ __forceinline__ void fp4_word(float (&acc)[2][4], int at, uint32_t w, __nv_bfloat162 s) const
+    /* The job that was begun last is known only now. */
+    __device__ __forceinline__ void again()
     {
-        two(acc, at, bf16_pair_product(fp4_pair<0>(w), s), bf16_pair_product(fp4_pair<1>(w), s),
-            bf16_pair_product(fp4_pair<2>(w), s), bf16_pair_product(fp4_pair<3>(w), s));
+        number--;
+        begin();
     }
 
-    __device__ __forceinline__ void run(float (&acc)[2][4], uint4 w, uint32_t scale, int format, int piece, int t) const
+    /* The next piece, zeros where there is none. */
+    __device__ __forceinline__ void request()
     {
-        if (format == WEIGHT_BF16) {
-            two(acc, piece * 32 + t * 8, w.x, w.y, w.z, w.w);
-        } else if (format == WEIGHT_FP8) {
-            int at = piece * 64 + t * 16;
-            two(acc, at, fp8_pair(w.x, 0), fp8_pair(w.x, 2), fp8_pair(w.y, 0), fp8_pair(w.y, 2));
-            two(acc, at + 8, fp8_pair(w.z, 0), fp8_pair(w.z, 2), fp8_pair(w.w, 0), fp8_pair(w.w, 2));
+        if (pieces > 0) {
+            copy_async16(data_at + slot * (LANES * 16), at, left > 0);
+            if (fp4 && threadIdx.x % 2 == 0) copy_async4(scales_at + slot * 64, groups, left > 0);
+            at += PIECE;
+            groups += PIECE / 8;
+            left -= PIECE;
+            if (--pieces == 0) begin();
+        }
+        copy_commit();
+        slot = slot + 1 == RING ? 0 : slot + 1;
+    }
+
+    /* Sums of one job, columns by slots as mma() leaves them. x: the slots, this lane's. */
+    template <int ROWS, int FORMAT>
+    __device__ __forceinline__ void run(float (&sum)[4], const job &j, const __nv_bfloat16 *x, int stride8, bool used)
+    {
+        constexpr int N = together(FORMAT), COLS = piece_cols(FORMAT);
+        float acc[4][4] = {};
+        x += j.x + threadIdx.x % 4 * (COLS / 4);
+        for (int p = 0; p < j.pieces; p += N) {
+            uint4 w[N];
+            uint32_t scale[N];
+            copy_wait<RING - N>();
+            if (FORMAT == WEIGHT_NVFP4) __syncwarp();
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                w[k] = *(const uint4 *)(data + oldest * (LANES * 16));
+                if (FORMAT == WEIGHT_NVFP4) scale[k] = *(const uint16_t *)(scales + oldest * 64);
+                oldest = oldest + 1 == RING ? 0 : oldest + 1;
+            }
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                if ((p + k) * PIECE < j.left)
+                    piece<ROWS, FORMAT>(acc, k, w[k], scale[k], x + (p + k) * COLS, stride8, used);
+            if (FORMAT == WEIGHT_NVFP4) __syncwarp();
+#pragma unroll
+            for (int k = 0; k < N; k++) request();
+        }
+        for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+    }
+
+    template <int ROWS>
+    static __device__ __forceinline__ void two(float (&a)[4], float (&b)[4], const __nv_bfloat16 *x, int stride8,
+                                               bool used, uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3)
+    {
+        uint4 low = make_uint4(0, 0, 0, 0), high = low;
+        if (ROWS > 1 || used) low = *(const uint4 *)x;
+        if (ROWS > 1) high = *(const uint4 *)(x + stride8);
+        mma(a, low.x, high.x, low.y, high.y, b0, b1);
+        mma(b, low.z, high.z, low.w, high.w, b2, b3);
+    }
+
+    template <int ROWS, int FORMAT>
+    static __device__ __forceinline__ void piece(float (&acc)[4][4], int k, uint4 w, uint32_t scale,
+                                                 const __nv_bfloat16 *x, int stride8, bool used)
+    {
+        uint32_t v[4] = { w.x, w.y, w.z, w.w };
+        if (FORMAT == WEIGHT_BF16) {
+            two<ROWS>(acc[k % 2 * 2], acc[k % 2 * 2 + 1], x, stride8, used, w.x, w.y, w.z, w.w);
+        } else if (FORMAT == WEIGHT_FP8) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                two<ROWS>(acc[i * 2], acc[i * 2 + 1], x + i * 8, stride8, used, fp8_pair(v[2 * i], 0),
+                          fp8_pair(v[2 * i], 2), fp8_pair(v[2 * i + 1], 0), fp8_pair(v[2 * i + 1], 2));
         } else {
-            int at = piece * 128 + t * 32;
-            __nv_bfloat162 s0 = fp4_scale(scale & 0xff), s1 = fp4_scale(scale >> 8);
-            fp4_word(acc, at, w.x, s0);
-            fp4_word(acc, at + 8, w.y, s0);
-            fp4_word(acc, at + 16, w.z, s1);
-            fp4_word(acc, at + 24, w.w, s1);
+            __nv_bfloat162 s[2] = { fp4_scale(scale & 0xff), fp4_scale(scale >> 8) };
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                two<ROWS>(acc[i % 2 * 2], acc[i % 2 * 2 + 1], x + i * 8, stride8, used,
+                          bf16_pair_product(fp4_pair<0>(v[i]), s[i / 2]), bf16_pair_product(fp4_pair<1>(v[i]), s[i / 2]),
+                          bf16_pair_product(fp4_pair<2>(v[i]), s[i / 2]), bf16_pair_product(fp4_pair<3>(v[i]), s[i / 2]));
         }
     }
+
+    /* One job into sums [SLOTS * ROWS][8]. slots: [SLOTS * ROWS][stride]. */
+    template <int ROWS> __device__ __forceinline__ void work(const job &j, float *sums, const __nv_bfloat16 *slots, int stride)
+    {
+        int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+        bool used = g < SLOTS;
+        float sum[4];
+        const __nv_bfloat16 *x = slots + (ROWS > 1 || used ? g : 0) * stride;
+        if (j.format == WEIGHT_BF16)
+            run<ROWS, WEIGHT_BF16>(sum, j, x, 8 * stride, used);
+        else if (j.format == WEIGHT_FP8)
+            run<ROWS, WEIGHT_FP8>(sum, j, x, 8 * stride, used);
+        else
+            run<ROWS, WEIGHT_NVFP4>(sum, j, x, 8 * stride, used);
+        float *to = sums + j.sums + g * 8 + 2 * t;
+        if (ROWS > 1 || used) *(float2 *)to = make_float2(sum[0], sum[1]);
+        if (ROWS > 1) *(float2 *)(to + 64) = make_float2(sum[2], sum[3]);
+    }
 };
+
+/* The four slots' sums of a product lie in four neighbouring lanes; all get them in s. */
+__device__ __forceinline__ void gather_slots(float (&s)[SLOTS], float mine)
+{
+    int first = threadIdx.x % LANES & ~(SLOTS - 1);
+    for (int k = 0; k < SLOTS; k++) s[k] = __shfl_sync(ALL, mine, first + k);
+}
 
 /* What one slot quadruple of sums means: the product of one row of activations with one of weights. */
 __device__ __forceinline__ float slots_value(const float s[SLOTS], int format, int input, float weight_scale,

@@ -45,14 +45,20 @@ __device__ uint32_t ordered(float x)
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
+__device__ float unordered(uint32_t u)
+{
+    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
+}
+
 /* The k largest of n logits by one warp: EACH of them a lane, n <= 32 * EACH. */
-template <int EACH> __device__ void choose(int *expert, float *weight, const float *logits, int n, int k)
+template <int EACH>
+__device__ __forceinline__ void choose(int *expert, float *weight, const float *logits, int n, int k)
 {
     int lane = threadIdx.x % LANES;
-    uint32_t key[EACH];
-    float first = 0, sum = 0;
+    uint32_t key[EACH], first = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) key[i] = i * LANES + lane < n ? ordered(logits[i * LANES + lane]) : 0;
+    for (int i = 0; i < EACH; i++) key[i] = i * LANES + lane < n ? ordered(__ldcg(logits + i * LANES + lane)) : 0;
+    float sum = 0;
     for (int j = 0; j < k; j++) {
         uint32_t best = 0;
         int at = EACH * LANES;
@@ -64,15 +70,14 @@ template <int EACH> __device__ void choose(int *expert, float *weight, const flo
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (i * LANES + lane == at) key[i] = 0;
-        at = at < n ? at : n - 1;
-        float x = logits[at];
-        if (j == 0) first = x;
-        x = expf(x - first);
+        if (j == 0) first = top;
+        float x = expf(unordered(top) - unordered(first));
         sum += x;
-        if (lane == 0) expert[j] = at, weight[j] = x;
+        if (lane == 0) expert[j] = at < n ? at : n - 1, weight[j] = x;
     }
     __syncwarp();
     for (int j = lane; j < k; j += LANES) weight[j] = weight[j] / sum;
+    __syncwarp();
 }
 
 __device__ void choose_any(int *expert, float *weight, const float *logits, int n, int k)
@@ -92,332 +97,275 @@ __global__ void route_rows(picks p, mat logits)
 
 /* ---- inputs ---- */
 
-/* One row into slots by threads tid, tid + count, ...; returns the largest magnitude this thread saw. */
-__device__ float place_row(__nv_bfloat16 *slots, int stride, const float *x, int n, int tid, int count)
+/* Columns first, first + step, ... of a row into slots; returns the largest magnitude this thread saw. */
+__device__ __forceinline__ float place_row(__nv_bfloat16 *slots, int stride, const float *x, int n, int first, int step)
 {
     float top = 0;
-    for (int c = tid; c < n; c += count) {
-        put_parts(slots, stride, c, x[c]);
-        top = fmaxf(top, fabsf(x[c]));
+    for (int c = first; c < n; c += step) {
+        float v = __ldcg(x + c);
+        put_parts(slots, stride, c, v);
+        top = fmaxf(top, fabsf(v));
     }
-    for (int c = n + tid; c < stride; c += count)
-        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
     return top;
 }
 
-__device__ void quantize_row(__nv_bfloat16 *slots, int stride, const float *x, int n, float scale, int tid, int count)
+/* The quantized slot of a column whose parts this thread has placed. */
+__device__ __forceinline__ void quantize_placed(__nv_bfloat16 *slots, int stride, int c, float scale)
 {
-    for (int c = tid; c < n; c += count) put_quantized(slots, stride, c, x[c], scale);
+    float v = __bfloat162float(slots[c]) + __bfloat162float(slots[stride + c]);
+    put_quantized(slots, stride, c, v + __bfloat162float(slots[2 * stride + c]), scale);
 }
 
-/* Eight rows of an expert. */
-__device__ tile expert_tile(const cuda_matrix &m, int expert, int number)
+/* What a product is multiplied by: FP4 one number for an expert, found early; FP8 one a row. */
+__device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, int expert)
 {
-    tile t;
-    int64_t row = (int64_t)expert * m.rows + number * 8;
-    t.format = m.format;
-    t.row_bytes = row_bytes_of(m.format, m.cols);
-    t.rows = m.rows - number * 8;
-    t.data = (const uint8_t *)m.data + row * t.row_bytes;
-    t.groups = m.groups + row * (m.cols / 16);
-    return t;
+    return e.m[which].format == WEIGHT_NVFP4 ? FP4_UNIT / e.globals[which * e.n + expert] : 1;
 }
 
-__device__ float unit_of(const cuda_experts &e, int which, int expert, int row)
+__device__ __forceinline__ float row_unit(const cuda_matrix &m, int expert, int row, float unit)
 {
-    const cuda_matrix &m = e.m[which];
-    if (m.format == WEIGHT_FP8) return m.scale[(int64_t)expert * m.rows + row];
-    return m.format == WEIGHT_NVFP4 ? FP4_UNIT / e.globals[which * e.n + expert] : 1;
+    return m.format == WEIGHT_FP8 ? m.scale[(int64_t)expert * m.rows + row] : unit;
 }
 
 /* ---- gate and up ---- */
 
-/* Which of this block's tiles: first the shared expert's, then pairs. */
+/* A tile of this block: eight rows of the shared expert's gate or up, or of a pick's. Gate and up of a pick come in
+ * pairs. Numbers are small; count 0: past the end. */
 struct up_tile {
-    int shared, pick, number, which; /* shared: 0 or 1, -1 for experts */
-    bool valid;
+    short shared, pick, which, number; /* shared: 0 gate, 1 up, -1 a pick's */
+};
 
-    __device__ static int shared_tiles(const up_args &a) { return 2 * tiles_of(a.w[0].rows); }
-    __device__ static int own_shared(const up_args &a)
-    {
-        int all = shared_tiles(a), b = blockIdx.x;
-        return b < all ? (all - 1 - b) / (int)gridDim.x + 1 : 0;
-    }
+__device__ int own_count(int all)
+{
+    int b = blockIdx.x;
+    return b < all ? (all - 1 - b) / (int)gridDim.x + 1 : 0;
+}
 
-    __device__ up_tile(const up_args &a, int i)
-    {
-        int own = own_shared(a), each = tiles_of(a.e.m[GATE].rows);
+/* Every thread the tiles it is first to think of. Returns how many there are; *known: of the shared expert. */
+__device__ __forceinline__ int list_tiles(up_tile *list, const up_args &a, int *known)
+{
+    int shared = tiles_of(a.w[0].rows), each = tiles_of(a.e.m[GATE].rows);
+    int own = own_count(2 * shared), pairs = own_count(a.p.k * each);
+    for (int i = threadIdx.x; i < own + 2 * pairs; i += THREADS) {
         if (i < own) {
-            number = blockIdx.x + i * gridDim.x;
-            shared = number / tiles_of(a.w[0].rows);
-            number %= tiles_of(a.w[0].rows);
-            which = pick = 0;
-            valid = true;
-            return;
+            int number = blockIdx.x + i * gridDim.x;
+            list[i] = { (short)(number / shared), 0, 0, (short)(number % shared) };
+        } else {
+            int pair = blockIdx.x + (i - own) / 2 * gridDim.x;
+            list[i] = { -1, (short)(pair / each), (short)((i - own) % 2), (short)(pair % each) };
         }
-        int pair = blockIdx.x + (i - own) / 2 * gridDim.x;
-        shared = -1;
-        which = (i - own) % 2;
-        pick = pair / each;
-        number = pair % each;
-        valid = pick < a.p.k;
+    }
+    *known = own;
+    return own + 2 * pairs;
+}
+
+struct up_jobs {
+    const up_args &a;
+    const up_tile *list;
+    int count;
+    const int *expert;
+
+    __device__ job operator()(int i) const
+    {
+        if (i >= count) return job{};
+        up_tile u = list[i];
+        const cuda_matrix &m = u.shared >= 0 ? a.w[u.shared] : a.e.m[u.which];
+        int share = share_of(m.format, pieces_of(m.format, m.cols), WARPS);
+        int64_t row = (u.shared >= 0 ? 0 : (int64_t)expert[u.pick] * m.rows) + u.number * 8;
+        job j = job_of(m, row, m.rows - u.number * 8, threadIdx.x / LANES * share, share);
+        j.sums = (i * WARPS + threadIdx.x / LANES) * SLOTS * 8;
+        return j;
     }
 };
 
-struct up_cursor {
-    int i, step, per, pieces;
-    bool valid, shared;
-    tile t;
-
-    __device__ void load(const up_args &a, const int *expert)
-    {
-        up_tile u(a, i);
-        valid = u.valid;
-        shared = u.shared >= 0;
-        if (!valid || (!shared && !expert)) return;
-        t = shared ? tile_of(a.w[u.shared], u.number) : expert_tile(a.e.m[u.which], expert[u.pick], u.number);
-        pieces = (int)((t.row_bytes + PIECE - 1) / PIECE);
-        per = (pieces + WARPS - 1) / WARPS;
-        per += per & 1;
-    }
-
-    __device__ int piece() const { return threadIdx.x / LANES * per + step; }
-
-    __device__ void request(ring &r, const up_args &a, const int *expert)
-    {
-        if (valid && piece() < pieces)
-            r.request(t, piece());
+/* Four threads an output, a slot each; every second tile of a pick is its neighbour's business. */
+__device__ __forceinline__ void store_up(const up_args &a, const float *sums, const up_tile *list, int count, int64_t row,
+                                         const int *expert, const float (*units)[PICKS_MAX], float input_scale)
+{
+    int k = threadIdx.x % SLOTS, col = threadIdx.x / SLOTS % 8;
+    for (int c = threadIdx.x / (SLOTS * 8); c < count; c += WARPS) {
+        up_tile u = list[c];
+        if (u.which == 1) continue;
+        const cuda_matrix &w = u.shared >= 0 ? a.w[u.shared] : a.e.m[GATE];
+        int r = u.number * 8 + col;
+        float s[2][SLOTS], unit[2] = { 1, 1 };
+        bool mine = r < w.rows && k == 0;
+        if (mine && u.shared >= 0) unit[0] = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
+        for (int i = 0; mine && u.shared < 0 && i < 2; i++) unit[i] = row_unit(a.e.m[i], expert[u.pick], r, units[i][u.pick]);
+        for (int i = 0; i < 2; i++) {
+            float sum = 0;
+            for (int warp = 0; warp < WARPS && c + i < count; warp++)
+                sum += sums[(((c + i) * WARPS + warp) * SLOTS + k) * 8 + col];
+            gather_slots(s[i], sum);
+        }
+        if (!mine) continue;
+        float value = slots_value(s[0], w.format, w.input, unit[0], input_scale);
+        if (u.shared >= 0)
+            a.out[u.shared].data[row * a.out[u.shared].stride + r] = value;
         else
-            r.nothing();
-        copy_commit();
-        if (valid && ++step == per) {
-            step = 0;
-            i++;
-            load(a, expert);
-        }
-    }
-};
-
-__device__ float up_value(const float *sums, int c, int col, int format, int input, float unit, float input_scale)
-{
-    float s[SLOTS];
-    for (int k = 0; k < SLOTS; k++) {
-        s[k] = 0;
-        for (int warp = 0; warp < WARPS; warp++) s[k] += sums[((c * WARPS + warp) * SLOTS + k) * 8 + col];
-    }
-    return slots_value(s, format, input, unit, input_scale);
-}
-
-__device__ void store_up(const up_args &a, const float *sums, int first, int count, int64_t row, const int *expert,
-                         float input_scale)
-{
-    int rows = a.e.m[GATE].rows;
-    for (int o = threadIdx.x; o < count * 8; o += THREADS) {
-        up_tile u(a, first + o / 8);
-        int col = o % 8, r = u.number * 8 + col, c = o / 8;
-        if (u.shared >= 0) {
-            const cuda_matrix &w = a.w[u.shared];
-            if (r >= w.rows) continue;
-            float unit = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
-            a.out[u.shared].data[row * a.out[u.shared].stride + r] =
-                up_value(sums, c, col, w.format, w.input, unit, input_scale);
-        } else if (u.which == 0 && r < rows) {
-            const cuda_matrix &w = a.e.m[GATE];
-            int e = expert[u.pick];
-            float gate = up_value(sums, c, col, w.format, w.input, unit_of(a.e, GATE, e, r), input_scale);
-            float up = up_value(sums, c + 1, col, w.format, w.input, unit_of(a.e, UP, e, r), input_scale);
-            a.hidden[(row * a.p.k + u.pick) * rows + r] = silu(gate) * up;
-        }
+            a.hidden[(row * a.p.k + u.pick) * w.rows + r] =
+                silu(value) * slots_value(s[1], w.format, w.input, unit[1], input_scale);
     }
 }
 
-/* Grid: multiprocessors, rows. Shared memory: ring, sums [TILES][warp][slot][8], slots. */
+/* Grid: blocks, rows. Shared memory: ring, sums [TILES][warp][slot][8], slots. */
 __global__ void __launch_bounds__(THREADS, 2) stream_up(const __grid_constant__ up_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ int expert[PICKS_MAX];
-    __shared__ float weight[PICKS_MAX], part[WARPS];
+    __shared__ int experts[WARPS][PICKS_MAX];
+    __shared__ float weights[WARPS][PICKS_MAX], units[2][PICKS_MAX], part[WARPS];
+    __shared__ up_tile list[TILES];
     float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + UP_SUMS);
-    int cols = a.e.m[GATE].cols, stride = slot_stride(cols), lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    int g = lane / 4, t = lane % 4, asked = 0;
+    int cols = a.e.m[GATE].cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, known, asked = 0;
+    int *expert = experts[warp]; /* every warp chooses for itself: no meeting before the weights are asked for */
     int64_t row = blockIdx.y;
     let_next_start();
-    ring r(shared);
-    up_cursor ask = {};
-    ask.load(a, nullptr);
-    for (; asked < RING && ask.valid && ask.shared; asked++) ask.request(r, a, nullptr);
+    up_jobs jobs = { a, list, list_tiles(list, a, &known), expert };
+    for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = 0;
+    __syncthreads();
+    stream<up_jobs> weights_of(jobs, shared);
+    for (; asked < RING && weights_of.number <= known; asked++) weights_of.request();
     wait_for_previous();
-    bool routes = a.logits.data != nullptr;
     const float *x = a.x.data + row * a.x.stride;
-    float top = 0;
-    if (routes && warp == 0)
-        choose_any(expert, weight, a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
-    else if (routes)
-        top = place_row(slots, stride, x, cols, threadIdx.x - LANES, THREADS - LANES);
+    constexpr int AHEAD = 8;
+    float v[AHEAD], top = 0;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = threadIdx.x + i * THREADS;
+        v[i] = c < cols ? __ldcg(x + c) : 0;
+    }
+    if (a.logits.data)
+        choose_any(expert, weights[warp], a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
     else
-        top = place_row(slots, stride, x, cols, threadIdx.x, THREADS);
-    for (int j = threadIdx.x; !routes && j < a.p.k; j += THREADS) expert[j] = a.p.expert[row * a.p.k + j];
-    top = block_max(top, part);
-    float input_scale = fp8_input_scale(top);
-    if (a.e.m[GATE].input == INPUT_FP8_ROW || a.w[0].input == INPUT_FP8_ROW)
-        quantize_row(slots, stride, x, cols, input_scale, threadIdx.x, THREADS);
-    if (routes && blockIdx.x == 0)
-        for (int j = threadIdx.x; j < a.p.k; j += THREADS) {
+        for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = a.p.expert[row * a.p.k + j];
+    __syncwarp();
+    if (weights_of.number > known) weights_of.again();
+    for (; asked < RING; asked++) weights_of.request();
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = threadIdx.x + i * THREADS;
+        if (c >= cols) break;
+        put_parts(slots, stride, c, v[i]);
+        top = fmaxf(top, fabsf(v[i]));
+    }
+    top = fmaxf(top, place_row(slots, stride, x, cols, threadIdx.x + AHEAD * THREADS, THREADS));
+    for (int c = cols + threadIdx.x; c < stride; c += THREADS)
+        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    float input_scale = 1;
+    if (a.e.m[GATE].input == INPUT_FP8_ROW || a.w[0].input == INPUT_FP8_ROW) {
+        input_scale = fp8_input_scale(block_max(top, part));
+        for (int c = threadIdx.x; c < cols; c += THREADS) quantize_placed(slots, stride, c, input_scale);
+    }
+    for (int j = threadIdx.x; j < 2 * a.p.k && warp == 0; j += LANES)
+        units[j / a.p.k][j % a.p.k] = expert_unit(a.e, j / a.p.k, expert[j % a.p.k]);
+    if (a.logits.data && blockIdx.x == 0 && warp == 0)
+        for (int j = threadIdx.x; j < a.p.k; j += LANES) {
             a.p.expert[row * a.p.k + j] = expert[j];
-            a.p.weight[row * a.p.k + j] = weight[j];
+            a.p.weight[row * a.p.k + j] = weights[0][j];
         }
     __syncthreads();
-    if (!(ask.valid && ask.shared)) ask.load(a, expert);
-    for (; asked < RING; asked++) ask.request(r, a, expert);
-    piece_product<1> product = { slots + (g < SLOTS ? g : 0) * stride, 0, g < SLOTS };
-    up_cursor have = {};
-    have.load(a, expert);
-    int first = 0;
-    float acc[2][4] = {};
-    while (have.valid) {
-        uint32_t scale0, scale1;
-        copy_wait<RING - 2>();
-        __syncwarp();
-        uint4 w0 = r.take(&scale0), w1 = r.take(&scale1);
-        if (have.piece() < have.pieces) product.run(acc, w0, scale0, have.t.format, have.piece(), t);
-        if (have.piece() + 1 < have.pieces) product.run(acc, w1, scale1, have.t.format, have.piece() + 1, t);
-        __syncwarp();
-        ask.request(r, a, expert);
-        ask.request(r, a, expert);
-        have.step += 2;
-        if (have.step < have.per) continue;
-        if (g < SLOTS)
-            *(float2 *)(sums + (((have.i - first) * WARPS + warp) * SLOTS + g) * 8 + 2 * t) =
-                make_float2(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1]);
-        for (int k = 0; k < 4; k++) acc[0][k] = acc[1][k] = 0;
-        bool pair_open = !have.shared && (have.i - up_tile::own_shared(a)) % 2 == 0;
-        have.step = 0;
-        have.i++;
-        have.load(a, expert);
-        if (have.valid && (pair_open || have.i - first + 1 < TILES)) continue;
-        __syncthreads();
-        store_up(a, sums, first, have.i - first, row, expert, input_scale);
-        __syncthreads();
-        first = have.i;
-    }
+    for (int i = 0; i < jobs.count; i++) weights_of.work<1>(jobs(i), sums, slots, stride);
     copy_wait<0>();
+    __syncthreads();
+    store_up(a, sums, list, jobs.count, row, expert, units, input_scale);
 }
 
 /* ---- down ---- */
 
-/* A warp's pieces of one group of tiles: the shared expert's of every tile, then each tile's picks. */
-struct down_plan {
-    int tiles, per, pieces, own, each, each_pieces;
+/* A warp's jobs: its share of the shared expert's part of every tile, then its picks of every tile. */
+struct down_jobs {
+    const down_args &a;
+    const int *expert;
+    int tiles, shared, own, stride; /* shared: jobs of the shared expert; own: picks of this warp */
+    int together, shared_x;         /* where the shared expert's sums and inputs begin */
 
-    __device__ down_plan(const down_args &a, int n)
+    __device__ job operator()(int i) const
     {
         int warp = threadIdx.x / LANES;
-        tiles = n;
-        pieces = a.w.rows ? pieces_of(a.w.format, a.w.cols) : 0;
-        per = (pieces + WARPS - 1) / WARPS;
-        per += per & 1;
-        own = a.p.k > warp ? (a.p.k - warp - 1) / WARPS + 1 : 0;
-        each_pieces = pieces_of(a.e.m[DOWN].format, a.e.m[DOWN].cols);
-        each = each_pieces + (each_pieces & 1);
-    }
-    __device__ int shared_count() const { return tiles * per; }
-    __device__ int count() const { return tiles * (per + own * each); }
-};
-
-struct down_piece {
-    int tile, piece, pick; /* pick -1: the shared expert's */
-    bool valid, last;
-
-    __device__ down_piece(const down_plan &p, int q)
-    {
-        int warp = threadIdx.x / LANES;
-        if (q < p.shared_count()) {
-            tile = q / p.per;
-            int step = q % p.per;
-            piece = warp * p.per + step;
-            pick = -1;
-            valid = piece < p.pieces;
-            last = step == p.per - 1;
-        } else {
-            q -= p.shared_count();
-            tile = q / (p.own * p.each);
-            q %= p.own * p.each;
-            pick = warp + q / p.each * WARPS;
-            piece = q % p.each;
-            valid = piece < p.each_pieces;
-            last = piece == p.each - 1;
+        if (i < shared) {
+            int number = blockIdx.x + i * gridDim.x, share = share_of(a.w.format, pieces_of(a.w.format, a.w.cols), WARPS);
+            job j = job_of(a.w, number * 8, a.w.rows - number * 8, warp * share, share);
+            j.x += shared_x;
+            j.sums = together + (i * WARPS + warp) * SLOTS * 8;
+            return j;
         }
+        i -= shared;
+        if (i >= tiles * own) return job{};
+        int tile = own == 1 ? i : i / own, pick = warp + (i - tile * own) * WARPS, number = blockIdx.x + tile * gridDim.x;
+        const cuda_matrix &m = a.e.m[DOWN];
+        job j = job_of(m, (int64_t)expert[pick] * m.rows + number * 8, m.rows - number * 8, 0,
+                       share_of(m.format, pieces_of(m.format, m.cols), 1));
+        j.x = pick * SLOTS * stride;
+        j.sums = (tile * a.p.k + pick) * SLOTS * 8;
+        return j;
     }
 };
 
-__device__ void request_down(ring &r, const down_args &a, const down_plan &plan, int q, int first, const int *expert)
+/* Four threads an output, a slot each. */
+__device__ __forceinline__ void store_down(const down_args &a, const float *sums, const down_jobs &jobs, int64_t row,
+                                           const float *weight, const float *units, const float *input_scale,
+                                           float shared_scale, float old, float gate, float shared_unit)
 {
-    if (q < plan.count()) {
-        down_piece d(plan, q);
-        int number = blockIdx.x + (first + d.tile) * gridDim.x;
-        if (!d.valid)
-            r.nothing();
-        else if (d.pick < 0)
-            r.request(tile_of(a.w, number), d.piece);
-        else
-            r.request(expert_tile(a.e.m[DOWN], expert[d.pick], number), d.piece);
-    } else {
-        r.nothing();
+    int k = threadIdx.x % SLOTS, col = threadIdx.x / SLOTS % 8, tile = threadIdx.x / (SLOTS * 8);
+    if (tile >= jobs.tiles) return;
+    const cuda_matrix &w = a.e.m[DOWN];
+    int r = (blockIdx.x + tile * gridDim.x) * 8 + col;
+    float y = 0, s[SLOTS], sum = 0;
+    for (int j = 0; j < a.p.k; j++) {
+        gather_slots(s, sums[((tile * a.p.k + j) * SLOTS + k) * 8 + col]);
+        float unit = r < w.rows ? row_unit(w, jobs.expert[j], r, units[j]) : 0;
+        y += weight[j] * slots_value(s, w.format, w.input, unit, input_scale[j]);
     }
-    copy_commit();
-}
-
-__device__ float sum_slots(const float *sums, int format, int input, float unit, float input_scale, int col)
-{
-    float s[SLOTS];
-    for (int k = 0; k < SLOTS; k++) s[k] = sums[k * 8 + col];
-    return slots_value(s, format, input, unit, input_scale);
-}
-
-__device__ void store_down(const down_args &a, const float *picked, const float *shared, int first, int tiles,
-                           int64_t row, const int *expert, const float *weight, const float *input_scale,
-                           float shared_scale)
-{
-    for (int o = threadIdx.x; o < tiles * 8; o += THREADS) {
-        int i = o / 8, col = o % 8, r = (blockIdx.x + (first + i) * gridDim.x) * 8 + col;
-        const cuda_matrix &w = a.e.m[DOWN];
-        if (r >= w.rows) continue;
-        float y = 0;
-        for (int j = 0; j < a.p.k; j++)
-            y += weight[j] * sum_slots(picked + (i * a.p.k + j) * SLOTS * 8, w.format, w.input,
-                                       unit_of(a.e, DOWN, expert[j], r), input_scale[j], col);
-        if (a.w.rows) {
-            float s[SLOTS] = {};
-            for (int k = 0; k < SLOTS; k++)
-                for (int warp = 0; warp < WARPS; warp++) s[k] += shared[((i * WARPS + warp) * SLOTS + k) * 8 + col];
-            float unit = a.w.format == WEIGHT_FP8 ? a.w.scale[r] : FP4_UNIT / a.w.global;
-            y += sigmoid(a.shared_gate.data[row * a.shared_gate.stride]) *
-                 slots_value(s, a.w.format, a.w.input, unit, shared_scale);
-        }
-        a.y.data[row * a.y.stride + r] = y;
-        if (a.add.data) a.add.data[row * a.add.stride + r] += y;
+    if (a.w.rows) {
+        for (int warp = 0; warp < WARPS; warp++) sum += sums[jobs.together + ((tile * WARPS + warp) * SLOTS + k) * 8 + col];
+        gather_slots(s, sum);
+        y += gate * slots_value(s, a.w.format, a.w.input, shared_unit, shared_scale);
     }
+    if (k != 0 || r >= w.rows) return;
+    a.y.data[row * a.y.stride + r] = y;
+    if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
 }
 
 /* The shared expert's hidden row into slots; block 0 leaves it in `made`. Returns its scale. */
-__device__ float place_shared(const down_args &a, __nv_bfloat16 *slots, int stride, int64_t row, float *part)
+__device__ __forceinline__ float place_shared(const down_args &a, __nv_bfloat16 *slots, int stride, int64_t row, float *part)
 {
     float top = 0;
     int n = a.w.cols;
     for (int c = threadIdx.x; c < n; c += THREADS) {
-        float v = silu(a.gate.data[row * a.gate.stride + c]) * a.up.data[row * a.up.stride + c];
+        float v = silu(__ldcg(a.gate.data + row * a.gate.stride + c)) * __ldcg(a.up.data + row * a.up.stride + c);
         put_parts(slots, stride, c, v);
         top = fmaxf(top, fabsf(v));
         if (blockIdx.x == 0) a.made.data[row * a.made.stride + c] = v;
     }
     for (int c = n + threadIdx.x; c < stride; c += THREADS)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    if (a.w.input != INPUT_FP8_ROW) return 1;
     float scale = fp8_input_scale(block_max(top, part));
-    for (int c = threadIdx.x; a.w.input == INPUT_FP8_ROW && c < n; c += THREADS) {
-        float v = __bfloat162float(slots[c]) + __bfloat162float(slots[stride + c]);
-        put_quantized(slots, stride, c, v + __bfloat162float(slots[2 * stride + c]), scale);
+    for (int c = threadIdx.x; c < n; c += THREADS) quantize_placed(slots, stride, c, scale);
+    return scale;
+}
+
+/* A pick's hidden row into slots, by a warp; returns its scale. */
+__device__ __forceinline__ float place_pick(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x)
+{
+    constexpr int AHEAD = 16;
+    int lane = threadIdx.x % LANES;
+    float v[AHEAD], top = 0;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) v[i] = lane + i * LANES < w.cols ? __ldcg(x + lane + i * LANES) : 0;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        if (lane + i * LANES >= w.cols) break;
+        put_parts(slots, stride, lane + i * LANES, v[i]);
+        top = fmaxf(top, fabsf(v[i]));
     }
+    top = fmaxf(top, place_row(slots, stride, x, w.cols, lane + AHEAD * LANES, LANES));
+    for (int c = w.cols + lane; c < stride; c += LANES)
+        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    if (w.input != INPUT_FP8_ROW) return 1;
+    float scale = fp8_input_scale(warp_max(top));
+    for (int c = lane; c < w.cols; c += LANES) quantize_placed(slots, stride, c, scale);
     return scale;
 }
 
@@ -427,79 +375,52 @@ __host__ __device__ inline size_t down_shared(int k, int cols, int shared_cols)
            (size_t)SLOTS * 2 * ((size_t)k * slot_stride(cols) + slot_stride(shared_cols));
 }
 
-/* Grid: multiprocessors, rows. Shared memory: ring, sums of picks [tile][k][slot][8] and of the shared expert
- * [tile][warp][slot][8], slots of picks [k], slots of the shared expert. */
+/* Grid: blocks, rows. Shared memory: ring, sums of picks [tile][k][slot][8] and of the shared expert
+ * [tile][warp][slot][8], slots of picks [k], slots of the shared expert (its stride is the picks', columns too). */
 __global__ void __launch_bounds__(THREADS, 2) stream_down(const __grid_constant__ down_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int expert[PICKS_MAX];
-    __shared__ float weight[PICKS_MAX], input_scale[PICKS_MAX], part[WARPS];
+    __shared__ float weight[PICKS_MAX], units[PICKS_MAX], input_scale[PICKS_MAX], part[WARPS];
     const cuda_matrix &w = a.e.m[DOWN];
-    int k = a.p.k, stride = slot_stride(w.cols), shared_stride = slot_stride(a.w.cols);
-    float *picked = (float *)(shared + RING_BYTES + RING_SCALES), *together = picked + DOWN_TILES * k * SLOTS * 8;
-    __nv_bfloat16 *slots = (__nv_bfloat16 *)(together + DOWN_TILES * WARPS * SLOTS * 8);
-    __nv_bfloat16 *shared_slots = slots + (size_t)k * SLOTS * stride;
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4, all = tiles_of(w.rows);
-    int own = (int)blockIdx.x < all ? (all - 1 - blockIdx.x) / gridDim.x + 1 : 0, asked = 0;
+    int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, asked = 0;
+    float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + WARPS) * SLOTS * 8);
     int64_t row = blockIdx.y;
+    int tiles = own_count(tiles_of(w.rows));
     let_next_start();
-    ring r(shared);
-    down_plan plan(a, own < DOWN_TILES ? own : DOWN_TILES);
-    for (; asked < RING && asked < plan.shared_count(); asked++) request_down(r, a, plan, asked, 0, nullptr);
+    down_jobs jobs = { a, expert, tiles, a.w.rows ? tiles : 0, k > warp ? (k - warp - 1) / WARPS + 1 : 0, stride,
+                       DOWN_TILES * k * SLOTS * 8, k * SLOTS * stride };
+    for (int j = threadIdx.x; j < k; j += THREADS) expert[j] = 0;
+    __syncthreads();
+    stream<down_jobs> weights(jobs, shared);
+    for (; asked < RING && weights.number <= jobs.shared; asked++) weights.request();
     wait_for_previous();
     for (int j = threadIdx.x; j < k; j += THREADS) {
-        expert[j] = a.p.expert[row * k + j];
-        weight[j] = a.p.weight[row * k + j];
+        expert[j] = __ldcg(a.p.expert + row * k + j);
+        weight[j] = __ldcg(a.p.weight + row * k + j);
     }
     __syncthreads();
-    for (; asked < RING; asked++) request_down(r, a, plan, asked, 0, expert);
+    if (weights.number > jobs.shared) weights.again();
+    for (; asked < RING; asked++) weights.request();
+    for (int j = threadIdx.x; j < k; j += THREADS) units[j] = expert_unit(a.e, DOWN, expert[j]);
     for (int j = warp; j < k; j += WARPS) {
-        const float *x = a.hidden + (row * k + j) * w.cols;
-        __nv_bfloat16 *to = slots + (size_t)j * SLOTS * stride;
-        float s = fp8_input_scale(warp_max(place_row(to, stride, x, w.cols, lane, LANES)));
-        if (w.input == INPUT_FP8_ROW) quantize_row(to, stride, x, w.cols, s, lane, LANES);
-        if (lane == 0) input_scale[j] = s;
+        float s = place_pick(w, slots + (size_t)j * SLOTS * stride, stride, a.hidden + (row * k + j) * w.cols);
+        if (threadIdx.x % LANES == 0) input_scale[j] = s;
     }
-    float shared_scale = a.w.rows ? place_shared(a, shared_slots, shared_stride, row, part) : 1;
+    float shared_scale = a.w.rows ? place_shared(a, slots + jobs.shared_x, stride, row, part) : 1;
+    int r = (blockIdx.x + threadIdx.x / (SLOTS * 8) * gridDim.x) * 8 + threadIdx.x / SLOTS % 8;
+    float old = 0, gate = 0, unit = 1;
+    if (threadIdx.x / (SLOTS * 8) < tiles && r < w.rows && a.w.rows) {
+        if (a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
+        gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride));
+        unit = a.w.format == WEIGHT_FP8 ? a.w.scale[r] : FP4_UNIT / a.w.global;
+    }
     __syncthreads();
-    int slot = g < SLOTS ? g : 0;
-    for (int first = 0; first < own; first += DOWN_TILES) {
-        if (first > 0) {
-            plan = down_plan(a, own - first < DOWN_TILES ? own - first : DOWN_TILES);
-            for (int q = 0; q < RING; q++) request_down(r, a, plan, q, first, expert);
-        }
-        float acc[2][4] = {};
-        for (int q = 0; q < plan.count(); q += 2) {
-            uint32_t scale[2];
-            copy_wait<RING - 2>();
-            __syncwarp();
-            uint4 v[2];
-            v[0] = r.take(&scale[0]);
-            v[1] = r.take(&scale[1]);
-            down_piece d(plan, q), end(plan, q + 1);
-            bool is_shared = d.pick < 0;
-            piece_product<1> product = { is_shared ? shared_slots + slot * shared_stride
-                                                   : slots + ((size_t)d.pick * SLOTS + slot) * stride,
-                                         0, g < SLOTS };
-            int format = is_shared ? a.w.format : w.format;
-            if (d.valid) product.run(acc, v[0], scale[0], format, d.piece, t);
-            if (end.valid) product.run(acc, v[1], scale[1], format, end.piece, t);
-            __syncwarp();
-            request_down(r, a, plan, q + RING, first, expert);
-            request_down(r, a, plan, q + RING + 1, first, expert);
-            if (!end.last) continue;
-            float *to = is_shared ? together + (d.tile * WARPS + warp) * SLOTS * 8 : picked + (d.tile * k + d.pick) * SLOTS * 8;
-            if (g < SLOTS)
-                *(float2 *)(to + g * 8 + 2 * t) = make_float2(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1]);
-            for (int i = 0; i < 4; i++) acc[0][i] = acc[1][i] = 0;
-        }
-        copy_wait<0>();
-        r.oldest = r.next;
-        __syncthreads();
-        store_down(a, picked, together, first, plan.tiles, row, expert, weight, input_scale, shared_scale);
-        __syncthreads();
-    }
+    for (int i = 0; i < jobs.shared + tiles * jobs.own; i++) weights.work<1>(jobs(i), sums, slots, stride);
     copy_wait<0>();
+    __syncthreads();
+    store_down(a, sums, jobs, row, weight, units, input_scale, shared_scale, old, gate, unit);
 }
 
 size_t up_shared(int cols)
@@ -545,10 +466,17 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         d.shared_gate = run->shared_gate;
         d.add = run->x;
     }
-    if (p->k > PICKS_MAX || up_shared(x.cols) > (size_t)limit || down_shared(p->k, e->m[DOWN].cols, d.w.cols) > (size_t)limit)
+    const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
+    if (p->k > PICKS_MAX || up_shared(gate.cols) > (size_t)limit || down_shared(p->k, down.cols, down.cols) > (size_t)limit)
         return false;
-    dim3 grid((unsigned)q->sms, (unsigned)x.rows);
-    launch(q, "experts", true, stream_up, grid, up_shared((int)x.cols), u);
-    launch(q, "experts", true, stream_down, grid, down_shared(p->k, e->m[DOWN].cols, d.w.cols), d);
+    if (run && d.w.cols != down.cols) return false; /* one stride for both */
+    if (run && (u.w[0].format != u.w[1].format || u.w[0].input != u.w[1].input)) return false;
+    /* no more tiles a block than it has room for */
+    int most_up = p->k * tiles_of(gate.rows) * 2 + 2 * tiles_of(u.w[0].rows), most_down = tiles_of(down.rows);
+    unsigned up_blocks = blocks(most_up, TILES - 3), down_blocks = blocks(most_down, DOWN_TILES);
+    if (up_blocks < (unsigned)q->sms) up_blocks = (unsigned)q->sms;
+    if (down_blocks < (unsigned)q->sms) down_blocks = (unsigned)q->sms;
+    launch(q, "experts", true, stream_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
+    launch(q, "experts", true, stream_down, dim3(down_blocks, (unsigned)x.rows), down_shared(p->k, down.cols, down.cols), d);
     return true;
 }

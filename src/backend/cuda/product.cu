@@ -29,7 +29,7 @@ struct product_args {
     int keep;
 };
 
-constexpr int CHUNK_BYTES = 16384;
+constexpr int CHUNK_BYTES = 16384; /* two sets of sums */
 template <int ROWS> constexpr int CHUNK = CHUNK_BYTES / 2 / (WARPS * SLOTS * ROWS * 8 * 4); /* tiles between meetings */
 
 __host__ __device__ inline size_t product_shared(int rows, int cols)
@@ -37,80 +37,117 @@ __host__ __device__ inline size_t product_shared(int rows, int cols)
     return RING_BYTES + RING_SCALES + CHUNK_BYTES + (size_t)rows * SLOTS * slot_stride(cols) * 2;
 }
 
-/* Which piece of which tile comes next for this warp. */
-struct cursor {
-    int i, step, per, pieces, m;
-    tile t;
-    bool valid;
+/* Tile i of this block, this warp's share; pieces 0 past the end. */
+struct product_jobs {
+    const product_args &p;
 
-    __device__ cursor(const product_args &p)
+    __device__ int matrix_of(int number) const
     {
-        i = step = m = 0;
-        load(p);
+        int m = 0;
+        while (number >= p.first[m + 1]) m++;
+        return m;
     }
 
-    __device__ void load(const product_args &p)
+    __device__ job operator()(int i) const
     {
         int number = blockIdx.x + i * gridDim.x;
-        valid = number < p.first[p.n];
-        if (!valid) return;
-        while (number >= p.first[m + 1]) m++;
-        t = tile_of(p.m[m], number - p.first[m]);
-        pieces = pieces_of(t.format, p.cols);
-        per = (pieces + WARPS - 1) / WARPS;
-        per += per & 1;
-    }
-
-    __device__ int piece() const { return threadIdx.x / LANES * per + step; }
-
-    __device__ void request(ring &r, const product_args &p)
-    {
-        if (valid && piece() < pieces)
-            r.request(t, piece());
-        else
-            r.nothing();
-        copy_commit();
-        if (valid && ++step == per) {
-            step = 0;
-            i++;
-            load(p);
-        }
+        if (number >= p.first[p.n]) return job{};
+        int k = matrix_of(number), row = (number - p.first[k]) * 8;
+        const cuda_matrix &m = p.m[k];
+        int share = share_of(m.format, pieces_of(m.format, p.cols), WARPS);
+        return job_of(m, row, m.rows - row, threadIdx.x / LANES * share, share);
     }
 };
 
-__device__ float input_value(const product_args &p, int64_t row, int c, float scale)
-{
-    float x = p.x.data[row * p.x.stride + c];
-    if (p.kind == INPUT_NORMED) return x * scale * p.gain[c];
-    if (p.kind == INPUT_GATED) return x * scale * p.gain[c % p.dim] * silu(p.z.data[row * p.z.stride + c]);
-    return x;
-}
+/* Columns a thread reads at once, so that it waits for memory once. */
+constexpr int AHEAD = 8;
 
 /* One input value into its slots; returns its magnitude. */
-__device__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float scale)
+__device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float v)
 {
-    float v = input_value(p, row, c, scale);
     put_parts(slots, stride, c, v);
     if (p.made.data && blockIdx.x == 0) p.made.data[row * p.made.stride + c] = v;
     return fabsf(v);
 }
 
-/* Row `row` into four slots; what it is quantized by goes to *input_scale. */
-__device__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, float *part,
-                           float *input_scale)
+/* A row as it is, or normed. gain: read ahead for the first AHEAD * THREADS columns. */
+__device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
+                                           const float (&gain)[AHEAD], float *part)
 {
-    float top = 0;
-    if (p.kind == INPUT_GATED) {
-        for (int head = threadIdx.x / LANES * p.dim; head < p.cols; head += WARPS * p.dim) {
-            float scale = warp_inverse_rms(p.x.data + row * p.x.stride + head, p.dim, p.eps);
-            for (int d = threadIdx.x % LANES; d < p.dim; d += LANES)
-                top = fmaxf(top, place(p, slots, stride, row, head + d, scale));
-        }
-    } else {
-        float scale = 0;
-        if (p.kind == INPUT_NORMED) scale = block_inverse_rms(p.x.data + row * p.x.stride, p.cols, p.eps, part);
-        for (int c = threadIdx.x; c < p.cols; c += THREADS) top = fmaxf(top, place(p, slots, stride, row, c, scale));
+    const float *x = p.x.data + row * p.x.stride;
+    float v[AHEAD], scale = 1, top = 0, sum = 0;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = threadIdx.x + i * THREADS;
+        v[i] = c < p.cols ? __ldcg(x + c) : 0;
     }
+    if (p.kind == INPUT_NORMED) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) sum = fmaf(v[i], v[i], sum);
+        for (int c = threadIdx.x + AHEAD * THREADS; c < p.cols; c += THREADS) sum = fmaf(__ldcg(x + c), __ldcg(x + c), sum);
+        scale = 1.0f / sqrtf(block_sum(sum, part) / (float)p.cols + p.eps);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = threadIdx.x + i * THREADS;
+        if (p.kind == INPUT_NORMED) v[i] = v[i] * scale * gain[i];
+        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, v[i]));
+    }
+    for (int first = threadIdx.x + AHEAD * THREADS; first < p.cols; first += AHEAD * THREADS) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) v[i] = first + i * THREADS < p.cols ? __ldcg(x + first + i * THREADS) : 0;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int c = first + i * THREADS;
+            if (c >= p.cols) break;
+            top = fmaxf(top, place(p, slots, stride, row, c, p.kind == INPUT_NORMED ? v[i] * scale * p.gain[c] : v[i]));
+        }
+    }
+    return top;
+}
+
+/* Heads, each normed and gated by a warp. */
+__device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row)
+{
+    constexpr int HEADS = 4, EACH = 4; /* heads at once, columns of a head a lane */
+    const float *x = p.x.data + row * p.x.stride, *z = p.z.data + row * p.z.stride;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    float top = 0;
+    for (int first = 0; first < p.cols / p.dim; first += HEADS * WARPS) {
+        float v[HEADS][EACH], gate[HEADS][EACH];
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int c = (first + h * WARPS + warp) * p.dim + lane + i * LANES;
+                bool in = c < p.cols && lane + i * LANES < p.dim;
+                v[h][i] = in ? __ldcg(x + c) : 0;
+                gate[h][i] = in ? __ldcg(z + c) : 0;
+            }
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            int at = (first + h * WARPS + warp) * p.dim;
+            float sum = 0;
+            if (at >= p.cols) break;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) sum = fmaf(v[h][i], v[h][i], sum);
+            float scale = 1.0f / sqrtf(warp_sum(sum) / (float)p.dim + p.eps);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int d = lane + i * LANES;
+                if (d < p.dim)
+                    top = fmaxf(top, place(p, slots, stride, row, at + d, v[h][i] * scale * p.gain[d] * silu(gate[h][i])));
+            }
+        }
+    }
+    return top;
+}
+
+/* Row `row` into four slots; what it is quantized by goes to *input_scale. */
+__device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
+                                           const float (&gain)[AHEAD], float *part, float *input_scale)
+{
+    float top = p.kind == INPUT_GATED ? place_heads(p, slots, stride, row) : place_row(p, slots, stride, row, gain, part);
     for (int c = p.cols + threadIdx.x; c < stride; c += THREADS)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
     if (!p.quantize) return;
@@ -135,27 +172,29 @@ __device__ void advance_conv(const product_args &p)
     }
 }
 
+/* Four threads an output, a slot each. Tiles [first, first + count) of this block; a meeting of the block in between,
+ * before which everything but the sums is fetched. */
 template <int ROWS>
-__device__ void store_tiles(const product_args &p, const float *sums, int first, int count, int64_t row0, int rows,
-                            const float *input_scale)
+__device__ __forceinline__ void store_tiles(const product_args &p, const float *sums, int first, int count, int64_t row0,
+                                            int rows, const float *input_scale)
 {
-    for (int o = threadIdx.x; o < count * 8 * rows; o += THREADS) {
-        int col = o % 8, c = o / 8 % count, a = o / 8 / count, number = blockIdx.x + (first + c) * gridDim.x, m = 0;
-        while (number >= p.first[m + 1]) m++;
-        const cuda_matrix &w = p.m[m];
-        int r = (number - p.first[m]) * 8 + col;
-        if (r >= w.rows) continue;
-        float s[SLOTS];
-        for (int k = 0; k < SLOTS; k++) {
-            s[k] = 0;
-            for (int warp = 0; warp < WARPS; warp++)
-                s[k] += sums[((c * WARPS + warp) * SLOTS * ROWS + a * SLOTS + k) * 8 + col];
-        }
-        float unit = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
-        float y = slots_value(s, w.format, w.input, unit, input_scale[a]);
-        p.out[m].data[(row0 + a) * p.out[m].stride + r] = y;
-        if (p.add.data) p.add.data[(row0 + a) * p.add.stride + r] += y;
-    }
+    static_assert(CHUNK<ROWS> * 8 * SLOTS * ROWS == THREADS, "a thread a slot");
+    int o = threadIdx.x, k = o % SLOTS, col = o / SLOTS % 8, c = o / (SLOTS * 8) % CHUNK<ROWS>;
+    int a = o / (SLOTS * 8) / CHUNK<ROWS>, number = blockIdx.x + (first + c) * gridDim.x;
+    bool mine = c < count && a < rows;
+    int m = mine ? product_jobs{ p }.matrix_of(number) : 0, r = mine ? (number - p.first[m]) * 8 + col : 0;
+    const cuda_matrix &w = p.m[m];
+    mine = mine && k == 0 && r < w.rows;
+    float unit = 1, old = 0, s[SLOTS], sum = 0;
+    if (mine) unit = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
+    if (mine && p.add.data) old = __ldcg(p.add.data + (row0 + a) * p.add.stride + r);
+    __syncthreads();
+    for (int warp = 0; warp < WARPS; warp++) sum += sums[((c * WARPS + warp) * SLOTS * ROWS + a * SLOTS + k) * 8 + col];
+    gather_slots(s, sum);
+    if (!mine) return;
+    float y = slots_value(s, w.format, w.input, unit, input_scale[a]);
+    p.out[m].data[(row0 + a) * p.out[m].stride + r] = y;
+    if (p.add.data) p.add.data[(row0 + a) * p.add.stride + r] = old + y;
 }
 
 /* Scales are needed at the very end: let them be near by then. */
@@ -179,50 +218,35 @@ __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 2 : 1) stream_product(con
     float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + CHUNK_BYTES);
     constexpr int HALF = CHUNK_BYTES / 2 / 4;
-    int stride = slot_stride(p.cols), lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4, warp = threadIdx.x / LANES;
+    int stride = slot_stride(p.cols), warp = threadIdx.x / LANES;
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = p.x.rows - row0 < ROWS ? (int)(p.x.rows - row0) : ROWS;
     let_next_start();
-    ring r(shared);
-    cursor ask(p);
-    for (int i = 0; i < RING; i++) ask.request(r, p);
+    product_jobs jobs = { p };
+    stream<product_jobs> weights(jobs, shared);
+    for (int i = 0; i < RING; i++) weights.request();
     prefetch_scales(p);
+    float gain[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = threadIdx.x + i * THREADS;
+        gain[i] = p.kind == INPUT_NORMED && c < p.cols ? p.gain[c] : 0;
+    }
     wait_for_previous();
     for (int a = 0; a < rows; a++)
-        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, part[a], &input_scale[a]);
+        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
     for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += THREADS)
         slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     if (p.conv && blockIdx.y == 0) advance_conv(p);
     __syncthreads();
-    piece_product<ROWS> product = { slots + (ROWS > 1 || g < SLOTS ? g : 0) * stride, 8 * stride, g < SLOTS };
-    cursor have(p);
-    int chunk = 0;
-    float acc[2][4] = {};
-    while (have.valid) {
-        uint32_t scale0, scale1;
-        copy_wait<RING - 2>();
-        __syncwarp();
-        uint4 w0 = r.take(&scale0), w1 = r.take(&scale1);
-        if (have.piece() < have.pieces) product.run(acc, w0, scale0, have.t.format, have.piece(), t);
-        if (have.piece() + 1 < have.pieces) product.run(acc, w1, scale1, have.t.format, have.piece() + 1, t);
-        __syncwarp();
-        ask.request(r, p);
-        ask.request(r, p);
-        have.step += 2;
-        if (have.step < have.per) continue;
-        float *to = sums + chunk % 2 * HALF + ((have.i % CHUNK<ROWS>)*WARPS + warp) * SLOTS * ROWS * 8 + 2 * t;
-        if (ROWS > 1 || g < SLOTS) *(float2 *)(to + g * 8) = make_float2(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1]);
-        if (ROWS > 1)
-            *(float2 *)(to + (g + 8) * 8) = make_float2(acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
-        for (int k = 0; k < 4; k++) acc[0][k] = acc[1][k] = 0;
-        have.step = 0;
-        have.i++;
-        have.load(p);
-        if (have.i % CHUNK<ROWS> != 0 && have.valid) continue;
-        __syncthreads();
-        int first = chunk * CHUNK<ROWS>;
-        store_tiles<ROWS>(p, sums + chunk % 2 * HALF, first, have.i - first, row0, rows, input_scale);
-        chunk++;
+    int i = 0, first = 0, half = 0;
+    for (job j = jobs(0); j.pieces > 0; half ^= 1) {
+        for (; j.pieces > 0 && i - first < CHUNK<ROWS>; j = jobs(++i)) {
+            j.sums = ((i - first) * WARPS + warp) * SLOTS * ROWS * 8;
+            weights.work<ROWS>(j, sums + half * HALF, slots, stride);
+        }
+        store_tiles<ROWS>(p, sums + half * HALF, first, i - first, row0, rows, input_scale);
+        first = i;
     }
     copy_wait<0>();
 }

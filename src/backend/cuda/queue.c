@@ -201,7 +201,7 @@ static void delta_run(struct queue *q, const struct delta_run *r, const struct s
     struct cuda_matrix out = cuda_matrix_of(r->out);
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
-    if (!queue_decodes(step) || !cuda_streams(q, &out)) {
+    if (!queue_decodes(step) || !cuda_streams(q, &out) || r->shape->value_dim > 128) {
         fused_delta(&cuda_ops, q, r, step);
         return;
     }

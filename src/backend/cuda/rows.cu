@@ -132,10 +132,21 @@ dim3 elements(const mat &m)
 
 } /* namespace */
 
+/* Small arrays from the host: staged by the driver before the call returns. */
+static bool upload_to(struct queue *q, void *to, const void *host, size_t bytes, const char *operation)
+{
+    return !queue_failed(q) &&
+           queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), operation);
+}
+
 void cuda_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
     const struct cuda_weight *w = (const struct cuda_weight *)table;
+    for (int64_t i = 0; rows && i < step->n; i++)
+        if (step->rows[i].embedding && !upload_to(q, q->embeddings + i * y.cols, step->rows[i].embedding,
+                                                  (size_t)y.cols * sizeof(float), "embed"))
+            return;
     if (rows)
         launch(q, "embed", false, embed_rows, dim3((unsigned)step->n), 0, y, (const void *)w->data,
                (int)table->format, *rows);
@@ -151,13 +162,6 @@ void cuda_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain
     launch(q, "rmsnorm", false, norm_rows, dim3((unsigned)x.rows), 0, y, x, gain, eps);
 }
 
-/* Small arrays from the host: staged by the driver before the call returns. */
-static bool upload_index(struct queue *q, const void *host, size_t bytes, const char *operation)
-{
-    return !queue_failed(q) &&
-           queue_check(q, cudaMemcpyAsync(q->index, host, bytes, cudaMemcpyHostToDevice, q->stream), operation);
-}
-
 static void answer(struct queue *q, void *host, const void *device, size_t bytes, const char *operation)
 {
     if (queue_failed(q)) return;
@@ -167,7 +171,7 @@ static void answer(struct queue *q, void *host, const void *device, size_t bytes
 
 void cuda_gather(struct queue *q, struct mat y, struct mat x, const int64_t *index)
 {
-    if (y.rows > 0 && upload_index(q, index, (size_t)y.rows * sizeof *index, "gather"))
+    if (y.rows > 0 && upload_to(q, q->index, index, (size_t)y.rows * sizeof *index, "gather"))
         launch(q, "gather", false, gather_rows, dim3((unsigned)y.rows), 0, y, x, (const long long *)q->index);
 }
 
@@ -202,7 +206,7 @@ void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column)
 {
     if (x.rows == 0) return;
     for (int64_t i = 0; i < x.rows; i++) q->host_index[i] = column[i];
-    if (!upload_index(q, q->host_index, (size_t)x.rows * sizeof *q->host_index, "pick")) return;
+    if (!upload_to(q, q->index, q->host_index, (size_t)x.rows * sizeof *q->host_index, "pick")) return;
     launch(q, "pick", false, pick_elements, dim3(blocks(x.rows)), 0, (float *)q->answers, x,
            (const long long *)q->index);
     answer(q, out, q->answers, (size_t)x.rows * sizeof *out, "pick");
