@@ -45,7 +45,8 @@ SRC     := $(filter-out src/backend/cuda/%,$(SRC))
 endif
 OBJ     := $(SRC:%.c=$(BUILD)/%.o) $(CUDASRC:%.cu=$(BUILD)/%.cu.o)
 LIB     := $(BUILD)/libquench.a
-LIBOBJ  := $(filter-out $(BUILD)/src/cli/main.o,$(OBJ))
+PROGRAM := $(BUILD)/src/cli/main.o $(BUILD)/src/cli/version.o
+LIBOBJ  := $(filter-out $(PROGRAM),$(OBJ))
 HDR     := $(wildcard src/*/*.h src/*/*/*.h)
 ifneq ($(CUDA),1)
 HDR     := $(filter-out src/backend/cuda/%,$(HDR))
@@ -61,22 +62,32 @@ FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
 
-$(BUILD)/quench: $(BUILD)/src/cli/main.o $(LIB)
+$(BUILD)/quench: $(PROGRAM) $(LIB)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(LIB): $(LIBOBJ)
 	rm -f $@ && $(AR) rcs $@ $^
 
-# Kernels: one file per ISA, with the flags its name asks for. ref keeps one meaning everywhere.
+# Kernels: one file per ISA, with the flags its name asks for, on x86-64; elsewhere all are the generic ones. ref
+# keeps one meaning everywhere.
+X86     := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 $(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
-$(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma
-$(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma -mf16c
+$(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx512bf16.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
+# The row kernels of packing likewise, but never contracted: every set writes the same bytes.
+$(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
+# A new commit is a new version, and nothing else.
+$(BUILD)/commit: always
+	@mkdir -p $(@D)
+	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' >$@
+$(BUILD)/src/cli/version.o: $(BUILD)/commit
 $(BUILD)/src/cli/version.o: override CFLAGS += -DQUENCH_COMMIT='"$(COMMIT)"'
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(STRICT) $(ISA) -c -o $@ $<
+	$(CC) $(CFLAGS) $(STRICT) $(if $(X86),$(ISA),$(filter-out -m%,$(ISA))) -c -o $@ $<
 
 # -fmad=false: a product and a sum are one rounding only where fmaf says so, whatever the compiler inlines.
 $(BUILD)/%.cu.o: %.cu
@@ -148,5 +159,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

@@ -1,29 +1,21 @@
 /* The hot operations of the CPU backend against the machine's limits.
- * usage: bench_kernels [THREADS]
- * CSV: operation, format, rows, MB of weights, microseconds (median of 9), GB/s, share of the read bandwidth
- * measured in this run, GFLOP/s. The weights of 16 products rotate, so that none is found in the caches. */
+ * usage: bench_kernels [THREADS [generic|avx2|avx512|avx512bf16]]
+ * CSV: operation, format, inputs as they are or rounded, rows, MB of weights, microseconds (best of 9: the
+ * machine is shared), GB/s, share of the read bandwidth measured just before, GFLOP/s. The weights of several
+ * products rotate, so that none is found in the caches. */
 #include "backend/ops.h"
 #include "base/clock.h"
 #include "base/pool.h"
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
-enum { RUNS = 9, OUT = 4096, IN = 2048, COPIES = 16 };
+enum { RUNS = 9, PIECE = 16 << 20, OUT = 4096, IN = 2048, COPIES_MAX = 64 };
+static const double COLD_BYTES = 256e6; /* the copies of a matrix together */
 
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *t)
-{
-    qsort(t, RUNS, sizeof *t, by_value);
-    return t[RUNS / 2];
-}
-
-/* Read bandwidth: each thread sums its part of 1 GiB. */
+/* Read bandwidth: each thread sums its part of 16 MiB, of 1 GiB on huge pages, as the weights are. */
 struct reading {
     const uint64_t *data;
     int64_t words;
@@ -40,21 +32,26 @@ static void read_part(void *ctx, int64_t item, int thread)
     for (int k = 0; k < 8; k++) r->sums[thread] += sum[k];
 }
 
-static double read_bandwidth(struct pool *pool)
+static uint64_t *reading_memory(void)
 {
-    uint64_t bytes = 1ull << 30, parts = 256;
-    uint64_t *data = aligned_alloc(64, bytes);
-    if (!data) return 0;
+    uint64_t bytes = 1ull << 30, *data = aligned_alloc(2 << 20, bytes);
+    if (!data) exit(1);
+    madvise(data, bytes, MADV_HUGEPAGE);
     memset(data, 1, bytes);
-    struct reading r = { .data = data, .words = (int64_t)(bytes / parts / 8) };
-    double t[RUNS];
-    for (int i = 0; i < RUNS; i++) {
+    return data;
+}
+
+static double read_bandwidth(struct pool *pool, const uint64_t *data)
+{
+    const uint64_t bytes = 1ull << 30, parts = 64;
+    double least = INFINITY;
+    for (uint64_t at = 0; at + PIECE <= bytes; at += PIECE) {
+        struct reading r = { .data = data + at / 8, .words = PIECE / parts / 8 };
         double begin = clock_seconds();
         pool_run(pool, (int64_t)parts, read_part, &r);
-        t[i] = clock_seconds() - begin;
+        least = fmin(least, clock_seconds() - begin);
     }
-    free(data);
-    return (double)bytes / median(t);
+    return PIECE / least;
 }
 
 static struct weight *make(struct backend *b, enum weight_format f, uint32_t seed)
@@ -91,55 +88,84 @@ static struct weight *make(struct backend *b, enum weight_format f, uint32_t see
 }
 
 /* Seconds of one product; the weights rotate so that each call finds its own outside the caches. */
-static double product_seconds(struct backend *b, struct weight **w, struct mat y, struct mat x)
+static double product_seconds(struct backend *b, struct weight **w, int copies, struct mat y, struct mat x)
 {
-    double t[RUNS];
-    for (int i = 0; i < RUNS; i++) {
+    double least = INFINITY;
+    for (int i = 0; i < RUNS * copies; i++) {
         double begin = clock_seconds();
-        for (int k = 0; k < COPIES; k++) b->ops->matmul(b->queue, y, x, w[k]);
-        t[i] = (clock_seconds() - begin) / COPIES;
+        b->ops->matmul(b->queue, y, x, w[i % copies]);
+        least = fmin(least, clock_seconds() - begin);
     }
-    return median(t);
+    return least;
+}
+
+static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4" };
+static const double bytes_each[] = { 2, 4, 4, 1, 0.5625 };
+
+static void bench_format(struct backend *b, struct pool *pool, const uint64_t *memory, enum weight_format f,
+                         const char *inputs, struct mat y, struct mat x)
+{
+    static const int64_t rows[] = { 1, 2, 4, 16, 512 };
+    double bytes = bytes_each[f] * OUT * IN;
+    int copies = COLD_BYTES / bytes < COPIES_MAX ? (int)(COLD_BYTES / bytes) : COPIES_MAX;
+    struct weight *w[COPIES_MAX];
+    for (int k = 0; k < copies; k++) w[k] = make(b, f, (uint32_t)k + 1);
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+        double bandwidth = read_bandwidth(pool, memory);
+        x.rows = y.rows = rows[r];
+        double s = product_seconds(b, w, rows[r] < 100 ? copies : 1, y, x),
+               flops = 2.0 * OUT * IN * (double)rows[r];
+        printf("matmul,%s,%s,%lld,%.2f,%.1f,%.2f,%.3f,%.1f\n", names[f], inputs, (long long)rows[r],
+               bytes * 1e-6, s * 1e6, bytes / s * 1e-9, bytes / s / bandwidth, flops / s * 1e-9);
+        fflush(stdout);
+    }
+    for (int k = 0; k < copies; k++) b->ops->weight_free(b->queue, w[k]);
+}
+
+static enum cpu_isa isa_of(const char *name)
+{
+    static const char *const isas[] = { "best", "generic", "avx2", "avx512", "avx512bf16" };
+    for (int i = 0; i < 5; i++)
+        if (strcmp(name, isas[i]) == 0) return (enum cpu_isa)i;
+    fprintf(stderr, "bench_kernels: no instruction set '%s'\n", name);
+    exit(2);
 }
 
 int main(int argc, char **argv)
 {
-    static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4" };
-    static const double bytes_each[] = { 2, 4, 4, 1, 0.5625 };
     static const enum weight_format formats[] = { WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, WEIGHT_F32 };
-    static const int64_t rows[] = { 1, 16, 512 };
     int threads = argc > 1 ? atoi(argv[1]) : pool_default_threads();
-    struct backend b;
     struct pool *pool;
     struct err e = { 0 };
-    struct backend_options o = { .device = DEVICE_CPU, .threads = threads };
     struct step_limits limits = { 512, OUT, 64, 64, 1, 1 };
-    if (threads < 1 || !pool_create(&pool, threads, &e) || !backend_create(&b, &o, &e) ||
-        !b.ops->reserve(b.queue, &limits, &e)) {
-        fprintf(stderr, "bench_kernels: %s\n", e.text);
-        return 1;
-    }
-    double bandwidth = read_bandwidth(pool);
-    pool_free(pool);
     float *x = aligned_alloc(64, 512 * IN * sizeof *x), *y = aligned_alloc(64, 512 * OUT * sizeof *y);
-    if (!x || !y) return 1;
+    uint64_t *memory = reading_memory();
+    if (!x || !y || threads < 1 || !pool_create(&pool, threads, &e)) return 1;
     for (int64_t i = 0; i < 512 * IN; i++) x[i] = (float)(i % 17) - 8;
-    printf("# %s; read bandwidth %.1f GB/s\n", b.name, bandwidth * 1e-9);
-    printf("operation,format,rows,MB,us,GB_per_s,share_of_read,GFLOP_per_s\n");
-    for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
-        struct weight *w[COPIES];
-        for (int k = 0; k < COPIES; k++) w[k] = make(&b, formats[f], (uint32_t)k + 1);
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
-            double s = product_seconds(&b, w, mat_of(y, rows[r], OUT), mat_of(x, rows[r], IN));
-            double bytes = bytes_each[formats[f]] * OUT * IN, flops = 2.0 * OUT * IN * (double)rows[r];
-            printf("matmul,%s,%lld,%.2f,%.1f,%.2f,%.3f,%.1f\n", names[formats[f]], (long long)rows[r],
-                   bytes * 1e-6, s * 1e6, bytes / s * 1e-9, bytes / s / bandwidth, flops / s * 1e-9);
-            fflush(stdout);
+    for (int rounded = 0; rounded < 2; rounded++) {
+        struct backend b;
+        struct backend_options o = { .device = DEVICE_CPU,
+                                     .threads = threads,
+                                     .isa = argc > 2 ? isa_of(argv[2]) : CPU_ISA_BEST,
+                                     .rounded = rounded };
+        if (!backend_create(&b, &o, &e) || !b.ops->reserve(b.queue, &limits, &e)) {
+            fprintf(stderr, "bench_kernels: %s\n", e.text);
+            return 1;
         }
-        for (int k = 0; k < COPIES; k++) b.ops->weight_free(b.queue, w[k]);
+        if (!rounded)
+            printf(
+                "# %s; read bandwidth %.1f GB/s\noperation,format,inputs,rows,MB,us,GB_per_s,share_of_read,"
+                "GFLOP_per_s\n",
+                b.name, read_bandwidth(pool, memory) * 1e-9);
+        for (size_t f = 0; f < sizeof formats / sizeof *formats; f++)
+            if (!rounded || formats[f] != WEIGHT_F32)
+                bench_format(&b, pool, memory, formats[f], rounded ? "rounded" : "f32", mat_of(y, 512, OUT),
+                             mat_of(x, 512, IN));
+        backend_destroy(&b);
     }
+    pool_free(pool);
+    free(memory);
     free(x);
     free(y);
-    backend_destroy(&b);
     return 0;
 }

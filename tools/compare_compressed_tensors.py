@@ -3,9 +3,10 @@ usage: compare_compressed_tensors.py SRC DST     (torch, safetensors, compressed
 import glob, json, sys, torch
 from safetensors import safe_open
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import quantize
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, maybe_pad_tensor_for_block_quant
 
 
 def tensors(folder):
@@ -47,10 +48,21 @@ def dense(src, out):
         yield module, w, torch.cat([src[part[0] + p + ".weight"] for p in part[1]]) if part else w
 
 
+def extremes(w, args):
+    """What llm-compressor's memoryless_minmax observer gives for an FP8 weight."""
+    if args.strategy == "tensor": return w.min(), w.max()
+    if args.strategy == "channel": return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    rows, cols = args.block_structure
+    w = maybe_pad_tensor_for_block_quant(w, (rows, cols))
+    blocks = w.reshape(w.shape[0] // rows, rows, w.shape[1] // cols, cols)
+    return blocks.amin((1, 3)), blocks.amax((1, 3))
+
+
 def main(source, result):
     src, out = tensors(source), tensors(result)
     config = QuantizationConfig.model_validate(json.load(open(result + "/config.json"))["quantization_config"])
     by_bits = {g.weights.num_bits: g.weights for g in config.config_groups.values()}
+    by_strategy = {str(getattr(g.weights.strategy, "value", g.weights.strategy)): g.weights for g in config.config_groups.values()}
     counts, wrong = {}, 0
     routed = {module: w for module, w, _ in experts(src)}
     todo = {name for name in out if name.endswith(".weight_packed")}
@@ -69,11 +81,16 @@ def main(source, result):
     assert not todo, sorted(todo)[:3]
     for name, t in out.items():
         if t.dtype != torch.float8_e4m3fn or not name.endswith(".weight"): continue
-        w = routed[name.removesuffix(".weight")] if ".experts." in name else src[name]
-        s, zero = calculate_qparams(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), by_bits[8])
-        q = quantize(w, s, zero, by_bits[8], dtype=torch.float8_e4m3fn)
-        ok = same(q, t) and same(s.to(torch.bfloat16), out[name + "_scale"])
-        counts["FP8"] = counts.get("FP8", 0) + 1
+        module, found = name.removesuffix(".weight"), out[name + "_scale"]
+        w = routed[module] if ".experts." in name else src[name]
+        kind = "tensor" if module + ".input_scale" in out else "channel" if found.shape == (w.shape[0], 1) else "block"
+        if kind == "channel" and "channel" not in by_strategy: kind = "block"  # one row: the same shape
+        args = by_strategy[kind]
+        s, zero = calculate_qparams(*extremes(w, args), args)
+        q = FloatQuantizationCompressor.compress({"weight": w, "weight_scale": s}, QuantizationScheme(targets=[], weights=args))
+        ok = same(q["weight"], t) and s.dtype == found.dtype and s.shape == found.shape and same(s, found)
+        if kind == "tensor": ok = ok and out[module + ".input_scale"].shape == (1,) and out[module + ".input_scale"].dtype == s.dtype
+        counts["FP8 " + kind] = counts.get("FP8 " + kind, 0) + 1
         wrong += not ok
         if not ok: print("differs:", name)
     print(", ".join(f"{n} {k} matrices" for k, n in counts.items()) + f", {wrong} differ")

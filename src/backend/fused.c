@@ -6,7 +6,8 @@ void fused_norm_products(const struct ops *op, struct queue *q, const struct nor
     for (int i = 0; i < r->n; i++) op->matmul(q, r->out[i], r->h, r->w[i]);
 }
 
-void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r,
+                 const struct step_rows *rows)
 {
     op->conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
     op->delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);

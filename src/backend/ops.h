@@ -2,9 +2,9 @@
  * every entry and what the others are tested against. Activations are f32 matrices in the backend's memory,
  * row per token.
  *
- * Operations return nothing and allocate nothing: weights, memory and room for a step's size were taken before
- * the first one. A queue runs them in order. What a device refuses is kept by the queue, which skips what
- * follows and hands its first failure to wait(). So the forward pass reads plainly.
+ * Operations return nothing and allocate nothing: weights, memory and room for a step's size were taken
+ * before the first one. A queue runs them in order. What a device refuses is kept by the queue, which skips
+ * what follows and hands its first failure to wait(). So the forward pass reads plainly.
  *
  * Every operation computes a row from that row and its own sequence only, in an order of additions that does
  * not depend on the other rows of the step: the same row has the same bits alone and in a batch (steps up to
@@ -37,8 +37,11 @@ enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVF
 /* What becomes of a product's inputs before they meet the weights. */
 enum weight_input {
     INPUT_AS_IS,
-    INPUT_FP8_ROW, /* of FP8 weights: e4m3 with one scale a row, fp8_quantize_activations (W8A8) */
-    INPUT_NVFP4,   /* of NVFP4 weights: e2m1 in groups of 16, nvfp4_quantize_activations (W4A4) */
+    INPUT_FP8_ROW,    /* of FP8 weights: e4m3 with one scale a row, fp8_quantize_activations (W8A8) */
+    INPUT_FP8_FIXED,  /* ... with one scale for all, fp8_round_fixed */
+    INPUT_FP8_GROUPS, /* of FP8_BLOCK weights: e4m3 with one scale per row and 128 columns, fp8_round_groups
+                       */
+    INPUT_NVFP4,      /* of NVFP4 weights: e2m1 in groups of 16, nvfp4_quantize_activations (W4A4) */
 };
 
 /* A matrix as a checkpoint stores it, in host memory. The backend copies or lays it out anew, but for a
@@ -51,7 +54,8 @@ struct weight_source {
                            [rows][cols / 16]. Else NULL */
     float global;       /* NVFP4: divides the scales; else unused */
     enum weight_input input;
-    float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; else unused */
+    float input_global; /* INPUT_NVFP4: the inputs' global scale, > 0; INPUT_FP8_FIXED: their scale; else
+                           unused */
     bool is_table;      /* only read row by row (embeddings): `data` stays borrowed where it is */
 };
 
@@ -139,8 +143,8 @@ struct step_limits {
 };
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
- * results what the plain operations leave that its comment lists, in that order; other matrices it may use up.
- * fused.h does them one by one. */
+ * results what the plain operations leave that its comment lists, in that order; other matrices it may use
+ * up. fused.h does them one by one. */
 
 /* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
 struct norm_products {
@@ -162,7 +166,8 @@ struct delta_run {
     const struct delta_shape *shape;
 };
 
-/* norm_rope(qg); norm_rope(k); kv_append(k, v); attention(att, qg); matmul(y, att, o); add(x, y). Results: att. */
+/* norm_rope(qg); norm_rope(k); kv_append(k, v); attention(att, qg); matmul(y, att, o); add(x, y). Results:
+ * att. */
 struct attention_run {
     struct mat x, y, qg, k, v, att;
     int n_heads;
@@ -173,8 +178,8 @@ struct attention_run {
     const struct weight *o;
 };
 
-/* route(picks, logits); experts(y, h); matmul(gate, h), matmul(up, h); silu_mul(hidden, gate, up); matmul(shared,
- * hidden); add_gated(y, shared, shared_gate); add(x, y). Results: picks, hidden. */
+/* route(picks, logits); experts(y, h); matmul(gate, h), matmul(up, h); silu_mul(hidden, gate, up);
+ * matmul(shared, hidden); add_gated(y, shared, shared_gate); add(x, y). Results: picks, hidden. */
 struct moe_run {
     struct mat x, y, h, logits, gate, up, hidden, shared, shared_gate;
     const struct picks *picks;
@@ -206,9 +211,9 @@ struct ops {
      * failed. download, and operations that write to host memory, wait too. */
     bool (*wait)(struct queue *q, struct err *e);
 
-    /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands for:
-     * the same key means the same operations on the same memory. True: the backend kept them from an earlier
-     * step and has queued them; then nothing is to be called before step_end. */
+    /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands
+     * for: the same key means the same operations on the same memory. True: the backend kept them from an
+     * earlier step and has queued them; then nothing is to be called before step_end. */
     bool (*step_begin)(struct queue *q, const void *key, const struct step_rows *rows);
     void (*step_end)(struct queue *q);
 
@@ -216,7 +221,8 @@ struct ops {
     void (*embed)(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
     /* y[i][r] = sum_c x[i][c] * W[r][c]. x: [n, w->cols]; y: [n, w->rows]; any n >= 0. With
      * INPUT_FP8_ROW: y = s_i * scale_r * sum_c e4m3(x[i][c] / s_i) * W[r][c], s_i as
-     * fp8_quantize_activations. With INPUT_NVFP4: x is what nvfp4_quantize_activations makes of it. */
+     * fp8_quantize_activations. With INPUT_FP8_FIXED, INPUT_FP8_GROUPS and INPUT_NVFP4: x is what the
+     * function named there makes of it. */
     void (*matmul)(struct queue *q, struct mat y, struct mat x, const struct weight *w);
     void (*add)(struct queue *q, struct mat y, struct mat x); /* y += x */
     /* y = x / sqrt(mean(x^2) + eps) * gain, per row. gain: [cols], already 1 + w where the model says so. */
@@ -292,12 +298,14 @@ enum cpu_isa {
     CPU_ISA_BEST,
     CPU_ISA_GENERIC,
     CPU_ISA_AVX2,
-    CPU_ISA_AVX512
-}; /* --cpu-mask: at most this one */
+    CPU_ISA_AVX512,
+    CPU_ISA_AVX512BF16 /* with VNNI, BF16 and VBMI */
+};                     /* --cpu-mask: at most this one */
 struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */
     enum cpu_isa isa;
+    bool rounded;         /* inputs of products may be rounded as rounding.h says; else f32 */
     bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
     bool shared_memory;   /* memory_create's memory is the host's too, after wait(): slow, for tests */
 };

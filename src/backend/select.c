@@ -30,12 +30,12 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
     if (options->device == DEVICE_REF) {
         b->ops = &ref_ops;
         snprintf(b->name, sizeof b->name, "ref, 1 thread");
-        return ref_queue_create(&b->queue, e);
+        return ref_queue_create(&b->queue, options->rounded, e);
     }
     if (options->device == DEVICE_CUDA) return create_cuda(b, options, e);
     if (options->device == DEVICE_AUTO && create_cuda(b, options, NULL)) return true;
     b->ops = &cpu_ops;
-    if (!cpu_queue_create(&b->queue, options->threads, options->isa, e)) return false;
+    if (!cpu_queue_create(&b->queue, options, e)) return false;
     int n = cpu_queue_threads(b->queue);
     snprintf(b->name, sizeof b->name, "cpu %s, %d thread%s", cpu_queue_isa(b->queue), n, n == 1 ? "" : "s");
     return true;
@@ -43,8 +43,7 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
 
 void backend_destroy(struct backend *b)
 {
-    if (b->ops == &ref_ops)
-        ref_queue_free(b->queue);
+    if (b->ops == &ref_ops) ref_queue_free(b->queue);
 #ifdef QUENCH_CUDA
     else if (b->ops == &cuda_ops)
         cuda_queue_free(b->queue);

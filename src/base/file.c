@@ -114,6 +114,29 @@ bool file_write_all(int fd, const void *data, size_t bytes, struct err *e)
     return true;
 }
 
+bool file_read_at(int fd, void *to, uint64_t bytes, uint64_t at, struct err *e)
+{
+    for (uint64_t done = 0; done < bytes;) {
+        ssize_t n = pread(fd, (char *)to + done, (size_t)(bytes - done), (off_t)(at + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return err_errno(e, "read");
+        if (n == 0) return err_set(e, ERR_IO, "ends early");
+        done += (uint64_t)n;
+    }
+    return true;
+}
+
+bool file_write_at(int fd, const void *data, uint64_t bytes, uint64_t at, struct err *e)
+{
+    for (uint64_t done = 0; done < bytes;) {
+        ssize_t n = pwrite(fd, (const char *)data + done, (size_t)(bytes - done), (off_t)(at + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return err_errno(e, "write");
+        done += (uint64_t)n;
+    }
+    return true;
+}
+
 bool file_write(const char *path, const void *data, size_t bytes, struct err *e)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);

@@ -23,6 +23,10 @@ char *file_join(const char *dir, const char *name);
 
 /* Writes through a descriptor until all is written, or says why (disk full included). */
 bool file_write_all(int fd, const void *data, size_t bytes, struct err *e);
+/* Reads exactly so many bytes from an offset; a file that ends before is an error. Then the same for writing.
+ */
+bool file_read_at(int fd, void *to, uint64_t bytes, uint64_t at, struct err *e);
+bool file_write_at(int fd, const void *data, uint64_t bytes, uint64_t at, struct err *e);
 /* Creates or replaces `path` with these bytes and fsyncs it. */
 bool file_write(const char *path, const void *data, size_t bytes, struct err *e);
 bool file_copy(const char *from, const char *to, struct err *e);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char INDEX_NAME[] = "model.safetensors.index.json";
+static const char INDEX_NAME[] = "model.safetensors.index.json", MODELOPT_NAME[] = "hf_quant_config.json";
 static const char SINGLE_NAME[] = "model.safetensors";
 enum { CONFIG_BYTES_MAX = 16 << 20, INDEX_BYTES_MAX = 256 << 20 };
 
@@ -49,14 +49,27 @@ static bool set_path(struct checkpoint *c, const char *path, struct err *e)
     return err_set(e, ERR_IO, "%s: %s", path, file_exists(c->path) ? "not a folder" : "no such folder");
 }
 
+/* ModelOpt's older exports say it in a file of their own. */
+static bool load_modelopt(struct checkpoint *c, struct err *e)
+{
+    json_t *config, *root;
+    if (!is_there(c, MODELOPT_NAME)) return true;
+    if (!load_json(&config, c, MODELOPT_NAME, CONFIG_BYTES_MAX, e)) return false;
+    root = json_pack("{s:o}", "quantization_config", config);
+    bool ok = root ? quantization_parse(&c->quantization, root, e) : err_memory(e, MODELOPT_NAME, 0);
+    json_decref(root);
+    return ok || err_note(e, "%s/%s", c->path, MODELOPT_NAME);
+}
+
 static bool load_config(struct checkpoint *c, struct err *e)
 {
     if (!is_there(c, "config.json"))
         return err_set(e, ERR_IO, "%s: no config.json: not a checkpoint folder", c->path);
     if (!load_json(&c->config_json, c, "config.json", CONFIG_BYTES_MAX, e)) return false;
-    return (config_parse(&c->config, c->config_json, e) &&
-            quantization_parse(&c->quantization, c->config_json, e)) ||
-           err_note(e, "%s/config.json", c->path);
+    if (!config_parse(&c->config, c->config_json, e) ||
+        !quantization_parse(&c->quantization, c->config_json, e))
+        return err_note(e, "%s/config.json", c->path);
+    return c->quantization || load_modelopt(c, e);
 }
 
 static bool check_shard_name(const json_t *v, struct err *e)

@@ -50,8 +50,15 @@ struct safetensors_writer;
  * are read. A file whose header could not be written is removed again. */
 bool safetensors_writer_create(struct safetensors_writer **out, const char *path,
                                const struct tensor *tensors, size_t n_tensors, struct err *e);
+/* Opens a file that such a writer left unfinished, cuts it after data_bytes bytes of data and goes on there.
+ * It must begin with the header of these tensors and have that much. */
+bool safetensors_writer_resume(struct safetensors_writer **out, const char *path,
+                               const struct tensor *tensors, size_t n_tensors, uint64_t data_bytes,
+                               struct err *e);
 /* Appends bytes of the current tensor; a call may not cross into the next one. */
 bool safetensors_writer_append(struct safetensors_writer *w, const void *data, size_t bytes, struct err *e);
+/* What was appended is durable; so that this is short, the file system is asked to start writing earlier. */
+bool safetensors_writer_sync(struct safetensors_writer *w, struct err *e);
 /* Proves every announced byte was written, fsyncs, closes. Frees w in either case. */
 bool safetensors_writer_finish(struct safetensors_writer *w, struct err *e);
 /* Closes; the partial file stays. NULL is fine. */

@@ -9,7 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+/* The system is asked to start writing when so much is new: a later sync has little left to wait for. */
+enum { PUSH_BYTES = 8 << 20 };
 
 struct announced {
     char *name;
@@ -22,7 +26,8 @@ struct safetensors_writer {
     char *path;
     struct announced *tensors;
     size_t n_tensors, current;
-    uint64_t written; /* bytes of the current tensor */
+    uint64_t written;    /* bytes of the current tensor */
+    uint64_t at, pushed; /* offsets in the file: the next byte; where the system was last asked to write */
 };
 
 static bool tensor_bytes(uint64_t *out, const struct tensor *t, struct err *e)
@@ -165,13 +170,49 @@ static bool begin_file(struct safetensors_writer *w, const char *text, size_t by
 {
     w->fd = open(w->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (w->fd < 0) return err_errno(e, w->path);
-    if (file_write_all(w->fd, text, bytes, e)) return true;
+    if (file_write_all(w->fd, text, bytes, e)) {
+        w->at = bytes;
+        return true;
+    }
     unlink(w->path);
     return err_note(e, "%s", w->path);
 }
 
-bool safetensors_writer_create(struct safetensors_writer **out, const char *path,
-                               const struct tensor *tensors, size_t n_tensors, struct err *e)
+/* Whether the file begins with these bytes; false also where it is shorter. */
+static bool begins_with(int fd, const char *text, size_t bytes)
+{
+    char *have = malloc(bytes + 1);
+    size_t got = 0;
+    for (ssize_t n = 1; have && got < bytes && n > 0; got += n > 0 ? (size_t)n : 0)
+        n = pread(fd, have + got, bytes - got, (off_t)got);
+    bool same = have && got == bytes && memcmp(have, text, bytes) == 0;
+    free(have);
+    return same;
+}
+
+static bool resume_file(struct safetensors_writer *w, const char *text, size_t bytes, uint64_t data_bytes,
+                        struct err *e)
+{
+    struct stat st;
+    w->at = bytes + data_bytes;
+    w->pushed = w->at;
+    w->fd = open(w->path, O_RDWR | O_CLOEXEC);
+    if (w->fd < 0 || fstat(w->fd, &st) != 0) return err_errno(e, w->path);
+    if ((uint64_t)st.st_size < w->at)
+        return err_set(e, ERR_FORMAT, "%s: %lld bytes, at least %" PRIu64 " were written", w->path,
+                       (long long)st.st_size, w->at);
+    if (!begins_with(w->fd, text, bytes))
+        return err_set(e, ERR_FORMAT, "%s: its header is not the one that was written", w->path);
+    if (ftruncate(w->fd, (off_t)w->at) != 0 || lseek(w->fd, (off_t)w->at, SEEK_SET) < 0)
+        return err_errno(e, w->path);
+    for (w->written = data_bytes; w->current < w->n_tensors && w->written >= w->tensors[w->current].bytes;)
+        w->written -= w->tensors[w->current++].bytes;
+    return true;
+}
+
+/* resume_at: NULL for a new file. */
+static bool open_writer(struct safetensors_writer **out, const char *path, const struct tensor *tensors,
+                        size_t n_tensors, const uint64_t *resume_at, struct err *e)
 {
     char *text;
     size_t bytes;
@@ -179,14 +220,27 @@ bool safetensors_writer_create(struct safetensors_writer **out, const char *path
     *out = NULL;
     if (!build_header(&text, &bytes, &data_bytes, tensors, n_tensors, e)) return err_note(e, "%s", path);
     struct safetensors_writer *w = writer_new(path, tensors, n_tensors);
-    bool ok =
-        w ? begin_file(w, text, bytes, e) : err_memory(e, "shard writer", n_tensors * sizeof *w->tensors);
+    bool ok = w || err_memory(e, "shard writer", n_tensors * sizeof *w->tensors);
+    ok = ok && (resume_at ? resume_file(w, text, bytes, *resume_at, e) : begin_file(w, text, bytes, e));
     free(text);
     if (ok)
         *out = w;
     else
         writer_free(w);
     return ok;
+}
+
+bool safetensors_writer_create(struct safetensors_writer **out, const char *path,
+                               const struct tensor *tensors, size_t n_tensors, struct err *e)
+{
+    return open_writer(out, path, tensors, n_tensors, NULL, e);
+}
+
+bool safetensors_writer_resume(struct safetensors_writer **out, const char *path,
+                               const struct tensor *tensors, size_t n_tensors, uint64_t data_bytes,
+                               struct err *e)
+{
+    return open_writer(out, path, tensors, n_tensors, &data_bytes, e);
 }
 
 /* Steps over tensors that are full; those without bytes are full from the start. */
@@ -214,7 +268,19 @@ bool safetensors_writer_append(struct safetensors_writer *w, const void *data, s
         return err_note(e, "%s: tensor '%s'", w->path, t->name);
     }
     w->written += bytes;
+    w->at += bytes;
+    if (w->at - w->pushed >= PUSH_BYTES) {
+        sync_file_range(w->fd, (off_t)w->pushed, (off_t)(w->at - w->pushed), SYNC_FILE_RANGE_WRITE);
+        w->pushed = w->at;
+    }
     return true;
+}
+
+bool safetensors_writer_sync(struct safetensors_writer *w, struct err *e)
+{
+    if (fdatasync(w->fd) == 0) return true;
+    w->failed = true;
+    return err_errno(e, w->path);
 }
 
 static bool check_complete(struct safetensors_writer *w, struct err *e)

@@ -7,9 +7,10 @@
 #include <unistd.h>
 
 const char *const common_devices[] = { "auto", "cpu", "cuda", "ref", NULL };
-const char *const common_masks[] = { "best", "generic", "avx2", "avx512", NULL };
+const char *const common_masks[] = { "best", "generic", "avx2", "avx512", "avx512bf16", NULL };
 const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
 const char *const common_activations[] = { "bf16", "fp4", NULL };
+const char *const common_inputs[] = { "f32", "int8", NULL };
 
 enum kv_dtype common_kv_dtype(const struct common *c)
 {
@@ -96,6 +97,7 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
     struct backend_options o = { .device = devices[c->device],
                                  .threads = (int)c->threads,
                                  .isa = (enum cpu_isa)c->mask,
+                                 .rounded = c->inputs,
                                  .fp4_activations = c->fp4 };
     if (!backend_create(b, &o, e)) return false;
     if (!c->quiet && strcmp(b->ops->name, "cuda") == 0) fprintf(stderr, "quench: device: %s\n", b->name);

@@ -13,24 +13,23 @@ struct common {
     int mask;   /* index into common_masks */
     int kv;     /* index into common_kv */
     int fp4;    /* index into common_activations */
+    int inputs; /* index into common_inputs */
     int64_t threads;
     bool quiet, json;
 };
-extern const char *const common_devices[], *const common_masks[], *const common_kv[],
-                                                                      *const common_activations[];
+extern const char *const common_devices[],
+    *const common_masks[], *const common_kv[], *const common_activations[], *const common_inputs[];
 /* Rows of a flag table. */
 #define COMMON_FLAGS(c)                                                                                      \
-    {                                                                                                        \
-        "--device",                                                                                          \
-            0, FLAG_CHOICE, &(c).device, "auto|cpu|cuda|ref",                                                \
-            "where to compute (auto: a GPU where there is one)",                                             \
-        common_devices                                                                                       \
-    },                                                                                                       \
+    { "--device",          0,                                                                                \
+      FLAG_CHOICE,         &(c).device,                                                                      \
+      "auto|cpu|cuda|ref", "where to compute (auto: a GPU where there is one)",                              \
+      common_devices },                                                                                      \
         { "--cpu-mask",                                                                                      \
           0,                                                                                                 \
           FLAG_CHOICE,                                                                                       \
           &(c).mask,                                                                                         \
-          "best|generic|avx2|avx512",                                                                        \
+          "best|generic|avx2|avx512|avx512bf16",                                                             \
           "use at most these instructions",                                                                  \
           common_masks },                                                                                    \
         { "--threads",  0,   FLAG_INT,                                                                       \
@@ -45,11 +44,18 @@ extern const char *const common_devices[], *const common_masks[], *const common_
         "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
             "how keys and values are kept (auto: as activations are, f32 on a CPU)", common_kv               \
     }
-#define COMMON_ACTIVATIONS_FLAG(c)                                                                           \
+#define COMMON_ACTIVATIONS_FLAGS(c)                                                                          \
+    { "--nvfp4-activations",                                                                                 \
+      0,                                                                                                     \
+      FLAG_CHOICE,                                                                                           \
+      &(c).fp4,                                                                                              \
+      "bf16|fp4",                                                                                            \
+      "inputs of NVFP4 weights: as they are (bf16, default) or as FP4 tensor cores take them (fp4)",         \
+      common_activations },                                                                                  \
     {                                                                                                        \
-        "--nvfp4-activations", 0, FLAG_CHOICE, &(c).fp4, "bf16|fp4",                                         \
-            "inputs of NVFP4 weights: as they are (bf16, default) or as FP4 tensor cores take them (fp4)",   \
-            common_activations                                                                               \
+        "--cpu-activations", 0, FLAG_CHOICE, &(c).inputs, "int8|f32",                                        \
+            "inputs of products: int8 for NVFP4 weights and BF16 for BF16 ones (int8, default), or f32",     \
+            common_inputs                                                                                    \
     }
 #define FLAGS_END                                                                                            \
     {                                                                                                        \

@@ -172,7 +172,7 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_generate(int argc, char **argv)
 {
-    struct settings s = { .max_tokens = 256 };
+    struct settings s = { .common.inputs = 1, .max_tokens = 256 };
     const struct flag flags[] = {
         { "--prompt", 'p', FLAG_TEXT, &s.prompt, "TEXT", "the prompt", NULL },
         { "--prompt-file", 0, FLAG_TEXT, &s.prompt_file, "FILE", "the prompt, from a UTF-8 file", NULL },
@@ -188,7 +188,7 @@ int cli_generate(int argc, char **argv)
         { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
           NULL },
         COMMON_KV_FLAG(s.common),
-        COMMON_ACTIVATIONS_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),
         FLAGS_END,
     };

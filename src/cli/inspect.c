@@ -56,13 +56,13 @@ static bool is_scale(const char *name)
     return dot && (strstr(dot, "_scale") != NULL);
 }
 
-/* Two weights a byte of weight_packed; scales are not parameters. */
+/* Two weights a byte of NVFP4 codes; scales are not parameters. */
 static uint64_t parameters_of(const struct tensor *t)
 {
     if (is_scale(t->name)) return 0;
     const char *dot = strrchr(t->name, '.');
     uint64_t n = (uint64_t)tensor_elements(t);
-    return dot && strcmp(dot, ".weight_packed") == 0 ? 2 * n : n;
+    return t->dtype == DTYPE_U8 && dot && strncmp(dot, ".weight", 7) == 0 ? 2 * n : n;
 }
 
 static void take_census(struct census *s, const struct checkpoint *c)
@@ -101,6 +101,13 @@ static struct needs needs_of(const struct census *s, const struct config *c)
     return n;
 }
 
+static const char *quantized_by(const struct quantization *q)
+{
+    static const char *const words[] = { "quantized (compressed-tensors)", "quantized (ModelOpt)",
+                                         "quantized (FP8 in blocks)" };
+    return q ? words[quantization_origin(q)] : "not quantized";
+}
+
 static void print_config(const struct checkpoint *k)
 {
     const struct config *c = &k->config;
@@ -127,7 +134,7 @@ static void print_config(const struct checkpoint *k)
     else
         printf("  no vision tower; %s\n", c->mtp_layers ? "MTP head: 1 layer" : "no MTP head");
     printf("  %zu tensors in %d file%s, %s\n\n", k->n_tensors, k->n_shards, k->n_shards == 1 ? "" : "s",
-           k->quantization ? "quantized (compressed-tensors)" : "not quantized");
+           quantized_by(k->quantization));
 }
 
 static void print_table(const struct census *s)

@@ -2,6 +2,7 @@
  */
 #include "cli/commands.h"
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdbool.h>
 #include <string.h>
@@ -14,6 +15,7 @@ static const struct {
     { "quantize", "write the card's NVFP4 + FP8 checkpoint from a BF16 one", cli_quantize },
     { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
     { "generate", "continue a prompt", cli_generate },
+    { "bench", "measure speed against what the memory allows", cli_bench },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },
     { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
@@ -37,9 +39,23 @@ static void hold_standard_streams(void)
     if (fd >= 0) close(fd);
 }
 
+/* Checkpoints are read through maps: a page that a disk does not give back, or that a shortened file no
+ * longer has, arrives as a signal. Whatever was running stops here as by a kill. */
+static void fail_reading(int number)
+{
+    static const char text[] = "quench: a file of the checkpoint could not be read: it was cut short, or its "
+                               "disk or network failed. "
+                               "Check it, then repeat the command\n";
+    (void)number;
+    ssize_t n = write(STDERR_FILENO, text, sizeof text - 1);
+    (void)n;
+    _exit(1);
+}
+
 int main(int argc, char **argv)
 {
     hold_standard_streams();
+    signal(SIGBUS, fail_reading);
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {

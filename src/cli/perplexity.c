@@ -1,9 +1,6 @@
 /* quench perplexity MODEL --text FILE [--against OTHER] */
 #include "cli/commands.h"
-#include "cli/common.h"
-#include "base/file.h"
-#include "eval/perplexity.h"
-#include "tokenizer/utf8.h"
+#include "cli/evaluate.h"
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +16,6 @@ static const struct command command = {
     1,
 };
 
-enum { TEXT_BYTES_MAX = 1 << 30 };
-
 static const char *const rules[] = { "card", NULL };
 
 struct settings {
@@ -30,32 +25,6 @@ struct settings {
     int64_t ctx, max_chunks;
 };
 
-/* CR LF and lone CR become LF, as when a text file is opened in text mode: the published token counts of
- * WikiText-2 are of such readers, while copies of the file with CR LF are in use. Returns the new length. */
-static size_t normalise_line_ends(char *text, size_t n)
-{
-    size_t out = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (text[i] == '\r' && i + 1 < n && text[i + 1] == '\n') continue;
-        text[out++] = text[i] == '\r' ? '\n' : text[i];
-    }
-    return out;
-}
-
-static bool read_tokens(struct token_list *list, const struct opened *o, const char *path, struct err *e)
-{
-    char *text;
-    size_t bytes;
-    if (!file_read(&text, &bytes, path, TEXT_BYTES_MAX, e)) return false;
-    size_t valid = utf8_valid_prefix(text, bytes); /* here, where offsets are still the file's */
-    bool ok = (bytes > 0 || err_set(e, ERR_FORMAT, "the text is empty")) &&
-              (valid == bytes || err_set(e, ERR_FORMAT, "the text is not UTF-8 at byte %zu", valid));
-    bytes = normalise_line_ends(text, bytes);
-    ok = ok && tokenizer_encode(o->tokenizer, list, text, bytes, 0, e);
-    free(text);
-    return ok || err_note(e, "%s", path);
-}
-
 static void print_text(const struct settings *s, const struct perplexity_result *r, const struct backend *b)
 {
     printf("model       %s\n", s->model);
@@ -63,9 +32,10 @@ static void print_text(const struct settings *s, const struct perplexity_result 
     printf("text        %s\nrule        %s, ctx %lld\ntokens      %lld\nchunks      %lld\nscored      %lld\n",
            s->text, rules[s->rule], (long long)s->ctx, (long long)r->tokens, (long long)r->chunks,
            (long long)r->scored);
-    printf("kv cache    %s\nnvfp4 input %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
-           common_kv_name(common_kv_dtype(&s->common)), common_activations[s->common.fp4], b->name,
-           r->seconds, (double)(r->scored + r->chunks) / r->seconds);
+    printf(
+        "kv cache    %s\nnvfp4 input %s\nactivations %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
+        common_kv_name(common_kv_dtype(&s->common)), common_activations[s->common.fp4],
+        common_inputs[s->common.inputs], b->name, r->seconds, (double)(r->scored + r->chunks) / r->seconds);
     if (!s->against) printf("perplexity  %.5f\n", r->perplexity);
 }
 
@@ -85,7 +55,7 @@ static const char *format_name(char out[64], const struct checkpoint *c)
         nvfp4 = nvfp4 || (dot && strcmp(dot, ".weight_packed") == 0);
         if (dot && strcmp(dot, ".weight") == 0) of[c->tensors[i]->dtype] = true;
     }
-    snprintf(out, 64, "%s%s%s%s", nvfp4 ? " + NVFP4" : "", of[DTYPE_F8_E4M3] ? " + FP8" : "",
+    snprintf(out, 64, "%s%s%s%s", nvfp4 || of[DTYPE_U8] ? " + NVFP4" : "", of[DTYPE_F8_E4M3] ? " + FP8" : "",
              of[DTYPE_BF16] ? " + BF16" : "", of[DTYPE_F16] ? " + F16" : "");
     return *out ? out + 3 : "F32";
 }
@@ -109,11 +79,12 @@ static void print_json(const struct settings *s, const struct perplexity_result 
                        const struct comparison *c)
 {
     json_t *o = json_pack(
-        "{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:f, s:f}", "model", common_json_path(s->model),
+        "{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:f, s:f}", "model", common_json_path(s->model),
         "text", common_json_path(s->text), "rule", rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens",
         (json_int_t)r->tokens, "chunks", (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored,
         "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common)), "nvfp4_activations",
-        common_activations[s->common.fp4], "perplexity", r->perplexity, "seconds", r->seconds);
+        common_activations[s->common.fp4], "cpu_activations", common_inputs[s->common.inputs], "perplexity",
+        r->perplexity, "seconds", r->seconds);
     if (c) {
         json_t *more = json_pack("{s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "against",
                                  common_json_path(s->against), "against_perplexity", c->other.perplexity,
@@ -138,19 +109,6 @@ static bool check(const struct settings *s, struct err *e)
     return true;
 }
 
-/* The same text must be the same tokens for both, or the chunks would not pair. */
-static bool same_tokens(const struct token_list *a, const struct opened *other, const struct settings *s,
-                        struct err *e)
-{
-    struct token_list b = { 0 };
-    bool ok = read_tokens(&b, other, s->text, e);
-    if (ok && (a->n != b.n || memcmp(a->ids, b.ids, a->n * sizeof *a->ids) != 0))
-        ok = err_set(e, ERR_ARGUMENT, "the tokenizers of %s and %s differ on %s", s->model, s->against,
-                     s->text);
-    free(b.ids);
-    return ok;
-}
-
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
@@ -162,9 +120,11 @@ static bool run(const struct settings *s, struct err *e)
     struct token_list tokens = { 0 };
     struct comparison c = { 0 };
     bool ok = check(s, e) && common_backend(&b, &s->common, e) &&
-              common_open(&base, s->model, &b, &report, e) && read_tokens(&tokens, &base, s->text, e);
+              common_open(&base, s->model, &b, &report, e) &&
+              evaluate_tokens(&tokens, base.tokenizer, s->text, e);
     if (ok && s->against)
-        ok = common_open(&other, s->against, &b, &report, e) && same_tokens(&tokens, &other, s, e) &&
+        ok = common_open(&other, s->against, &b, &report, e) &&
+             evaluate_same_tokens(&tokens, other.tokenizer, s->text, s->model, s->against, e) &&
              perplexity_compare(&c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
     else if (ok)
         ok = perplexity_run(&c.base, &base.model, tokens.ids, (int64_t)tokens.n, &o, e);
@@ -183,7 +143,7 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_perplexity(int argc, char **argv)
 {
-    struct settings s = { .ctx = 512 };
+    struct settings s = { .common.inputs = 1, .ctx = 512 };
     const struct flag flags[] = {
         { "--text", 0, FLAG_TEXT, &s.text, "FILE", "UTF-8 text to score", NULL },
         { "--against", 0, FLAG_TEXT, &s.against, "OTHER", "a second checkpoint, compared chunk by chunk",
@@ -192,7 +152,7 @@ int cli_perplexity(int argc, char **argv)
         { "--ctx", 0, FLAG_INT, &s.ctx, "N", "tokens a chunk (default 512)", NULL },
         { "--max-chunks", 0, FLAG_INT, &s.max_chunks, "N", "score only the first N chunks", NULL },
         COMMON_KV_FLAG(s.common),
-        COMMON_ACTIVATIONS_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),
         FLAGS_END,
     };

@@ -50,9 +50,12 @@ static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
     struct synth_result r;
-    if (s->layers < 0 || s->shard_bytes < 1 || s->common.threads < 0 || s->common.threads > 1024)
-        return err_set(e, ERR_ARGUMENT,
-                       "--layers and --max-shard-size must be above 0, --threads from 1 to 1024");
+    if (s->shard_bytes < 1)
+        return err_set(e, ERR_ARGUMENT, "--max-shard-size: expected a number of bytes above 0, found %lld",
+                       (long long)s->shard_bytes);
+    if (s->common.threads < 0 || s->common.threads > 1024)
+        return err_set(e, ERR_ARGUMENT, "--threads: expected 1 to 1024, found %lld",
+                       (long long)s->common.threads);
     struct synth_options o = { .config = s->paths[0],
                                .destination = s->paths[1],
                                .layers = s->layers,

@@ -152,6 +152,23 @@ static bool no_room(const struct engine *g, int64_t tokens, struct err *e)
     return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64, tokens, g->o.context);
 }
 
+/* Each sequence has a share of pages_each, so the free list cannot run out. */
+static void take_pages(struct engine *g, struct sequence *s, int64_t tokens)
+{
+    while (s->n_pages * KV_PAGE < tokens) s->pages[s->n_pages++] = g->free_pages[--g->n_free];
+}
+
+bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e)
+{
+    struct sequence *s = &g->sequences[handle];
+    if (n > g->o.context - s->length) return no_room(g, s->length + n, e);
+    take_pages(g, s, s->length + n);
+    s->length += n;
+    for (int i = 0; n > 0 && i < g->model->config->n_layers; i++)
+        if (!layer_state_noise(&g->states[i], g->model, i, s->pages, s->n_pages, handle, e)) return false;
+    return true;
+}
+
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
                  struct err *e)
 {
@@ -169,9 +186,7 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
         struct sequence *s = &g->sequences[runs[i].handle];
         assert(s->open);
         memcpy(g->rows + first, runs[i].rows, (size_t)runs[i].n * sizeof *g->rows);
-        /* each sequence has a share of pages_each, so the free list cannot run out */
-        while (s->n_pages * KV_PAGE < s->length + runs[i].n)
-            s->pages[s->n_pages++] = g->free_pages[--g->n_free];
+        take_pages(g, s, s->length + runs[i].n);
         g->spans[i] = (struct span){ first, runs[i].n, s->length, s->pages, runs[i].handle };
         s->length += runs[i].n;
         first += runs[i].n;

@@ -41,6 +41,10 @@ struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *ind
 /* The same as host rows [n][vocab], owned by the engine, valid until the next call. */
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 
+/* Makes a sequence n tokens longer without computing them: what it remembers becomes noise. For throughput
+ * runs at a depth. ERR_LIMIT past the context. */
+bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e);
+
 /* Text rows: tokens at consecutive positions from `first`. */
 void engine_text_rows(struct row *rows, const int32_t *tokens, int64_t n, int64_t first);
 /* Appends n text tokens to a sequence in steps of at most step_rows; *last gets the host logits after the

@@ -1,6 +1,9 @@
 #include "model/bind.h"
+#include "base/pages.h"
 #include "num/e4m3.h"
+#include "checkpoint/linear.h"
 #include "num/f16.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include <inttypes.h>
 #include <math.h>
@@ -9,13 +12,6 @@
 #include <string.h>
 
 enum { NAME_MAX_BYTES = 512 };
-
-static const struct tensor *find(const struct model *m, const char *module, const char *suffix)
-{
-    char name[NAME_MAX_BYTES];
-    snprintf(name, sizeof name, "%s%s", module, suffix);
-    return checkpoint_find(m->checkpoint, name);
-}
 
 static bool check_shape(const struct tensor *t, int n_dims, const int64_t *shape, struct err *e)
 {
@@ -57,10 +53,15 @@ static float element(const struct tensor *t, int64_t i)
     return t->dtype == DTYPE_BF16 ? bf16_to_f32((bf16){ half }) : f16_to_f32(half);
 }
 
+/* The backend keeps its own copy: the file's pages need not stay. */
 static bool create(struct model *m, struct weight **out, const struct weight_source *src, const char *name,
                    struct err *e)
 {
-    return m->backend->ops->weight_create(m->backend->queue, out, src, e) || err_note(e, "'%s'", name);
+    static const uint64_t bits[] = { [WEIGHT_BF16] = 16, [WEIGHT_F16] = 16,  [WEIGHT_F32] = 32,
+                                     [WEIGHT_FP8] = 8,   [WEIGHT_NVFP4] = 4, [WEIGHT_FP8_BLOCK] = 8 };
+    if (!m->backend->ops->weight_create(m->backend->queue, out, src, e)) return err_note(e, "'%s'", name);
+    if (!src->is_table) pages_release(src->data, (uint64_t)(src->rows * src->cols) * bits[src->format] / 8);
+    return true;
 }
 
 /* The formats of a linear module. */
@@ -73,37 +74,61 @@ static bool bind_dense(struct model *m, struct weight **out, const struct tensor
            create(m, out, &src, t->name, e);
 }
 
-/* Per row [rows, 1] or [rows], or one for all: [1] or []. */
-static bool row_scales(float *out, const struct tensor *t, int64_t rows, struct err *e)
+static bool is_scale(float x, const struct tensor *t, int64_t i, struct err *e)
 {
+    return (isfinite(x) && x > 0) ||
+           err_set(e, ERR_FORMAT, "tensor '%s': expected scales above 0, found %g at element %" PRId64,
+                   t->name, (double)x, i);
+}
+
+/* Per row [rows, 1] or [rows], or one for all: [1] or []; per block: as many as there are. */
+static bool widen_scales(float *out, const struct linear *l, int64_t n, struct err *e)
+{
+    const struct tensor *t = l->scale;
     enum weight_format format;
-    int64_t n = tensor_elements(t);
+    bool block = l->storage == STORED_FP8_BLOCK, row = linear_scale_is_row(l);
     if (!dense_format(&format, t, e)) return false;
-    bool per_row = n == rows && t->n_dims >= 1 && t->shape[0] == rows, single = n == 1 && t->n_dims <= 1;
-    if (!per_row && !single) return check_shape(t, 2, (int64_t[]){ rows, 1 }, e);
-    for (int64_t r = 0; r < rows; r++) {
-        out[r] = element(t, per_row ? r : 0);
-        if (!isfinite(out[r]) || out[r] <= 0)
-            return err_set(e, ERR_FORMAT, "tensor '%s': expected scales above 0, found %g at row %" PRId64,
-                           t->name, (double)out[r], r);
+    if (block && !linear_scale_is_block(l))
+        return check_shape(t, 2, (int64_t[]){ fp8_blocks(l->rows), fp8_blocks(l->cols) }, e);
+    if (!block && !row && !linear_scale_is_single(l)) return check_shape(t, 2, (int64_t[]){ l->rows, 1 }, e);
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = element(t, block || row ? i : 0);
+        if (!is_scale(out[i], t, i, e)) return false;
     }
     return true;
 }
 
-static bool bind_fp8(struct model *m, struct weight **out, const char *name, const struct tensor *t,
-                     enum weight_input input, int64_t rows, int64_t cols, struct err *e)
+static enum weight_input fp8_input(enum scheme s)
 {
-    const struct tensor *scale = find(m, name, ".weight_scale");
-    if (!scale)
-        return err_set(e, ERR_FORMAT, "tensor '%s' is F8_E4M3 but '%s.weight_scale' is missing", t->name,
+    switch (s) {
+    case SCHEME_FP8_DYNAMIC: return INPUT_FP8_ROW;
+    case SCHEME_FP8: return INPUT_FP8_FIXED;
+    case SCHEME_FP8_BLOCK: return INPUT_FP8_GROUPS;
+    default: return INPUT_AS_IS;
+    }
+}
+
+static bool bind_fp8(struct model *m, struct weight **out, const char *name, const struct linear *l,
+                     enum scheme scheme, float input_scale, struct err *e)
+{
+    bool block = l->storage == STORED_FP8_BLOCK;
+    if (!l->scale)
+        return err_set(e, ERR_FORMAT, "tensor '%s' is F8_E4M3 but '%s.weight_scale' is missing",
+                       l->codes->name, name);
+    if (scheme == SCHEME_FP8 && !isfinite(input_scale))
+        return err_set(e, ERR_FORMAT, "tensor '%s.input_scale' is missing: inputs have a measured scale",
                        name);
-    if (!check_shape(t, 2, (int64_t[]){ rows, cols }, e)) return false;
-    float *scales = malloc((size_t)rows * sizeof *scales + 1);
-    if (!scales) return err_memory(e, name, (uint64_t)rows * sizeof *scales);
-    struct weight_source src = {
-        .format = WEIGHT_FP8, .rows = rows, .cols = cols, .data = t->data, .scale = scales, .input = input
-    };
-    bool ok = row_scales(scales, scale, rows, e) && create(m, out, &src, t->name, e);
+    int64_t n = block ? fp8_blocks(l->rows) * fp8_blocks(l->cols) : l->rows;
+    float *scales = malloc((size_t)n * sizeof *scales + 1);
+    if (!scales) return err_memory(e, name, (uint64_t)n * sizeof *scales);
+    struct weight_source src = { .format = block ? WEIGHT_FP8_BLOCK : WEIGHT_FP8,
+                                 .rows = l->rows,
+                                 .cols = l->cols,
+                                 .data = l->codes->data,
+                                 .scale = scales,
+                                 .input = fp8_input(scheme),
+                                 .input_global = input_scale };
+    bool ok = widen_scales(scales, l, n, e) && create(m, out, &src, l->codes->name, e);
     free(scales);
     return ok;
 }
@@ -117,40 +142,54 @@ static bool one_float(float *out, const struct tensor *t, struct err *e)
     return true;
 }
 
-bool bind_input_global(const struct model *m, float *least, const char *name, struct err *e)
+static bool widen_fixed(float *widest, const struct tensor *t, struct err *e)
 {
-    float scale;
-    if (!m->backend->fp4_activations || !find(m, name, ".weight_packed")) return true;
-    const struct tensor *t = find(m, name, ".input_global_scale");
-    if (!t)
-        return err_set(e, ERR_FORMAT,
-                       "tensor '%s.input_global_scale' is missing: FP4 activations need measured input scales",
-                       name);
-    if (!one_float(&scale, t, e)) return false;
+    enum weight_format format;
+    if (!dense_format(&format, t, e)) return false;
+    if (tensor_elements(t) != 1)
+        return err_set(e, ERR_FORMAT, "tensor '%s': expected one element, found %" PRId64, t->name,
+                       tensor_elements(t));
+    float scale = element(t, 0);
+    if (!is_scale(scale, t, 0, e)) return false;
+    *widest = isfinite(*widest) ? fmaxf(*widest, scale) : scale;
+    return true;
+}
+
+bool bind_input_global(const struct model *m, float *widest, const char *name, struct err *e)
+{
+    struct linear l;
+    float scale = 0;
+    if (!linear_find(&l, m->checkpoint, name)) return true;
+    if (l.storage == STORED_FP8 && l.input && linear_scheme(&l, m->checkpoint, name) == SCHEME_FP8)
+        return widen_fixed(widest, l.input, e);
+    if (!m->backend->fp4_activations || l.storage != STORED_NVFP4) return true;
+    if (!l.input)
+        return err_set(e, ERR_FORMAT, "tensor '%s.%s' is missing: FP4 activations need measured input scales",
+                       name, l.multiplies ? "input_scale" : "input_global_scale");
+    if (!one_float(&scale, l.input, e)) return false;
     if (!isfinite(scale) || scale <= 0)
         return err_set(e, ERR_FORMAT, "tensor '%s': expected a scale above 0 for FP4 activations, found %g",
-                       t->name, (double)scale);
-    *least = fminf(*least, scale);
+                       l.input->name, (double)scale);
+    *widest = fminf(*widest, l.multiplies ? 1 / scale : scale);
     return true;
 }
 
 /* What divides the group scales. Files of older tools hold Inf for a matrix of zeros; then it stands for 1.
  */
-static bool global_scale(struct model *m, float *out, const char *name, struct err *e)
+static bool global_scale(struct model *m, float *out, const struct linear *l, const char *name, struct err *e)
 {
-    const struct tensor *t = find(m, name, ".weight_global_scale");
-    if (!t) return err_set(e, ERR_FORMAT, "tensor '%s.weight_global_scale' is missing", name);
-    if (!one_float(out, t, e)) return false;
-    if (isfinite(*out) && *out > 0) return true;
-    report_warn(m->report, "tensor '%s' is %g: taken as 1", t->name, (double)*out);
-    *out = 1;
+    if (!l->global) return err_set(e, ERR_FORMAT, "tensor '%s.weight_global_scale' is missing", name);
+    if (!one_float(out, l->global, e)) return false;
+    bool sound = isfinite(*out) && *out > 0;
+    if (!sound) report_warn(m->report, "tensor '%s' is %g: taken as 1", l->global->name, (double)*out);
+    *out = !sound ? 1 : l->multiplies ? 1 / *out : *out;
     return true;
 }
 
-static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, const struct tensor *t,
+static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, const struct linear *l,
                        float input_global, int64_t rows, int64_t cols, struct err *e)
 {
-    const struct tensor *scale = find(m, name, ".weight_scale");
+    const struct tensor *scale = l->scale, *t = l->codes;
     if (!scale) return err_set(e, ERR_FORMAT, "tensor '%s.weight_scale' is missing", name);
     if (cols % NVFP4_GROUP != 0)
         return err_set(e, ERR_FORMAT,
@@ -168,38 +207,33 @@ static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, c
                                  .input_global = input_global };
     return check_shape(t, 2, (int64_t[]){ rows, cols / 2 }, e) &&
            check_shape(scale, 2, (int64_t[]){ rows, cols / NVFP4_GROUP }, e) &&
-           global_scale(m, &src.global, name, e) && create(m, out, &src, t->name, e);
+           global_scale(m, &src.global, l, name, e) && create(m, out, &src, t->name, e);
 }
 
-static bool scheme_disagrees(const char *name, enum scheme scheme, const char *found, struct err *e)
+static bool check_scheme(const struct linear *l, enum scheme scheme, const char *name, struct err *e)
 {
-    return err_set(e, ERR_FORMAT, "'%s': quantization_config says %s, the file holds %s", name,
-                   scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme), found);
+    const char *const found[] = { dtype_name(l->codes->dtype), "weight_packed (NVFP4)", "FP8",
+                                  "FP8 in blocks" };
+    return linear_agrees(l->storage, scheme) ||
+           err_set(e, ERR_FORMAT, "'%s': quantization_config says %s, the file holds %s", name,
+                   scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme), found[l->storage]);
 }
 
 bool bind_expert(struct model *m, struct weight **out, const char *name, float input_global, int64_t rows,
                  int64_t cols, struct err *e)
 {
-    enum scheme scheme = quantization_scheme(m->checkpoint->quantization, name, "Linear");
-    const struct tensor *packed = find(m, name, ".weight_packed"), *plain = find(m, name, ".weight");
-    if (packed) {
-        if (scheme != SCHEME_NVFP4 && scheme != SCHEME_NVFP4A16)
-            return scheme_disagrees(name, scheme, "weight_packed (NVFP4)", e);
-        return bind_nvfp4(m, out, name, packed, input_global, rows, cols, e);
-    }
-    if (!plain) {
+    struct linear l;
+    if (!linear_find(&l, m->checkpoint, name)) {
         char full[NAME_MAX_BYTES];
         snprintf(full, sizeof full, "%s.weight", name);
         return missing(full, e);
     }
-    if (plain->dtype == DTYPE_F8_E4M3) {
-        if (scheme != SCHEME_FP8_DYNAMIC && scheme != SCHEME_FP8A16)
-            return scheme_disagrees(name, scheme, "FP8", e);
-        return bind_fp8(m, out, name, plain, scheme == SCHEME_FP8_DYNAMIC ? INPUT_FP8_ROW : INPUT_AS_IS, rows,
-                        cols, e);
-    }
-    if (scheme != SCHEME_NONE) return scheme_disagrees(name, scheme, dtype_name(plain->dtype), e);
-    return bind_dense(m, out, plain, rows, cols, e);
+    enum scheme scheme = linear_scheme(&l, m->checkpoint, name);
+    if (!check_scheme(&l, scheme, name, e)) return false;
+    if (l.storage == STORED_NVFP4) return bind_nvfp4(m, out, name, &l, input_global, rows, cols, e);
+    if (l.storage == STORED_PLAIN) return bind_dense(m, out, l.codes, rows, cols, e);
+    return check_shape(l.codes, 2, (int64_t[]){ rows, cols }, e) &&
+           bind_fp8(m, out, name, &l, scheme, input_global, e);
 }
 
 bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,

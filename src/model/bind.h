@@ -5,17 +5,18 @@
 #include "model/model.h"
 
 /* The linear module `name` ([rows x cols]), in whichever format the checkpoint has it: name.weight (BF16,
- * F16, F32, or F8_E4M3 with name.weight_scale), or name.weight_packed with its scales. Must agree with
- * quantization_config. */
+ * F16, F32) or what checkpoint/linear.h knows. Must agree with a quantization_config in compressed-tensors'
+ * words. */
 bool bind_linear(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
                  struct err *e);
-/* The same for a module whose inputs, where NVFP4 inputs are asked for, are scaled by `input_global` and not
+/* The same for a module whose inputs, where they have a measured scale, are scaled by `input_global` and not
  * by what its own file entry says: the experts of a layer share one (bind_input_global). */
 bool bind_expert(struct model *m, struct weight **out, const char *name, float input_global, int64_t rows,
                  int64_t cols, struct err *e);
-/* Lowers *least to name.input_global_scale, above 0 and finite: the least divisor has the widest range. Only
- * where the backend quantizes activations and the module is stored as NVFP4; else does nothing. */
-bool bind_input_global(const struct model *m, float *least, const char *name, struct err *e);
+/* Takes in the input scale of a module; *widest, INFINITY before the first, becomes the one with the widest
+ * range: the least divisor for NVFP4 (only where the backend quantizes activations), the largest scale for
+ * FP8. Does nothing for other modules, nor for FP8 without one. */
+bool bind_input_global(const struct model *m, float *widest, const char *name, struct err *e);
 /* The tensor `name` ([rows x cols]), never quantized: an embedding that serves as head. */
 bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
                 struct err *e);

@@ -106,6 +106,11 @@ int64_t step_rows_max(const struct step *s)
     return s->rows_max;
 }
 
+const struct picks *step_picks(const struct step *s)
+{
+    return &s->picks;
+}
+
 void step_set_tap(struct step *s, struct tap tap)
 {
     s->tap = tap;

@@ -1,6 +1,6 @@
-/* The three parts of a layer: gated attention, Gated DeltaNet, mixture of experts. Each norms x into s->h, leaves
- * its result in s->y and adds it to x. Source: the released model's definition (docs/numerics.md names the
- * equations). */
+/* The three parts of a layer: gated attention, Gated DeltaNet, mixture of experts. Each norms x into s->h,
+ * leaves its result in s->y and adds it to x. Source: the released model's definition (docs/numerics.md names
+ * the equations). */
 #include "model/step.h"
 
 void step_attention(struct step *s, int layer, struct mat x, const struct step_rows *rows,
@@ -24,7 +24,7 @@ void step_attention(struct step *s, int layer, struct mat x, const struct step_r
                                .rope = &s->model->rope,
                                .kv = kv,
                                .o = w->o };
-    struct norm_products in = { mat_rows(s->h, n),    x, l->input_norm, eps, 3, { r.qg, r.k, r.v },
+    struct norm_products in = { mat_rows(s->h, n),   x, l->input_norm, eps, 3, { r.qg, r.k, r.v },
                                 { w->q, w->k, w->v } };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
@@ -56,7 +56,7 @@ void step_delta(struct step *s, int layer, struct mat x, const struct step_rows 
                            .out = w->out,
                            .state = state,
                            .shape = &s->model->delta_shape };
-    struct norm_products in = { mat_rows(s->h, n),         x, l->input_norm, eps, 4, { r.u, r.z, r.a, r.b },
+    struct norm_products in = { mat_rows(s->h, n),           x, l->input_norm, eps, 4, { r.u, r.z, r.a, r.b },
                                 { w->qkv, w->z, w->a, w->b } };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);

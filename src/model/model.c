@@ -55,7 +55,7 @@ static bool bind_delta(struct model *m, struct delta_weights *w, struct names n,
            bind_vector(m, &w->norm, at(&n, "linear_attn.norm.weight"), c->linear_value_dim, 0, e);
 }
 
-/* Of gate and up, and of down: what FP4 activations of any expert of the layer are scaled by. */
+/* Of gate and up, and of down: what inputs of any expert of the layer are scaled by. */
 struct input_globals {
     float block, down;
 };
@@ -64,7 +64,7 @@ static bool find_input_globals(struct input_globals *g, const struct model *m, s
 {
     static const char *const parts[] = { "gate_proj", "up_proj", "down_proj" };
     *g = (struct input_globals){ INFINITY, INFINITY };
-    for (int i = 0; m->backend->fp4_activations && i < 3 * m->config->n_experts; i++) {
+    for (int i = 0; i < 3 * m->config->n_experts; i++) {
         char module[64];
         snprintf(module, sizeof module, "mlp.experts.%d.%s", i / 3, parts[i % 3]);
         if (!bind_input_global(m, i % 3 == 2 ? &g->down : &g->block, at(&n, module), e)) return false;

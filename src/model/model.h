@@ -88,6 +88,8 @@ struct mat step_embed(struct step *s, const struct step_rows *rows);
 /* One layer, x in place. */
 void step_layer(struct step *s, int layer, struct mat x, const struct step_rows *rows,
                 const struct layer_state *state);
+/* The experts that the last layer picked for its rows, in the backend's memory; valid until the next call. */
+const struct picks *step_picks(const struct step *s);
 /* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows. */
 struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states);
 /* Logits [n, vocab] of chosen rows of what step_run returned; n <= logits_max. index in host memory. */
@@ -99,4 +101,7 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);
+/* Noise in place of what a sequence with these pages and this slot would remember: for throughput runs. */
+bool layer_state_noise(struct layer_state *state, const struct model *m, int layer, const int32_t *pages,
+                       int64_t n_pages, int32_t slot, struct err *e);
 #endif

@@ -1,6 +1,9 @@
 /* What a layer remembers of sequences: KV pages, or recurrent and convolution state. */
 #include "base/checked.h"
 #include "model/model.h"
+#include "num/e4m3.h"
+#include <stdlib.h>
+#include <string.h>
 
 static uint64_t kv_bytes(enum kv_dtype dtype)
 {
@@ -63,4 +66,47 @@ void layer_state_reset(struct layer_state *state, const struct model *m, int lay
     const struct ops *op = m->backend->ops;
     op->zero(m->backend->queue, state->delta.matrix + (uint64_t)slot * matrix, matrix * sizeof(float));
     op->zero(m->backend->queue, state->delta.conv + (uint64_t)slot * conv, conv * sizeof(float));
+}
+
+/* Uniform in -1 .. 1, the same each time. malloc'd. */
+static void *noise(uint64_t n, enum kv_dtype dtype)
+{
+    uint8_t *out = malloc(n * kv_bytes(dtype) + 1);
+    uint32_t seed = 1;
+    for (uint64_t i = 0; out && i < n; i++) {
+        seed = seed * 1664525 + 1013904223;
+        float x = (float)(seed >> 8) * 0x1p-23f - 1;
+        bf16 half = bf16_from_f32(x);
+        e4m3 byte = e4m3_from_f32(x);
+        const void *from = dtype == KV_F32    ? (const void *)&x
+                           : dtype == KV_BF16 ? (const void *)&half
+                                              : &byte;
+        memcpy(out + i * kv_bytes(dtype), from, kv_bytes(dtype));
+    }
+    return out;
+}
+
+bool layer_state_noise(struct layer_state *state, const struct model *m, int layer, const int32_t *pages,
+                       int64_t n_pages, int32_t slot, struct err *e)
+{
+    const struct config *c = m->config;
+    const struct ops *op = m->backend->ops;
+    struct queue *q = m->backend->queue;
+    bool full = c->layer_kinds[layer] == LAYER_FULL_ATTENTION;
+    uint64_t line = (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+    uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
+    uint64_t n = full ? KV_PAGE * line : matrix > conv ? matrix : conv;
+    uint64_t page = n * kv_bytes(state->kv.dtype);
+    void *values = noise(n, full ? state->kv.dtype : KV_F32);
+    if (!values) return err_memory(e, "noise", n * sizeof(float));
+    for (int64_t i = 0; full && i < n_pages; i++) {
+        op->upload(q, (uint8_t *)state->kv.keys + (uint64_t)pages[i] * page, values, page);
+        op->upload(q, (uint8_t *)state->kv.values + (uint64_t)pages[i] * page, values, page);
+    }
+    if (!full) {
+        op->upload(q, state->delta.matrix + (uint64_t)slot * matrix, values, matrix * sizeof(float));
+        op->upload(q, state->delta.conv + (uint64_t)slot * conv, values, conv * sizeof(float));
+    }
+    free(values);
+    return true;
 }

@@ -12,10 +12,10 @@ struct step {
     void *memory; /* the backend's, holds every matrix below */
     int64_t rows_max, logits_max;
     struct tap tap;
-    struct mat x, h, y;             /* [hidden]: residual, its norm, a mixer's or the experts' result */
-    struct mat qg, k, v, att;       /* attention: queries with gates, keys, values, attended values */
-    struct mat u, conv, z, a, b;    /* DeltaNet: raw and convolved q k v, gate, decay, beta */
-    struct mat raw, o;              /* and what it reads from its state, before and after norm and gate */
+    struct mat x, h, y;          /* [hidden]: residual, its norm, a mixer's or the experts' result */
+    struct mat qg, k, v, att;    /* attention: queries with gates, keys, values, attended values */
+    struct mat u, conv, z, a, b; /* DeltaNet: raw and convolved q k v, gate, decay, beta */
+    struct mat raw, o;           /* and what it reads from its state, before and after norm and gate */
     struct mat router, gate, up, hidden, shared, shared_gate;
     struct picks picks;
     struct mat chosen, logits; /* [logits_max] */

@@ -2,30 +2,38 @@
  * token lists, gives a few thousand numbers, and to a sink each layer's second moments. */
 #include "quantize/calibrate.h"
 #include "base/checked.h"
+#include "base/file.h"
+#include "base/pages.h"
 #include "model/model.h"
 #include "num/bf16.h"
-#include "quantize/pages.h"
+#include "quantize/source.h"
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Rows of one step: enough for products to reuse weights from cache, few enough for small buffers. */
 enum { CHUNK_ROWS = 512 };
 
 struct calibrator {
     struct calibration *result;
+    const struct calibration_options *options;
     const struct samples *samples;
-    const struct calibration_sink *sink; /* NULL: maxima alone */
+    const struct calibration_sink *sink;
     const struct report *report;
     struct backend *backend;
     struct model model;
     struct step *step;
     int64_t rows_max, hidden, inner;
-    float *states;   /* host: residual stream of every token, [n_tokens][hidden] */
+    int files[2]; /* residual stream of every token in front of even and of odd layers; -1: not open */
+    char *paths[2];
+    float *states;   /* host: that of one step */
     float *block_in; /* host: the MoE block's input of one step */
     float *products; /* host: SiLU(gate) * up of one expert and step */
     float *tapped;   /* host: any other input of one step, [rows_max][tapped_cols] */
     int64_t tapped_cols;
     struct row *rows;                 /* of one step */
+    int32_t *picked;                  /* host: the experts of one step's rows */
     int32_t *pages;                   /* of the one sequence that runs: page i is page i */
     void *x, *gate, *up;              /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
     uint32_t input_max[INPUT_EXPERT]; /* of the current layer: bits of the largest |x|; NaN is above infinity,
@@ -58,27 +66,30 @@ static bool create_buffers(struct calibrator *k, struct err *e)
     const struct ops *op = k->backend->ops;
     int64_t n_pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     void *states = NULL, *block_in = NULL, *products = NULL, *tapped = NULL, *rows = NULL, *pages = NULL,
-         *top = NULL;
+         *top = NULL, *picked = NULL;
     uint64_t row_bytes = (uint64_t)k->rows_max * sizeof(float);
-    bool ok = alloc_host(&states, k->samples->n_tokens, k->hidden, sizeof(float),
-                         "hidden states of all samples", e) &&
-              alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
-              alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
-              alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
-              alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
-              alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
-              alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
-              op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
-              op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
-              op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
+    bool ok =
+        alloc_host(&states, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
+        alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
+        alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
+        alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
+        alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
+        alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
+        alloc_host(&picked, k->rows_max, c->experts_per_token, sizeof(int32_t), "calibration rows", e) &&
+        alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
+        op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
+        op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
+        op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
     k->states = states;
     k->block_in = block_in;
     k->products = products;
     k->tapped = tapped;
     k->rows = rows;
     k->pages = pages;
+    k->picked = picked;
     k->down_max = top;
     for (int64_t i = 0; ok && i < n_pages; i++) k->pages[i] = (int32_t)i;
+    if (ok) memset(picked, 0, (size_t)k->rows_max * (size_t)c->experts_per_token * sizeof *k->picked);
     return ok;
 }
 
@@ -139,54 +150,110 @@ static void observe(struct calibrator *k, int layer, int64_t n)
     struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
                up = mat_of(k->up, n, k->inner);
     op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
-    if (sink) moments_add(sink->moments->block, k->block_in, n, k->hidden, sink->pool);
+    if (sink->moments) moments_add(sink->moments->block, k->block_in, n, k->hidden, sink->pool);
     for (int i = 0; i < experts->n_experts; i++) {
         op->matmul(q, gate, x, experts->gate[i]);
         op->matmul(q, up, x, experts->up[i]);
         op->silu_mul(q, gate, gate, up);
         op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
         k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
-        if (sink) moments_add(moments_down(sink->moments, i), k->products, n, k->inner, sink->pool);
+        if (sink->moments) moments_add(moments_down(sink->moments, i), k->products, n, k->inner, sink->pool);
     }
 }
 
-/* Calls body for each step of each sample. */
-static void for_each_chunk(struct calibrator *k, int layer, struct layer_state *state,
-                           void (*body)(struct calibrator *k, int layer, const struct layer_state *state,
-                                        const struct step_rows *rows, float *states))
+static void count_picks(struct calibrator *k, int layer, int64_t rows)
 {
-    for (int64_t s = 0; s < k->samples->n; s++) {
-        int64_t begin = k->samples->begin[s], length = k->samples->begin[s + 1] - begin;
-        if (state) layer_state_reset(state, &k->model, layer, 0);
-        for (int64_t past = 0; past < length; past += k->rows_max) {
-            struct span span;
-            int64_t n = length - past < k->rows_max ? length - past : k->rows_max;
-            struct step_rows rows = step_rows_of(k, &span, s, past, n);
-            body(k, layer, state, &rows, k->states + (begin + past) * k->hidden);
-        }
+    const struct picks *p = step_picks(k->step);
+    int64_t n = rows * p->k, *routed = k->result->routed + (int64_t)layer * k->result->n_experts;
+    k->backend->ops->download(k->backend->queue, k->picked, p->expert, (uint64_t)n * sizeof *k->picked);
+    for (int64_t i = 0; i < n; i++) routed[k->picked[i]]++;
+}
+
+static bool open_states(struct calibrator *k, struct err *e)
+{
+    static const char *const names[2] = { "states-0", "states-1" };
+    for (int i = 0; i < 2; i++) {
+        k->paths[i] = file_join(k->options->folder, names[i]);
+        if (!k->paths[i]) return err_memory(e, "path", strlen(k->options->folder));
+        k->files[i] = open(k->paths[i], O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+        if (k->files[i] < 0) return err_errno(e, k->paths[i]);
     }
+    return true;
 }
 
-static void embed_chunk(struct calibrator *k, int layer, const struct layer_state *state,
-                        const struct step_rows *rows, float *states)
+/* Of the step's rows, in front of `layer`. */
+static bool read_states(struct calibrator *k, int layer, uint64_t at, uint64_t bytes, struct err *e)
 {
-    (void)layer, (void)state;
-    download_rows(k, states, step_embed(k->step, rows));
+    return file_read_at(k->files[layer & 1], k->states, bytes, at, e) ||
+           err_note(e, "%s", k->paths[layer & 1]);
 }
 
-static void layer_chunk(struct calibrator *k, int layer, const struct layer_state *state,
-                        const struct step_rows *rows, float *states)
+static bool write_states(struct calibrator *k, int layer, uint64_t at, uint64_t bytes, struct err *e)
+{
+    return file_write_at(k->files[layer & 1], k->states, bytes, at, e) ||
+           err_note(e, "%s", k->paths[layer & 1]);
+}
+
+static bool sync_states(struct calibrator *k, int layer, struct err *e)
+{
+    return fdatasync(k->files[layer & 1]) == 0 || err_errno(e, k->paths[layer & 1]);
+}
+
+/* Nobody reads the states behind the last layer. */
+static bool has_next(const struct calibrator *k, int layer)
+{
+    return layer + 1 < k->result->n_layers;
+}
+
+static void embed_rows(struct calibrator *k, const struct step_rows *rows)
+{
+    download_rows(k, k->states, step_embed(k->step, rows));
+}
+
+static void layer_rows(struct calibrator *k, int layer, const struct layer_state *state,
+                       const struct step_rows *rows)
 {
     const struct ops *op = k->backend->ops;
     struct queue *q = k->backend->queue;
     uint64_t bytes = (uint64_t)(rows->n * k->hidden) * sizeof(float);
-    op->upload(q, k->x, states, bytes);
+    op->upload(q, k->x, k->states, bytes);
     step_layer(k->step, layer, mat_of(k->x, rows->n, k->hidden), rows, state);
-    op->download(q, states, k->x, bytes);
+    op->download(q, k->states, k->x, bytes);
+    count_picks(k, layer, rows->n);
     observe(k, layer, rows->n);
-    k->result->tokens += rows->n;
+}
+
+/* One step of a sample; layer -1: the embedding. */
+static bool run_step(struct calibrator *k, int layer, const struct layer_state *state, int64_t sample,
+                     int64_t past, int64_t n, struct err *e)
+{
+    struct span span;
+    struct step_rows rows = step_rows_of(k, &span, sample, past, n);
+    uint64_t row = (uint64_t)k->hidden * sizeof(float), bytes = (uint64_t)n * row;
+    uint64_t at = (uint64_t)(k->samples->begin[sample] + past) * row;
+    if (layer < 0) {
+        embed_rows(k, &rows);
+        return write_states(k, 0, at, bytes, e);
+    }
+    if (!read_states(k, layer, at, bytes, e)) return false;
+    layer_rows(k, layer, state, &rows);
+    k->result->tokens += n;
     report_progress(k->report, "calibrate", (uint64_t)k->result->tokens,
-                    (uint64_t)k->samples->n_tokens * (uint64_t)k->model.config->n_layers);
+                    (uint64_t)k->samples->n_tokens * (uint64_t)k->result->n_layers);
+    return !has_next(k, layer) || write_states(k, layer + 1, at, bytes, e);
+}
+
+static bool run_steps(struct calibrator *k, int layer, struct layer_state *state, struct err *e)
+{
+    for (int64_t s = 0; s < k->samples->n; s++) {
+        int64_t length = k->samples->begin[s + 1] - k->samples->begin[s];
+        if (state) layer_state_reset(state, &k->model, layer, 0);
+        for (int64_t past = 0; past < length; past += k->rows_max) {
+            int64_t n = length - past < k->rows_max ? length - past : k->rows_max;
+            if (!run_step(k, layer, state, s, past, n, e)) return false;
+        }
+    }
+    return true;
 }
 
 static bool take_maximum(float *out, uint32_t bits, const char *what, int layer, int expert, struct err *e)
@@ -223,17 +290,19 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     struct layer_state state = { 0 };
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     memset(k->input_max, 0, sizeof k->input_max);
-    if (k->sink) moments_clear(k->sink->moments);
+    if (k->sink->moments) moments_clear(k->sink->moments);
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
-    bool ok = (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
+    bool ok = source_check(k->options->source, e) &&
+              (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
     const struct checkpoint *source = k->model.checkpoint;
     for (int i = 0; i < source->n_shards; i++)
         pages_release(source->shards[i].map.data, source->shards[i].map.bytes);
-    if (ok) for_each_chunk(k, layer, &state, layer_chunk);
+    ok = ok && run_steps(k, layer, &state, e);
     layer_state_free(&state, &k->model);
     model_free_layer(&k->model, layer);
-    return ok && finish_layer(k, layer, e) && (!k->sink || k->sink->take(k->sink->ctx, layer, e));
+    return ok && finish_layer(k, layer, e) && (!has_next(k, layer) || sync_states(k, layer + 1, e)) &&
+           k->sink->take(k->sink->ctx, layer, e);
 }
 
 static void calibrator_deinit(struct calibrator *k)
@@ -242,22 +311,29 @@ static void calibrator_deinit(struct calibrator *k)
     for (int i = 0; i < 3; i++) k->backend->ops->memory_free(k->backend->queue, device[i]);
     step_free(k->step);
     model_deinit(&k->model);
+    for (int i = 0; i < 2; i++) {
+        if (k->files[i] >= 0) close(k->files[i]);
+        free(k->paths[i]);
+    }
     free(k->states);
     free(k->block_in);
     free(k->products);
     free(k->tapped);
     free(k->rows);
     free(k->pages);
+    free(k->picked);
     free(k->down_max);
 }
 
-static bool create_result(struct calibration *c, const struct config *config, struct err *e)
+bool calibration_init(struct calibration *c, const struct config *config, struct err *e)
 {
     size_t layers = (size_t)config->n_layers, experts = (size_t)config->n_experts;
     *c = (struct calibration){ .n_layers = config->n_layers, .n_experts = config->n_experts };
     c->inputs = calloc(layers * INPUT_EXPERT, sizeof *c->inputs);
     c->down = calloc(layers * experts, sizeof *c->down);
-    return (c->inputs && c->down) || err_memory(e, "calibration", layers * experts * sizeof *c->down);
+    c->routed = calloc(layers * experts, sizeof *c->routed);
+    return (c->inputs && c->down && c->routed) ||
+           err_memory(e, "calibration", layers * experts * sizeof *c->down);
 }
 
 static int64_t widest_input(const struct config *c)
@@ -269,29 +345,29 @@ static int64_t widest_input(const struct config *c)
     return top;
 }
 
-bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
-               const struct samples *samples, const struct calibration_sink *sink,
-               const struct report *report, struct err *e)
+bool calibrate(struct calibration *c, const struct calibration_options *o, struct err *e)
 {
-    struct calibrator k = {
-        .result = c, .samples = samples, .sink = sink, .report = report, .backend = backend
-    };
+    const struct checkpoint *source = o->source;
+    struct calibrator k = { .result = c,
+                            .options = o,
+                            .samples = o->samples,
+                            .sink = &o->sink,
+                            .report = o->report,
+                            .backend = o->backend,
+                            .files = { -1, -1 } };
     k.hidden = source->config.hidden_size;
     k.inner = source->config.moe_intermediate;
     k.tapped_cols = widest_input(&source->config);
-    k.rows_max = samples->longest < CHUNK_ROWS ? samples->longest : CHUNK_ROWS;
-    bool ok = create_result(c, &source->config, e) && model_init(&k.model, source, backend, NULL, e) &&
-              step_create(&k.step, &k.model, k.rows_max, 0, samples->longest, e) && create_buffers(&k, e);
-    if (ok) {
-        step_set_tap(k.step, (struct tap){ &k, keep_input });
-        for_each_chunk(&k, -1, NULL, embed_chunk);
-    }
-    for (int i = 0; ok && i < c->n_layers; i++) ok = run_layer(&k, i, e);
+    k.rows_max = o->samples->longest < CHUNK_ROWS ? o->samples->longest : CHUNK_ROWS;
+    c->tokens = o->first_layer * o->samples->n_tokens;
+    bool ok = model_init(&k.model, source, o->backend, NULL, e) &&
+              step_create(&k.step, &k.model, k.rows_max, 0, o->samples->longest, e) &&
+              create_buffers(&k, e) && open_states(&k, e);
+    if (ok) step_set_tap(k.step, (struct tap){ &k, keep_input });
+    if (ok && o->first_layer == 0) ok = run_steps(&k, -1, NULL, e);
+    for (int i = o->first_layer; ok && i < c->n_layers; i++) ok = run_layer(&k, i, e);
     calibrator_deinit(&k);
-    if (ok)
-        c->tokens = samples->n_tokens;
-    else
-        calibration_deinit(c);
+    c->tokens = o->samples->n_tokens;
     return ok;
 }
 
@@ -305,5 +381,6 @@ void calibration_deinit(struct calibration *c)
 {
     free(c->inputs);
     free(c->down);
+    free(c->routed);
     *c = (struct calibration){ 0 };
 }

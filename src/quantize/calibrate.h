@@ -13,26 +13,41 @@
 
 struct calibration {
     int n_layers, n_experts;
-    float *inputs; /* [n_layers][INPUT_EXPERT] max |x| by enum module_input, rounded to BF16; INPUT_NONE's
-                      is 0 */
-    float *down;   /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| of routed experts */
-    int64_t tokens;
+    float *inputs;   /* [n_layers][INPUT_EXPERT] max |x| by enum module_input, rounded to BF16; INPUT_NONE's
+                        is 0 */
+    float *down;     /* [n_layers][n_experts] max |bf16(SiLU(gate x) * up x)| of routed experts */
+    int64_t *routed; /* [n_layers][n_experts] tokens that the router sent to each expert */
+    int64_t tokens;  /* that every expert saw */
 };
 
-/* Takes the second moments of each layer in turn, the layer's own and nothing of the others'; may use them
- * up. */
+/* Takes each layer in turn. */
 struct calibration_sink {
     void *ctx;
-    struct moments *moments; /* summed here, over all tokens */
+    struct moments *moments; /* second moments are summed here, over all tokens, each layer's own; take may
+                                use them up. NULL: none wanted */
     struct pool *pool;       /* borrow; sums them */
+    /* The layer's maxima are in the result and the hidden states behind it are durable: a later run may go on
+     * with the next one. */
     bool (*take)(void *ctx, int layer, struct err *e);
 };
 
-/* Holds one decoder layer and the hidden states of all samples (f32, host memory) at a time. A NaN or an
- * infinity is an error that names layer and expert. sink: NULL for maxima alone. */
-bool calibrate(struct calibration *c, const struct checkpoint *source, struct backend *backend,
-               const struct samples *samples, const struct calibration_sink *sink,
-               const struct report *report, struct err *e);
+struct calibration_options {
+    const struct checkpoint *source;
+    struct backend *backend;
+    const struct samples *samples;
+    const char *folder; /* for two work files, states-0 and states-1: [tokens][hidden] f32 in front of the
+                           layers of even and odd number */
+    int first_layer;    /* those before it are done, by an earlier run with the same folder */
+    struct calibration_sink sink;
+    const struct report *report;
+};
+
+/* Room for the result, all zeros. */
+bool calibration_init(struct calibration *c, const struct config *config, struct err *e);
+/* Fills an initialized result from first_layer on. Holds one decoder layer at a time; the hidden states of
+ * all samples pass through files by one step's rows, which the system's page cache holds as far as memory
+ * allows. A NaN or an infinity is an error that names layer and expert. */
+bool calibrate(struct calibration *c, const struct calibration_options *o, struct err *e);
 /* Of a module of `layer` that reads `input`; expert: for INPUT_EXPERT. */
 float calibration_input(const struct calibration *c, int layer, enum module_input input, int expert);
 void calibration_deinit(struct calibration *c); /* accepts a zeroed one */

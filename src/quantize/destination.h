@@ -1,5 +1,6 @@
-/* The folder a run writes: everything goes to DST.quench-partial beside it, which takes the name DST in the
- * last step. Whatever happens before, DST does not exist. */
+/* The folder a run writes. Beside DST lies DST.quench-partial, the run's own: its journal, its work files
+ * and, in a folder named checkpoint, what takes the name DST in the last step. Whatever happens before, DST
+ * does not exist. */
 #ifndef QUANTIZE_DESTINATION_H
 #define QUANTIZE_DESTINATION_H
 #include "base/err.h"
@@ -7,23 +8,34 @@
 #include <stdint.h>
 
 struct destination {
-    char *path, *partial, *parent;
-    int lock; /* the partial folder, held with flock: a second run must not take it for a leftover. -1: none
-               */
+    char *path, *parent;
+    char *work, *partial; /* DST.quench-partial; the checkpoint in it */
+    int lock;             /* work, held with flock: one run at a time. -1: not held */
+    bool is_renamed;      /* DST has its name; only the work folder is still to be removed */
 };
 
-/* Checks the names: DST must not exist, nor lie inside the source, and its parent must be a folder. Touches
- * nothing. */
+/* Checks the names: DST must not exist (but is_renamed), nor lie inside the source, and its parent must be a
+ * folder. Changes nothing, but an empty work folder beside a DST goes. */
 bool destination_init(struct destination *d, const char *path, const char *source, struct err *e);
-/* Makes the partial folder; an interrupted run's is removed first, with a warning. bytes: what will be
- * written, checked against what the file system has free. */
+/* Makes the work folder if there is none, and locks it. */
+bool destination_lock(struct destination *d, struct err *e);
+/* Empties the work folder of what no run can continue, with a warning. The lock stays. */
+bool destination_clear(struct destination *d, const struct report *report, struct err *e);
+/* Makes the checkpoint's folder if there is none. bytes: what will be in the work folder at most, checked
+ * against what is there and what the file system has free. */
+bool destination_prepare(struct destination *d, uint64_t bytes, struct err *e);
+/* All three, for a run that is never continued. */
 bool destination_create(struct destination *d, uint64_t bytes, const struct report *report, struct err *e);
-/* Copies every regular file of the source that a run does not write itself. */
+/* Copies every regular file of the source that a run does not write itself; its README.md becomes
+ * README.source.md. */
 bool destination_copy_files(const struct destination *d, const char *source, const struct report *report,
                             struct err *e);
-/* Gives the partial folder its final name. Only warns when the name may not survive a power cut: the data do.
- */
+/* Gives the checkpoint its final name, removes the work folder. Only warns when the
+ * name may not survive a power cut: the data do. */
 bool destination_commit(struct destination *d, const struct report *report, struct err *e);
-/* Removes the partial folder if there is one; warns where it cannot. */
-void destination_deinit(struct destination *d, const struct report *report);
+/* Removes the work folder, warns where it cannot: after a failure that repeating the command would meet
+ * again, or where is_renamed. */
+void destination_remove(struct destination *d, const struct report *report);
+/* Unlocks; leaves files as they are. */
+void destination_deinit(struct destination *d);
 #endif

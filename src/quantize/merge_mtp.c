@@ -3,7 +3,7 @@
 #include "base/doc.h"
 #include "base/file.h"
 #include "quantize/mtp.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -317,6 +317,16 @@ static bool commit(struct merge *m, struct err *e)
     return false;
 }
 
+/* Lists of other tools have no pattern that all their readers honour. */
+static bool check_words(const struct merge *m, struct err *e)
+{
+    return quantization_origin(m->model.quantization) == QUANTIZATION_COMPRESSED_TENSORS ||
+           err_set(e, ERR_UNSUPPORTED,
+                   "%s: quantization_config is not compressed-tensors': merge-mtp cannot mark the head as "
+                   "unquantized there",
+                   m->model.path);
+}
+
 static bool prepare(struct merge *m, struct err *e)
 {
     if (!checkpoint_open(&m->model, m->options->model, e) ||
@@ -327,7 +337,7 @@ static bool prepare(struct merge *m, struct err *e)
     m->single = !file_exists(index);
     free(index);
     m->result->file = m->single ? SINGLE_NAME : MTP_NAME;
-    return check_model(m, e) && lock_folder(m, e) &&
+    return check_words(m, e) && check_model(m, e) && lock_folder(m, e) &&
            name_change(&m->shard, m->model.path, m->result->file, e) && check_shard_name(m, e) &&
            list_tensors(m, e) && check_room(m, e);
 }

@@ -45,18 +45,10 @@ static void absmax_item(void *ctx, int64_t item, int thread)
 {
     struct work *w = ctx;
     const struct matrix *m = w->matrix;
-    uint16_t *row = (uint16_t *)(void *)(w->packer->rows + thread * 2 * w->packer->cols_max);
-    unsigned top = 0;
-    for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
-        memcpy(row, m->data + r * m->cols * 2, (size_t)m->cols * 2);
-        uint16_t most = 0;
-        for (int64_t i = 0; i < m->cols; i++) {
-            uint16_t u = row[i] & 0x7fff;
-            most = u > most ? u : most;
-        }
-        top = most > top ? most : top;
-    }
+    int64_t first = item * w->rows_each, rows = last_row(w, item) - first;
+    unsigned top = w->packer->kernels->absmax(m->data + first * m->cols * 2, rows * m->cols);
     unsigned seen = atomic_load_explicit(&w->top, memory_order_relaxed);
+    (void)thread;
     while (top > seen && !atomic_compare_exchange_weak(&w->top, &seen, top)) {
     }
 }
@@ -71,38 +63,9 @@ bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct 
                                     m->source->name, m->module, bits > 0x7f80 ? "NaN" : "infinite");
 }
 
-static void load_row(float *out, const struct matrix *m, int64_t r)
+static void load_row(const struct packer *p, float *out, const struct matrix *m, int64_t r)
 {
-    const uint8_t *from = m->data + r * m->cols * 2;
-    for (int64_t i = 0; i < m->cols; i++) {
-        uint16_t bits;
-        memcpy(&bits, from + 2 * i, 2);
-        out[i] = bf16_to_f32((bf16){ bits });
-    }
-}
-
-/* Eight sums side by side: their order of additions is fixed, and a compiler can keep them in vectors. */
-static void sum_row(double sums[2], const float *weights, const float *packed, int64_t n)
-{
-    enum { LANES = 8 };
-    double difference[LANES] = { 0 }, total[LANES] = { 0 };
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            double w = (double)weights[i + k], d = w - (double)packed[i + k];
-            difference[k] += d * d;
-            total[k] += w * w;
-        }
-    for (; i < n; i++) {
-        double w = (double)weights[i], d = w - (double)packed[i];
-        difference[0] += d * d;
-        total[0] += w * w;
-    }
-    sums[0] = sums[1] = 0;
-    for (int k = 0; k < LANES; k++) {
-        sums[0] += difference[k];
-        sums[1] += total[k];
-    }
+    p->kernels->widen(out, m->data + r * m->cols * 2, m->cols);
 }
 
 static bool scales_are_valid(const e4m3 *scale, int64_t n)
@@ -122,13 +85,13 @@ static void nvfp4_item(void *ctx, int64_t item, int thread)
     for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
         uint8_t *codes = p->codes + r * (m->cols / 2);
         e4m3 *scale = (e4m3 *)p->scales + r * (m->cols / NVFP4_GROUP);
-        load_row(row, m, r);
+        load_row(p, row, m, r);
         if (w->curvature)
             search_row(codes, scale, row, w->curvature->importance, w->global, m->cols);
         else
-            nvfp4_pack_row(codes, scale, row, w->global, m->cols);
-        nvfp4_unpack_row(back, codes, scale, w->global, m->cols);
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+            p->kernels->nvfp4_pack(codes, scale, row, w->global, m->cols);
+        p->kernels->nvfp4_unpack(back, codes, scale, w->global, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
         valid &= scales_are_valid(scale, m->cols / NVFP4_GROUP);
     }
     if (!valid) atomic_store(&w->invalid, true);
@@ -143,11 +106,11 @@ static void gptq_item(void *ctx, int64_t item, int thread)
     int64_t first = item * w->rows_each, rows = last_row(w, item) - first, groups = m->cols / NVFP4_GROUP;
     uint8_t *codes = p->codes + first * (m->cols / 2);
     e4m3 *scale = (e4m3 *)p->scales + first * groups;
-    for (int64_t r = 0; r < rows; r++) load_row(x + r * m->cols, m, first + r);
+    for (int64_t r = 0; r < rows; r++) load_row(p, x + r * m->cols, m, first + r);
     gptq_pack_rows(codes, scale, x, (int)rows, w->curvature->factor, w->global, m->cols, back);
     for (int64_t r = 0; r < rows; r++) {
-        nvfp4_unpack_row(back, codes + r * (m->cols / 2), scale + r * groups, w->global, m->cols);
-        sum_row(&p->sums[2 * (first + r)], x + r * m->cols, back, m->cols);
+        p->kernels->nvfp4_unpack(back, codes + r * (m->cols / 2), scale + r * groups, w->global, m->cols);
+        p->kernels->squares(&p->sums[2 * (first + r)], x + r * m->cols, back, m->cols);
     }
     if (!scales_are_valid(scale, rows * groups)) atomic_store(&w->invalid, true);
 }
@@ -159,19 +122,20 @@ static void fp8_item(void *ctx, int64_t item, int thread)
     const struct matrix *m = w->matrix;
     float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
     bool valid = true;
+    uint8_t nan = 0;
     for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
-        load_row(row, m, r);
-        bf16 scale = fp8_pack_row(codes, row, m->cols);
+        load_row(p, row, m, r);
+        uint16_t top = p->kernels->absmax(m->data + r * m->cols * 2, m->cols);
+        bf16 scale = fp8_scale(bf16_to_f32((bf16){ top }));
+        p->kernels->fp8_pack(codes, row, m->cols, scale);
         memcpy(p->scales + 2 * r, &scale, 2);
         valid &= scale.bits > 0 && scale.bits < 0x7f80;
-        for (int64_t i = 0; i < m->cols; i++) {
-            valid &= (codes[i].bits & 0x7f) != 0x7f;
-            back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
-        }
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+        for (int64_t i = 0; i < m->cols; i++) nan |= (codes[i].bits & 0x7f) == 0x7f;
+        p->kernels->fp8_unpack(back, codes, scale, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
     }
-    if (!valid) atomic_store(&w->invalid, true);
+    if (!valid || nan) atomic_store(&w->invalid, true);
 }
 
 /* One scale for the matrix. */
@@ -185,21 +149,21 @@ static void fp8_tensor_item(void *ctx, int64_t item, int thread)
     if (item == 0) memcpy(p->scales, &scale, 2);
     for (int64_t r = item * w->rows_each; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
-        load_row(row, m, r);
-        fp8_pack(codes, row, m->cols, scale);
-        for (int64_t i = 0; i < m->cols; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+        load_row(p, row, m, r);
+        p->kernels->fp8_pack(codes, row, m->cols, scale);
+        p->kernels->fp8_unpack(back, codes, scale, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
     }
 }
 
 /* The scales of a row of blocks, 128 rows. top: scratch [blocks]. */
-static void block_scales(bf16 *scales, float *row, const struct matrix *m, int64_t first, int64_t end,
-                         float *top)
+static void block_scales(const struct packer *p, bf16 *scales, float *row, const struct matrix *m,
+                         int64_t first, int64_t end, float *top)
 {
     int64_t blocks = fp8_blocks(m->cols);
     for (int64_t b = 0; b < blocks; b++) top[b] = 0;
     for (int64_t r = first; r < end; r++) {
-        load_row(row, m, r);
+        load_row(p, row, m, r);
         for (int64_t i = 0; i < m->cols; i++) top[i / FP8_BLOCK] = fmaxf(top[i / FP8_BLOCK], fabsf(row[i]));
     }
     for (int64_t b = 0; b < blocks; b++) scales[b] = fp8_scale(top[b]);
@@ -212,28 +176,26 @@ static void fp8_block_item(void *ctx, int64_t item, int thread)
     const struct matrix *m = w->matrix;
     float *row = p->rows + thread * 2 * p->cols_max, *back = row + p->cols_max;
     bf16 *scales = (bf16 *)(void *)p->scales + item * fp8_blocks(m->cols);
-    block_scales(scales, row, m, item * FP8_BLOCK, last_row(w, item), back);
+    block_scales(p, scales, row, m, item * FP8_BLOCK, last_row(w, item), back);
     for (int64_t r = item * FP8_BLOCK; r < last_row(w, item); r++) {
         e4m3 *codes = (e4m3 *)p->codes + r * m->cols;
-        load_row(row, m, r);
+        load_row(p, row, m, r);
         for (int64_t c = 0; c < m->cols; c += FP8_BLOCK) {
             int64_t n = m->cols - c < FP8_BLOCK ? m->cols - c : FP8_BLOCK;
             bf16 scale = scales[c / FP8_BLOCK];
-            fp8_pack(codes + c, row + c, n, scale);
-            for (int64_t i = c; i < c + n; i++) back[i] = e4m3_to_f32(codes[i]) * bf16_to_f32(scale);
+            p->kernels->fp8_pack(codes + c, row + c, n, scale);
+            p->kernels->fp8_unpack(back + c, codes + c, scale, n);
         }
-        sum_row(&p->sums[2 * r], row, back, m->cols);
+        p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
     }
 }
 
-static double relative_error(const struct packer *p, int64_t rows)
+static void add_sums(struct packed *out, const struct packer *p, int64_t rows)
 {
-    double difference = 0, total = 0;
     for (int64_t r = 0; r < rows; r++) {
-        difference += p->sums[2 * r];
-        total += p->sums[2 * r + 1];
+        out->difference += p->sums[2 * r];
+        out->total += p->sums[2 * r + 1];
     }
-    return total > 0 ? sqrt(difference / total) : 0;
 }
 
 static float global_of(float absmax, const struct curvature *curvature)
@@ -275,13 +237,22 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                             .scales = p->scales,
                             .codes_bytes = nvfp4 ? weights / 2 : weights,
                             .scales_bytes = scales_bytes(m),
-                            .global = w.global,
-                            .error = relative_error(p, m->rows) };
-    if (!atomic_load(&w.invalid) && isfinite(out->error) && (!nvfp4 || (w.global > 0 && isfinite(w.global))))
+                            .global = w.global };
+    add_sums(out, p, m->rows);
+    if (!atomic_load(&w.invalid) && isfinite(out->difference + out->total) &&
+        (!nvfp4 || (w.global > 0 && isfinite(w.global))))
         return true;
     return err_set(e, ERR_FORMAT,
                    "module '%s': packing as %s gave a scale or code that is not finite and above zero",
                    m->module, scheme_name(m->scheme));
+}
+
+int64_t packer_piece_rows(const struct matrix *m)
+{
+    enum { PIECE_WEIGHTS = 1 << 23, MULTIPLE = 128 };
+    int64_t n = PIECE_WEIGHTS / (m->cols ? m->cols : 1) / MULTIPLE * MULTIPLE;
+    if (n == 0) n = MULTIPLE;
+    return n < m->rows ? n : m->rows;
 }
 
 bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e)
@@ -290,27 +261,27 @@ bool packer_init(struct packer *p, const struct plan *plan, int threads, struct 
     *p = (struct packer){ 0 };
     for (size_t i = 0; i < plan->n_matrices; i++) {
         const struct matrix *m = &plan->matrices[i];
-        uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
+        int64_t rows = packer_piece_rows(m);
+        uint64_t weights = (uint64_t)rows * (uint64_t)m->cols;
         largest = weights > largest ? weights : largest;
-        p->rows_max = m->rows > p->rows_max ? m->rows : p->rows_max;
+        p->rows_max = rows > p->rows_max ? rows : p->rows_max;
         p->cols_max = m->cols > p->cols_max ? m->cols : p->cols_max;
     }
+    p->kernels = rows_select(ROWS_BEST);
     if (!pool_create(&p->pool, threads, e)) return false;
     uint64_t scales = largest / NVFP4_GROUP + (uint64_t)p->rows_max * 2;
-    p->codes = malloc(largest + 1);
     p->scales = malloc(scales + 1);
     p->rows = malloc((uint64_t)threads * 2 * (uint64_t)p->cols_max * sizeof *p->rows + 1);
     p->sums = malloc((uint64_t)p->rows_max * 2 * sizeof *p->sums + 1);
     p->blocks = malloc((uint64_t)threads * 3 * GPTQ_ROWS * (uint64_t)p->cols_max * sizeof *p->blocks + 1);
-    if (p->codes && p->scales && p->rows && p->sums && p->blocks) return true;
+    if (p->scales && p->rows && p->sums && p->blocks) return true;
     packer_deinit(p);
-    return err_memory(e, "packing buffers", largest + scales);
+    return err_memory(e, "packing buffers", scales);
 }
 
 void packer_deinit(struct packer *p)
 {
     pool_free(p->pool);
-    free(p->codes);
     free(p->scales);
     free(p->rows);
     free(p->sums);

@@ -1,17 +1,18 @@
-/* Packs one matrix at a time on a pool of threads, measures what it cost, and refuses what no reader should
- * see: weights that are not finite, a scale byte outside 0x01..0x7e, an FP8 NaN. */
+/* Packs a matrix, or a piece of some rows, at a time on a pool of threads, measures what it cost, and refuses
+ * what no reader should see: weights that are not finite, a scale byte outside 0x01..0x7e, an FP8 NaN. */
 #ifndef QUANTIZE_PACK_H
 #define QUANTIZE_PACK_H
 #include "base/pool.h"
 #include "num/bf16.h"
 #include "num/e4m3.h"
+#include "num/rows.h"
 #include "quantize/plan.h"
 
 struct packed {
     const void *codes, *scales; /* borrow from the packer until its next matrix */
     uint64_t codes_bytes, scales_bytes;
-    float global; /* NVFP4: divides the scales */
-    double error; /* |W - packed W| / |W|, Frobenius norms; 0 for a matrix of zeros */
+    float global;             /* NVFP4: divides the scales */
+    double difference, total; /* sums of squares of W - packed W and of W */
 };
 
 /* What is known about a matrix's inputs; for NVFP4 only. */
@@ -22,18 +23,23 @@ struct curvature {
 
 struct packer {
     struct pool *pool;
-    uint8_t *codes, *scales;
+    const struct row_kernels *kernels;
+    uint8_t *codes; /* the caller's: where those of the next piece go, at most a byte a weight */
+    uint8_t *scales;
     float *rows;   /* [threads][2][cols_max] a row and what it became */
     double *sums;  /* [rows_max][2] squares of the difference and of the weights */
     float *blocks; /* [threads][3][cols_max][GPTQ_ROWS] */
     int64_t rows_max, cols_max;
 };
 
-/* Room for the largest matrix of the plan. */
+/* Rows of a piece of this matrix: all of them, or a multiple of 128 that bounds the memory. */
+int64_t packer_piece_rows(const struct matrix *m);
+/* Room for the largest piece of the plan. */
 bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e);
 void packer_deinit(struct packer *p); /* accepts a zeroed one */
 
-/* max |w|; a weight that is not finite is an error. */
+/* m in what follows: a matrix of at most packer_piece_rows rows. max |w|; a weight that is not finite is an
+ * error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
 /* absmax: NVFP4's, joint with the partner's; SCHEME_FP8's own; else unused. curvature: NULL for the nearest
  * values. */

@@ -1,46 +1,40 @@
 /* One run from source to destination. Everything that can be refused is refused before the first byte is
  * written; the calibration comes next, since it is the long part; then tensors stream through in the order of
  * the source's files. */
-#include "quantize/quantize.h"
 #include "base/clock.h"
 #include "base/doc.h"
 #include "base/file.h"
-#include "num/fp8.h"
+#include "base/memory.h"
 #include "num/nvfp4.h"
-#include "quantize/calibrate.h"
 #include "quantize/census.h"
-#include "quantize/curvature.h"
-#include "quantize/destination.h"
-#include "quantize/pack.h"
-#include "quantize/pages.h"
-#include "quantize/plan.h"
-#include "quantize/shards.h"
-#include "quantize/spool.h"
+#include "quantize/describe.h"
+#include "quantize/estimate.h"
+#include "quantize/run.h"
+#include "quantize/source.h"
 #include <inttypes.h>
 #include <math.h>
-
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { SAMPLES = 64, SEQUENCE = 2048, SLICE_BYTES = 64 << 20, FILE_EXTRA_BYTES = 1 << 20 };
-static const uint64_t SHARD_BYTES = 5000000000u;
-
-struct run {
-    struct quantize_options options; /* defaults filled in */
-    struct quantize_result *result;
-    struct checkpoint source;
-    struct plan plan;
-    struct samples samples;
-    struct calibration calibration;
-    struct destination destination;
-    struct packer packer;
-    struct curvatures curvatures;
-    struct spool spool;
-    struct shards *shards;
-    float *absmax; /* of NVFP4 matrices, once looked at; negative before */
-    uint64_t done; /* bytes of source tensors */
+enum {
+    SAMPLES = 64,
+    SEQUENCE = 2048,
+    FILE_EXTRA_BYTES = 1 << 20,
+    SYNC_BYTES = 128 << 20,
+    REPORT_BYTES = 400
 };
+static const uint64_t SHARD_BYTES = 5000000000u, MEMORY_BYTES = 8000000000u;
+
+const char *quantize_method_name(enum quantize_method m)
+{
+    switch (m) {
+    case QUANTIZE_NEAREST: return "nearest";
+    case QUANTIZE_MSE: return "mse";
+    case QUANTIZE_GPTQ: return "gptq";
+    }
+    return "?";
+}
 
 static bool fill_defaults(struct quantize_options *o, struct err *e)
 {
@@ -48,6 +42,8 @@ static bool fill_defaults(struct quantize_options *o, struct err *e)
     if (!o->num_calibration_samples) o->num_calibration_samples = SAMPLES;
     if (!o->max_seq_length) o->max_seq_length = SEQUENCE;
     if (!o->max_shard_bytes) o->max_shard_bytes = SHARD_BYTES;
+    if (!o->max_memory) o->max_memory = MEMORY_BYTES;
+    if (!o->sync_bytes) o->sync_bytes = SYNC_BYTES;
     if (!o->threads) o->threads = pool_default_threads();
     if (o->num_calibration_samples < 0 || o->num_calibration_samples > INT32_MAX)
         return err_set(e, ERR_ARGUMENT, "%" PRId64 " calibration samples", o->num_calibration_samples);
@@ -56,24 +52,10 @@ static bool fill_defaults(struct quantize_options *o, struct err *e)
     return o->threads > 0 || err_set(e, ERR_ARGUMENT, "%d threads", o->threads);
 }
 
-static bool is_nvfp4_expert(const struct matrix *m)
-{
-    return m->expert >= 0 && scheme_is_nvfp4(m->scheme);
-}
-
-/* Whether the method has something to learn from samples. */
-static bool method_measures(const struct run *r)
-{
-    const struct quantize_options *o = &r->options;
-    bool any = false;
-    for (size_t i = 0; i < r->plan.n_matrices && !any; i++) any = is_nvfp4_expert(&r->plan.matrices[i]);
-    return any && (o->method == QUANTIZE_GPTQ || (o->method == QUANTIZE_MSE && o->calibration));
-}
-
 static bool load_samples(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
-    if (!r->plan.needs_inputs && !method_measures(r)) return true;
+    if (!r->plan.needs_inputs && !run_measures(r)) return true;
     if (!o->calibration && r->plan.needs_inputs)
         return err_set(e, ERR_ARGUMENT, "recipe '%s' needs calibration samples, none are given",
                        o->recipe->name);
@@ -92,195 +74,19 @@ static bool load_samples(struct run *r, struct err *e)
     return samples_load(&r->samples, &options, e);
 }
 
-/* Of files, and of the spool beside them until the end. */
+/* Of files, the spool and the hidden states. */
 static uint64_t disk_bytes(const struct run *r)
 {
     const struct plan *p = &r->plan;
-    uint64_t n = FILE_EXTRA_BYTES;
+    uint64_t n = FILE_EXTRA_BYTES + p->n_matrices * REPORT_BYTES;
+    n += 2 * (uint64_t)r->samples.n_tokens * (uint64_t)r->source.config.hidden_size * sizeof(float);
     for (size_t i = 0; i < p->n_outputs; i++) n += p->outputs[i].bytes;
-    for (size_t i = 0; i < p->n_matrices && method_measures(r); i++) {
+    for (size_t i = 0; i < p->n_matrices && run_measures(r); i++) {
         const struct matrix *m = &p->matrices[i];
-        if (is_nvfp4_expert(m))
+        if (m->expert >= 0 && scheme_is_nvfp4(m->scheme))
             n += (uint64_t)m->rows * (uint64_t)m->cols / NVFP4_GROUP * (NVFP4_GROUP / 2 + 1);
     }
     return n;
-}
-
-/* Calibration. */
-
-static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
-{
-    if (r->absmax[index] < 0 && !packer_absmax(&r->packer, &r->absmax[index], &r->plan.matrices[index], e))
-        return false;
-    *out = r->absmax[index];
-    return true;
-}
-
-/* gate and up, or q, k and v, run as one product, so one scale serves them: the largest maximum's. */
-static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
-{
-    const struct matrix *all = r->plan.matrices;
-    if (!absmax_of(r, out, index, e)) return false;
-    for (size_t i = all[index].partner; i != SIZE_MAX && i != index; i = all[i].partner) {
-        float other;
-        if (!absmax_of(r, &other, i, e)) return false;
-        *out = fmaxf(*out, other);
-    }
-    return true;
-}
-
-/* Packs the experts of a layer while its moments are there; their turn in the output comes later. */
-static bool take_layer(void *ctx, int layer, struct err *e)
-{
-    struct run *r = ctx;
-    int64_t n = (int64_t)r->source.config.n_experts * N_PARTS;
-    curvatures_update(&r->curvatures, r->packer.pool);
-    for (int64_t i = layer * n; i < (layer + 1) * n; i++) {
-        size_t index = r->plan.experts[i];
-        struct packed packed;
-        float absmax;
-        if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
-        const struct matrix *m = &r->plan.matrices[index];
-        struct curvature curvature = curvatures_of(&r->curvatures, m);
-        if (r->options.method == QUANTIZE_GPTQ && !curvature.factor)
-            report_warn(r->options.report,
-                        "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
-        if (!joint_absmax(r, &absmax, index, e) ||
-            !packer_run(&r->packer, &packed, m, absmax, &curvature, e) ||
-            !spool_put(&r->spool, index, &packed, e))
-            return false;
-        pages_release(m->data, (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype));
-    }
-    return true;
-}
-
-static bool prepare_method(struct run *r, struct err *e)
-{
-    const struct quantize_options *o = &r->options;
-    return curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e) &&
-           spool_init(&r->spool, r->destination.partial, r->plan.n_matrices, e);
-}
-
-static bool run_calibration(struct run *r, struct err *e)
-{
-    double start = clock_seconds();
-    const struct quantize_options *o = &r->options;
-    bool measures = method_measures(r);
-    if (!r->samples.n) return true;
-    struct calibration_sink sink = { r, &r->curvatures.moments, r->packer.pool, take_layer };
-    if ((measures && !prepare_method(r, e)) || !calibrate(&r->calibration, &r->source, o->backend,
-                                                          &r->samples, measures ? &sink : NULL, o->report, e))
-        return false;
-    r->result->samples = r->samples.n;
-    r->result->tokens = r->calibration.tokens;
-    r->result->calibrate_seconds = clock_seconds() - start;
-    samples_deinit(&r->samples);
-    curvatures_deinit(&r->curvatures);
-    return true;
-}
-
-/* Tensors. */
-
-static void report_done(struct run *r, uint64_t bytes)
-{
-    r->done += bytes;
-    report_progress(r->options.report, "quantize", r->done, r->result->bytes_in);
-}
-
-static bool copy_tensor(struct run *r, const struct tensor *t, struct err *e)
-{
-    for (uint64_t at = 0; at < t->bytes; at += SLICE_BYTES) {
-        uint64_t n = t->bytes - at < SLICE_BYTES ? t->bytes - at : SLICE_BYTES;
-        if (!shards_append(r->shards, t->data + at, n, e)) return false;
-        pages_release(t->data + at, n);
-        report_done(r, n);
-    }
-    r->result->copied_tensors++;
-    return true;
-}
-
-/* What maps the largest measured input to 448 * 6, or divided into it gives 448; 1 and 2^-7 where every input
- * was zero. */
-static bool write_input_scale(const struct run *r, const struct matrix *m, struct err *e)
-{
-    float top = calibration_input(&r->calibration, m->layer, m->input, m->expert);
-    if (top == 0)
-        report_warn(r->options.report, "module '%s': every calibration input is zero; its input scale is %s",
-                    m->module, m->scheme == SCHEME_FP8 ? "2^-7" : "1");
-    float global = nvfp4_global_scale(top);
-    bf16 fixed = fp8_scale(top);
-    return m->scheme == SCHEME_FP8 ? shards_append(r->shards, &fixed, sizeof fixed, e)
-                                   : shards_append(r->shards, &global, sizeof global, e);
-}
-
-static void count_error(struct quantize_error *x, int64_t *count, const struct matrix *m, double error)
-{
-    ++*count;
-    x->mean += (error - x->mean) / (double)*count;
-    if (error < x->worst || (error == x->worst && *count > 1)) return;
-    x->worst = error;
-    snprintf(x->worst_module, sizeof x->worst_module, "%s", m->module);
-}
-
-/* Packs what the calibration has not packed already. */
-static bool pack_matrix(struct run *r, struct packed *out, size_t index, struct err *e)
-{
-    const struct matrix *m = &r->plan.matrices[index];
-    static const struct curvature plain = { 0 };
-    const struct curvature *c = r->options.method == QUANTIZE_NEAREST ? NULL : &plain;
-    float absmax = 0;
-    if (spool_has(&r->spool, index)) return spool_get(&r->spool, out, index, &r->packer, e);
-    return (scheme_is_nvfp4(m->scheme) ? joint_absmax(r, &absmax, index, e)
-                                       : absmax_of(r, &absmax, index, e)) &&
-           packer_run(&r->packer, out, m, absmax, c, e);
-}
-
-static bool write_matrix(struct run *r, size_t index, struct err *e)
-{
-    const struct matrix *m = &r->plan.matrices[index];
-    struct packed packed;
-    bool nvfp4 = scheme_is_nvfp4(m->scheme);
-    if (!pack_matrix(r, &packed, index, e) ||
-        !shards_append(r->shards, packed.codes, packed.codes_bytes, e) ||
-        !shards_append(r->shards, packed.scales, packed.scales_bytes, e) ||
-        (nvfp4 && !shards_append(r->shards, &packed.global, sizeof packed.global, e)))
-        return false;
-    if (scheme_measures(m->scheme) && !write_input_scale(r, m, e)) return false;
-    struct quantize_result *result = r->result;
-    count_error(nvfp4 ? &result->nvfp4_error : &result->fp8_error,
-                nvfp4 ? &result->nvfp4_matrices : &result->fp8_matrices, m, packed.error);
-    uint64_t bytes = (uint64_t)m->rows * (uint64_t)m->cols * dtype_bytes(m->source->dtype);
-    pages_release(m->data, bytes);
-    report_done(r, bytes);
-    return true;
-}
-
-static bool write_tensors(struct run *r, struct err *e)
-{
-    const struct plan *p = &r->plan;
-    for (size_t i = 0; i < p->n_jobs; i++) {
-        const struct job *j = &p->jobs[i];
-        if (j->n == 0 && !copy_tensor(r, j->source, e)) return false;
-        for (size_t k = j->first; k < j->first + j->n; k++)
-            if (!write_matrix(r, k, e)) return false;
-    }
-    r->result->shards = shards_count(r->shards);
-    return shards_finish(r->shards, e);
-}
-
-static bool prepare_packing(struct run *r, struct err *e)
-{
-    const struct plan *p = &r->plan;
-    r->absmax = malloc((p->n_matrices + 1) * sizeof *r->absmax);
-    if (!r->absmax) return err_memory(e, "maxima", p->n_matrices * sizeof *r->absmax);
-    for (size_t i = 0; i < p->n_matrices; i++) r->absmax[i] = -1;
-    return packer_init(&r->packer, p, r->options.threads, e);
-}
-
-static bool prepare_writing(struct run *r, struct err *e)
-{
-    return shards_create(&r->shards, r->destination.partial, r->plan.outputs, r->plan.n_outputs,
-                         r->options.max_shard_bytes, e);
 }
 
 /* The other files. */
@@ -317,12 +123,73 @@ static bool write_config(const struct run *r, struct err *e)
 /* config.json comes last: without it no reader takes the folder for a checkpoint. */
 static bool write_folder(struct run *r, struct err *e)
 {
-    return prepare_writing(r, e) && write_tensors(r, e) &&
+    return writer_create(&r->writer, r->shards, &r->journal, run_piece_bytes(&r->plan), r->options.sync_bytes,
+                         e) &&
+           run_write_tensors(r, e) &&
            destination_copy_files(&r->destination, r->source.path, r->options.report, e) &&
            write_recipe(r, e) && write_config(r, e);
 }
 
 /* The run. */
+
+static bool evaluate(struct run *r, struct evaluation *out, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    double start = clock_seconds();
+    r->result->peak_bytes = memory_peak();
+    bool ok = !o->evaluate || o->evaluate(o->evaluate_ctx, out, r->destination.partial, e);
+    r->result->evaluate_seconds = clock_seconds() - start;
+    return ok;
+}
+
+static bool summarize(struct run *r, struct summary *s, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    struct summary_run about = { .version = o->version ? o->version : "quench",
+                                 .method = quantize_method_name(o->method),
+                                 .source = o->source,
+                                 .calibration_file = o->calibration,
+                                 .checkpoint = &r->source,
+                                 .plan = &r->plan,
+                                 .results = r->results,
+                                 .calibration = &r->calibration,
+                                 .recipe = o->recipe,
+                                 .samples = r->result->samples,
+                                 .max_seq_length = o->max_seq_length,
+                                 .shards = shards_count(r->shards) };
+    r->result->shards = about.shards;
+    if (!summary_create(s, &about, e)) return false;
+    describe_result(r->result, s);
+    if (s->n_far)
+        report_warn(
+            o->report,
+            "%lld matrices have a signal-to-noise ratio below %g dB, more than rounding explains; the "
+            "worst is module '%s'",
+            (long long)s->n_far, SUMMARY_SNR_LOW, r->plan.matrices[s->worst[0]].module);
+    return true;
+}
+
+/* Report and card, the last files of the folder. */
+static bool describe(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    struct evaluation evaluation = { 0 };
+    struct summary s = { 0 };
+    bool ok = evaluate(r, &evaluation, e) && summarize(r, &s, e) &&
+              describe_write(r->destination.partial, &s, o->evaluate ? &evaluation : NULL, o->report, e);
+    summary_deinit(&s);
+    return ok;
+}
+
+/* An earlier run did all, but for removing its work folder. */
+static bool tidy(struct run *r, struct err *e)
+{
+    struct summary s = { 0 };
+    bool ok = summarize(r, &s, e);
+    summary_deinit(&s);
+    destination_remove(&r->destination, r->options.report);
+    return ok;
+}
 
 static bool prepare(struct run *r, struct err *e)
 {
@@ -331,35 +198,119 @@ static bool prepare(struct run *r, struct err *e)
         !destination_init(&r->destination, o->destination, r->source.path, e) ||
         !plan_create(&r->plan, &r->source, o->recipe, e) || !load_samples(r, e))
         return false;
-    for (size_t i = 0; i < r->source.n_tensors; i++) r->result->bytes_in += r->source.tensors[i]->bytes;
-    for (size_t i = 0; i < r->plan.n_outputs; i++) r->result->bytes_out += r->plan.outputs[i].bytes;
-    r->result->ignored_modules = (int64_t)r->plan.n_ignored;
+    struct quantize_result *result = r->result;
+    for (size_t i = 0; i < r->source.n_tensors; i++) result->bytes_in += r->source.tensors[i]->bytes;
+    for (size_t i = 0; i < r->plan.n_outputs; i++) result->bytes_out += r->plan.outputs[i].bytes;
+    for (size_t i = 0; i < r->plan.n_jobs; i++) result->copied_tensors += r->plan.jobs[i].n == 0;
+    result->ignored_modules = (int64_t)r->plan.n_ignored;
+    r->disk_bytes = disk_bytes(r);
+    r->results = calloc(r->plan.n_matrices + 1, sizeof *r->results);
+    if (!r->results) return err_memory(e, "results", r->plan.n_matrices * sizeof *r->results);
+    if (!calibration_init(&r->calibration, &r->source.config, e)) return false;
+    result->samples = r->samples.n;
+    result->tokens = r->calibration.tokens = r->samples.n_tokens;
     return true;
+}
+
+static bool check_memory(const struct run *r, struct err *e)
+{
+    uint64_t need = estimate_memory(r), most = r->options.max_memory;
+    return need <= most || err_set(e, ERR_LIMIT,
+                                   "up to %.1f GB of memory may be needed, the limit is %.1f GB; raise the "
+                                   "limit (--max-memory), or take fewer "
+                                   "and shorter calibration samples",
+                                   (double)need / 1e9, (double)most / 1e9);
+}
+
+static bool work(struct run *r, struct err *e)
+{
+    double start = clock_seconds();
+    bool ok = run_prepare_packing(r, e) && run_calibration(r, e);
+    r->result->calibrate_seconds = clock_seconds() - start;
+    ok = ok && write_folder(r, e) && census(&r->plan, &r->source, r->destination.partial, e);
+    r->is_proved = ok;
+    return ok && describe(r, e) && destination_commit(&r->destination, r->options.report, e);
+}
+
+/* A source that was cut short fails in many ways, and that is the one to tell. A failure of the world may be
+ * gone when the command is repeated; any other would come again. A checkpoint that is proved is kept
+ * whatever becomes of its evaluation. */
+static void after_failure(struct run *r, struct err *e)
+{
+    const struct report *report = r->options.report;
+    struct err cause = { 0 };
+    if (r->is_started && !source_check(&r->source, &cause)) *e = cause;
+    if (!r->is_ours || r->destination.lock < 0) return;
+    if (r->is_started && (e->code == ERR_IO || e->code == ERR_MEMORY || r->is_proved))
+        report_warn(report, "%s is kept: the same command continues, removing the folder discards the work",
+                    r->destination.work);
+    else
+        destination_remove(&r->destination, report);
 }
 
 static void run_deinit(struct run *r)
 {
+    writer_free(r->writer);
     shards_free(r->shards);
     packer_deinit(&r->packer);
     spool_deinit(&r->spool);
     curvatures_deinit(&r->curvatures);
     free(r->absmax);
-    destination_deinit(&r->destination, r->options.report);
+    free(r->scales);
+    free(r->results);
+    journal_close(&r->journal);
+    destination_deinit(&r->destination);
     calibration_deinit(&r->calibration);
     samples_deinit(&r->samples);
     plan_deinit(&r->plan);
     checkpoint_close(&r->source);
 }
 
+static struct run run_of(const struct quantize_options *o, struct quantize_result *result)
+{
+    return (struct run){ .options = *o,
+                         .result = result,
+                         .destination = { .lock = -1 },
+                         .journal = { .fd = -1 },
+                         .spool = { .fd = -1 } };
+}
+
+bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast *f, struct err *e)
+{
+    struct quantize_result result = { 0 };
+    struct run r = run_of(o, &result);
+    *f = (struct quantize_forecast){ 0 };
+    bool ok = prepare(&r, e) && shards_create(&r.shards, r.destination.partial, r.plan.outputs,
+                                              r.plan.n_outputs, r.options.max_shard_bytes, e);
+    if (ok) {
+        for (size_t i = 0; i < r.plan.n_matrices; i++) f->matrices[r.plan.matrices[i].scheme]++;
+        f->copied_tensors = result.copied_tensors;
+        f->samples = r.samples.n;
+        f->tokens = r.samples.n_tokens;
+        f->shards = shards_count(r.shards);
+        f->bytes_in = result.bytes_in;
+        f->bytes_out = result.bytes_out;
+        f->disk_bytes = r.disk_bytes;
+        f->memory_bytes = estimate_memory(&r);
+        ok = run_prepare_packing(&r, e) && estimate_seconds(f, &r, e);
+    }
+    run_deinit(&r);
+    return ok;
+}
+
 bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e)
 {
     double start = clock_seconds();
+    struct err own = { 0 };
+    if (!e) e = &own;
     *result = (struct quantize_result){ 0 };
-    struct run r = { .options = *o, .result = result, .destination = { .lock = -1 }, .spool = { .fd = -1 } };
-    bool ok = prepare(&r, e) && destination_create(&r.destination, disk_bytes(&r), o->report, e) &&
-              prepare_packing(&r, e) && run_calibration(&r, e) && write_folder(&r, e) &&
-              census(&r.plan, &r.source, r.destination.partial, e) &&
-              destination_commit(&r.destination, o->report, e);
+    struct run r = run_of(o, result);
+    bool ok =
+        prepare(&r, e) && check_memory(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e);
+    ok = ok && (r.destination.is_renamed ? tidy(&r, e) : work(&r, e));
+    writer_free(r.writer); /* its thread is done with files before they are judged */
+    r.writer = NULL;
+    if (!ok) after_failure(&r, e);
     run_deinit(&r);
     result->seconds = clock_seconds() - start;
     return ok;

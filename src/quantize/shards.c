@@ -2,10 +2,13 @@
 #include "quantize/shards.h"
 #include "base/doc.h"
 #include "base/file.h"
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 enum { NAME_BYTES = 64 };
 static const char INDEX_NAME[] = "model.safetensors.index.json";
@@ -18,6 +21,7 @@ struct shards {
     size_t n, current;
     size_t tensor;    /* the one being written */
     uint64_t written; /* of its bytes */
+    uint64_t offset;  /* bytes appended in all */
     struct safetensors_writer *writer;
 };
 
@@ -86,17 +90,23 @@ int64_t shards_count(const struct shards *s)
     return (int64_t)s->n;
 }
 
-static bool open_shard(struct shards *s, struct err *e)
+static char *shard_path(const struct shards *s, size_t i, struct err *e)
 {
     char name[NAME_BYTES];
-    shard_name(name, s, s->current);
-    size_t first = s->first[s->current];
+    shard_name(name, s, i);
     char *path = file_join(s->folder, name);
-    bool ok = path ? safetensors_writer_create(&s->writer, path, s->tensors + first,
-                                               s->first[s->current + 1] - first, e)
-                   : err_memory(e, "path", strlen(s->folder));
+    if (!path) err_memory(e, "path", strlen(s->folder));
+    return path;
+}
+
+static bool open_shard(struct shards *s, struct err *e)
+{
+    size_t first = s->first[s->current];
+    char *path = shard_path(s, s->current, e);
+    bool ok = path && safetensors_writer_create(&s->writer, path, s->tensors + first,
+                                                s->first[s->current + 1] - first, e);
     free(path);
-    return ok;
+    return ok && file_sync_folder(s->folder, e);
 }
 
 static bool close_shard(struct shards *s, struct err *e)
@@ -127,7 +137,75 @@ bool shards_append(struct shards *s, const void *data, uint64_t bytes, struct er
     if (!s->writer && !open_shard(s, e)) return false;
     if (!safetensors_writer_append(s->writer, data, bytes, e)) return false;
     s->written += bytes;
+    s->offset += bytes;
     return step_over_full(s, e);
+}
+
+uint64_t shards_offset(const struct shards *s)
+{
+    return s->offset;
+}
+
+bool shards_sync(struct shards *s, struct err *e)
+{
+    return !s->writer || safetensors_writer_sync(s->writer, e);
+}
+
+/* A file that was finished has all its bytes. */
+static bool check_finished(const struct shards *s, size_t i, struct err *e)
+{
+    struct stat st;
+    uint64_t want;
+    char *path = shard_path(s, i, e);
+    bool ok =
+        path && safetensors_file_bytes(&want, s->tensors + s->first[i], s->first[i + 1] - s->first[i], e);
+    if (ok && (stat(path, &st) != 0 || (uint64_t)st.st_size != want))
+        ok = err_set(e, ERR_FORMAT,
+                     "%s: is no longer what the interrupted run left; "
+                     "remove the .quench-partial folder to start anew",
+                     path);
+    free(path);
+    return ok;
+}
+
+/* Files from the current one on hold nothing that counts. */
+static bool remove_rest(const struct shards *s, struct err *e)
+{
+    for (size_t i = s->current; i < s->n; i++) {
+        char *path = shard_path(s, i, e);
+        if (!path) return false;
+        int status = unlink(path);
+        free(path);
+        if (status != 0 && errno != ENOENT) return err_errno(e, s->folder);
+    }
+    return true;
+}
+
+static bool resume_shard(struct shards *s, struct err *e)
+{
+    size_t first = s->first[s->current], n = s->first[s->current + 1] - first;
+    uint64_t bytes = s->written;
+    for (size_t i = first; i < s->tensor; i++) bytes += s->tensors[i].bytes;
+    if (bytes == 0) return remove_rest(s, e) && (s->tensor == first || open_shard(s, e));
+    char *path = shard_path(s, s->current, e);
+    bool ok = path && safetensors_writer_resume(&s->writer, path, s->tensors + first, n, bytes, e);
+    free(path);
+    s->current++;
+    ok = ok && remove_rest(s, e);
+    s->current--;
+    return ok;
+}
+
+bool shards_resume(struct shards *s, uint64_t offset, struct err *e)
+{
+    s->offset = s->written = offset;
+    while (s->tensor < s->n_tensors && s->written >= s->tensors[s->tensor].bytes)
+        s->written -= s->tensors[s->tensor++].bytes;
+    if (s->tensor == s->n_tensors && s->written > 0)
+        return err_set(e, ERR_FORMAT, "%s: the journal is that of another checkpoint", s->folder);
+    while (s->current < s->n && s->first[s->current + 1] <= s->tensor)
+        if (!check_finished(s, s->current++, e)) return false;
+    return s->current == s->n || resume_shard(s, e);
 }
 
 static json_t *build_index(const struct shards *s)

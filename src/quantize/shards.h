@@ -18,6 +18,13 @@ int64_t shards_count(const struct shards *s);
 /* The next bytes of the current tensor; a call may not cross into the next one. Files are synced as they
  * fill. */
 bool shards_append(struct shards *s, const void *data, uint64_t bytes, struct err *e);
+/* Bytes of tensors appended so far, over all files. */
+uint64_t shards_offset(const struct shards *s);
+/* Everything before shards_offset is durable. */
+bool shards_sync(struct shards *s, struct err *e);
+/* Before the first append: goes on where an earlier run of the same tensors and sizes had synced. Cuts off
+ * what it wrote after that; a file that lacks something before it is an error. */
+bool shards_resume(struct shards *s, uint64_t offset, struct err *e);
 /* Proves that all was written and writes the index. */
 bool shards_finish(struct shards *s, struct err *e);
 #endif

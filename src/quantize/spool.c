@@ -7,19 +7,14 @@
 #include <string.h>
 #include <unistd.h>
 
-struct spooled {
-    struct packed packed; /* its pointers are of no use here */
-    uint64_t at;
-    bool is_there;
-};
-
 bool spool_init(struct spool *s, const char *folder, size_t n, struct err *e)
 {
-    *s = (struct spool){ .fd = -1, .items = calloc(n + 1, sizeof *s->items) };
-    s->path = file_join(folder, "spool");
-    if (!s->items || !s->path) return err_memory(e, "packed matrices", n * sizeof *s->items);
-    s->fd = open(s->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    return (s->fd >= 0 && unlink(s->path) == 0) || err_errno(e, s->path);
+    *s = (struct spool){ .fd = -1, .path = file_join(folder, "spool") };
+    s->items = calloc(n + 1, sizeof *s->items);
+    s->of = calloc(n + 1, sizeof *s->of);
+    if (!s->items || !s->of || !s->path) return err_memory(e, "packed matrices", n * sizeof *s->items);
+    s->fd = open(s->path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+    return s->fd >= 0 || err_errno(e, s->path);
 }
 
 void spool_deinit(struct spool *s)
@@ -27,41 +22,48 @@ void spool_deinit(struct spool *s)
     if (s->fd >= 0) close(s->fd);
     free(s->path);
     free(s->items);
+    free(s->of);
     *s = (struct spool){ .fd = -1 };
 }
 
-bool spool_put(struct spool *s, size_t index, const struct packed *packed, struct err *e)
+bool spool_append(struct spool *s, const void *data, uint64_t bytes, struct err *e)
 {
-    s->items[index] = (struct spooled){ *packed, s->end, true };
-    s->end += packed->codes_bytes + packed->scales_bytes;
-    return (file_write_all(s->fd, packed->codes, packed->codes_bytes, e) &&
-            file_write_all(s->fd, packed->scales, packed->scales_bytes, e)) ||
-           err_note(e, "%s", s->path);
+    s->end += bytes;
+    return file_write_all(s->fd, data, bytes, e) || err_note(e, "%s", s->path);
 }
 
-bool spool_has(const struct spool *s, size_t index)
+void spool_add(struct spool *s, const struct spooled *item)
 {
-    return s->items && s->items[index].is_there;
+    uint64_t end = item->at + item->codes_bytes + item->scales_bytes;
+    s->end = end > s->end ? end : s->end;
+    s->items[s->n_items++] = *item;
+    s->of[item->index] = s->n_items;
 }
 
-static bool read_all(const struct spool *s, void *to, uint64_t bytes, uint64_t at, struct err *e)
+bool spool_sync(struct spool *s, struct err *e)
 {
-    for (uint64_t done = 0; done < bytes;) {
-        ssize_t n = pread(s->fd, (uint8_t *)to + done, bytes - done, (off_t)(at + done));
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return err_errno(e, s->path);
-        if (n == 0) return err_set(e, ERR_IO, "%s: ends early", s->path);
-        done += (uint64_t)n;
-    }
-    return true;
+    return fdatasync(s->fd) == 0 || err_errno(e, s->path);
 }
 
-bool spool_get(const struct spool *s, struct packed *out, size_t index, struct packer *into, struct err *e)
+bool spool_resume(struct spool *s, struct err *e)
 {
-    const struct spooled *item = &s->items[index];
-    *out = item->packed;
-    out->codes = into->codes;
-    out->scales = into->scales;
-    return read_all(s, into->codes, out->codes_bytes, item->at, e) &&
-           read_all(s, into->scales, out->scales_bytes, item->at + out->codes_bytes, e);
+    off_t have = lseek(s->fd, 0, SEEK_END);
+    if (have < 0) return err_errno(e, s->path);
+    if ((uint64_t)have < s->end)
+        return err_set(e, ERR_FORMAT,
+                       "%s: is no longer what the interrupted run left; "
+                       "remove the .quench-partial folder to start anew",
+                       s->path);
+    return (ftruncate(s->fd, (off_t)s->end) == 0 && lseek(s->fd, (off_t)s->end, SEEK_SET) >= 0) ||
+           err_errno(e, s->path);
+}
+
+const struct spooled *spool_find(const struct spool *s, size_t index)
+{
+    return s->of && s->of[index] ? &s->items[s->of[index] - 1] : NULL;
+}
+
+bool spool_read(const struct spool *s, void *to, uint64_t bytes, uint64_t at, struct err *e)
+{
+    return file_read_at(s->fd, to, bytes, at, e) || err_note(e, "%s", s->path);
 }

@@ -1,6 +1,7 @@
 /* Reads what names and shapes say; decodes rows through num/. */
 #include "quantize/stored.h"
 #include "num/f16.h"
+#include "num/fp8.h"
 #include "num/nvfp4.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,13 +17,6 @@ static bool strip(char out[NAME_BYTES], const char *name, const char *end)
     memcpy(out, name, n - m);
     out[n - m] = 0;
     return true;
-}
-
-static const struct tensor *part(const struct checkpoint *c, const char *module, const char *suffix)
-{
-    char name[2 * NAME_BYTES];
-    snprintf(name, sizeof name, "%s%s", module, suffix);
-    return checkpoint_find(c, name);
 }
 
 bool stored_is_plain(const struct tensor *t)
@@ -41,50 +35,43 @@ static bool has_shape(const struct tensor *t, int64_t rows, int64_t cols)
 }
 
 /* Why an NVFP4 module cannot be decoded. */
-static const char *nvfp4_fault(const struct stored *s)
+static const char *nvfp4_fault(const struct linear *l)
 {
-    if (s->codes->dtype != DTYPE_U8 || s->codes->n_dims != 2) return "weight_packed is not a matrix of U8";
-    if (!s->scale) return "weight_packed has no weight_scale";
-    if (!s->global) return "weight_packed has no weight_global_scale";
-    if (s->cols % NVFP4_GROUP != 0) return "the columns of weight_packed are not whole groups of 16";
-    if (s->scale->dtype != DTYPE_F8_E4M3 || !has_shape(s->scale, s->rows, s->cols / NVFP4_GROUP))
+    if (l->codes->dtype != DTYPE_U8 || l->codes->n_dims != 2) return "weight_packed is not a matrix of U8";
+    if (!l->scale) return "weight_packed has no weight_scale";
+    if (!l->global) return "weight_packed has no weight_global_scale";
+    if (l->cols % NVFP4_GROUP != 0) return "the columns of weight_packed are not whole groups of 16";
+    if (l->scale->dtype != DTYPE_F8_E4M3 || !has_shape(l->scale, l->rows, l->cols / NVFP4_GROUP))
         return "weight_scale is not F8_E4M3 with one element per 16 columns";
-    if (!is_one_f32(s->global)) return "weight_global_scale is not one F32";
-    return s->input && !is_one_f32(s->input) ? "input_global_scale is not one F32" : NULL;
+    if (!is_one_f32(l->global))
+        return l->multiplies ? "weight_scale_2 is not one F32" : "weight_global_scale is not one F32";
+    if (!l->input || is_one_f32(l->input)) return NULL;
+    return l->multiplies ? "input_scale is not one F32" : "input_global_scale is not one F32";
 }
 
-static bool is_per_row(const struct stored *s)
+static const char *fp8_fault(const struct linear *l)
 {
-    return s->scale->n_dims >= 1 && s->scale->shape[0] == s->rows && tensor_elements(s->scale) == s->rows;
-}
-
-static const char *fp8_fault(const struct stored *s)
-{
-    if (!s->scale) return "weight is F8_E4M3 and has no weight_scale";
-    if (!stored_is_plain(s->scale)) return "weight_scale of an FP8 weight is not BF16, F16 or F32";
-    bool single = tensor_elements(s->scale) == 1 && s->scale->n_dims <= 1;
-    return single || is_per_row(s) ? NULL : "weight_scale of an FP8 weight is neither one nor one per row";
+    if (!l->scale) return "weight is F8_E4M3 and has no weight_scale";
+    if (!stored_is_plain(l->scale)) return "weight_scale of an FP8 weight is not BF16, F16 or F32";
+    if (l->storage == STORED_FP8_BLOCK)
+        return linear_scale_is_block(l) ? NULL : "weight_scale_inv has not one element per 128 x 128 weights";
+    if (l->input && (!stored_is_plain(l->input) || tensor_elements(l->input) != 1))
+        return "input_scale is not one BF16, F16 or F32";
+    if (linear_scale_is_single(l) || linear_scale_is_row(l)) return NULL;
+    return "weight_scale of an FP8 weight is neither one, nor one per row, nor one per 128 x 128";
 }
 
 bool stored_get(struct stored *out, const struct checkpoint *c, const char *module)
 {
-    const struct tensor *packed = part(c, module, PACKED), *weight = part(c, module, WEIGHT);
-    *out = (struct stored){ .name = (char *)(uintptr_t)module,
-                            .codes = packed ? packed : weight,
-                            .scale = part(c, module, ".weight_scale"),
-                            .global = part(c, module, ".weight_global_scale"),
-                            .input = part(c, module, ".input_global_scale"),
-                            .both = packed && weight };
-    if (!out->codes || (!packed && weight->n_dims != 2)) return false;
-    out->storage = packed ? STORED_NVFP4 : weight->dtype == DTYPE_F8_E4M3 ? STORED_FP8 : STORED_PLAIN;
-    if (out->codes->n_dims == 2) {
-        out->rows = out->codes->shape[0];
-        out->cols = out->codes->shape[1] * (packed ? 2 : 1);
-    }
-    switch (out->storage) {
-    case STORED_NVFP4: out->unsound = nvfp4_fault(out); break;
-    case STORED_FP8: out->unsound = fp8_fault(out); break;
-    default: out->unsound = stored_is_plain(weight) ? NULL : "weight is not BF16, F16, F32 or F8_E4M3";
+    *out = (struct stored){ .name = (char *)(uintptr_t)module };
+    struct linear *l = &out->part;
+    if (!linear_find(l, c, module) || (l->storage == STORED_PLAIN && l->codes->n_dims != 2)) return false;
+    out->scheme = linear_scheme(l, c, module);
+    switch (l->storage) {
+    case STORED_NVFP4: out->unsound = nvfp4_fault(l); break;
+    case STORED_FP8:
+    case STORED_FP8_BLOCK: out->unsound = l->codes->n_dims == 2 ? fp8_fault(l) : "weight is no matrix"; break;
+    default: out->unsound = stored_is_plain(l->codes) ? NULL : "weight is not BF16, F16, F32 or F8_E4M3";
     }
     return true;
 }
@@ -112,9 +99,8 @@ static bool visit(struct stored_list *l, const struct checkpoint *c, const struc
     struct stored s;
     bool packed = strip(module, t->name, PACKED);
     if (!packed && !strip(module, t->name, WEIGHT)) return true;
-    if (!stored_get(&s, c, module) || (!packed && s.both)) return true;
-    if (!module_place(&s.place, module, true) && !packed && s.storage != STORED_FP8) return true;
-    s.scheme = quantization_scheme(c->quantization, module, "Linear");
+    if (!stored_get(&s, c, module) || (!packed && s.part.both)) return true;
+    if (!module_place(&s.place, module, true) && s.part.storage == STORED_PLAIN) return true;
     return append(l, &s, e);
 }
 
@@ -136,13 +122,6 @@ void stored_deinit(struct stored_list *l)
     *l = (struct stored_list){ 0 };
 }
 
-float stored_f32(const struct tensor *t)
-{
-    float x;
-    memcpy(&x, t->data, sizeof x);
-    return x;
-}
-
 void stored_widen(float *out, const struct tensor *t, int64_t first, int64_t n)
 {
     if (t->dtype == DTYPE_F32) {
@@ -157,19 +136,42 @@ void stored_widen(float *out, const struct tensor *t, int64_t first, int64_t n)
     }
 }
 
+float stored_one(const struct tensor *t)
+{
+    float x;
+    stored_widen(&x, t, 0, 1);
+    return x;
+}
+
+float stored_global(const struct stored *s)
+{
+    float x = stored_one(s->part.global);
+    return s->part.multiplies ? 1 / x : x;
+}
+
+static void fp8_row(float *out, const struct linear *l, int64_t r)
+{
+    const uint8_t *codes = l->codes->data + r * l->cols;
+    bool block = l->storage == STORED_FP8_BLOCK;
+    int64_t step = block ? FP8_BLOCK : l->cols, at = linear_scale_is_row(l) && !block ? r : 0;
+    if (block) at = r / FP8_BLOCK * fp8_blocks(l->cols);
+    for (int64_t c = 0; c < l->cols; c += step, at++) {
+        float scale;
+        stored_widen(&scale, l->scale, at, 1);
+        for (int64_t i = c; i < c + step && i < l->cols; i++)
+            out[i] = e4m3_to_f32((e4m3){ codes[i] }) * scale;
+    }
+}
+
 void stored_row(float *out, const struct stored *s, int64_t r)
 {
-    float scale;
-    if (s->storage == STORED_PLAIN) {
-        stored_widen(out, s->codes, r * s->cols, s->cols);
-        return;
+    const struct linear *l = &s->part;
+    if (l->storage == STORED_PLAIN) {
+        stored_widen(out, l->codes, r * l->cols, l->cols);
+    } else if (l->storage == STORED_NVFP4) {
+        const e4m3 *groups = (const e4m3 *)l->scale->data + r * (l->cols / NVFP4_GROUP);
+        nvfp4_unpack_row(out, l->codes->data + r * (l->cols / 2), groups, stored_global(s), l->cols);
+    } else {
+        fp8_row(out, l, r);
     }
-    if (s->storage == STORED_NVFP4) {
-        const e4m3 *groups = (const e4m3 *)s->scale->data + r * (s->cols / NVFP4_GROUP);
-        nvfp4_unpack_row(out, s->codes->data + r * (s->cols / 2), groups, stored_f32(s->global), s->cols);
-        return;
-    }
-    stored_widen(&scale, s->scale, is_per_row(s) ? r : 0, 1);
-    for (int64_t i = 0; i < s->cols; i++)
-        out[i] = e4m3_to_f32((e4m3){ s->codes->data[r * s->cols + i] }) * scale;
 }

@@ -3,23 +3,15 @@
  * marked, since a check has to name it; model/bind.h, which serves running, refuses it. */
 #ifndef QUANTIZE_STORED_H
 #define QUANTIZE_STORED_H
-#include "checkpoint/checkpoint.h"
+#include "checkpoint/linear.h"
 #include "quantize/modules.h"
-
-enum storage { STORED_PLAIN, STORED_NVFP4, STORED_FP8 };
 
 struct stored {
     char *name; /* without ".weight" */
     struct place place;
-    enum storage storage;
-    enum scheme scheme;          /* what quantization_config says */
-    const struct tensor *codes;  /* .weight, or .weight_packed for NVFP4 */
-    const struct tensor *scale;  /* .weight_scale; NULL: none */
-    const struct tensor *global; /* .weight_global_scale */
-    const struct tensor *input;  /* .input_global_scale */
-    bool both;                   /* .weight and .weight_packed are there */
-    int64_t rows, cols;          /* of the matrix */
-    const char *unsound;         /* why rows cannot be decoded; NULL: they can */
+    struct linear part;
+    enum scheme scheme;  /* linear_scheme */
+    const char *unsound; /* why rows cannot be decoded; NULL: they can */
 };
 
 struct stored_list {
@@ -38,5 +30,6 @@ void stored_row(float *out, const struct stored *s, int64_t r);
 /* n elements of a BF16, F16 or F32 tensor from `first` on. */
 void stored_widen(float *out, const struct tensor *t, int64_t first, int64_t n);
 bool stored_is_plain(const struct tensor *t); /* BF16, F16 or F32 */
-float stored_f32(const struct tensor *t);     /* the one element of an F32 tensor */
+float stored_one(const struct tensor *t);     /* the one element of such a tensor */
+float stored_global(const struct stored *s);  /* NVFP4: what divides the scales */
 #endif

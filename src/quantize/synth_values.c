@@ -28,6 +28,7 @@ enum kind {
 };
 
 static const double WEIGHT_STD = 0.02;
+static const double ROUTER_SPREAD = 0.25; /* of the logarithm of its rows' lengths */
 /* Largest of a matrix, of a row of FP8 weights and of a group of 16, in standard deviations. */
 static const double MATRIX_MAX = 4.5, ROW_MAX = 3.6, GROUP_MAX = 1.77, GROUP_SPREAD = 0.33;
 
@@ -143,6 +144,11 @@ static enum kind kind_of(const struct tensor *t)
     return KIND_WEIGHT;
 }
 
+bool synth_values_are_weights(const struct tensor *t)
+{
+    return t->dtype == DTYPE_BF16 && kind_of(t) == KIND_WEIGHT;
+}
+
 /* splitmix64's output function: every bit of x reaches every bit of the result. */
 static inline uint64_t mix(uint64_t x)
 {
@@ -192,6 +198,20 @@ static void fill_slice(void *ctx, int64_t slice, int thread)
     }
 }
 
+/* Rows of a router differ in length, so that some experts are picked several times as often as others. */
+static void stretch_rows(const struct synth_values *v, uint8_t *out, const struct tensor *t, uint64_t first,
+                         uint64_t bytes)
+{
+    uint64_t stream = stream_of(t->name, v->seed + 1), cols = (uint64_t)t->shape[1];
+    for (uint64_t at = 0; at + 1 < bytes; at += sizeof(bf16)) {
+        uint64_t row = (first + at) / sizeof(bf16) / cols;
+        bf16 z = { v->table[KIND_WEIGHT][mix(stream + row) & 0xffff] }, x;
+        memcpy(&x, out + at, sizeof x);
+        x = bf16_from_f32(bf16_to_f32(x) * expf((float)(ROUTER_SPREAD / WEIGHT_STD) * bf16_to_f32(z)));
+        memcpy(out + at, &x, sizeof x);
+    }
+}
+
 void synth_values_fill(const struct synth_values *v, void *out, const struct tensor *t, uint64_t first,
                        uint64_t bytes, struct pool *pool)
 {
@@ -201,11 +221,13 @@ void synth_values_fill(const struct synth_values *v, void *out, const struct ten
         for (uint64_t at = 0; at < bytes; at += sizeof x) memcpy((uint8_t *)out + at, &x, sizeof x);
         return;
     }
-    struct filling f = { out,   v->table[kind_of(t)],  stream_of(t->name, v->seed), first,
-                         bytes, t->dtype == DTYPE_BF16 };
+    enum kind kind = kind_of(t);
+    struct filling f = { out,   v->table[kind], stream_of(t->name, v->seed),
+                         first, bytes,          t->dtype == DTYPE_BF16 };
     int64_t slices = (int64_t)((bytes + SLICE - 1) / SLICE);
     if (pool && slices > 1)
         pool_run(pool, slices, fill_slice, &f);
     else
         for (int64_t i = 0; i < slices; i++) fill_slice(&f, i, 0);
+    if (kind == KIND_ROUTER) stretch_rows(v, out, t, first, bytes);
 }

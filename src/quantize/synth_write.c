@@ -95,7 +95,7 @@ static void run_deinit(struct run *r)
     shards_free(r->shards);
     pool_free(r->pool);
     synth_values_free(r->values);
-    destination_deinit(&r->destination, r->o->report);
+    destination_deinit(&r->destination);
     synth_deinit(&r->synth);
     json_decref(r->config);
     free(r->folder);
@@ -110,6 +110,7 @@ bool synth_write(const struct synth_options *o, struct synth_result *result, str
     bool ok = prepare(&r, e) && destination_create(&r.destination, r.synth.bytes, o->report, e) &&
               write_tensors(&r, e) && copy_neighbours(&r, e) && write_config(&r, e) &&
               destination_commit(&r.destination, o->report, e);
+    if (!ok && r.destination.lock >= 0) destination_remove(&r.destination, o->report);
     run_deinit(&r);
     result->seconds = clock_seconds() - start;
     return ok;

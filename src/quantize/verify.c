@@ -2,7 +2,7 @@
 #include "quantize/verify.h"
 #include "base/file.h"
 #include "model/bind.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/verify_steps.h"
 #include <inttypes.h>
 #include <math.h>
@@ -62,28 +62,20 @@ static bool open_model(struct verify_steps *v, bool *opened, struct err *e)
 
 /* Modules. */
 
-static const char *stored_words(enum storage s)
+static enum quantization_origin origin(const struct verify_steps *v)
 {
-    return s == STORED_NVFP4 ? "NVFP4" : s == STORED_FP8 ? "FP8" : "plain weights";
+    return quantization_origin(v->model.quantization);
 }
 
-static bool agrees(enum storage s, enum scheme scheme)
+/* Compared with compressed-tensors' own rules, or with what another tool's list hints at: readers that go by
+ * the list build another format, those that go by the tensors do not. */
+static void note_disagreement(struct verify_steps *v, const char *module, enum scheme said, enum storage s)
 {
-    switch (scheme) {
-    case SCHEME_NVFP4:
-    case SCHEME_NVFP4A16: return s == STORED_NVFP4;
-    case SCHEME_FP8_DYNAMIC:
-    case SCHEME_FP8A16: return s == STORED_FP8;
-    default: return s == STORED_PLAIN;
-    }
-}
-
-static void note_disagreement(struct verify_steps *v, const char *module, enum scheme scheme, enum storage s)
-{
+    static const char *const stored[] = { "plain weights", "NVFP4", "FP8", "FP8 in blocks" };
     char what[200];
     snprintf(what, sizeof what, "quantization_config says %s, the file holds %s",
-             scheme == SCHEME_NONE ? "not quantized" : scheme_name(scheme), stored_words(s));
-    verify_steps_note(v, VERIFY_MODULES, true, module, what);
+             said == SCHEME_NONE ? "not quantized" : scheme_name(said), stored[s]);
+    verify_steps_note(v, VERIFY_MODULES, origin(v) == QUANTIZATION_COMPRESSED_TENSORS, module, what);
 }
 
 /* An expert that is also a slice of a fused tensor: readers differ in which one they take. */
@@ -102,7 +94,7 @@ static void check_module(struct verify_steps *v, const struct stored *s)
     const struct config *c = &v->model.config;
     bool draft = s->place.section == PLACE_DRAFT, expert = s->place.expert >= 0;
     if (s->unsound) verify_steps_note(v, VERIFY_MODULES, true, s->name, s->unsound);
-    if (s->both)
+    if (s->part.both)
         verify_steps_note(v, VERIFY_MODULES, true, s->name, "both weight and weight_packed are there");
     if (is_fused_too(&v->model, s))
         verify_steps_note(v, VERIFY_MODULES, true, s->name, "experts are there twice, fused and one by one");
@@ -110,11 +102,12 @@ static void check_module(struct verify_steps *v, const struct stored *s)
         (s->place.layer >= c->n_layers || (expert && s->place.expert >= c->n_experts)))
         verify_steps_note(v, VERIFY_MODULES, true, s->name,
                           "belongs to a layer or expert that config.json does not have");
-    if (s->storage == STORED_PLAIN && (s->scale || s->global || s->input))
+    if (s->part.storage == STORED_PLAIN && (s->part.scale || s->part.global || s->part.input))
         verify_steps_note(v, VERIFY_MODULES, true, s->name, "scales lie beside a weight that needs none");
     /* plain MTP weights that the config would have quantized are the next step's, which says what to do */
-    if (!agrees(s->storage, s->scheme) && !(draft && s->storage == STORED_PLAIN))
-        note_disagreement(v, s->name, s->scheme, s->storage);
+    enum scheme said = quantization_scheme(v->model.quantization, s->name, "Linear");
+    if (!linear_agrees(s->part.storage, said) && !(draft && s->part.storage == STORED_PLAIN))
+        note_disagreement(v, s->name, said, s->part.storage);
     v->result->modules[s->scheme]++;
 }
 
@@ -134,24 +127,36 @@ static int64_t check_fused(struct verify_steps *v, const struct tensor *t, size_
     return n;
 }
 
-/* Parts whose module has no weight, and names that only other formats have. */
-static void check_part(struct verify_steps *v, const char *name)
+/* Scales that belong to no weight, and names that only other formats than the announced one have. */
+static void check_part(struct verify_steps *v, const struct tensor *t)
 {
-    static const char *const parts[] = { ".weight_scale", ".weight_global_scale", ".input_global_scale" };
-    static const char *const foreign[] = { ".weight_scale_2", ".weight_scale_inv", ".input_scale",
-                                           ".weight_shape" };
+    enum { COMPRESSED = 1 << QUANTIZATION_COMPRESSED_TENSORS, MODELOPT = 1 << QUANTIZATION_MODELOPT };
+    static const struct {
+        const char *end;
+        int origins; /* bits of those that write it */
+    } parts[] = {
+        { ".weight_scale", COMPRESSED | MODELOPT },
+        { ".weight_global_scale", COMPRESSED },
+        { ".input_global_scale", COMPRESSED },
+        { ".weight_packed", COMPRESSED },
+        { ".input_scale", COMPRESSED | MODELOPT },
+        { ".weight_scale_2", MODELOPT },
+        { ".weight_scale_inv", 1 << QUANTIZATION_BLOCK_FP8 },
+        { ".weight_shape", 0 },
+    };
     char module[NAME_BYTES];
-    struct stored s;
-    for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++)
-        if (ends_in(name, foreign[i]))
-            verify_steps_note(v, VERIFY_MODULES, true, name,
-                              "names of another format (ModelOpt, block FP8, packed integers) that "
-                              "quantization_config does not announce");
+    struct linear l = { 0 };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        if (!ends_in(name, parts[i])) continue;
-        snprintf(module, sizeof module, "%.*s", (int)(strlen(name) - strlen(parts[i])), name);
-        if (!stored_get(&s, &v->model, module))
-            verify_steps_note(v, VERIFY_MODULES, true, name, "a scale whose weight is missing");
+        if (!ends_in(t->name, parts[i].end)) continue;
+        snprintf(module, sizeof module, "%.*s", (int)(strlen(t->name) - strlen(parts[i].end)), t->name);
+        bool found = linear_find(&l, &v->model, module);
+        bool used = t == l.codes || t == l.scale || t == l.global || t == l.input;
+        if (!(parts[i].origins >> origin(v) & 1) || (found && !used))
+            verify_steps_note(v, VERIFY_MODULES, true, t->name,
+                              "names of another format (compressed-tensors, ModelOpt, block FP8, packed "
+                              "integers) than quantization_config announces");
+        else if (!found)
+            verify_steps_note(v, VERIFY_MODULES, true, t->name, "a scale whose weight is missing");
     }
 }
 
@@ -164,7 +169,8 @@ static void check_other(struct verify_steps *v, const struct tensor *t)
     if (!ends_in(t->name, ".weight") || n - end >= sizeof module) return;
     snprintf(module, sizeof module, "%.*s", (int)(n - end), t->name);
     if ((t->n_dims == 2 && module_place(&place, module, true)) || strncmp(module, "mtp.", 4) == 0) return;
-    if (quantization_scheme(v->model.quantization, module, "") != SCHEME_NONE)
+    if (origin(v) == QUANTIZATION_COMPRESSED_TENSORS &&
+        quantization_scheme(v->model.quantization, module, "") != SCHEME_NONE)
         verify_steps_note(v, VERIFY_MODULES, true, module,
                           "quantization_config quantizes what is no linear module");
 }
@@ -180,7 +186,7 @@ static void check_modules(struct verify_steps *v)
         const struct tensor *t = c->tensors[i];
         if (t->n_dims == 3 && module_is_fused(t->name, &stem, &gate_up) && strncmp(t->name, "mtp.", 4) != 0)
             n += check_fused(v, t, stem, gate_up);
-        check_part(v, t->name);
+        check_part(v, t);
         check_other(v, t);
         vision = vision || strstr(t->name, "visual.");
     }

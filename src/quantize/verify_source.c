@@ -1,7 +1,7 @@
 /* The checkpoint against the BF16 one it was made from: every source tensor is there bit for bit, or as
  * matrices that decode to nearly the same numbers. */
 #include "base/pool.h"
-#include "quantize/pages.h"
+#include "base/pages.h"
 #include "quantize/verify_steps.h"
 #include <inttypes.h>
 #include <math.h>
@@ -36,7 +36,7 @@ struct comparison {
 static void compare_row(void *ctx, int64_t r, int thread)
 {
     const struct pair *p = ctx;
-    int64_t cols = p->stored->cols;
+    int64_t cols = p->stored->part.cols;
     float *x = p->rows + 2 * thread * cols, *y = x + cols;
     double difference = 0, source = 0, decoded = 0;
     stored_widen(x, p->source, p->first + r * cols, cols);
@@ -87,7 +87,7 @@ static void remember(struct verify_result *r, const char *module, enum scheme sc
 static void judge(struct verify_steps *v, const struct stored *s, double error, double norm)
 {
     char detail[NAME_BYTES + 100];
-    bool fault = !(error <= ERROR_FAULT), reversed = s->global && stored_f32(s->global) < 1 && norm > 100;
+    bool fault = !(error <= ERROR_FAULT), reversed = s->part.global && stored_global(s) < 1 && norm > 100;
     if (error <= ERROR_WARN) return;
     snprintf(detail, sizeof detail, "%.3g %%, %.3g times the norm, %s", 100 * error, norm, s->name);
     findings_add(
@@ -95,10 +95,14 @@ static void judge(struct verify_steps *v, const struct stored *s, double error, 
         &(struct finding_note){
             .step = VERIFY_SOURCE,
             .is_fault = fault,
-            .what = reversed ? "weights decode to many times the source's: weight_global_scale is stored as "
-                               "its reciprocal"
-                    : fault  ? "weights decode to something else than the source's"
-                             : "weights are further from the source's than rounding explains (17 %)",
+            .what = reversed
+                        ? s->part.multiplies
+                              ? "weights decode to many times the source's: weight_scale_2 is stored as "
+                                "its reciprocal"
+                              : "weights decode to many times the source's: weight_global_scale is stored "
+                                "as its reciprocal"
+                    : fault ? "weights decode to something else than the source's"
+                            : "weights are further from the source's than rounding explains (17 %)",
             .name = s->name,
             .measure = error,
             .detail = detail });
@@ -111,7 +115,7 @@ static bool compare(struct comparison *c, const struct tensor *source, int64_t f
     struct verify_steps *v = c->v;
     double total[3] = { 0 };
     if (s->unsound) return true; /* said already */
-    if (s->rows != rows || s->cols != cols) {
+    if (s->part.rows != rows || s->part.cols != cols) {
         verify_steps_note(v, VERIFY_SOURCE, true, s->name, "matrices do not have the source's shape");
         return true;
     }
@@ -120,10 +124,17 @@ static bool compare(struct comparison *c, const struct tensor *source, int64_t f
     pool_run(c->pool, rows, compare_row, &p);
     for (int64_t i = 0; i < 3 * rows; i++) total[i % 3] += c->sums[i];
     double error = total[0] == 0 ? 0 : sqrt(total[0] / total[1]);
-    s->scheme = quantization_scheme(v->model.quantization, s->name, "Linear");
-    if (s->storage != STORED_PLAIN || error > 0) remember(v->result, s->name, s->scheme, error);
+    if (s->part.storage != STORED_PLAIN || error > 0) remember(v->result, s->name, s->scheme, error);
     judge(v, s, error, sqrt(total[2] / total[1]));
-    pages_release(s->codes->data, s->codes->bytes);
+    pages_release(s->part.codes->data, s->part.codes->bytes);
+    return true;
+}
+
+static bool module_of(char module[NAME_BYTES], const char *tensor)
+{
+    size_t n = strlen(tensor), end = strlen(".weight");
+    if (n <= end || n - end >= NAME_BYTES || strcmp(tensor + n - end, ".weight") != 0) return false;
+    snprintf(module, NAME_BYTES, "%.*s", (int)(n - end), tensor);
     return true;
 }
 
@@ -131,21 +142,19 @@ static bool compare(struct comparison *c, const struct tensor *source, int64_t f
 static bool check_same(struct comparison *c, const struct tensor *a, const struct tensor *b, struct err *e)
 {
     struct verify_steps *v = c->v;
+    char module[NAME_BYTES];
+    struct stored s;
     bool shape =
         a->n_dims == b->n_dims && memcmp(a->shape, b->shape, (size_t)a->n_dims * sizeof *a->shape) == 0;
-    if (!shape) {
+    if (a->dtype != b->dtype && a->n_dims == 2 && stored_is_plain(a) && module_of(module, a->name) &&
+        stored_get(&s, &v->model, module) && s.part.codes == b)
+        return compare(c, a, 0, a->shape[0], a->shape[1], &s, e);
+    if (!shape)
         verify_steps_note(v, VERIFY_SOURCE, true, a->name, "tensors do not have the source's shape");
-    } else if (a->dtype != b->dtype) {
-        char module[NAME_BYTES];
-        struct stored s;
-        size_t n = strlen(a->name), end = strlen(".weight");
-        snprintf(module, sizeof module, "%.*s", (int)(n > end ? n - end : 0), a->name);
-        if (a->n_dims == 2 && stored_is_plain(a) && stored_get(&s, &v->model, module) && s.codes == b)
-            return compare(c, a, 0, a->shape[0], a->shape[1], &s, e);
+    else if (a->dtype != b->dtype)
         verify_steps_note(v, VERIFY_SOURCE, false, a->name, "tensors are of another type than the source's");
-    } else if (memcmp(a->data, b->data, (size_t)a->bytes) != 0) {
+    else if (memcmp(a->data, b->data, (size_t)a->bytes) != 0)
         verify_steps_note(v, VERIFY_SOURCE, true, a->name, "unquantized tensors differ from the source's");
-    }
     pages_release(b->data, b->bytes);
     return true;
 }
@@ -173,14 +182,13 @@ static bool check_tensor(struct comparison *c, const struct tensor *t, struct er
 {
     char module[NAME_BYTES];
     struct stored s;
-    size_t n = strlen(t->name), end = strlen(".weight"), stem;
+    size_t stem;
     bool gate_up;
     const struct tensor *same = checkpoint_find(&c->v->model, t->name);
     if (same) return check_same(c, t, same, e);
     if (t->n_dims == 3 && stored_is_plain(t) && module_is_fused(t->name, &stem, &gate_up))
         return check_fused(c, t, stem, gate_up, e);
-    snprintf(module, sizeof module, "%.*s", (int)(n > end ? n - end : 0), t->name);
-    if (t->n_dims == 2 && stored_is_plain(t) && n > end && strcmp(t->name + n - end, ".weight") == 0 &&
+    if (t->n_dims == 2 && stored_is_plain(t) && module_of(module, t->name) &&
         stored_get(&s, &c->v->model, module))
         return compare(c, t, 0, t->shape[0], t->shape[1], &s, e);
     verify_steps_note(c->v, VERIFY_SOURCE, true, t->name, "tensors of the source are missing");

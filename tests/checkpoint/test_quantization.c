@@ -309,6 +309,114 @@ static void test_format_messages(void **state)
     expect_messages(cases, sizeof cases / sizeof *cases, ERR_FORMAT);
 }
 
+/* Other tools' words. */
+
+static struct quantization *from_text(const char *text, enum quantization_origin want)
+{
+    json_t *root = must_parse(text);
+    struct quantization *q = must_quantize(root);
+    json_decref(root);
+    assert_int_equal(quantization_origin(q), want);
+    return q;
+}
+
+/* Parents stand for what is below them; names with and without prefixes are the same; wildcards match all of
+ * a name. */
+static void test_modelopt(void **state)
+{
+    (void)state;
+    struct quantization *q =
+        from_text("{\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4\","
+                  "\"group_size\":16,\"ignore\":[\"lm_head\",\"model.layers.*.mlp.gate\",\"*linear_attn*\","
+                  "\"model.language_model.layers.?.self_attn\",\"model.visual\"]}}",
+                  QUANTIZATION_MODELOPT);
+    assert_scheme(q, LAYERS "0.mlp.experts.7.gate_proj", SCHEME_NVFP4);
+    assert_scheme(q, "language_model.model.layers.0.mlp.gate_proj", SCHEME_NVFP4);
+    assert_scheme(q, LAYERS "10.mlp.gate", SCHEME_NONE);
+    assert_scheme(q, LAYERS "10.linear_attn.out_proj", SCHEME_NONE);
+    assert_scheme(q, "model.layers.3.self_attn", SCHEME_NONE);
+    assert_scheme(q, "model.layers.3.self_attn.q_proj", SCHEME_NVFP4);
+    assert_scheme(q, "model.visual.blocks.0.attn.qkv", SCHEME_NONE);
+    assert_scheme(q, "language_model.lm_head", SCHEME_NONE);
+    quantization_free(q);
+    q = from_text("{\"quantization_config\":{\"producer\":{\"name\":\"modelopt\"},\"quantization\":{"
+                  "\"quant_algo\":\"MIXED_PRECISION\",\"exclude_modules\":[\"mtp*\"],\"quantized_layers\":{"
+                  "\"model.layers.0.mlp.experts\":{\"quant_algo\":\"W4A16_NVFP4\",\"group_size\":16},"
+                  "\"lm_head\":{\"quant_algo\":\"FP8_PB_WO\"},\"a.b\":{\"quant_algo\":"
+                  "\"FP8_PER_CHANNEL_PER_TOKEN\"},\"a.c\":{\"quant_algo\":\"FP8\"}}}}}",
+                  QUANTIZATION_MODELOPT);
+    assert_scheme(q, LAYERS "0.mlp.experts.7.gate_proj", SCHEME_NVFP4A16);
+    assert_scheme(q, LAYERS "1.mlp.experts.7.gate_proj", SCHEME_NONE);
+    assert_scheme(q, "lm_head", SCHEME_FP8_BLOCK);
+    assert_scheme(q, "a.b", SCHEME_FP8_DYNAMIC);
+    assert_scheme(q, "a.c", SCHEME_FP8);
+    assert_scheme(q, "a.bc", SCHEME_NONE);
+    quantization_free(q);
+}
+
+static void test_block_fp8(void **state)
+{
+    (void)state;
+    struct quantization *q = from_text(
+        "{\"quantization_config\":{\"quant_method\":\"fp8\",\"fmt\":\"e4m3\",\"activation_scheme\":"
+        "\"dynamic\","
+        "\"weight_block_size\":[128,128],\"modules_to_not_convert\":[\"lm_head\",\"model.visual\"]}}",
+        QUANTIZATION_BLOCK_FP8);
+    assert_scheme(q, LAYERS "0.mlp.experts.7.gate_proj", SCHEME_FP8_BLOCK);
+    assert_scheme(q, "lm_head", SCHEME_NONE);
+    assert_scheme(q, "model.visual.merger.linear_fc1", SCHEME_NONE);
+    quantization_free(q);
+}
+
+static void test_other_messages(void **state)
+{
+    (void)state;
+#define MODELOPT(rest) "{\"quantization_config\":{\"quant_method\":\"modelopt\"" rest "}}"
+#define FP8(rest)      "{\"quantization_config\":{\"quant_method\":\"fp8\"" rest "}}"
+    static const char *const cases[][2] = {
+        { MODELOPT(""), Q "quant_algo: expected a string, found absent" },
+        { MODELOPT(",\"quant_algo\":\"MXFP8\""),
+          Q "quant_algo: 'MXFP8' is not supported, only NVFP4, W4A16_NVFP4, FP8, FP8_PER_CHANNEL_PER_TOKEN, "
+            "FP8_PB_WO and MIXED_PRECISION of them are" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"group_size\":32"),
+          Q "group_size: 32 is not supported, NVFP4 has 16" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"ignore\":[\"a[0-9]\"]"),
+          Q "ignore: wildcard 'a[0-9]' is not supported, only * and ? are" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"ignore\":[3]"), Q "ignore[0]: expected a name" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"ignore\":{}"), Q "ignore: expected a list of names" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"ignore\":[\"model.\"]"),
+          Q "ignore: 'model.' names no module" },
+        { MODELOPT(",\"quant_algo\":\"NVFP4\",\"ignore\":[\"re:a\"]"),
+          Q "ignore: 're:a': a pattern is not expected here" },
+        { MODELOPT(",\"quant_algo\":\"MIXED_PRECISION\""),
+          Q "quantized_layers: expected an object, as MIXED_PRECISION needs" },
+        { MODELOPT(",\"quant_algo\":\"MIXED_PRECISION\",\"quantized_layers\":{\"a\":3}"),
+          Q "quantized_layers.a: expected an object" },
+        { MODELOPT(
+              ",\"quant_algo\":\"MIXED_PRECISION\",\"quantized_layers\":{\"a\":{\"quant_algo\":\"W8A8\"}}"),
+          Q "quantized_layers.a.quant_algo: 'W8A8' is not supported" },
+        { MODELOPT(",\"quant_algo\":\"MIXED_PRECISION\",\"quantized_layers\":{\"a\":{\"quant_algo\":\"FP8\"},"
+                   "\"model.a\":{\"quant_algo\":\"NVFP4\"}}"),
+          "target 'a' is both " },
+        { FP8(""), Q "weight_block_size: expected [128, 128]" },
+        { FP8(",\"weight_block_size\":[128,64]"), Q "weight_block_size: expected [128, 128]" },
+        { FP8(",\"weight_block_size\":[128,128],\"activation_scheme\":\"static\""),
+          Q "activation_scheme: 'static' is not supported, only 'dynamic' is" },
+        { FP8(",\"weight_block_size\":[128,128],\"activation_scheme\":\"dynamic\",\"fmt\":\"e5m2\""),
+          Q "fmt: 'e5m2' is not supported, only 'e4m3' is" },
+        { "{\"quantization_config\":{\"quant_method\":3}}", Q "quant_method: expected a string" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        json_t *root = must_parse(cases[i][0]);
+        struct quantization *q;
+        struct err e = { 0 };
+        if (quantization_parse(&q, root, &e)) fail_msg("accepted: %s", cases[i][0]);
+        assert_message(&e, "", cases[i][1]);
+        assert_null(q);
+        json_decref(root);
+    }
+}
+
 static void test_long_pattern(void **state)
 {
     (void)state;
@@ -344,7 +452,8 @@ int main(void)
         cmocka_unit_test(test_order),           cmocka_unit_test(test_python_patterns),
         cmocka_unit_test(test_hostile_pattern), cmocka_unit_test(test_unsupported),
         cmocka_unit_test(test_format_messages), cmocka_unit_test(test_long_pattern),
-        cmocka_unit_test(test_kv_cache_scheme),
+        cmocka_unit_test(test_kv_cache_scheme), cmocka_unit_test(test_modelopt),
+        cmocka_unit_test(test_block_fp8),       cmocka_unit_test(test_other_messages),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

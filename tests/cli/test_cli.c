@@ -622,8 +622,9 @@ static void quantize_refuses_before_it_works(void **state)
     refuse(WORDS("quantize", folder, in("a/b"), "--calibration", calibration), 2,
            "quench quantize: @/a/b: no folder @/a to create it in\n");
     refuse(WORDS("quantize", folder, in("new"), "--calibration", calibration, "--max-shard-size", "0"), 2,
-           "quench quantize: --num-calibration-samples, --max-seq-length and --max-shard-size must be above "
-           "0\n");
+           "quench quantize: --num-calibration-samples, --max-seq-length, --max-shard-size and --max-memory "
+           "must "
+           "be above 0\n");
     refuse(WORDS("quantize", folder), 2,
            "quench quantize: expected: quench quantize SRC DST --calibration FILE.jsonl\n"
            "try: quench quantize --help\n");
@@ -646,7 +647,19 @@ static int count(const char *prefix)
     WORDS("quantize", demo, in(to), "--calibration", calibration, "--num-calibration-samples", "2",          \
           "--max-seq-length", "64", "--quiet")
 
-static void a_full_disk_leaves_nothing(void **state)
+static void a_plan_writes_nothing(void **state)
+{
+    (void)state;
+    succeed(WORDS("quantize", demo, in("planned"), "--calibration", calibration, "--num-calibration-samples",
+                  "2", "--max-seq-length", "64", "--quiet", "--dry-run"));
+    assert_non_null(strstr(f.out, "the plan; nothing is written\n"));
+    assert_non_null(strstr(f.out, "  NVFP4            192 matrices\n  FP8_DYNAMIC       16 matrices\n"));
+    assert_non_null(
+        strstr(f.out, "  copied           100 tensors\n  size        16.74 MB -> 11.51 MB in 1 file"));
+    assert_int_equal(count("planned"), 0);
+}
+
+static void a_full_disk_can_be_continued(void **state)
 {
     (void)state;
     static const rlim_t limits[] = { 1000, 100000, 2000000, 5000000 };
@@ -654,8 +667,12 @@ static void a_full_disk_leaves_nothing(void **state)
         expect_status(run_as(&(struct start){ .file_bytes = limits[i] }, QUANTIZE("full")), 1);
         assert_non_null(strstr(f.err, "File too large"));
         assert_non_null(strstr(f.err, f.temp.path)); /* which file */
-        assert_int_equal(count("full"), 0);
+        assert_int_equal(count("full"), 1);
+        assert_true(file_exists(in("full.quench-partial")));
     }
+    succeed(QUANTIZE("full"));
+    assert_int_equal(count("full"), 1);
+    assert_true(file_exists(in("full/config.json")));
 }
 
 static void assert_same_file(const char *a, const char *b, const char *name)
@@ -741,7 +758,8 @@ int main(void)
         cmocka_unit_test(the_answer_is_the_same_on_every_way),
         cmocka_unit_test(quantize_refuses_before_it_works),
         cmocka_unit_test(recipes_are_names_or_files),
-        cmocka_unit_test(a_full_disk_leaves_nothing),
+        cmocka_unit_test(a_plan_writes_nothing),
+        cmocka_unit_test(a_full_disk_can_be_continued),
         cmocka_unit_test(quantize_writes_the_same_without_standard_streams),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

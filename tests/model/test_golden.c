@@ -277,16 +277,17 @@ static void any_split_gives_the_same_argmax(void **state)
 }
 
 /* Rows of several sequences in one step, against each sequence alone: the same bits. */
-static void batched_rows_have_the_bits_of_lone_ones(void **state)
+static void check_batched_rows(bool rounded)
 {
-    (void)state;
     enum { N = 4, STEPS = 6 };
     struct loaded l;
     struct golden g = { 0 };
     struct err e = { 0 };
     struct engine *engine;
     golden_open(&g, "tests/golden/demo/golden_text.safetensors");
-    load_model(&l, "models/demo", &tested);
+    struct backend_options on = tested;
+    on.rounded = rounded;
+    load_model(&l, "models/demo", &on);
     struct engine_options o = { .context = 256, .sequences = N, .kv = KV_BF16 };
     must(engine_create(&engine, &l.model, &o, &e), &e);
     int64_t hidden_size = l.model.config->hidden_size;
@@ -323,6 +324,13 @@ static void batched_rows_have_the_bits_of_lone_ones(void **state)
     engine_free(engine);
     unload_model(&l);
     safetensors_close(&g.file);
+}
+
+static void batched_rows_have_the_bits_of_lone_ones(void **state)
+{
+    (void)state;
+    check_batched_rows(false);
+    check_batched_rows(true);
 }
 
 /* Random models of other shapes (tools/make_shape_goldens.py), whole and a few tokens a step. */

@@ -93,6 +93,19 @@ static inline bool has_partial(const char *destination)
     return file_exists(path);
 }
 
+/* The run fails with a message that contains `want`, makes no destination and keeps the work folder. */
+static inline void must_fail_keeping(const struct quantize_options *o, enum err_code code, const char *want)
+{
+    struct quantize_result r;
+    struct err e = { 0 };
+    bool existed = file_exists(o->destination);
+    if (quantize_run(o, &r, &e)) fail_msg("no error, expected '%s'", want);
+    if (!strstr(e.text, want)) fail_msg("expected '%s', found '%s'", want, e.text);
+    if (code != e.code) fail_msg("code %d: %s", e.code, e.text);
+    assert_int_equal(existed, file_exists(o->destination));
+    assert_true(has_partial(o->destination));
+}
+
 /* The run fails with a message that contains `want` and leaves neither the destination nor anything partial.
  */
 static inline void must_fail(const struct quantize_options *o, enum err_code code, const char *want)

@@ -277,26 +277,35 @@ static void calibration_must_be_there(void **state)
 /* --- runs that end early
  * ----------------------------------------------------------------------------------------- */
 
-static void full_disk_leaves_nothing(void **state)
+/* The plan of a run is what the run then does; the plan itself leaves no trace. */
+static void plan_is_what_happens(void **state)
 {
     (void)state;
-    struct rlimit old, small;
-    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "full"));
-    getrlimit(RLIMIT_FSIZE, &old);
-    small = (struct rlimit){ 2000000, old.rlim_max };
-    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
-    setrlimit(RLIMIT_FSIZE, &small);
-    struct quantize_result r;
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "planned"));
+    struct quantize_forecast f;
     struct err e = { 0 };
-    bool ok = quantize_run(&o, &r, &e);
-    setrlimit(RLIMIT_FSIZE, &old);
-    signal(SIGXFSZ, handler);
-    assert_false(ok);
-    assert_int_equal(e.code, ERR_IO);
-    assert_non_null(strstr(e.text, "model-00001-of-00001.safetensors"));
-    assert_non_null(strstr(e.text, "File too large"));
-    assert_false(file_exists(o.destination));
-    assert_false(has_partial(o.destination));
+    o.max_shard_bytes = 3000000;
+    if (!quantize_dry_run(&o, &f, &e)) fail_msg("%s", e.text);
+    assert_false(file_exists(o.destination) || has_partial(o.destination));
+    assert_true(f.pack_seconds > 0 && f.calibrate_seconds > 0 && f.read_seconds > 0);
+    struct quantize_result r = must_run(&o);
+    assert_int_equal(f.matrices[SCHEME_NVFP4], r.nvfp4_matrices);
+    assert_int_equal(f.matrices[SCHEME_FP8_DYNAMIC], r.fp8_matrices);
+    assert_int_equal(f.copied_tensors, r.copied_tensors);
+    assert_int_equal(f.bytes_in, r.bytes_in);
+    assert_int_equal(f.bytes_out, r.bytes_out);
+    assert_int_equal(f.shards, r.shards);
+    assert_int_equal(f.tokens, r.tokens);
+    assert_false(quantize_dry_run(&o, &f, &e));
+    assert_non_null(strstr(e.text, "already exists"));
+}
+
+static void memory_has_a_limit(void **state)
+{
+    (void)state;
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "large"));
+    o.max_memory = 100000000;
+    must_fail(&o, ERR_LIMIT, "GB of memory may be needed, the limit is 0.1 GB; raise the limit");
 }
 
 static void die_midway(void *ctx, const char *what, uint64_t done, uint64_t total)
@@ -319,6 +328,20 @@ static int run_and_die(const char *destination)
     return 1;
 }
 
+/* What a program that knew no journal left is no help. */
+static void foreign_leftover_is_removed(void **state)
+{
+    (void)state;
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "foreign"));
+    assert_int_equal(mkdir(in(&fixture, "foreign.quench-partial"), 0777), 0);
+    write_text(in(&fixture, "foreign.quench-partial/model-00001-of-00001.safetensors"), "x");
+    fixture.warnings[0] = 0;
+    must_run(&o);
+    assert_non_null(
+        strstr(fixture.warnings, "foreign.quench-partial: left by an interrupted run, removed\n"));
+    assert_false(has_partial(o.destination));
+}
+
 static void killed_run_is_no_checkpoint(void **state)
 {
     (void)state;
@@ -336,8 +359,9 @@ static void killed_run_is_no_checkpoint(void **state)
     assert_false(file_exists(in(&fixture, "killed.quench-partial/config.json")));
 
     fixture.warnings[0] = 0;
+    o.max_shard_bytes = 1000000;
     must_run(&o);
-    assert_non_null(strstr(fixture.warnings, "killed.quench-partial: left by an interrupted run, removed\n"));
+    assert_non_null(strstr(fixture.warnings, "killed.quench-partial: continuing an interrupted run\n"));
     assert_false(has_partial(o.destination));
     struct checkpoint c;
     must_open(&c, o.destination);
@@ -389,7 +413,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(modules_must_be_named),
         cmocka_unit_test(modules_must_have_one_scheme),
         cmocka_unit_test(calibration_must_be_there),
-        cmocka_unit_test(full_disk_leaves_nothing),
+        cmocka_unit_test(plan_is_what_happens),
+        cmocka_unit_test(memory_has_a_limit),
+        cmocka_unit_test(foreign_leftover_is_removed),
         cmocka_unit_test(killed_run_is_no_checkpoint),
         cmocka_unit_test(running_run_is_left_alone),
     };

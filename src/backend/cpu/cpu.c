@@ -9,9 +9,13 @@ const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                __builtin_cpu_supports("avx512vbmi");
+    if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512BF16)) return &cpu_kernels_avx512bf16;
     if (avx512 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512)) return &cpu_kernels_avx512;
     if (avx2 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX2)) return &cpu_kernels_avx2;
 #else
@@ -20,13 +24,14 @@ const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
     return &cpu_kernels_generic;
 }
 
-bool cpu_queue_create(struct queue **out, int threads, enum cpu_isa isa, struct err *e)
+bool cpu_queue_create(struct queue **out, const struct backend_options *o, struct err *e)
 {
     struct queue *q = calloc(1, sizeof *q);
     *out = q;
     if (!q) return err_memory(e, "CPU backend", sizeof *q);
-    q->k = cpu_kernels_select(isa);
-    if (pool_create(&q->pool, threads > 0 ? threads : pool_default_threads(), e)) return true;
+    q->k = cpu_kernels_select(o->isa);
+    q->rounded = o->rounded;
+    if (pool_create(&q->pool, o->threads > 0 ? o->threads : pool_default_threads(), e)) return true;
     free(q);
     *out = NULL;
     return false;
@@ -38,6 +43,7 @@ void cpu_queue_free(struct queue *q)
     pool_free(q->pool);
     free(q->memory);
     free(q->threads);
+    slab_free_current(&q->slab);
     free(q);
 }
 
@@ -61,16 +67,18 @@ static void layout(struct queue *q, struct arena *a)
     const struct step_limits *l = &q->limits;
     int n_threads = pool_threads(q->pool);
     int64_t picked = l->rows * l->picks, wide = largest(l->cols, l->intermediate);
+    q->words_most = wide + 4;
     int64_t delta = DELTA_CHUNK * (l->cols + 2 * DELTA_CHUNK + l->cols); /* a head is no wider than a row */
     for (int t = 0; t < n_threads; t++) {
         struct cpu_thread *s = &q->threads[t];
         s->panel = arena_take(a, (int64_t)DECODE_COLUMNS * PANEL, sizeof(float), 64);
-        s->sums = arena_take(a, 2 * l->rows * PANEL, sizeof(float), 64);
-        s->scores = arena_take(a, l->context, sizeof(float), 64);
+        s->sums = arena_take(a, 2 * PANELS_MAX * l->rows * PANEL, sizeof(float), 64);
+        s->scores = arena_take(a, ATTEND_HEADS_MAX * l->context, sizeof(float), 64);
         s->work = arena_take(a, delta, sizeof(float), 64);
         s->quantized = arena_take(a, wide, sizeof(float), 64);
     }
-    q->packed = arena_take(a, largest(l->rows * l->cols, picked * wide), sizeof(float), 64);
+    q->rounded_rows = arena_take(a, largest(l->rows, picked) * q->words_most, sizeof *q->rounded_rows, 64);
+    q->packed = arena_take(a, largest(l->rows, picked) * q->words_most, sizeof *q->packed, 64);
     q->row_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
     q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
     q->outputs = arena_take(a, picked * l->cols, sizeof(float), 64);

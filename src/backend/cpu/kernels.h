@@ -5,19 +5,51 @@
 #define BACKEND_CPU_KERNELS_H
 #include "backend/ops.h"
 
-/* A weight is laid out in panels of 16 output rows, the rows interleaved: element (row, col) of panel p at
- * [p][col][row % 16]; rows past the end are zero. NVFP4: 8 bytes a column, byte j = row j | row j + 8 << 4,
- * and scales [p][col / 16][16]. */
-enum { PANEL = 16, BLOCK_ROWS_MAX = 16 };
+/* A weight is laid out in panels of 16 output rows, 16 lanes of 32 bits side by side, lane = row; rows past
+ * the end are zero, and so are columns that fill up a lane:
+ *   F32    [p][col][16]
+ *   BF16   [p][col / 2][16][2]
+ *   FP8    [p][col / 4][4][2][4][2]: a quarter of the rows, pair of columns, row, column
+ *   NVFP4  [p][col / 8][16][4]: bytes as stored, so column c of 8 is bits 4c .. 4c + 3 of the lane; none of
+ *          the scales [p][col / 16][16] is negative (their sign moved into the codes) */
+enum { PANEL = 16, BLOCK_ROWS_MAX = 16, PANELS_MAX = 4, STREAM_ROWS_MAX = 4 };
 
 struct cpu_weight {
     struct weight head;
-    int64_t panels;
-    uint8_t *data;     /* owned */
-    uint8_t *groups;   /* NVFP4: E4M3 scales; owned */
-    float *scale;      /* FP8: [panels * 16]; FP8_BLOCK: [rows / 128][cols / 128], rounded up; owned */
-    float global;      /* NVFP4 */
-    const void *table; /* is_table: borrowed rows */
+    int64_t panels, panel_bytes;
+    uint8_t *data;         /* owned, as the other two: one piece of the slab */
+    uint8_t *groups;       /* NVFP4: E4M3 scales */
+    float *scale;          /* FP8: [panels * 16]; FP8_BLOCK: [rows / 128][cols / 128], rounded up */
+    struct cpu_slab *slab; /* slab.h */
+    float global;          /* NVFP4 */
+    const void *table;     /* is_table: borrowed rows */
+};
+
+/* How rows of inputs are written for a product, in words of 32 bits. A block of R rows interleaves their
+ * words: [word][R].
+ *   F32    a column a word
+ *   BF16   two columns a word, zeros after the last (of FP8 weights: up to a multiple of 4 columns)
+ *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; their
+ *          scale, f32; -12 times the sum of the codes */
+enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
+enum { INT8_WORDS = 6 };
+
+/* y[p * stride + i * 16 ..] = x_i . the 16 rows of panel `panel` + p, for p < panels, i < rows; x: a block of
+ * 1, 2, 4, 8 or 16 rows. An output's additions have one order whatever `panels` and `rows`. FP8 is without
+ * its row scales, INT8 times 128 / w->global stays to be applied. */
+typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                     int panels, int rows);
+
+/* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
+ * span. */
+enum { ATTEND_HEADS_MAX = 8 };
+struct attend_group {
+    float *y; /* [n_heads][dim] */
+    const float *qg;
+    int n_heads; /* at most ATTEND_HEADS_MAX */
+    const struct kv_cache *kv;
+    const int32_t *pages;
+    int kv_head;
 };
 
 /* One value head's inputs: token t's at pointer + t * its stride. q, k are normalised, q scaled. */
@@ -32,14 +64,25 @@ struct delta_head {
 
 struct cpu_kernels {
     const char *name;
-    int block_rows; /* widest block `product` takes */
+    int block_rows; /* widest block of a product */
 
-    /* Columns [first, first + n) of a panel as f32 [n][16]; NVFP4: multiples of 16. FP8 without the row
-     * scales, FP8_BLOCK with those of its blocks. */
+    /* out[i * n_rows + r] = word i of row r: blocks of inputs, panels of weights. Rows may be unaligned. */
+    void (*interleave)(uint32_t *out, const uint8_t *const *rows, int n_rows, int64_t n);
+    /* n columns as the words of a form; n % 16 == 0 for INT8 (num/int8.h). */
+    void (*round_bf16)(uint32_t *out, const float *x, int64_t n);
+    void (*round_int8)(uint32_t *out, const float *x, int64_t n);
+    float (*round_fp8)(float *out, const float *x, int64_t n); /* as fp8_quantize_activations */
+
+    /* Products in f32, one fused multiply-add a column, ascending. `stream` takes blocks of at most
+     * STREAM_ROWS_MAX rows; for more rows a panel is decoded once and meets every block.
+     * decode: columns [first, first + n) of a panel as f32 [n][16], first % 256 == 0. FP8 without the row
+     * scales, FP8_BLOCK with those of its blocks. product: y[i][0..16) += sum_c x[c * rows + i] *
+     * w[c][0..16), rows: 1, 2, 4, 8 or 16, at most block_rows. */
+    cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
-    /* y[i][0..16) += sum_c x[c * rows + i] * w[c][0..16), c ascending, one fused product at a time. y:
-     * [rows][16]. rows: 1, 2, 4, 8 or 16, at most block_rows. */
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
+    cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
+    cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
@@ -48,10 +91,9 @@ struct cpu_kernels {
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
     double (*divergence)(const float *p, const float *q, int64_t n);     /* sum e^p (p - q) */
 
-    /* One query head against n_tokens keys and values: y[dim] = softmax(q.k / sqrt(dim)) v * sigmoid(gate).
-     * pages as in struct span; head: the kv head. scores: scratch, [n_tokens]. */
-    void (*attend)(float *y, const float *query, const float *gate, const struct kv_cache *kv,
-                   const int32_t *pages, int head, int64_t n_tokens, float *scores);
+    /* A group's query heads against n_tokens keys and values: y = softmax(q.k / sqrt(dim)) v * sigmoid(gate),
+     * head after head. scores: scratch, [n_heads][n_tokens]. */
+    void (*attend)(const struct attend_group *g, int64_t n_tokens, float *scores);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */
@@ -67,6 +109,7 @@ extern const struct cpu_kernels cpu_kernels_generic;
 #if defined(__x86_64__)
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
+extern const struct cpu_kernels cpu_kernels_avx512bf16;
 #endif
 /* The best set this machine runs, at most `isa`. */
 const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa);

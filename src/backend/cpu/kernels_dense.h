@@ -25,62 +25,180 @@ INLINE void vstore_part(float *p, vec v, int64_t n)
     memcpy(p, x, (size_t)n * sizeof *x);
 }
 
-/* Panels. */
+/* Panels: the units of columns that share a lane. */
 
-static void decode_bf16(float *out, const uint16_t *in, int64_t n)
-{
-    for (int64_t i = 0; i < n * PANEL; i += VL) vstore(out + i, vload_bf16(in + i));
-}
-
-static void decode_fp8(float *out, const uint8_t *in, int64_t n)
-{
-    for (int64_t i = 0; i < n * PANEL; i += VL) vstore(out + i, vfrom_e4m3(vload_u8(in + i)));
-}
-
-/* A panel lies in one row of blocks. */
-static void decode_fp8_block(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n)
-{
-    const uint8_t *in = w->data + (panel * w->head.cols + first) * PANEL;
-    const float *scale = w->scale + panel * PANEL / FP8_BLOCK * fp8_blocks(w->head.cols);
-    for (int64_t c = first; c < first + n; c++, in += PANEL, out += PANEL)
-        for (int v = 0; v < PER_PANEL; v++)
-            vstore(out + v * VL, vfrom_e4m3(vload_u8(in + v * VL)) * vset(scale[c / FP8_BLOCK]));
-}
-
-/* One group of 16 columns. codes: 8 bytes a column, rows 0..7 in the low nibbles, 8..15 in the high. */
-INLINE void decode_group(float *out, const uint8_t *codes, const vec step[PER_PANEL])
+INLINE void unit_f32(vec out[1][PER_PANEL], const float *in)
 {
 #pragma GCC unroll 4
-    for (int c = 0; c < 16; c++, codes += 8, out += PANEL)
-#pragma GCC unroll 4
-        for (int v = 0; v < PER_PANEL; v++) vstore(out + v * VL, vfrom_e2m1(vload_e2m1(codes, v)) * step[v]);
+    for (int v = 0; v < PER_PANEL; v++) out[0][v] = vload(in + v * VL);
 }
 
-static void decode_nvfp4(float *out, const uint8_t *codes, const uint8_t *groups, float global, int64_t n)
+INLINE void unit_bf16(vec out[2][PER_PANEL], const uint8_t *in)
 {
-    for (int64_t c = 0; c < n; c += 16, groups += PANEL) {
-        vec step[PER_PANEL];
-        for (int v = 0; v < PER_PANEL; v++) step[v] = vfrom_e4m3(vload_u8(groups + v * VL)) / global;
-        decode_group(out + c * PANEL, codes + c * 8, step);
+#pragma GCC unroll 4
+    for (int v = 0; v < PER_PANEL; v++) {
+        vecu pair = vload_u32(in + 4 * v * VL);
+        out[0][v] = (vec)(pair << 16);
+        out[1][v] = (vec)(pair & 0xffff0000u);
     }
+}
+
+INLINE void unit_fp8(vec out[4][PER_PANEL], const uint8_t *in)
+{
+#pragma GCC unroll 4
+    for (int v = 0; v < PER_PANEL; v++)
+        vload_fp8(&out[0][v], &out[1][v], &out[2][v], &out[3][v], in + 4 * v * VL);
+}
+
+/* A group of 16 columns. step: scale / global of each row. */
+INLINE void unit_nvfp4(vec out[16][PER_PANEL], const uint8_t *in, const uint8_t *groups, float global)
+{
+#pragma GCC unroll 4
+    for (int v = 0; v < PER_PANEL; v++) {
+        vec step = vfrom_e4m3(vload_u8(groups + v * VL)) / global;
+        vecu low = vload_u32(in + 4 * v * VL), high = vload_u32(in + 4 * (PANEL + v * VL));
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            out[c][v] = vfrom_e2m1(low >> (4 * c) & 15) * step;
+            out[c + 8][v] = vfrom_e2m1(high >> (4 * c) & 15) * step;
+        }
+    }
+}
+
+enum { UNIT_MAX = 16 };
+
+INLINE int unit_columns(const enum weight_format f)
+{
+    return f == WEIGHT_NVFP4 ? 16 : f == WEIGHT_BF16 ? 2 : f == WEIGHT_FP8 || f == WEIGHT_FP8_BLOCK ? 4 : 1;
+}
+
+/* The unit that begins at column c of a panel. */
+INLINE void unit(vec out[UNIT_MAX][PER_PANEL], const struct cpu_weight *w, int64_t panel, int64_t c,
+                 const enum weight_format f)
+{
+    const uint8_t *in = w->data + panel * w->panel_bytes;
+    if (f == WEIGHT_NVFP4)
+        unit_nvfp4(out, in + c * 8, w->groups + panel * w->head.cols + c, w->global);
+    else if (f == WEIGHT_BF16)
+        unit_bf16(out, in + c * 32);
+    else if (f == WEIGHT_FP8 || f == WEIGHT_FP8_BLOCK)
+        unit_fp8(out, in + c * 16);
+    else
+        unit_f32(out, (const float *)in + c * PANEL);
+    if (f != WEIGHT_FP8_BLOCK) return;
+    /* a panel lies in one row of blocks, a unit in one block */
+    vec scale = vset(w->scale[panel * PANEL / FP8_BLOCK * fp8_blocks(w->head.cols) + c / FP8_BLOCK]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < PER_PANEL; v++) out[i][v] *= scale;
+}
+
+INLINE void decode_format(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n,
+                          const enum weight_format f)
+{
+    const int each = unit_columns(f);
+    int64_t c = 0;
+    vec u[UNIT_MAX][PER_PANEL];
+    for (; c + each <= n; c += each) {
+        unit(u, w, panel, first + c, f);
+#pragma GCC unroll 16
+        for (int i = 0; i < each; i++)
+#pragma GCC unroll 4
+            for (int v = 0; v < PER_PANEL; v++) vstore(out + (c + i) * PANEL + v * VL, u[i][v]);
+    }
+    if (c == n) return;
+    unit(u, w, panel, first + c, f);
+    for (int i = 0; i < each && c + i < n; i++)
+        for (int v = 0; v < PER_PANEL; v++) vstore(out + (c + i) * PANEL + v * VL, u[i][v]);
 }
 
 static void decode(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n)
 {
-    int64_t at = panel * w->head.cols + first;
-    if (w->head.format == WEIGHT_NVFP4)
-        decode_nvfp4(out, w->data + at * 8, w->groups + at, w->global, n);
-    else if (w->head.format == WEIGHT_FP8)
-        decode_fp8(out, w->data + at * PANEL, n);
-    else if (w->head.format == WEIGHT_FP8_BLOCK)
-        decode_fp8_block(out, w, panel, first, n);
-    else if (w->head.format == WEIGHT_BF16)
-        decode_bf16(out, (const uint16_t *)w->data + at * PANEL, n);
-    else
-        memcpy(out, (const float *)w->data + at * PANEL, (size_t)n * PANEL * sizeof *out);
+    switch (w->head.format) {
+    case WEIGHT_NVFP4: decode_format(out, w, panel, first, n, WEIGHT_NVFP4); return;
+    case WEIGHT_FP8: decode_format(out, w, panel, first, n, WEIGHT_FP8); return;
+    case WEIGHT_FP8_BLOCK: decode_format(out, w, panel, first, n, WEIGHT_FP8_BLOCK); return;
+    case WEIGHT_BF16: decode_format(out, w, panel, first, n, WEIGHT_BF16); return;
+    default: decode_format(out, w, panel, first, n, WEIGHT_F32); return;
+    }
 }
 
-/* The product. */
+/* Few rows: weights go from memory to the product without a stop. Several panels at a time, so that the adds
+ * of one wait for nothing but their own. */
+
+INLINE void stream_tile(float *y, int64_t stride, const float *x, const struct cpu_weight *w, int64_t panel,
+                        const int panels, const int rows, const enum weight_format f)
+{
+    const int each = unit_columns(f);
+    vec sum[4][4][PER_PANEL], u[UNIT_MAX][PER_PANEL];
+    int64_t c = 0, cols = w->head.cols;
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; p++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < PER_PANEL; v++) sum[p][r][v] = (vec){ 0 };
+    for (; c + each <= cols; c += each)
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) {
+            unit(u, w, panel + p, c, f);
+#pragma GCC unroll 16
+            for (int i = 0; i < each; i++)
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < PER_PANEL; v++)
+                        sum[p][r][v] = x[(c + i) * rows + r] * u[i][v] + sum[p][r][v];
+        }
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; p++) {
+        if (c < cols) unit(u, w, panel + p, c, f);
+        for (int i = 0; i < each && c + i < cols; i++)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < PER_PANEL; v++)
+                    sum[p][r][v] = x[(c + i) * rows + r] * u[i][v] + sum[p][r][v];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < PER_PANEL; v++) vstore(y + p * stride + r * PANEL + v * VL, sum[p][r][v]);
+    }
+}
+
+INLINE void stream_format(float *y, int64_t stride, const float *x, const struct cpu_weight *w, int64_t panel,
+                          int panels, int rows, const enum weight_format f)
+{
+    for (int most = 4 / rows, n; panels > 0; panel += n, panels -= n, y += n * stride) {
+        n = panels >= most ? most : 1;
+        if (rows == 4)
+            stream_tile(y, stride, x, w, panel, 1, 4, f);
+        else if (rows == 2 && n == 2)
+            stream_tile(y, stride, x, w, panel, 2, 2, f);
+        else if (rows == 2)
+            stream_tile(y, stride, x, w, panel, 1, 2, f);
+        else if (n == 4)
+            stream_tile(y, stride, x, w, panel, 4, 1, f);
+        else
+            stream_tile(y, stride, x, w, panel, 1, 1, f);
+    }
+}
+
+static void stream(float *y, int64_t stride, const uint32_t *words, const struct cpu_weight *w, int64_t panel,
+                   int panels, int rows)
+{
+    const float *x = (const float *)(const void *)words;
+    switch (w->head.format) {
+    case WEIGHT_NVFP4: stream_format(y, stride, x, w, panel, panels, rows, WEIGHT_NVFP4); return;
+    case WEIGHT_FP8: stream_format(y, stride, x, w, panel, panels, rows, WEIGHT_FP8); return;
+    case WEIGHT_FP8_BLOCK: stream_format(y, stride, x, w, panel, panels, rows, WEIGHT_FP8_BLOCK); return;
+    case WEIGHT_BF16: stream_format(y, stride, x, w, panel, panels, rows, WEIGHT_BF16); return;
+    default: stream_format(y, stride, x, w, panel, panels, rows, WEIGHT_F32); return;
+    }
+}
+
+/* Many rows: a decoded panel meets block after block. */
 
 INLINE void product_rows(float *y, const float *x, const float *w, int64_t cols, const int rows)
 {

@@ -2,6 +2,7 @@
 #ifndef BACKEND_CPU_KERNELS_SEQUENCE_H
 #define BACKEND_CPU_KERNELS_SEQUENCE_H
 #include "backend/cpu/kernels_dense.h"
+#include "backend/cpu/kernels_input.h"
 
 /* Attention. */
 
@@ -33,26 +34,25 @@ INLINE float kv_dot(const float *query, const void *keys, const enum kv_dtype dt
     return dot;
 }
 
-/* scores[t] = e^(q.k_t / sqrt(dim) - top); returns their sum. */
-INLINE float kv_softmax(float *scores, const float *query, const struct kv_cache *kv,
-                        const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens)
+/* Where token t's head begins. */
+INLINE int64_t kv_at(const struct kv_cache *kv, const int32_t *pages, int64_t t, int64_t column)
 {
-    int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim;
-    float scale = 1 / sqrtf((float)kv->head_dim), top = -INFINITY;
-    for (int64_t t = 0; t < n_tokens; t++) {
-        int64_t at =
-            (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + (int64_t)head * kv->head_dim;
-        scores[t] = kv_dot(query, kv->keys, dtype, at, kv->head_dim) * scale;
-        top = scores[t] > top ? scores[t] : top;
-    }
+    return (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * kv->n_kv_heads * kv->head_dim + column;
+}
+
+/* scores[t] = e^(scores[t] - their largest); returns their sum. */
+static float softmax(float *scores, int64_t n)
+{
+    float top = -INFINITY;
+    for (int64_t t = 0; t < n; t++) top = scores[t] > top ? scores[t] : top;
     vec sum = { 0 };
     int64_t t = 0;
-    for (; t + VL <= n_tokens; t += VL) {
+    for (; t + VL <= n; t += VL) {
         vec p = vexp(vload(scores + t) - top);
         vstore(scores + t, p);
         sum += p;
     }
-    for (; t < n_tokens; t++) {
+    for (; t < n; t++) {
         vec p = vexp(vset(scores[t] - top));
         scores[t] = p[0];
         sum[0] += p[0];
@@ -60,54 +60,75 @@ INLINE float kv_softmax(float *scores, const float *query, const struct kv_cache
     return vsum(sum);
 }
 
-/* y[d .. d + n * VL) = sum_t scores[t] * v_t * r * sigmoid(gate). */
-INLINE void kv_mix(float *y, const float *scores, const float *gate, const struct kv_cache *kv,
-                   const enum kv_dtype dtype, const int32_t *pages, int64_t column, int64_t n_tokens, float r,
-                   const int n)
+/* y[0 .. n * VL) += sum of scores[t] * v_t, tokens [first, end). */
+INLINE void kv_mix(float *y, const float *scores, const struct kv_cache *kv, const enum kv_dtype dtype,
+                   const int32_t *pages, int64_t column, int64_t first, int64_t end, const int n)
 {
-    int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim;
     vec sum[8];
 #pragma GCC unroll 8
-    for (int v = 0; v < n; v++) sum[v] = (vec){ 0 };
-    for (int64_t t = 0; t < n_tokens; t++) {
-        int64_t at = (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column;
+    for (int v = 0; v < n; v++) sum[v] = vload(y + v * VL);
+    for (int64_t t = first; t < end; t++) {
+        int64_t at = kv_at(kv, pages, t, column);
 #pragma GCC unroll 8
         for (int v = 0; v < n; v++) sum[v] = scores[t] * kv_vec(kv->values, dtype, at + v * VL) + sum[v];
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < n; v++) vstore(y + v * VL, sum[v] * r * vsigmoid(vload(gate + v * VL)));
+    for (int v = 0; v < n; v++) vstore(y + v * VL, sum[v]);
 }
 
-INLINE void attend_dtype(float *y, const float *query, const float *gate, const struct kv_cache *kv,
-                         const enum kv_dtype dtype, const int32_t *pages, int head, int64_t n_tokens,
-                         float *scores)
+INLINE void kv_mix_head(float *y, const float *scores, const struct kv_cache *kv, const enum kv_dtype dtype,
+                        const int32_t *pages, int64_t column, int64_t first, int64_t end)
 {
     int dim = kv->head_dim, d = 0;
-    int64_t line = (int64_t)kv->n_kv_heads * dim, column = (int64_t)head * dim;
-    float r = 1 / kv_softmax(scores, query, kv, dtype, pages, head, n_tokens);
-    for (; d + 8 * VL <= dim; d += 8 * VL)
-        kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 8);
-    for (; d + VL <= dim; d += VL)
-        kv_mix(y + d, scores, gate + d, kv, dtype, pages, column + d, n_tokens, r, 1);
-    for (; d < dim; d++) {
-        float sum = 0;
-        for (int64_t t = 0; t < n_tokens; t++)
-            sum +=
-                scores[t] * kv_one(kv->values, dtype,
-                                   (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * line + column + d);
-        y[d] = sum * r * vsigmoid(vset(gate[d]))[0];
+    for (; d + 8 * VL <= dim; d += 8 * VL) kv_mix(y + d, scores, kv, dtype, pages, column + d, first, end, 8);
+    for (; d + VL <= dim; d += VL) kv_mix(y + d, scores, kv, dtype, pages, column + d, first, end, 1);
+    for (; d < dim; d++)
+        for (int64_t t = first; t < end; t++)
+            y[d] += scores[t] * kv_one(kv->values, dtype, kv_at(kv, pages, t, column + d));
+}
+
+/* A page of keys, then of values, meets every head of the group while it is in the caches. */
+INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype, int64_t n_tokens,
+                         float *scores)
+{
+    const struct kv_cache *kv = g->kv;
+    int dim = kv->head_dim;
+    int64_t column = (int64_t)g->kv_head * dim;
+    float scale = 1 / sqrtf((float)dim);
+    for (int64_t first = 0; first < n_tokens; first += KV_PAGE) {
+        int64_t end = first + KV_PAGE < n_tokens ? first + KV_PAGE : n_tokens;
+        for (int h = 0; h < g->n_heads; h++)
+            for (int64_t t = first; t < end; t++)
+                scores[h * n_tokens + t] =
+                    kv_dot(g->qg + 2 * h * dim, kv->keys, dtype, kv_at(kv, g->pages, t, column), dim) * scale;
+    }
+    float r[ATTEND_HEADS_MAX];
+    for (int h = 0; h < g->n_heads; h++) {
+        r[h] = 1 / softmax(scores + h * n_tokens, n_tokens);
+        memset(g->y + h * dim, 0, (size_t)dim * sizeof *g->y);
+    }
+    for (int64_t first = 0; first < n_tokens; first += KV_PAGE) {
+        int64_t end = first + KV_PAGE < n_tokens ? first + KV_PAGE : n_tokens;
+        for (int h = 0; h < g->n_heads; h++)
+            kv_mix_head(g->y + h * dim, scores + h * n_tokens, kv, dtype, g->pages, column, first, end);
+    }
+    for (int h = 0; h < g->n_heads; h++) {
+        const float *gate = g->qg + (2 * h + 1) * dim;
+        float *y = g->y + h * dim;
+        int d = 0;
+        for (; d + VL <= dim; d += VL) vstore(y + d, vload(y + d) * r[h] * vsigmoid(vload(gate + d)));
+        for (; d < dim; d++) y[d] = y[d] * r[h] * vsigmoid(vset(gate[d]))[0];
     }
 }
 
-static void attend(float *y, const float *query, const float *gate, const struct kv_cache *kv,
-                   const int32_t *pages, int head, int64_t n_tokens, float *scores)
+static void attend(const struct attend_group *g, int64_t n_tokens, float *scores)
 {
-    if (kv->dtype == KV_F32)
-        attend_dtype(y, query, gate, kv, KV_F32, pages, head, n_tokens, scores);
-    else if (kv->dtype == KV_BF16)
-        attend_dtype(y, query, gate, kv, KV_BF16, pages, head, n_tokens, scores);
+    if (g->kv->dtype == KV_F32)
+        attend_dtype(g, KV_F32, n_tokens, scores);
+    else if (g->kv->dtype == KV_BF16)
+        attend_dtype(g, KV_BF16, n_tokens, scores);
     else
-        attend_dtype(y, query, gate, kv, KV_FP8, pages, head, n_tokens, scores);
+        attend_dtype(g, KV_FP8, n_tokens, scores);
 }
 
 /* The delta rule. */
@@ -289,12 +310,19 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
 /* What every kernels_*.c defines: the table of this ISA. */
-#define CPU_KERNELS(ISA, WIDEST_BLOCK)                                                                       \
+#define CPU_KERNELS(ISA, WIDEST_BLOCK, DOT_BF16, DOT_INT8)                                                   \
     const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
         .name = #ISA,                                                                                        \
         .block_rows = WIDEST_BLOCK,                                                                          \
+        .interleave = interleave,                                                                            \
+        .round_bf16 = round_bf16,                                                                            \
+        .round_int8 = round_int8,                                                                            \
+        .round_fp8 = round_fp8,                                                                              \
+        .stream = stream,                                                                                    \
         .decode = decode,                                                                                    \
         .product = product,                                                                                  \
+        .dot_bf16 = DOT_BF16,                                                                                \
+        .dot_int8 = DOT_INT8,                                                                                \
         .rmsnorm = rmsnorm,                                                                                  \
         .gated_norm = gated_norm,                                                                            \
         .silu_mul = silu_mul,                                                                                \

@@ -3,15 +3,18 @@
 #define BACKEND_CPU_PARTS_H
 #include "backend/cpu/cpu.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/slab.h"
+#include "backend/rounding.h"
 #include "base/pool.h"
+#include <string.h>
 
 enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of the first cache */
 
 /* Scratch of one thread. */
 struct cpu_thread {
     float *panel;     /* [DECODE_COLUMNS][16] */
-    float *sums;      /* [rows][16], twice: gate and up */
-    float *scores;    /* [context] */
+    float *sums;      /* [PANELS_MAX][rows][16], twice: gate and up */
+    float *scores;    /* [ATTEND_HEADS_MAX][context] */
     float *work;      /* of delta_chunk */
     float *quantized; /* one row of inputs */
 };
@@ -19,41 +22,63 @@ struct cpu_thread {
 struct queue {
     struct pool *pool;
     const struct cpu_kernels *k;
+    bool rounded; /* see backend_options */
+    struct cpu_slab *slab;
     struct step_limits limits;
     struct cpu_thread *threads;
-    float *memory;    /* holds all below and the threads' scratch */
-    float *packed;    /* inputs of a product in blocks: rows * max(cols, picks * widest expert matrix) */
-    float *row_scale; /* of quantized inputs, [rows * picks] */
-    float *hidden;    /* [rows * picks][intermediate] */
-    float *outputs;   /* [rows * picks][cols] */
-    int64_t *order;   /* [rows * picks] pick numbers grouped by expert */
-    int64_t *begin;   /* [n_experts + 1] into order */
-    int32_t *active;  /* [n_experts] experts with rows */
+    float *memory;      /* holds all below and the threads' scratch */
+    int64_t words_most; /* of a row of inputs */
+    uint32_t
+        *rounded_rows; /* inputs of a product as words: words_most for each row, or pick of the experts */
+    uint32_t *packed;  /* the same in blocks */
+    float *row_scale;  /* of quantized inputs, [rows * picks] */
+    float *hidden;     /* [rows * picks][intermediate] */
+    float *outputs;    /* [rows * picks][cols] */
+    int64_t *order;    /* [rows * picks] pick numbers grouped by expert */
+    int64_t *begin;    /* [n_experts + 1] into order */
+    int32_t *active;   /* [n_experts] experts with rows */
 };
 
-/* Inputs of a product, laid out for the kernels: blocks of 16, 8, 4, 2 or 1 rows, a block's columns after one
- * another. Block at row r begins at r * cols. */
+/* Inputs of a product in blocks of 16, 8, 4, 2 or 1 rows. Block at row r begins at r * words_each. */
 struct packed {
-    const float *x;
+    const uint32_t *words;
     const float *row_scale; /* INPUT_FP8_ROW: per row; else NULL: 1 */
-    int64_t rows, cols;
+    enum input_form form;
+    int64_t rows, words_each;
 };
 
 /* Rows of the block that begins with `left` rows to go. */
-static inline int block_rows(const struct cpu_kernels *k, int64_t left)
+static inline int cpu_block_rows(const struct cpu_kernels *k, int64_t left)
 {
     int rows = k->block_rows;
     while (rows > left) rows /= 2;
     return rows;
 }
 
-/* sums[i][0..16) = x_i . rows of one panel, scaled for FP8. */
-void cpu_panel_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
-                       const struct cpu_weight *w, int64_t panel);
-/* Packs one block of `rows` rows; row(i) = x + index[i] * stride, or x + i * stride when index is NULL.
- * Quantizes first if the weight says so; INPUT_FP8_ROW writes row_scale. quantized: scratch [cols]. */
-void cpu_pack_block(float *packed, float *row_scale, float *quantized, const float *x, int64_t stride,
-                    const int64_t *index, int rows, int64_t cols, const struct weight *w);
+/* Panels of an item: with few rows several are in flight, with many one keeps a core busy. */
+static inline int cpu_panels_each(int64_t rows)
+{
+    return rows < 8 ? PANELS_MAX : 1;
+}
+
+/* The form of this weight's inputs with the kernels at hand, the words of a row in it, and a row written in
+ * it (out: that many words; scratch: [cols]); returns the row's scale. */
+enum input_form cpu_form(const struct queue *q, const struct weight *w);
+int64_t cpu_words(enum input_form form, const struct weight *w);
+float cpu_write_row(struct queue *q, const struct weight *w, enum input_form form, uint32_t *out,
+                    const float *x, float *scratch);
+/* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
+void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
+                        const struct cpu_weight *w, int64_t panel, int panels);
+
+/* n <= 16 results of a panel; a whole one without a call of memcpy. */
+static inline void cpu_keep(float *to, const float *sums, int64_t n)
+{
+    if (n == PANEL)
+        memcpy(to, sums, PANEL * sizeof *to);
+    else
+        memcpy(to, sums, (size_t)n * sizeof *to);
+}
 
 bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cpu_weight_free(struct queue *q, struct weight *w);

@@ -62,11 +62,15 @@ static void attend_item(void *ctx, int64_t item, int thread)
         kv_head = (int)(item % n_kv);
     int64_t row = j->rows->n - 1 - item / n_kv;
     const struct span *span = span_of(j->rows, row);
-    for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        const float *query = j->qg.data + row * j->qg.stride + (int64_t)h * 2 * dim;
-        j->q->k->attend(j->y.data + row * j->y.stride + (int64_t)h * dim, query, query + dim, j->kv,
-                        span->pages, kv_head, span->past + row - span->first + 1,
-                        j->q->threads[thread].scores);
+    for (int h = kv_head * group, n; h < (kv_head + 1) * group; h += n) {
+        n = (kv_head + 1) * group - h < ATTEND_HEADS_MAX ? (kv_head + 1) * group - h : ATTEND_HEADS_MAX;
+        struct attend_group g = { j->y.data + row * j->y.stride + (int64_t)h * dim,
+                                  j->qg.data + row * j->qg.stride + (int64_t)h * 2 * dim,
+                                  n,
+                                  j->kv,
+                                  span->pages,
+                                  kv_head };
+        j->q->k->attend(&g, span->past + row - span->first + 1, j->q->threads[thread].scores);
     }
 }
 

@@ -100,18 +100,46 @@ INLINE vec vfrom_e4m3(vecu code)
     return (vec)((vecu)vselect((veci)(rest < 8), tiny, normal) | sign);
 }
 
-/* Vector v of 16 codes in 8 bytes: 0..7 in the low nibbles, 8..15 in the high. Loads go no other way than
- * from memory to register: bytes spread through memory would wait for their stores. */
-INLINE vecu vload_e2m1(const uint8_t *codes, int v)
+INLINE vecu vload_u32(const uint8_t *p)
+{
+    vecu v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* Four columns of VL rows in the panels' order, as f32: the bytes go by way of f16, whose tiny values a
+ * conversion gets right, where there is one. */
+INLINE void vload_fp8(vec *c0, vec *c1, vec *c2, vec *c3, const uint8_t *p)
 {
 #if defined(__AVX512F__)
-    const vecu shift = { 0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4 };
-    int64_t eight;
-    memcpy(&eight, codes, sizeof eight);
-    (void)v;
-    return (vecu)_mm512_cvtepu8_epi32(_mm_set1_epi64x(eight)) >> shift & 15;
+    const __m512i keep = _mm512_set1_epi16((short)0xbf80), order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512i q = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p));
+    const __m512 up = _mm512_set1_ps(0x1p8f);
+    __m512i odd = _mm512_and_si512(_mm512_srai_epi16(q, 1), keep);
+    __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(q, 8), 1), keep);
+    *c0 = (vec)_mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(even)), up);
+    *c1 = (vec)_mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(odd)), up);
+    *c2 = (vec)_mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1)), up);
+    *c3 = (vec)_mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1)), up);
+#elif defined(__AVX2__)
+    const __m256i keep = _mm256_set1_epi16((short)0xbf80);
+    const __m256i q = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)p), 0xd8);
+    const __m256 up = _mm256_set1_ps(0x1p8f);
+    __m256i odd = _mm256_and_si256(_mm256_srai_epi16(q, 1), keep);
+    __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(q, 8), 1), keep);
+    *c0 = (vec)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(even)), up);
+    *c1 = (vec)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(odd)), up);
+    *c2 = (vec)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)), up);
+    *c3 = (vec)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)), up);
 #else
-    return vload_u8(codes + v * VL % 8) >> (v * VL / 8 * 4) & 15;
+    vech a, b;
+    memcpy(&a, p, sizeof a);
+    memcpy(&b, p + sizeof a, sizeof b);
+    vecu x = __builtin_convertvector(a, vecu), y = __builtin_convertvector(b, vecu);
+    *c0 = vfrom_e4m3(x & 0xff);
+    *c1 = vfrom_e4m3(x >> 8);
+    *c2 = vfrom_e4m3(y & 0xff);
+    *c3 = vfrom_e4m3(y >> 8);
 #endif
 }
 

@@ -1,5 +1,5 @@
-/* What the C and the CUDA files of this backend share: the queue, the rows of a step in device memory, and the
- * launchers. A launcher takes the queue, never allocates and never waits. */
+/* What the C and the CUDA files of this backend share: the queue, the rows of a step in device memory, and
+ * the launchers. A launcher takes the queue, never allocates and never waits. */
 #ifndef BACKEND_CUDA_PARTS_H
 #define BACKEND_CUDA_PARTS_H
 #ifdef __cplusplus
@@ -9,11 +9,11 @@ extern "C" {
 #include <cuda_runtime_api.h>
 
 enum {
-    SPLITS = 64,           /* parts of a sequence that attention of few rows looks at side by side */
-    GRAPHS = 4,            /* recorded steps kept */
-    PICKS_MAX = 64,        /* experts a token */
-    EXPERTS_MAX = 1024,    /* of a layer */
-    HEAD_MAX = 256,        /* widest attention head, longest DeltaNet key */
+    SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
+    GRAPHS = 4,         /* recorded steps kept */
+    PICKS_MAX = 64,     /* experts a token */
+    EXPERTS_MAX = 1024, /* of a layer */
+    HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
 };
 
 struct cuda_weight {
@@ -35,8 +35,8 @@ struct cuda_matrix {
     unsigned char format, input;
 };
 
-/* The experts of a layer below one another, so that a kernel finds one by its number: three tall matrices, gate, up,
- * down, of n * rows each. */
+/* The experts of a layer below one another, so that a kernel finds one by its number: three tall matrices,
+ * gate, up, down, of n * rows each. */
 enum { GATE, UP, DOWN };
 struct cuda_experts {
     int n;
@@ -73,20 +73,20 @@ struct queue {
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
     bool shared_memory;
     char name[128];
-    const char *failed;  /* operation that failed first; NULL: none */
+    const char *failed; /* operation that failed first; NULL: none */
     char failure[200];
     struct step_limits limits;
     /* scratch, device memory */
     void *memory;
-    float *quantized;    /* [rows * picks][cols]: inputs of products that quantize them */
-    float *input_scale;  /* [rows * picks] */
-    float *hidden;       /* [rows * picks][intermediate] */
-    float *attended;     /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
-    long long *index;    /* [rows] */
-    double *answers;     /* [rows] */
-    long long *host_index; /* [rows], host memory */
-    unsigned char *step; /* rows, spans, pages of the current step */
-    float *embeddings;   /* [rows][cols]; NULL until a row brings one */
+    float *quantized;                     /* [rows * picks][cols]: inputs of products that quantize them */
+    float *input_scale;                   /* [rows * picks] */
+    float *hidden;                        /* [rows * picks][intermediate] */
+    float *attended;                      /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    long long *index;                     /* [rows] */
+    double *answers;                      /* [rows] */
+    long long *host_index;                /* [rows], host memory */
+    unsigned char *step;                  /* rows, spans, pages of the current step */
+    float *embeddings;                    /* [rows][cols]; NULL until a row brings one */
     unsigned char *host_step, *host_next; /* what lies in step; the next one being put together */
     uint64_t step_bytes;
     struct cuda_rows rows;
@@ -107,7 +107,8 @@ void queue_refuse(struct queue *q, const char *operation, const char *why);
 const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *rows);
 /* Every span is one row. */
 bool queue_decodes(const struct step_rows *rows);
-bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what, struct err *e); /* device memory */
+bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what,
+                struct err *e); /* device memory */
 void queue_give(struct queue *q, void *memory);
 bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *rows);
 void cuda_step_end(struct queue *q);
@@ -127,14 +128,16 @@ bool cuda_streams(const struct queue *q, const struct cuda_matrix *m);
 /* product.cu. x: [n][cols] */
 void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
 void cuda_norm_products(struct queue *q, const struct norm_products *r);
-void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance_conv);
+void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows,
+                    bool advance_conv);
 void cuda_attention_out(struct queue *q, const struct attention_run *r);
 /* plain.cu: any format and shape */
 void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
 void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                         const struct cuda_experts *experts);
 void cuda_lay_fp4(struct queue *q, void *words, const void *codes, int64_t bytes);
-/* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these shapes */
+/* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
+ * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                          const struct cuda_experts *experts, const struct moe_run *run);
 void cuda_route(struct queue *q, const struct picks *picks, struct mat logits);
@@ -145,14 +148,15 @@ void cuda_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain
 void cuda_gather(struct queue *q, struct mat y, struct mat x, const int64_t *index);
 void cuda_silu_mul(struct queue *q, struct mat y, struct mat gate, struct mat up);
 void cuda_add_gated(struct queue *q, struct mat y, struct mat x, struct mat gate);
-void cuda_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim, float eps);
+void cuda_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
+                     float eps);
 void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
 /* attention.cu */
-void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                    float eps, const struct rope *rope, const struct step_rows *rows);
+void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                    const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
 void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
                     const struct step_rows *rows);
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
@@ -160,8 +164,9 @@ void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, c
 /* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
 void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* delta.cu */
-void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
-               const struct delta_shape *shape, const struct step_rows *rows);
+void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+               const struct delta_state *state, const struct delta_shape *shape,
+               const struct step_rows *rows);
 void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
                 const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
                 const struct step_rows *rows);

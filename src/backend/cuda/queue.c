@@ -32,15 +32,16 @@ static bool describe(struct queue *q, struct err *e)
     int version;
     if (status != cudaSuccess) return refused(e, status);
     if (p.major < 8)
-        return err_set(e, ERR_UNSUPPORTED, "CUDA: %s has compute capability %d.%d, 8.0 or later is needed", p.name,
-                       p.major, p.minor);
+        return err_set(e, ERR_UNSUPPORTED, "CUDA: %s has compute capability %d.%d, 8.0 or later is needed",
+                       p.name, p.major, p.minor);
     if (!cuda_has_kernels(&version))
-        return err_set(e, ERR_UNSUPPORTED, "CUDA: this program was built without kernels for sm_%d%d (%s)", p.major,
-                       p.minor, p.name);
+        return err_set(e, ERR_UNSUPPORTED, "CUDA: this program was built without kernels for sm_%d%d (%s)",
+                       p.major, p.minor, p.name);
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
-    snprintf(q->name, sizeof q->name, "cuda %.80s, sm_%d%d, kernels for sm_%d", p.name, p.major, p.minor, version);
+    snprintf(q->name, sizeof q->name, "cuda %.80s, sm_%d%d, kernels for sm_%d", p.name, p.major, p.minor,
+             version);
     return true;
 }
 
@@ -103,8 +104,8 @@ bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what, s
     if (status == cudaSuccess) return true;
     cudaGetLastError();
     cudaMemGetInfo(&have, &all);
-    return err_set(e, ERR_MEMORY, "%s: %" PRIu64 " bytes of GPU memory wanted, %zu of %zu are free", what, bytes, have,
-                   all);
+    return err_set(e, ERR_MEMORY, "%s: %" PRIu64 " bytes of GPU memory wanted, %zu of %zu are free", what,
+                   bytes, have, all);
 }
 
 void queue_give(struct queue *q, void *memory)
@@ -175,7 +176,8 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
         cuda_product_plain(q, y, x, &m);
 }
 
-static void experts(struct queue *q, struct mat y, struct mat x, const struct picks *p, const struct experts *list)
+static void experts(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                    const struct experts *list)
 {
     const struct cuda_experts *e = list->bound;
     if (!cuda_experts_stream(q, y, x, p, e, NULL)) cuda_experts_plain(q, y, x, p, e);

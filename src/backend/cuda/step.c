@@ -105,10 +105,12 @@ const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *step
     memset(q->host_next, 0, bytes);
     for (int64_t i = 0; step->rows && i < step->n; i++) {
         const struct row *r = &step->rows[i];
-        rows[i] = (struct cuda_row){ r->token, { r->position[0], r->position[1], r->position[2] }, 0,
-                                     r->embedding ? (int)i : -1 };
+        rows[i] = (struct cuda_row){
+            r->token, { r->position[0], r->position[1], r->position[2] }, 0, r->embedding ? (int)i : -1
+        };
     }
-    if (!fill_spans(q, rows, (struct cuda_span *)(q->host_next + l.spans), (int *)(q->host_next + l.pages), step)) {
+    if (!fill_spans(q, rows, (struct cuda_span *)(q->host_next + l.spans), (int *)(q->host_next + l.pages),
+                    step)) {
         queue_refuse(q, "rows", "a longer context than was reserved");
         return NULL;
     }
@@ -163,7 +165,8 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *s
     q->recording = q->last.key == key && q->last.rows == step->n;
     q->last = (struct cuda_graph){ key, step->n, NULL };
     if (q->recording)
-        q->recording = queue_check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step");
+        q->recording =
+            queue_check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step");
     return false;
 }
 

@@ -1,5 +1,5 @@
-/* Weights of the CUDA backend: copied to the device as they lie in the file, FP4 codes rearranged there, the experts
- * of a layer put below one another. */
+/* Weights of the CUDA backend: copied to the device as they lie in the file, FP4 codes rearranged there, the
+ * experts of a layer put below one another. */
 #include "backend/cuda/parts.h"
 #include "base/checked.h"
 #include "num/fp8.h"
@@ -22,7 +22,9 @@ static uint64_t data_bytes(const struct weight *w)
 static uint64_t scale_bytes(const struct weight *w)
 {
     if (w->format == WEIGHT_FP8) return (uint64_t)w->rows * sizeof(float);
-    return w->format == WEIGHT_FP8_BLOCK ? (uint64_t)(fp8_blocks(w->rows) * fp8_blocks(w->cols)) * sizeof(float) : 0;
+    return w->format == WEIGHT_FP8_BLOCK
+               ? (uint64_t)(fp8_blocks(w->rows) * fp8_blocks(w->cols)) * sizeof(float)
+               : 0;
 }
 
 static uint64_t group_bytes(const struct weight *w)
@@ -44,6 +46,16 @@ static int64_t find_nan(const uint8_t *bytes, int64_t n)
     return -1;
 }
 
+static bool takes_input(const struct weight_source *s, struct err *e)
+{
+    static const char *const fp8[] = {
+        [INPUT_FP8_FIXED] = "FP8 with one scale for all", [INPUT_FP8_GROUPS] = "FP8 in groups of 128"
+    };
+    if (s->input != INPUT_FP8_FIXED && s->input != INPUT_FP8_GROUPS) return true;
+    return err_set(e, ERR_UNSUPPORTED, "inputs rounded to %s are not implemented on a GPU; use --device cpu",
+                   fp8[s->input]);
+}
+
 static bool check_source(const struct weight_source *s, struct err *e)
 {
     uint64_t elements, bytes;
@@ -52,14 +64,17 @@ static bool check_source(const struct weight_source *s, struct err *e)
         s->rows > INT32_MAX / 2 || s->cols > INT32_MAX / 2)
         return err_set(e, ERR_LIMIT, "matrix of %" PRId64 " x %" PRId64 " is too large", s->rows, s->cols);
     if (s->is_table) return true;
+    if (!takes_input(s, e)) return false;
     if (is_fp8(s->format)) at = find_nan(s->data, n);
     if (s->format == WEIGHT_NVFP4 && (at = find_nan(s->scale, n / 16)) >= 0) at *= 16;
-    return at < 0 || err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / s->cols, at % s->cols);
+    return at < 0 ||
+           err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / s->cols, at % s->cols);
 }
 
 static bool copy(struct queue *q, void *to, const void *host, uint64_t bytes)
 {
-    return bytes == 0 || queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), "weights");
+    return bytes == 0 ||
+           queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), "weights");
 }
 
 static bool fill(struct queue *q, struct cuda_weight *w, const struct weight_source *s, struct err *e)
@@ -142,8 +157,9 @@ static bool all_alike(struct weight **list, int n, struct err *e)
     for (int i = 1; i < n; i++) {
         const struct weight *a = list[0], *b = list[i];
         if (a->format != b->format || a->rows != b->rows || a->cols != b->cols || a->input != b->input)
-            return err_set(e, ERR_UNSUPPORTED,
-                           "experts 0 and %d differ in format or shape: on a GPU all experts of a layer must agree", i);
+            return err_set(
+                e, ERR_UNSUPPORTED,
+                "experts 0 and %d differ in format or shape: on a GPU all experts of a layer must agree", i);
     }
     return true;
 }

@@ -1,7 +1,6 @@
 /* Reference meaning of the row-wise operations: embedding, product, norms, gates. */
 #include "backend/ref/parts.h"
-#include "num/fp8.h"
-#include "num/nvfp4.h"
+#include "backend/rounding.h"
 #include <string.h>
 
 void ref_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows)
@@ -20,14 +19,14 @@ void ref_embed(struct queue *q, struct mat y, const struct weight *table, const 
 void ref_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *weight)
 {
     const struct ref_weight *w = (const struct ref_weight *)weight;
+    enum rounding rounding = rounding_of(weight, q->rounded);
     for (int64_t i = 0; i < x.rows; i++) {
         const float *in = x.data + i * x.stride;
         float input_scale = 1;
-        if (weight->input == INPUT_FP8_ROW)
-            input_scale = fp8_quantize_activations(q->scratch, in, x.cols);
-        else if (weight->input == INPUT_NVFP4)
-            nvfp4_quantize_activations(q->scratch, in, weight->input_global, x.cols);
-        if (weight->input != INPUT_AS_IS) in = q->scratch;
+        if (rounding != ROUND_NONE) {
+            input_scale = rounding_apply(q->scratch, in, x.cols, rounding, weight);
+            in = q->scratch;
+        }
         for (int64_t r = 0; r < weight->rows; r++) {
             double sum = 0;
             for (int64_t c = 0; c < x.cols; c++) sum += (double)in[c] * (double)w->dense[r * x.cols + c];

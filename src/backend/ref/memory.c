@@ -101,10 +101,12 @@ static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
            grow(&q->row, &q->row_room, 3 * l->cols, e);
 }
 
-bool ref_queue_create(struct queue **out, struct err *e)
+bool ref_queue_create(struct queue **out, bool rounded, struct err *e)
 {
     *out = calloc(1, sizeof **out);
-    return *out || err_memory(e, "reference backend", sizeof **out);
+    if (!*out) return err_memory(e, "reference backend", sizeof **out);
+    (*out)->rounded = rounded;
+    return true;
 }
 
 void ref_queue_free(struct queue *q)

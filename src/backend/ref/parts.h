@@ -8,6 +8,7 @@ struct queue {
     float *scratch;         /* a quantized row, two normalised heads, or the scores of one query */
     float *row;             /* gate, up and down of one expert */
     int64_t room, row_room; /* floats in each */
+    bool rounded;           /* see backend_options */
 };
 
 struct ref_weight {

@@ -4,6 +4,6 @@
 #define BACKEND_REF_H
 #include "backend/ops.h"
 extern const struct ops ref_ops;
-bool ref_queue_create(struct queue **out, struct err *e);
+bool ref_queue_create(struct queue **out, bool rounded, struct err *e);
 void ref_queue_free(struct queue *q);
 #endif

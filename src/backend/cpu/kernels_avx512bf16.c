@@ -1,0 +1,203 @@
+/* The kernels for AVX-512 with VNNI, BF16 and VBMI (Zen 4, Sapphire Rapids): inputs rounded to BF16 or int8.
+ */
+#include "backend/cpu/kernels_sequence.h"
+
+/* Accumulators of `rows` rows by `panels` panels: at most 16 of the 32 registers. */
+
+INLINE void keep_sums(float *y, int64_t stride, __m512 sum[4][16], const int panels, const int rows)
+{
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; p++)
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) _mm512_storeu_ps(y + p * stride + r * PANEL, sum[p][r]);
+}
+
+INLINE void no_sums(__m512 sum[4][16], const int panels, const int rows)
+{
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; p++)
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) sum[p][r] = _mm512_setzero_ps();
+}
+
+/* One word of inputs a row, two columns, against the pairs of each panel. */
+INLINE void add_pair(__m512 sum[4][16], const __m512i pair[4], const uint32_t *x, const int panels,
+                     const int rows)
+{
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        __m512bh in = (__m512bh)_mm512_set1_epi32((int)x[r]);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) sum[p][r] = _mm512_dpbf16_ps(sum[p][r], (__m512bh)pair[p], in);
+    }
+}
+
+INLINE void tile_bf16(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                      const int panels, const int rows)
+{
+    const uint8_t *in = w->data + panel * w->panel_bytes;
+    __m512 sum[4][16];
+    __m512i pair[4];
+    no_sums(sum, panels, rows);
+    for (int64_t at = 0; at < w->panel_bytes; at += 64, x += rows) {
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) pair[p] = _mm512_loadu_si512(in + p * w->panel_bytes + at);
+        add_pair(sum, pair, x, panels, rows);
+    }
+    keep_sums(y, stride, sum, panels, rows);
+}
+
+/* The two bytes of the BF16 that each magnitude is. */
+struct e4m3_bytes {
+    uint8_t low[128], high[128];
+};
+#define NORMAL(i) (0x3c00 + ((i) << 4))
+#define LOW8(i)                                                                                              \
+    NORMAL(i) & 0xff, NORMAL(i + 1) & 0xff, NORMAL(i + 2) & 0xff, NORMAL(i + 3) & 0xff,                      \
+        NORMAL(i + 4) & 0xff, NORMAL(i + 5) & 0xff, NORMAL(i + 6) & 0xff, NORMAL(i + 7) & 0xff
+#define HIGH8(i)                                                                                             \
+    NORMAL(i) >> 8, NORMAL(i + 1) >> 8, NORMAL(i + 2) >> 8, NORMAL(i + 3) >> 8, NORMAL(i + 4) >> 8,          \
+        NORMAL(i + 5) >> 8, NORMAL(i + 6) >> 8, NORMAL(i + 7) >> 8
+/* The first eight are multiples of 2^-9: 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60. */
+static const struct e4m3_bytes E4M3_BYTES = {
+    { 0x00,     0x00,     0x80,     0xc0,     0x00,      0x20,      0x40,     0x60,
+      LOW8(8),  LOW8(16), LOW8(24), LOW8(32), LOW8(40),  LOW8(48),  LOW8(56), LOW8(64),
+      LOW8(72), LOW8(80), LOW8(88), LOW8(96), LOW8(104), LOW8(112), LOW8(120) },
+    { 0x00,      0x3b,      0x3b,      0x3b,      0x3c,       0x3c,       0x3c,      0x3c,
+      HIGH8(8),  HIGH8(16), HIGH8(24), HIGH8(32), HIGH8(40),  HIGH8(48),  HIGH8(56), HIGH8(64),
+      HIGH8(72), HIGH8(80), HIGH8(88), HIGH8(96), HIGH8(104), HIGH8(112), HIGH8(120) },
+};
+
+INLINE void tile_fp8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                     const int panels, const int rows)
+{
+    const uint8_t *in = w->data + panel * w->panel_bytes;
+    const __m512i low0 = _mm512_loadu_si512(E4M3_BYTES.low), low1 = _mm512_loadu_si512(E4M3_BYTES.low + 64);
+    const __m512i high0 = _mm512_loadu_si512(E4M3_BYTES.high),
+                  high1 = _mm512_loadu_si512(E4M3_BYTES.high + 64);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512 sum[4][16];
+    __m512i even[4], odd[4];
+    no_sums(sum, panels, rows);
+    for (int64_t at = 0; at < w->panel_bytes; at += 64, x += 2 * rows) {
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) {
+            __m512i code = _mm512_loadu_si512(in + p * w->panel_bytes + at);
+            __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
+            __m512i high = _mm512_permutex2var_epi8(high0, code, high1);
+            high = _mm512_ternarylogic_epi32(high, code, sign, 0xf8); /* high | (code & sign) */
+            even[p] = _mm512_unpacklo_epi8(low, high);
+            odd[p] = _mm512_unpackhi_epi8(low, high);
+        }
+        add_pair(sum, even, x, panels, rows);
+        add_pair(sum, odd, x + rows, panels, rows);
+    }
+    keep_sums(y, stride, sum, panels, rows);
+}
+
+/* A group's 16 columns of a row: E2M1 codes become 2 * value + 12, unsigned; the record's last word takes the
+ * twelves back. The sum is exact, and so is its product with the E4M3 scale; the two roundings are those of
+ * the multiply-add with the inputs' scale. */
+INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                      const int rows)
+{
+    const __m512i low4 = _mm512_set1_epi8(15);
+    const __m512i value =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const uint8_t *in = w->data + panel * w->panel_bytes, *end = in + w->panel_bytes;
+    const uint8_t *group = w->groups + panel * w->head.cols;
+    __m512 sum[4][16];
+    no_sums(sum, 1, rows);
+    for (; in < end; in += 128, group += PANEL, x += INT8_WORDS * rows) {
+        /* past the page: the hardware's prefetch stops there, and a panel's codes are two streams */
+        _mm_prefetch((const char *)in + 4096, _MM_HINT_T0);
+        _mm_prefetch((const char *)in + 4160, _MM_HINT_T0);
+        _mm_prefetch((const char *)group + 512, _MM_HINT_T0);
+        __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + 64);
+        __m512i w0 = _mm512_shuffle_epi8(value, _mm512_and_si512(a, low4));
+        __m512i w1 = _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(a, 4), low4));
+        __m512i w2 = _mm512_shuffle_epi8(value, _mm512_and_si512(b, low4));
+        __m512i w3 = _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(b, 4), low4));
+        /* E4M3 moved into the fields of f16 is its value / 2^8 */
+        __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)group));
+        __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(half, 7));
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512i dot = _mm512_set1_epi32((int)x[5 * rows + r]);
+            dot = _mm512_dpbusd_epi32(dot, w0, _mm512_set1_epi32((int)x[r]));
+            dot = _mm512_dpbusd_epi32(dot, w1, _mm512_set1_epi32((int)x[rows + r]));
+            dot = _mm512_dpbusd_epi32(dot, w2, _mm512_set1_epi32((int)x[2 * rows + r]));
+            dot = _mm512_dpbusd_epi32(dot, w3, _mm512_set1_epi32((int)x[3 * rows + r]));
+            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
+            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[4 * rows + r]));
+            sum[0][r] = _mm512_fmadd_ps(scaled, input, sum[0][r]);
+        }
+    }
+    keep_sums(y, stride, sum, 1, rows);
+}
+
+typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_weight *, int64_t);
+#define TILE(kind, panels, rows)                                                                             \
+    static void kind##_##panels##_##rows(float *y, int64_t stride, const uint32_t *x,                        \
+                                         const struct cpu_weight *w, int64_t panel)                          \
+    {                                                                                                        \
+        tile_##kind(y, stride, x, w, panel, panels, rows);                                                   \
+    }
+TILE(bf16, 4, 2)
+TILE(bf16, 4, 4)
+TILE(bf16, 2, 8)
+TILE(bf16, 1, 1)
+TILE(bf16, 1, 2)
+TILE(bf16, 1, 4)
+TILE(bf16, 1, 8)
+TILE(bf16, 1, 16)
+TILE(fp8, 4, 1)
+TILE(fp8, 4, 2)
+TILE(fp8, 4, 4)
+TILE(fp8, 2, 8)
+TILE(fp8, 1, 1)
+TILE(fp8, 1, 2)
+TILE(fp8, 1, 4)
+TILE(fp8, 1, 8)
+TILE(fp8, 1, 16)
+
+/* [log2 rows]: several panels at once, then one. */
+struct tiles {
+    int panels;
+    tile_function *wide, *single;
+};
+static const struct tiles BF16_TILES[] = { { 1, bf16_1_1, bf16_1_1 },
+                                           { 4, bf16_4_2, bf16_1_2 },
+                                           { 4, bf16_4_4, bf16_1_4 },
+                                           { 2, bf16_2_8, bf16_1_8 },
+                                           { 1, bf16_1_16, bf16_1_16 } };
+static const struct tiles FP8_TILES[] = { { 4, fp8_4_1, fp8_1_1 },
+                                          { 4, fp8_4_2, fp8_1_2 },
+                                          { 4, fp8_4_4, fp8_1_4 },
+                                          { 2, fp8_2_8, fp8_1_8 },
+                                          { 1, fp8_1_16, fp8_1_16 } };
+
+static void dot_bf16(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                     int panels, int rows)
+{
+    const struct tiles *t =
+        (w->head.format == WEIGHT_BF16 ? BF16_TILES : FP8_TILES) + __builtin_ctz((unsigned)rows);
+    for (int n; panels > 0; panels -= n, panel += n, y += n * stride) {
+        n = panels >= t->panels ? t->panels : 1;
+        (n > 1 ? t->wide : t->single)(y, stride, x, w, panel);
+    }
+}
+
+static void dot_int8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                     int panels, int rows)
+{
+    for (; panels > 0; panels--, panel++, y += stride) switch (rows) {
+        case 1: tile_int8(y, stride, x, w, panel, 1); break;
+        case 2: tile_int8(y, stride, x, w, panel, 2); break;
+        case 4: tile_int8(y, stride, x, w, panel, 4); break;
+        case 8: tile_int8(y, stride, x, w, panel, 8); break;
+        default: tile_int8(y, stride, x, w, panel, 16); break;
+        }
+}
+
+CPU_KERNELS(avx512bf16, 16, dot_bf16, dot_int8);

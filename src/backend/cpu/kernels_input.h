@@ -1,0 +1,158 @@
+/* Kernels of one ISA: inputs rounded to a product's form, words interleaved. Included by kernels_*.c only. */
+#ifndef BACKEND_CPU_KERNELS_INPUT_H
+#define BACKEND_CPU_KERNELS_INPUT_H
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/simd.h"
+#include "num/bf16.h"
+#include "num/fp8.h"
+#include "num/int8.h"
+
+#if defined(__AVX512F__)
+/* Transposes 16 rows of 16 words in four exchanges: neighbours, pairs, quarters, halves. */
+INLINE void transpose16(uint32_t *out, const uint8_t *const *rows, int64_t at)
+{
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + at);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* a[4k + i] holds, quarter q, words 4q + i of rows 4k .. 4k + 3 */
+        __m512i lo01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
+                hi01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
+        __m512i lo23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
+        __m512i hi23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
+        _mm512_storeu_si512(out + 16 * i, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+        _mm512_storeu_si512(out + 16 * (4 + i), _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+        _mm512_storeu_si512(out + 16 * (8 + i), _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+        _mm512_storeu_si512(out + 16 * (12 + i), _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+    }
+}
+#elif defined(__AVX2__)
+/* Transposes 8 rows of 8 words; a line of `out` is `stride` words. */
+INLINE void transpose8(uint32_t *out, int stride, const uint8_t *const *rows, int64_t at)
+{
+    __m256i a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)(const void *)(rows[i] + at));
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m256i *lo = (__m256i *)(void *)(out + (int64_t)i * stride),
+                *hi = (__m256i *)(void *)(out + (int64_t)(i + 4) * stride);
+        _mm256_storeu_si256(lo, _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
+        _mm256_storeu_si256(hi, _mm256_permute2x128_si256(a[i], a[4 + i], 0x31));
+    }
+}
+#endif
+
+static void interleave(uint32_t *out, const uint8_t *const *rows, int n_rows, int64_t n)
+{
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    if (n_rows == 16)
+        for (; i + 16 <= n; i += 16) transpose16(out + i * 16, rows, 4 * i);
+#elif defined(__AVX2__)
+    if (n_rows % 8 == 0)
+        for (; i + 8 <= n; i += 8)
+            for (int r = 0; r < n_rows; r += 8) transpose8(out + i * n_rows + r, n_rows, rows + r, 4 * i);
+#endif
+    for (; i < n; i++)
+        for (int r = 0; r < n_rows; r++) memcpy(out + i * n_rows + r, rows[r] + 4 * i, 4);
+}
+
+static void round_bf16(uint32_t *out, const float *x, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vecu u = (vecu)vload(x + i), up = u + 0x7fff + (u >> 16 & 1);
+        veci is_nan = (veci)((u & 0x7fffffff) > 0x7f800000u);
+        vech h = __builtin_convertvector(((vecu)vselect(is_nan, (vec)(u | 0x400000), (vec)up)) >> 16, vech);
+        memcpy((uint16_t *)(void *)out + i, &h, sizeof h);
+    }
+    for (; i < n; i++) ((bf16 *)(void *)out)[i] = bf16_from_f32(x[i]);
+}
+
+INLINE float absmax(const float *x, int64_t n)
+{
+    vec most = { 0 };
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vec a = (vec)((vecu)vload(x + i) & 0x7fffffff);
+        most = vselect(a > most, a, most);
+    }
+    float m = vmaximum(most);
+    for (; i < n; i++) m = __builtin_fabsf(x[i]) > m ? __builtin_fabsf(x[i]) : m;
+    return m;
+}
+
+/* To the nearest E4M3 value, saturating: three bits after the leading one, above 2^-6; multiples of 2^-9
+ * below, which adding 1.5 * 2^14 rounds to. */
+INLINE vec vround_e4m3(vec x)
+{
+    vecu sign = (vecu)x & 0x80000000u, a = (vecu)x & 0x7fffffff;
+    vec tiny = ((vec)a + vset(0x1.8p14f)) - vset(0x1.8p14f);
+    vec normal = (vec)((a + 0x7ffff + (a >> 20 & 1)) & 0xfff00000u);
+    normal = vselect(normal > vset(448), vset(448), normal);
+    vec rounded = vselect((vec)a < vset(0x1p-6f), tiny, normal);
+    return vselect(x != x, x, (vec)((vecu)rounded | sign));
+}
+
+static float round_fp8(float *out, const float *x, int64_t n)
+{
+    float m = absmax(x, n) / E4M3_MAX, least = 1.0f / (E4M3_MAX * 512), s = m > least ? m : least;
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) vstore(out + i, vround_e4m3(vload(x + i) / s));
+    for (; i < n; i++) out[i] = vround_e4m3(vset(x[i] / s))[0];
+    return s;
+}
+
+static void round_int8(uint32_t *out, const float *x, int64_t n)
+{
+    for (int64_t c = 0; c < n; c += INT8_GROUP, out += INT8_WORDS) {
+        int8_t codes[INT8_GROUP];
+        int32_t sum = 0;
+#if defined(__AVX512F__)
+        const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        __m512 v = _mm512_loadu_ps(x + c);
+        float m = _mm512_reduce_max_ps(_mm512_abs_ps(v)), inverse = m < 0x1p-100f ? 0 : 127 / m;
+        float scale = m < 0x1p-100f ? 0 : m / 127;
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+        sum = _mm512_reduce_add_epi32(q);
+        __m128i ordered = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(q), order);
+        memcpy(out, &ordered, 16);
+        (void)codes;
+#else
+        static const uint8_t order[INT8_GROUP] = { 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15 };
+        float scale = int8_quantize_group(codes, x + c);
+        for (int i = 0; i < INT8_GROUP; i++) {
+            ((int8_t *)(void *)out)[i] = codes[order[i]];
+            sum += codes[i];
+        }
+#endif
+        memcpy(out + 4, &scale, 4);
+        out[5] = (uint32_t)(-12 * sum);
+    }
+}
+#endif

@@ -1,0 +1,7 @@
+#ifndef BASE_MEMORY_H
+#define BASE_MEMORY_H
+#include <stdint.h>
+/* The most memory this process has held at once, mapped files included, in bytes; 0 where the system does not
+ * say. Source: VmHWM of /proc/self/status, proc(5). */
+uint64_t memory_peak(void);
+#endif

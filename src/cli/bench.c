@@ -1,0 +1,280 @@
+/* quench bench MODEL [-p 512] [-n 128] [-d 0] [-b 1] [-t N] [-r 5] [-o md|csv|json|jsonl] */
+#include "base/clock.h"
+#include "base/file.h"
+#include "base/pool.h"
+#include "cli/bench_print.h"
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "eval/synthetic.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char PURPOSE[] =
+    "Tokens a second for prompts (pp) and generation (tg), the bytes that had to move for each, and their "
+    "share of the\n"
+    "read bandwidth measured in the same run. MODEL is a checkpoint, or with --synthetic a shape: "
+    "35b-a3b[:layers=N]\n"
+    "[:format=card|fast|bf16|nvfp4|nvfp4a16], whose random weights are made in memory. Values with commas "
+    "give one test\n"
+    "each, all combinations; 0 leaves a kind of test out. Sequences at a depth have seen noise: nothing is "
+    "computed for it.";
+static const struct command command = { "bench", "MODEL", PURPOSE, 1 };
+
+static const char *const formats[] = { "md", "csv", "json", "jsonl", NULL }; /* enum bench_format */
+enum { VALUES_MAX = 64, TEXT_BYTES_MAX = 1 << 30 };
+
+struct values {
+    int64_t items[VALUES_MAX];
+    int n;
+};
+
+struct settings {
+    struct common common;
+    const char *model, *content;
+    struct text_list prompts, gens, pairs, depths, sequences, threads;
+    int format;
+    int64_t repetitions, step_rows;
+    bool synthetic, profile;
+};
+
+/* What the lists say. */
+struct matrix {
+    struct values prompts, gens, pairs, depths, sequences, threads;
+};
+
+/* Whole numbers between commas; several flags add up. An empty list stands for `missing`. */
+static bool parse_values(struct values *v, const char *flag, const struct text_list *l, const char *missing,
+                         int64_t min, int64_t max, struct err *e)
+{
+    v->n = 0;
+    for (int i = 0; i < (l->n ? l->n : 1); i++) {
+        const char *text = l->n ? l->items[i] : missing, *p = text;
+        while (*p) {
+            char *end;
+            errno = 0;
+            long long x = strtoll(p, &end, 10);
+            if (end == p || errno != 0 || (*end && *end != ',') || (*end && !end[1]) || x < min || x > max)
+                return err_set(e, ERR_ARGUMENT, "%s: expected whole numbers from %lld to %lld, found '%s'",
+                               flag, (long long)min, (long long)max, text);
+            if (v->n == VALUES_MAX)
+                return err_set(e, ERR_ARGUMENT, "%s: at most %d values", flag, VALUES_MAX);
+            v->items[v->n++] = x;
+            p = *end ? end + 1 : end;
+        }
+    }
+    return true;
+}
+
+static bool parse_all(struct matrix *m, const struct settings *s, struct err *e)
+{
+    const int64_t most = 1 << 24;
+    char threads[16];
+    snprintf(threads, sizeof threads, "%d", pool_default_threads());
+    bool only_pairs = s->pairs.n && !s->prompts.n && !s->gens.n;
+    if (!parse_values(&m->prompts, "-p", &s->prompts, only_pairs ? "0" : "512", 0, most, e) ||
+        !parse_values(&m->gens, "-n", &s->gens, only_pairs ? "0" : "128", 0, most, e) ||
+        !parse_values(&m->pairs, "-pg", &s->pairs, "", 1, most, e) ||
+        !parse_values(&m->depths, "-d", &s->depths, "0", 0, most, e) ||
+        !parse_values(&m->sequences, "-b", &s->sequences, "1", 1, 4096, e) ||
+        !parse_values(&m->threads, "--threads", &s->threads, threads, 1, 1024, e))
+        return false;
+    if (m->pairs.n % 2) return err_set(e, ERR_ARGUMENT, "-pg: expected pairs PROMPT,GENERATED");
+    if (s->repetitions < 1 || s->repetitions > 100000)
+        return err_set(e, ERR_ARGUMENT, "-r: expected 1 to 100000, found %lld", (long long)s->repetitions);
+    if (s->step_rows < 1 || s->step_rows > 1 << 16)
+        return err_set(e, ERR_ARGUMENT, "-ub: expected 1 to 65536, found %lld", (long long)s->step_rows);
+    if (s->synthetic && s->content)
+        return err_set(e, ERR_ARGUMENT, "--content: a synthetic model has no tokenizer");
+    return true;
+}
+
+/* The checkpoint, from files or made up, and the text as tokens. */
+struct source {
+    struct checkpoint opened;
+    struct synthetic synthetic;
+    const struct checkpoint *checkpoint; /* one of the two */
+    struct token_list tokens;
+};
+
+static bool load_content(struct source *o, const struct settings *s, struct err *e)
+{
+    struct tokenizer *tokenizer;
+    char *text;
+    size_t bytes;
+    if (!s->content) return true;
+    if (!tokenizer_load(&tokenizer, s->model, e)) return false;
+    bool ok = file_read(&text, &bytes, s->content, TEXT_BYTES_MAX, e);
+    if (ok) {
+        ok = tokenizer_encode(tokenizer, &o->tokens, text, bytes, 0, e) &&
+             (o->tokens.n > 0 || err_set(e, ERR_FORMAT, "the text is empty"));
+        for (size_t i = 0; ok && i < o->tokens.n; i++)
+            ok = o->tokens.ids[i] < o->checkpoint->config.vocab_size ||
+                 err_set(e, ERR_FORMAT, "the tokenizer gives token %d, the model has %lld", o->tokens.ids[i],
+                         (long long)o->checkpoint->config.vocab_size);
+        if (!ok) err_note(e, "%s", s->content);
+        free(text);
+    }
+    tokenizer_free(tokenizer);
+    return ok;
+}
+
+static bool open_source(struct source *o, const struct settings *s, struct err *e)
+{
+    *o = (struct source){ .checkpoint = &o->opened };
+    if (s->synthetic) o->checkpoint = &o->synthetic.synth.checkpoint;
+    return (s->synthetic ? synthetic_create(&o->synthetic, s->model, e)
+                         : checkpoint_open(&o->opened, s->model, e)) &&
+           load_content(o, s, e);
+}
+
+static void close_source(struct source *o)
+{
+    free(o->tokens.ids);
+    checkpoint_close(&o->opened);
+    synthetic_destroy(&o->synthetic);
+}
+
+/* One thread count's backend with the model on it. */
+struct loaded {
+    struct backend backend, trace;
+    struct model model;
+    struct read_speed *speed;
+};
+
+static bool load(struct loaded *l, const struct source *o, const struct settings *s, int threads,
+                 const struct report *report, struct err *e)
+{
+    struct common common = s->common;
+    common.threads = threads;
+    *l = (struct loaded){ 0 };
+    return read_speed_create(&l->speed, threads, e) && common_backend(&l->backend, &common, e) &&
+           trace_create(&l->trace, &l->backend, e) &&
+           model_init(&l->model, o->checkpoint, &l->trace, report, e) && model_bind_all(&l->model, e) &&
+           bench_label(&l->model, e);
+}
+
+static void unload(struct loaded *l)
+{
+    read_speed_free(l->speed);
+    model_deinit(&l->model);
+    trace_destroy(&l->trace);
+    backend_destroy(&l->backend);
+}
+
+struct running {
+    struct bench_printer *printer;
+    const struct bench_setting *setting;
+    const struct bench_options *options;
+};
+
+static bool run_test(const struct running *r, int64_t n_prompt, int64_t n_gen, int64_t depth,
+                     int64_t sequences, struct err *e)
+{
+    struct bench_test t = { n_prompt, n_gen, depth, (int)sequences };
+    struct bench_result result;
+    if (n_prompt + n_gen == 0) return true;
+    if (!bench_run(&result, &t, r->options, e)) return false;
+    bench_printer_add(r->printer, r->setting, &t, &result);
+    bench_result_deinit(&result);
+    return true;
+}
+
+static bool run_tests(const struct running *r, const struct matrix *m, struct err *e)
+{
+    bool ok = true;
+    for (int d = 0; d < m->depths.n; d++)
+        for (int b = 0; b < m->sequences.n; b++) {
+            int64_t depth = m->depths.items[d], sequences = m->sequences.items[b];
+            for (int i = 0; ok && i < m->prompts.n; i++)
+                ok = run_test(r, m->prompts.items[i], 0, depth, sequences, e);
+            for (int i = 0; ok && i < m->gens.n; i++)
+                ok = run_test(r, 0, m->gens.items[i], depth, sequences, e);
+            for (int i = 0; ok && i < m->pairs.n; i += 2)
+                ok = run_test(r, m->pairs.items[i], m->pairs.items[i + 1], depth, sequences, e);
+        }
+    return ok;
+}
+
+static bool run_threads(struct bench_printer *p, const struct source *o, const struct settings *s,
+                        const struct matrix *m, int threads, struct err *e)
+{
+    struct report report = common_report(&s->common);
+    struct loaded l;
+    double start = clock_seconds();
+    bool ok = load(&l, o, s, threads, &report, e);
+    struct bench_setting setting = { .model = s->model,
+                                     .backend = &l.backend,
+                                     .threads = threads,
+                                     .kv = common_kv_name(common_kv_dtype(&s->common)),
+                                     .activations = common_activations[s->common.fp4],
+                                     .step_rows = s->step_rows,
+                                     .load_seconds = clock_seconds() - start,
+                                     .content = s->content };
+    bench_setting_count(&setting, o->checkpoint);
+    struct bench_options options = { .model = &l.model,
+                                     .speed = l.speed,
+                                     .tokens = o->tokens.ids,
+                                     .n_tokens = (int64_t)o->tokens.n,
+                                     .kv = common_kv_dtype(&s->common),
+                                     .step_rows = s->step_rows,
+                                     .repetitions = (int)s->repetitions,
+                                     .profile = s->profile,
+                                     .report = &report };
+    ok = ok && run_tests(&(struct running){ p, &setting, &options }, m, e);
+    unload(&l);
+    return ok;
+}
+
+static bool run(const struct settings *s, struct err *e)
+{
+    struct matrix m;
+    struct source o = { 0 };
+    struct bench_printer p;
+    enum bench_format format = s->common.json ? BENCH_JSON : (enum bench_format)s->format;
+    bool ok = parse_all(&m, s, e) && open_source(&o, s, e);
+    if (!bench_printer_init(&p, format)) ok = ok && err_memory(e, "results", 0);
+    for (int i = 0; ok && i < m.threads.n; i++) ok = run_threads(&p, &o, s, &m, (int)m.threads.items[i], e);
+    if (ok)
+        bench_printer_end(&p);
+    else
+        json_decref(p.results);
+    close_source(&o);
+    return ok;
+}
+
+int cli_bench(int argc, char **argv)
+{
+    struct settings s = { .common.inputs = 1, .repetitions = 5, .step_rows = 512 };
+    const struct flag flags[] = {
+        { "--n-prompt", 'p', FLAG_LIST, &s.prompts, "N,...", "tokens of a prompt (default 512)", NULL },
+        { "--n-gen", 'n', FLAG_LIST, &s.gens, "N,...", "tokens generated (default 128)", NULL },
+        { "-pg", 0, FLAG_LIST, &s.pairs, "PP,TG", "a prompt and then generation, timed together", NULL },
+        { "--n-depth", 'd', FLAG_LIST, &s.depths, "N,...", "tokens seen before (default 0)", NULL },
+        { "--batch-size", 'b', FLAG_LIST, &s.sequences, "N,...", "sequences that run together (default 1)",
+          NULL },
+        { "-ub", 0, FLAG_INT, &s.step_rows, "N", "most rows of a step (default 512)", NULL },
+        { "--threads", 't', FLAG_LIST, &s.threads, "N,...",
+          "threads (default: this process's share of the machine)", NULL },
+        { "--repetitions", 'r', FLAG_INT, &s.repetitions, "N", "samples of each test (default 5)", NULL },
+        { "--output", 'o', FLAG_CHOICE, &s.format, "md|csv|json|jsonl", "what to print (default md)",
+          formats },
+        { "--content", 0, FLAG_TEXT, &s.content, "FILE",
+          "a text whose tokens are used, so that routing is real (default: random ids)", NULL },
+        { "--synthetic", 0, FLAG_SWITCH, &s.synthetic, NULL, "MODEL is a shape; weights are random", NULL },
+        { "--profile", 0, FLAG_SWITCH, &s.profile, NULL, "time each operation in one more repetition", NULL },
+        COMMON_KV_FLAG(s.common),
+        COMMON_ACTIVATIONS_FLAGS(s.common),
+        { "--device", 0, FLAG_CHOICE, &s.common.device, "auto|cpu|cuda|ref",
+          "where to compute (auto: a GPU where there is one)", common_devices },
+        { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512|avx512bf16",
+          "use at most these instructions", common_masks },
+        { "--quiet", 0, FLAG_SWITCH, &s.common.quiet, NULL, "no progress, no notes", NULL },
+        { "--json", 0, FLAG_SWITCH, &s.common.json, NULL, "the same as -o json", NULL },
+        FLAGS_END,
+    };
+    int status;
+    struct err e = { 0 };
+    if (!common_parse(&command, flags, argc, argv, &s.model, &status)) return status;
+    return run(&s, &e) ? 0 : common_fail(&command, &e);
+}

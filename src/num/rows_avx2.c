@@ -1,0 +1,4 @@
+/* The row kernels for AVX2. */
+#include "num/rows_kernels.h"
+
+ROW_KERNELS(avx2);

@@ -1,0 +1,186 @@
+/* The calibration within a run: packs the experts of a layer while its moments are there, and makes every
+ * layer a point from which a killed run can go on. */
+#include "base/pages.h"
+#include "quantize/run.h"
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A JOURNAL_LAYER record: this, inputs[INPUT_EXPERT], down[n_experts], routed[n_experts], spooled[n_spooled].
+ */
+struct layer_record {
+    uint64_t layer, n_spooled;
+};
+
+static bool is_nvfp4_expert(const struct matrix *m)
+{
+    return m->expert >= 0 && scheme_is_nvfp4(m->scheme);
+}
+
+bool run_measures(const struct run *r)
+{
+    const struct quantize_options *o = &r->options;
+    bool any = false;
+    for (size_t i = 0; i < r->plan.n_matrices && !any; i++) any = is_nvfp4_expert(&r->plan.matrices[i]);
+    return any && (o->method == QUANTIZE_GPTQ || (o->method == QUANTIZE_MSE && o->calibration));
+}
+
+/* Packing into the spool, through one buffer. */
+
+struct spool_outlet {
+    struct spool *spool;
+    void *buffer;
+};
+
+static void *spool_room(void *ctx, uint64_t bytes, struct err *e)
+{
+    struct spool_outlet *x = ctx;
+    (void)bytes, (void)e;
+    return x->buffer;
+}
+
+static bool spool_put(void *ctx, uint64_t bytes, struct err *e)
+{
+    struct spool_outlet *x = ctx;
+    return spool_append(x->spool, x->buffer, bytes, e);
+}
+
+static bool pack_expert(struct run *r, size_t index, struct spool_outlet *x, struct err *e)
+{
+    const struct matrix *m = &r->plan.matrices[index];
+    struct curvature curvature = curvatures_of(&r->curvatures, m);
+    struct outlet to = { x, spool_room, spool_put };
+    struct spooled item = { .index = index, .at = r->spool.end };
+    struct packed packed;
+    if (r->options.method == QUANTIZE_GPTQ && !curvature.factor)
+        report_warn(r->options.report,
+                    "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
+    if (!run_pack(r, &packed, index, &curvature, &to, e) ||
+        !spool_append(&r->spool, packed.scales, packed.scales_bytes, e))
+        return false;
+    item.codes_bytes = packed.codes_bytes;
+    item.scales_bytes = packed.scales_bytes;
+    item.result.difference = packed.difference;
+    item.result.total = packed.total;
+    item.result.global = packed.global;
+    spool_add(&r->spool, &item);
+    return true;
+}
+
+static bool pack_layer(struct run *r, int layer, struct err *e)
+{
+    int64_t n = (int64_t)r->source.config.n_experts * N_PARTS;
+    struct spool_outlet x = { &r->spool, malloc(run_piece_bytes(&r->plan) + 1) };
+    bool ok = x.buffer || err_memory(e, "packing buffer", run_piece_bytes(&r->plan));
+    curvatures_update(&r->curvatures, r->packer.pool);
+    for (int64_t i = layer * n; ok && i < (layer + 1) * n; i++) {
+        size_t index = r->plan.experts[i];
+        if (index != SIZE_MAX && is_nvfp4_expert(&r->plan.matrices[index])) ok = pack_expert(r, index, &x, e);
+    }
+    free(x.buffer);
+    return ok && spool_sync(&r->spool, e);
+}
+
+/* Records. */
+
+static size_t inputs_bytes(void)
+{
+    return INPUT_EXPERT * sizeof(float);
+}
+
+static size_t down_bytes(const struct run *r)
+{
+    return (size_t)r->calibration.n_experts * sizeof(float);
+}
+
+static size_t routed_bytes(const struct run *r)
+{
+    return (size_t)r->calibration.n_experts * sizeof *r->calibration.routed;
+}
+
+static bool journal_layer(struct run *r, int layer, size_t first_item, struct err *e)
+{
+    struct layer_record head = { (uint64_t)layer, r->spool.n_items - first_item };
+    size_t items = head.n_spooled * sizeof *r->spool.items, at = sizeof head;
+    size_t bytes = at + inputs_bytes() + down_bytes(r) + routed_bytes(r) + items;
+    int64_t first = (int64_t)layer * r->calibration.n_experts;
+    char *text = malloc(bytes);
+    if (!text) return err_memory(e, "journal record", bytes);
+    memcpy(text, &head, sizeof head);
+    memcpy(text + at, r->calibration.inputs + layer * INPUT_EXPERT, inputs_bytes());
+    at += inputs_bytes();
+    memcpy(text + at, r->calibration.down + first, down_bytes(r));
+    at += down_bytes(r);
+    memcpy(text + at, r->calibration.routed + first, routed_bytes(r));
+    at += routed_bytes(r);
+    if (items) memcpy(text + at, r->spool.items + first_item, items);
+    bool ok = journal_append(&r->journal, JOURNAL_LAYER, text, bytes, true, e);
+    free(text);
+    return ok;
+}
+
+static bool take_layer(void *ctx, int layer, struct err *e)
+{
+    struct run *r = ctx;
+    size_t first_item = r->spool.n_items;
+    return (!run_measures(r) || pack_layer(r, layer, e)) && journal_layer(r, layer, first_item, e);
+}
+
+static bool read_items(struct run *r, const char *data, size_t n, struct err *e)
+{
+    struct spooled item;
+    for (size_t i = 0; i < n; i++) {
+        memcpy(&item, data + i * sizeof item, sizeof item);
+        if (item.index >= r->plan.n_matrices || spool_find(&r->spool, item.index))
+            return err_set(e, ERR_FORMAT, "matrix %" PRIu64, item.index);
+        spool_add(&r->spool, &item);
+    }
+    return true;
+}
+
+bool run_layer_read(struct run *r, const struct journal_record *record, struct err *e)
+{
+    struct layer_record head;
+    const char *data = record->data;
+    size_t down = sizeof head + inputs_bytes(), routed = down + down_bytes(r);
+    size_t fixed = routed + routed_bytes(r);
+    if (record->bytes < fixed) return err_set(e, ERR_FORMAT, "record of %u bytes", record->bytes);
+    memcpy(&head, data, sizeof head);
+    if (head.layer != (uint64_t)r->layers_done || head.layer >= (uint64_t)r->calibration.n_layers ||
+        head.n_spooled > r->plan.n_matrices ||
+        record->bytes != fixed + head.n_spooled * sizeof(struct spooled) ||
+        (head.n_spooled > 0 && !run_measures(r)))
+        return err_set(e, ERR_FORMAT, "layer %" PRIu64 " after %d layers", head.layer, r->layers_done);
+    memcpy(r->calibration.inputs + head.layer * INPUT_EXPERT, data + sizeof head, inputs_bytes());
+    uint64_t first = head.layer * (uint64_t)r->calibration.n_experts;
+    memcpy(r->calibration.down + first, data + down, down_bytes(r));
+    memcpy(r->calibration.routed + first, data + routed, routed_bytes(r));
+    r->layers_done++;
+    return head.n_spooled == 0 || read_items(r, data + fixed, head.n_spooled, e);
+}
+
+bool run_is_calibrated(const struct run *r)
+{
+    return r->samples.n == 0 || r->layers_done == r->calibration.n_layers;
+}
+
+bool run_calibration(struct run *r, struct err *e)
+{
+    const struct quantize_options *o = &r->options;
+    bool measures = run_measures(r);
+    if (run_is_calibrated(r)) return true;
+    if (measures && !curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e))
+        return false;
+    struct calibration_options options = {
+        .source = &r->source,
+        .backend = o->backend,
+        .samples = &r->samples,
+        .folder = r->destination.work,
+        .first_layer = r->layers_done,
+        .sink = { r, measures ? &r->curvatures.moments : NULL, r->packer.pool, take_layer },
+        .report = o->report,
+    };
+    if (!calibrate(&r->calibration, &options, e)) return false;
+    curvatures_deinit(&r->curvatures);
+    return true;
+}

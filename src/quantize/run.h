@@ -1,0 +1,68 @@
+/* The state of one run, shared by the files that carry it out: quantize.c (the order of things), resume.c
+ * (what the journal says), layers.c (calibration), tensors.c (packing and writing). */
+#ifndef QUANTIZE_RUN_H
+#define QUANTIZE_RUN_H
+#include "quantize/calibrate.h"
+#include "quantize/curvature.h"
+#include "quantize/destination.h"
+#include "quantize/journal.h"
+#include "quantize/pack.h"
+#include "quantize/plan.h"
+#include "quantize/quantize.h"
+#include "quantize/shards.h"
+#include "quantize/spool.h"
+#include "quantize/writer.h"
+
+struct run {
+    struct quantize_options options; /* defaults filled in */
+    struct quantize_result *result;
+    struct checkpoint source;
+    struct plan plan;
+    struct samples samples;
+    struct calibration calibration;
+    uint64_t disk_bytes; /* of all files, work files too, at most */
+    struct destination destination;
+    struct journal journal;
+    bool is_ours;    /* the work folder: this run's to continue, or to remove */
+    bool is_started; /* the journal has this run's identity */
+    bool is_proved;  /* the checkpoint is written and its census taken */
+    int layers_done; /* of the calibration */
+    struct packer packer;
+    struct curvatures curvatures;
+    struct spool spool;
+    struct shards *shards;
+    struct writer *writer;
+    struct matrix_result *results; /* [plan.n_matrices] */
+    float *absmax;                 /* of NVFP4 matrices, once looked at; negative before */
+    uint8_t *scales;               /* of the matrix being packed */
+    uint64_t done;                 /* bytes of source tensors */
+    const uint8_t *ahead;          /* the source was asked to be read up to here */
+};
+
+/* Where the codes of a matrix go, piece by piece: room for at most so many bytes, then how many they were. */
+struct outlet {
+    void *ctx;
+    void *(*room)(void *ctx, uint64_t bytes, struct err *e);
+    bool (*put)(void *ctx, uint64_t bytes, struct err *e);
+};
+
+/* resume.c: opens the journal; takes up what an earlier run of the same identity left, or starts anew. */
+bool run_resume(struct run *r, struct err *e);
+
+/* layers.c */
+bool run_measures(const struct run *r);      /* whether the method has something to learn from samples */
+bool run_is_calibrated(const struct run *r); /* by an earlier run, or nothing is to be measured */
+bool run_calibration(struct run *r, struct err *e);
+/* The journal's word on one layer; run_layer_read is its inverse. */
+bool run_layer_read(struct run *r, const struct journal_record *record, struct err *e);
+
+/* tensors.c */
+bool run_prepare_packing(struct run *r, struct err *e);
+uint64_t run_piece_bytes(const struct plan *p); /* of the largest piece's codes, at most */
+/* Packs a matrix of the plan; out->codes is of no use, out->scales borrows from the run until the next. */
+bool run_pack(struct run *r, struct packed *out, size_t index, const struct curvature *c,
+              const struct outlet *to, struct err *e);
+/* All tensors behind what shards_offset says is there. */
+bool run_write_tensors(struct run *r, struct err *e);
+uint64_t run_matrix_bytes(const struct matrix *m); /* of the source */
+#endif
