@@ -59,6 +59,7 @@ static bool run_with(struct bench *b, const struct recipe *recipe, struct err *e
                                   .calibration = "data/calibration.jsonl",
                                   .num_calibration_samples = b->samples,
                                   .recipe = recipe,
+                                  .method = QUANTIZE_NEAREST,
                                   .backend = &b->backend };
     return quantize_run(&o, &b->result, e);
 }

@@ -24,7 +24,8 @@ static const struct command command = {
     2,
 };
 
-static const char *const methods[] = { "nearest", "mse", "gptq", NULL }; /* enum quantize_method */
+/* enum quantize_method */
+static const char *const methods[] = { "auto", "nearest", "four-over-six", "mse", "gptq", NULL };
 
 struct settings {
     struct common common;
@@ -170,11 +171,13 @@ static void print_evaluation(const struct evaluation *v)
 static void print_text(const struct settings *s, const struct quantize_result *r, const struct evaluator *v)
 {
     char in[32], out[32], peak[32];
-    printf("%s -> %s, recipe %s\n", s->folders[0], s->folders[1], s->recipe);
+    printf("%s -> %s, recipe %s, method %s\n", s->folders[0], s->folders[1], s->recipe,
+           quantize_method_name((enum quantize_method)s->method));
     if (r->tokens)
         printf("  calibrated on %lld tokens of %lld samples in %.1f s on %s\n", (long long)r->tokens,
                (long long)r->samples, r->calibrate_seconds, v->backend->name);
     print_error("NVFP4", r->nvfp4_matrices, &r->nvfp4_error);
+    if (r->gptq_matrices) printf("           %8lld of them by gptq\n", (long long)r->gptq_matrices);
     print_error("FP8", r->fp8_matrices, &r->fp8_error);
     printf("  %-8s %8lld tensors; %lld linear modules listed as ignored\n", "copied",
            (long long)r->copied_tensors, (long long)r->ignored_modules);
@@ -233,9 +236,11 @@ static json_t *json_evaluation(const struct evaluation *v)
 static void print_json(const struct settings *s, const struct quantize_result *r, const struct evaluator *v)
 {
     json_t *o = json_pack(
-        "{s:o, s:o, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:I, s:o, s:o}",
+        "{s:o, s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:I, s:o, s:o}",
         "source", common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
-        common_json_path(s->recipe), "nvfp4_matrices", (json_int_t)r->nvfp4_matrices, "fp8_matrices",
+        common_json_path(s->recipe), "method", quantize_method_name((enum quantize_method)s->method),
+        "gptq_matrices", (json_int_t)r->gptq_matrices, "nvfp4_matrices", (json_int_t)r->nvfp4_matrices,
+        "fp8_matrices",
         (json_int_t)r->fp8_matrices, "copied_tensors", (json_int_t)r->copied_tensors, "ignored_modules",
         (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens", (json_int_t)r->tokens,
         "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out, "shards",
@@ -361,8 +366,10 @@ int cli_quantize(int argc, char **argv)
     const struct flag flags[] = {
         { "--recipe", 0, FLAG_TEXT, &s.recipe, "NAME", "card (default), nvfp4, fast, nvfp4a16 or a YAML file",
           NULL },
-        { "--method", 0, FLAG_CHOICE, &s.method, "nearest|mse|gptq",
-          "how NVFP4 codes are chosen: same format and size; nearest (default) is the reference tool's",
+        { "--method", 0, FLAG_CHOICE, &s.method, "auto|nearest|four-over-six|mse|gptq",
+          "how NVFP4 codes are chosen, same format and size: auto (default) takes mse or gptq by samples "
+          "held out, "
+          "nearest is the reference tool's",
           methods },
         { "--calibration", 0, FLAG_TEXT, &s.calibration, "FILE", "JSONL of text, messages or input_ids",
           NULL },

@@ -25,7 +25,8 @@ struct calibrator {
     struct model model;
     struct step *step;
     int64_t rows_max, hidden, inner;
-    int files[2]; /* residual stream of every token in front of even and of odd layers; -1: not open */
+    int64_t sample; /* that runs */
+    int files[2];   /* residual stream of every token in front of even and of odd layers; -1: not open */
     char *paths[2];
     float *states;   /* host: that of one step */
     float *block_in; /* host: the MoE block's input of one step */
@@ -140,24 +141,30 @@ static struct step_rows step_rows_of(struct calibrator *k, struct span *span, in
     return (struct step_rows){ k->rows, n, span, 1 };
 }
 
+static struct moments *moments_of(const struct calibrator *k)
+{
+    const struct calibration_sink *s = k->sink;
+    return s->held && k->sample >= s->held_from ? s->held : s->moments;
+}
+
 /* All experts on all rows of the step whose MoE input lies in block_in. */
 static void observe(struct calibrator *k, int layer, int64_t n)
 {
-    const struct calibration_sink *sink = k->sink;
+    struct moments *m = moments_of(k);
     const struct ops *op = k->backend->ops;
     struct queue *q = k->backend->queue;
     const struct experts *experts = &k->model.layers[layer].moe.experts;
     struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
                up = mat_of(k->up, n, k->inner);
     op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
-    if (sink->moments) moments_add(sink->moments->block, k->block_in, n, k->hidden, sink->pool);
+    if (m) moments_add(m->block, k->block_in, n, k->hidden, k->sink->pool);
     for (int i = 0; i < experts->n_experts; i++) {
         op->matmul(q, gate, x, experts->gate[i]);
         op->matmul(q, up, x, experts->up[i]);
         op->silu_mul(q, gate, gate, up);
         op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
         k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
-        if (sink->moments) moments_add(moments_down(sink->moments, i), k->products, n, k->inner, sink->pool);
+        if (m) moments_add(moments_down(m, i), k->products, n, k->inner, k->sink->pool);
     }
 }
 
@@ -246,6 +253,7 @@ static bool run_step(struct calibrator *k, int layer, const struct layer_state *
 static bool run_steps(struct calibrator *k, int layer, struct layer_state *state, struct err *e)
 {
     for (int64_t s = 0; s < k->samples->n; s++) {
+        k->sample = s;
         int64_t length = k->samples->begin[s + 1] - k->samples->begin[s];
         if (state) layer_state_reset(state, &k->model, layer, 0);
         for (int64_t past = 0; past < length; past += k->rows_max) {
@@ -291,6 +299,7 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
     memset(k->input_max, 0, sizeof k->input_max);
     if (k->sink->moments) moments_clear(k->sink->moments);
+    if (k->sink->held) moments_clear(k->sink->held);
     memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
     bool ok = source_check(k->options->source, e) &&
               (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&

@@ -25,7 +25,9 @@ struct calibration_sink {
     void *ctx;
     struct moments *moments; /* second moments are summed here, over all tokens, each layer's own; take may
                                 use them up. NULL: none wanted */
-    struct pool *pool;       /* borrow; sums them */
+    struct moments *held;    /* NULL, or: those of the samples from held_from on are summed here instead */
+    int64_t held_from;
+    struct pool *pool; /* borrow; sums them */
     /* The layer's maxima are in the result and the hidden states behind it are durable: a later run may go on
      * with the next one. */
     bool (*take)(void *ctx, int layer, struct err *e);

@@ -145,8 +145,10 @@ static const char *activations(enum scheme scheme)
 
 static const char *weights(enum scheme scheme)
 {
-    bool nvfp4 = scheme == SCHEME_NVFP4 || scheme == SCHEME_NVFP4A16;
-    return nvfp4 ? "E2M1, an E4M3 scale for 16 columns, an F32 scale" : "E4M3, a BF16 scale a row";
+    if (scheme_is_nvfp4(scheme)) return "E2M1, an E4M3 scale for 16 columns, an F32 scale";
+    return scheme == SCHEME_FP8         ? "E4M3, one BF16 scale"
+           : scheme == SCHEME_FP8_BLOCK ? "E4M3, a BF16 scale for 128 x 128"
+                                        : "E4M3, a BF16 scale a row";
 }
 
 static void put_recipe(FILE *f, const struct summary *s)
@@ -198,7 +200,8 @@ static void put_calibration(FILE *f, const struct summary *s)
     fprintf(f, "%s tokens in all, each sample a sequence of its own. ",
             grouped(n, s->run.calibration->tokens));
     fputs("Every expert saw every token; every input scale is measured", f);
-    if (s->n_zero) fprintf(f, ", but %s matrices only ever saw zeros, theirs is 1", grouped(n, s->n_zero));
+    if (s->n_zero)
+        fprintf(f, ", but %s matrices only ever saw zeros, theirs is a default", grouped(n, s->n_zero));
     fputs(". How many tokens the router itself sent to an expert:\n\n"
           "| | minimum | median | maximum |\n|---|---:|---:|---:|\n",
           f);

@@ -60,5 +60,5 @@ struct curvature curvatures_of(const struct curvatures *c, const struct matrix *
 {
     int64_t i = m->part == PART_DOWN ? 1 + m->expert : 0;
     struct part p = part_of(c, i);
-    return (struct curvature){ p.importance, c->factored[i] ? p.moments : NULL };
+    return (struct curvature){ .importance = p.importance, .factor = c->factored[i] ? p.moments : NULL };
 }

@@ -85,6 +85,8 @@ void describe_result(struct quantize_result *r, const struct summary *s)
 {
     add_errors(&r->nvfp4_error, &r->nvfp4_matrices, s, true);
     add_errors(&r->fp8_error, &r->fp8_matrices, s, false);
+    r->gptq_matrices = 0;
+    for (size_t i = 0; i < s->run.plan->n_matrices; i++) r->gptq_matrices += s->run.results[i].is_gptq;
     r->n_worst = s->n_worst;
     for (int i = 0; i < s->n_worst; i++) {
         const struct matrix *m = &s->run.plan->matrices[s->worst[i]];

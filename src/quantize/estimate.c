@@ -43,7 +43,7 @@ static uint64_t calibration_memory(const struct run *r)
     uint64_t row = 2 * (uint64_t)c->hidden_size, looked_up = tokens < vocab ? tokens : vocab;
     uint64_t table = looked_up * (row > 4096 ? row : 4096);
     return (table > 2 * layer ? table : 2 * layer) + 4 * widths * STEP_ROWS + kv + 16 * tokens +
-           (run_measures(r) ? moments_bytes(c) : 0);
+           (run_measures(r) ? moments_bytes(c) : 0) * (r->options.method == QUANTIZE_AUTO ? 3 : 1);
 }
 
 uint64_t estimate_memory(const struct run *r)
@@ -125,15 +125,14 @@ static float *identity_factor(int64_t n)
 
 static bool packing_seconds(double *out, struct run *r, struct err *e)
 {
-    static const struct curvature plain = { 0 };
     double cost[N_SCHEMES] = { 0 };
     int64_t cols = 0;
     for (size_t i = 0; i < r->plan.n_matrices; i++)
         cols = r->plan.matrices[i].cols > cols ? r->plan.matrices[i].cols : cols;
-    bool passes_on = r->options.method == QUANTIZE_GPTQ;
+    bool passes_on = run_measures(r) && r->options.method != QUANTIZE_MSE;
     float *factor = passes_on ? identity_factor(cols) : NULL;
     struct curvature gptq = { .factor = factor };
-    const struct curvature *c = passes_on ? &gptq : r->options.method == QUANTIZE_NEAREST ? NULL : &plain;
+    const struct curvature *c = passes_on ? &gptq : run_plain(r);
     void *buffer = malloc(run_piece_bytes(&r->plan) + 1);
     bool ok = (buffer && (factor || !passes_on)) || err_memory(e, "probe", run_piece_bytes(&r->plan));
     for (int i = 0; ok && i < N_SCHEMES; i++)

@@ -5,8 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-/* sum of a[k] * b[k] in eight lanes of fixed order. */
-static double dot(const float *a, const float *b, int64_t n)
+double gptq_dot(const float *a, const float *b, int64_t n)
 {
     enum { DOT_LANES = 8 };
     double sum[DOT_LANES] = { 0 }, total = 0;
@@ -36,13 +35,13 @@ static bool decompose(float *h, int64_t n)
 {
     for (int64_t j = n - 1; j >= 0; j--) {
         float *row = h + j * n;
-        double pivot = (double)row[j] - dot(row + j + 1, row + j + 1, n - 1 - j);
+        double pivot = (double)row[j] - gptq_dot(row + j + 1, row + j + 1, n - 1 - j);
         if (!(pivot > 0 && isfinite(pivot))) return false;
         double root = sqrt(pivot);
         row[j] = (float)root;
         for (int64_t i = 0; i < j; i++)
             h[i * n + j] =
-                (float)(((double)h[i * n + j] - dot(h + i * n + j + 1, row + j + 1, n - 1 - j)) / root);
+                (float)(((double)h[i * n + j] - gptq_dot(h + i * n + j + 1, row + j + 1, n - 1 - j)) / root);
     }
     return true;
 }

@@ -23,4 +23,7 @@ bool gptq_factor(float *h, int64_t n);
  * [rows][n]. factor: gptq_factor's. scratch: [2][n][GPTQ_ROWS] floats. */
 void gptq_pack_rows(uint8_t *codes, e4m3 *scale, const float *x, int rows, const float *factor, float global,
                     int64_t n, float *scratch);
+
+/* sum of a[k] * b[k] in double, in eight lanes of fixed order. */
+double gptq_dot(const float *a, const float *b, int64_t n);
 #endif

@@ -22,7 +22,8 @@ bool run_measures(const struct run *r)
     const struct quantize_options *o = &r->options;
     bool any = false;
     for (size_t i = 0; i < r->plan.n_matrices && !any; i++) any = is_nvfp4_expert(&r->plan.matrices[i]);
-    return any && (o->method == QUANTIZE_GPTQ || (o->method == QUANTIZE_MSE && o->calibration));
+    return any && (o->method == QUANTIZE_GPTQ ||
+                   ((o->method == QUANTIZE_MSE || o->method == QUANTIZE_AUTO) && o->calibration));
 }
 
 /* Packing into the spool, through one buffer. */
@@ -45,14 +46,16 @@ static bool spool_put(void *ctx, uint64_t bytes, struct err *e)
     return spool_append(x->spool, x->buffer, bytes, e);
 }
 
-static bool pack_expert(struct run *r, size_t index, struct spool_outlet *x, struct err *e)
+static bool pack_expert(struct run *r, size_t index, bool passes_on, struct spool_outlet *x, struct err *e)
 {
     const struct matrix *m = &r->plan.matrices[index];
     struct curvature curvature = curvatures_of(&r->curvatures, m);
     struct outlet to = { x, spool_room, spool_put };
     struct spooled item = { .index = index, .at = r->spool.end };
     struct packed packed;
-    if (r->options.method == QUANTIZE_GPTQ && !curvature.factor)
+    if (!passes_on)
+        curvature.factor = NULL;
+    else if (!curvature.factor)
         report_warn(r->options.report,
                     "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
     if (!run_pack(r, &packed, index, &curvature, &to, e) ||
@@ -63,19 +66,44 @@ static bool pack_expert(struct run *r, size_t index, struct spool_outlet *x, str
     item.result.difference = packed.difference;
     item.result.total = packed.total;
     item.result.global = packed.global;
+    item.result.is_gptq = curvature.factor != NULL;
     spool_add(&r->spool, &item);
     return true;
+}
+
+/* Whether a layer's errors are passed on: as the method says, or as the samples held out do. */
+static bool choose(struct run *r, struct contest_result *out, int layer, struct err *e)
+{
+    bool always = r->options.method == QUANTIZE_GPTQ;
+    int64_t n = (int64_t)r->source.config.n_experts * N_PARTS, count = 0;
+    *out = (struct contest_result){ always, always };
+    if (!r->contest.held.block) return true;
+    struct contestant *list = malloc((size_t)n * sizeof *list);
+    bool ok = list || err_memory(e, "experts of a layer", (uint64_t)n * sizeof *list);
+    for (int64_t i = layer * n; ok && i < (layer + 1) * n; i++) {
+        size_t index = r->plan.experts[i];
+        if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
+        list[count].matrix = &r->plan.matrices[index];
+        ok = run_absmax(r, &list[count++].absmax, index, e);
+    }
+    ok = ok && contest_run(out, &r->contest, &r->curvatures.moments, list, count, r->packer.pool, e);
+    free(list);
+    return ok;
 }
 
 static bool pack_layer(struct run *r, int layer, struct err *e)
 {
     int64_t n = (int64_t)r->source.config.n_experts * N_PARTS;
     struct spool_outlet x = { &r->spool, malloc(run_piece_bytes(&r->plan) + 1) };
-    bool ok = x.buffer || err_memory(e, "packing buffer", run_piece_bytes(&r->plan));
-    curvatures_update(&r->curvatures, r->packer.pool);
+    struct contest_result passes_on;
+    bool ok = (x.buffer || err_memory(e, "packing buffer", run_piece_bytes(&r->plan))) &&
+              choose(r, &passes_on, layer, e);
+    if (ok) curvatures_update(&r->curvatures, r->packer.pool);
     for (int64_t i = layer * n; ok && i < (layer + 1) * n; i++) {
         size_t index = r->plan.experts[i];
-        if (index != SIZE_MAX && is_nvfp4_expert(&r->plan.matrices[index])) ok = pack_expert(r, index, &x, e);
+        if (index == SIZE_MAX || !is_nvfp4_expert(&r->plan.matrices[index])) continue;
+        bool is_down = r->plan.matrices[index].part == PART_DOWN;
+        ok = pack_expert(r, index, is_down ? passes_on.down : passes_on.block, &x, e);
     }
     free(x.buffer);
     return ok && spool_sync(&r->spool, e);
@@ -164,23 +192,36 @@ bool run_is_calibrated(const struct run *r)
     return r->samples.n == 0 || r->layers_done == r->calibration.n_layers;
 }
 
+static bool prepare_method(struct run *r, struct err *e)
+{
+    enum quantize_method method = r->options.method;
+    bool contest = method == QUANTIZE_AUTO && contest_held(r->samples.n) > 0;
+    return curvatures_init(&r->curvatures, &r->source.config, method == QUANTIZE_GPTQ || contest, e) &&
+           (!contest || contest_init(&r->contest, &r->source.config, e));
+}
+
 bool run_calibration(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
     bool measures = run_measures(r);
     if (run_is_calibrated(r)) return true;
-    if (measures && !curvatures_init(&r->curvatures, &r->source.config, o->method == QUANTIZE_GPTQ, e))
-        return false;
+    if (measures && !prepare_method(r, e)) return false;
     struct calibration_options options = {
         .source = &r->source,
         .backend = o->backend,
         .samples = &r->samples,
         .folder = r->destination.work,
         .first_layer = r->layers_done,
-        .sink = { r, measures ? &r->curvatures.moments : NULL, r->packer.pool, take_layer },
+        .sink = { .ctx = r,
+                  .moments = measures ? &r->curvatures.moments : NULL,
+                  .held = r->contest.held.block ? &r->contest.held : NULL,
+                  .held_from = r->samples.n - contest_held(r->samples.n),
+                  .pool = r->packer.pool,
+                  .take = take_layer },
         .report = o->report,
     };
     if (!calibrate(&r->calibration, &options, e)) return false;
     curvatures_deinit(&r->curvatures);
+    contest_deinit(&r->contest);
     return true;
 }

@@ -64,6 +64,18 @@ void moments_clear(struct moments *m)
     memset(m->down, 0, (size_t)(m->n_experts * m->inner * m->inner) * sizeof *m->down);
 }
 
+void moments_copy(struct moments *to, const struct moments *from)
+{
+    memcpy(to->block, from->block, (size_t)(to->hidden * to->hidden) * sizeof *to->block);
+    memcpy(to->down, from->down, (size_t)(to->n_experts * to->inner * to->inner) * sizeof *to->down);
+}
+
+void moments_join(struct moments *to, const struct moments *from)
+{
+    for (int64_t i = 0; i < to->hidden * to->hidden; i++) to->block[i] += from->block[i];
+    for (int64_t i = 0; i < to->n_experts * to->inner * to->inner; i++) to->down[i] += from->down[i];
+}
+
 void moments_deinit(struct moments *m)
 {
     free(m->block);

@@ -20,6 +20,10 @@ static inline float *moments_down(const struct moments *m, int expert)
     return m->down + expert * m->inner * m->inner;
 }
 
+/* Of the same shape. */
+void moments_copy(struct moments *to, const struct moments *from);
+void moments_join(struct moments *to, const struct moments *from); /* to += from */
+
 /* h[i][j] += sum over rows r of x[r][i] * x[r][j], for j >= i at least; what is below is unspecified. h:
  * [n][n]; x: [rows][n]. The same bits for any number of threads. */
 void moments_add(float *h, const float *x, int64_t rows, int64_t n, struct pool *pool);

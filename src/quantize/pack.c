@@ -86,7 +86,9 @@ static void nvfp4_item(void *ctx, int64_t item, int thread)
         uint8_t *codes = p->codes + r * (m->cols / 2);
         e4m3 *scale = (e4m3 *)p->scales + r * (m->cols / NVFP4_GROUP);
         load_row(p, row, m, r);
-        if (w->curvature)
+        if (w->curvature && w->curvature->four_over_six)
+            four_over_six_row(codes, scale, row, w->global, m->cols);
+        else if (w->curvature)
             search_row(codes, scale, row, w->curvature->importance, w->global, m->cols);
         else
             p->kernels->nvfp4_pack(codes, scale, row, w->global, m->cols);

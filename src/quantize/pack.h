@@ -15,8 +15,9 @@ struct packed {
     double difference, total; /* sums of squares of W - packed W and of W */
 };
 
-/* What is known about a matrix's inputs; for NVFP4 only. */
+/* How the scales of a matrix are searched, and what is known about its inputs; for NVFP4 only. */
 struct curvature {
+    bool four_over_six;      /* of two scales, by plain squares; the inputs do not matter then */
     const float *importance; /* [cols] mean squares of the inputs, any factor; NULL: all 1 */
     const float *factor;     /* gptq_factor's; NULL: errors are not passed on */
 };

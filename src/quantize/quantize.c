@@ -29,7 +29,9 @@ static const uint64_t SHARD_BYTES = 5000000000u, MEMORY_BYTES = 8000000000u;
 const char *quantize_method_name(enum quantize_method m)
 {
     switch (m) {
+    case QUANTIZE_AUTO: return "auto";
     case QUANTIZE_NEAREST: return "nearest";
+    case QUANTIZE_FOUR_OVER_SIX: return "four-over-six";
     case QUANTIZE_MSE: return "mse";
     case QUANTIZE_GPTQ: return "gptq";
     }
@@ -61,8 +63,8 @@ static bool load_samples(struct run *r, struct err *e)
                        o->recipe->name);
     if (!o->calibration)
         return err_set(e, ERR_ARGUMENT,
-                       "method gptq needs calibration samples, none are given; nearest and "
-                       "mse do without");
+                       "method gptq needs calibration samples, none are given; the other methods "
+                       "do without");
     struct samples_options options = {
         .path = o->calibration,
         .model = r->source.path,
@@ -255,6 +257,7 @@ static void run_deinit(struct run *r)
     packer_deinit(&r->packer);
     spool_deinit(&r->spool);
     curvatures_deinit(&r->curvatures);
+    contest_deinit(&r->contest);
     free(r->absmax);
     free(r->scales);
     free(r->results);

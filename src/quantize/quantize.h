@@ -12,9 +12,12 @@
 
 /* How NVFP4 codes are chosen; the file has the same format and size with all of them. */
 enum quantize_method {
-    QUANTIZE_NEAREST, /* the reference tool's, byte for byte */
-    QUANTIZE_MSE,     /* scales searched (search.h) */
-    QUANTIZE_GPTQ,    /* scales searched, errors passed on to later columns (gptq.h) */
+    QUANTIZE_AUTO,          /* mse or gptq, whichever loses less in a layer on samples held out (contest.h);
+                               mse without calibration */
+    QUANTIZE_NEAREST,       /* the reference tool's, byte for byte */
+    QUANTIZE_FOUR_OVER_SIX, /* the better of two scales (search.h) */
+    QUANTIZE_MSE,           /* scales searched (search.h) */
+    QUANTIZE_GPTQ,          /* scales searched, errors passed on to later columns (gptq.h) */
 };
 
 const char *quantize_method_name(enum quantize_method m); /* "nearest" */
@@ -67,6 +70,7 @@ struct quantize_coverage {
 };
 
 struct quantize_result {
+    int64_t gptq_matrices; /* of the NVFP4 ones: where errors were passed on */
     int64_t nvfp4_matrices, fp8_matrices, copied_tensors, ignored_modules;
     struct quantize_error nvfp4_error, fp8_error;
     int64_t samples, tokens;      /* calibration */

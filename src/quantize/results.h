@@ -8,6 +8,7 @@ struct matrix_result {
     double difference, total; /* sums of squares of W - packed W and of W */
     float global;             /* NVFP4: the weights' scale, which divides; else 0 */
     float input;              /* largest calibration input |x|; 0: not measured, or every one was zero */
+    bool is_gptq;             /* errors were passed on to later columns */
     bool is_done;
 };
 #endif

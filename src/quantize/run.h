@@ -3,6 +3,7 @@
 #ifndef QUANTIZE_RUN_H
 #define QUANTIZE_RUN_H
 #include "quantize/calibrate.h"
+#include "quantize/contest.h"
 #include "quantize/curvature.h"
 #include "quantize/destination.h"
 #include "quantize/journal.h"
@@ -29,6 +30,7 @@ struct run {
     int layers_done; /* of the calibration */
     struct packer packer;
     struct curvatures curvatures;
+    struct contest contest; /* of method auto */
     struct spool spool;
     struct shards *shards;
     struct writer *writer;
@@ -57,6 +59,10 @@ bool run_calibration(struct run *r, struct err *e);
 bool run_layer_read(struct run *r, const struct journal_record *record, struct err *e);
 
 /* tensors.c */
+/* What packing takes that learnt nothing from samples; NULL: the nearest values. */
+const struct curvature *run_plain(const struct run *r);
+/* max |w| of the matrices that share one scale with this one. */
+bool run_absmax(struct run *r, float *out, size_t index, struct err *e);
 bool run_prepare_packing(struct run *r, struct err *e);
 uint64_t run_piece_bytes(const struct plan *p); /* of the largest piece's codes, at most */
 /* Packs a matrix of the plan; out->codes is of no use, out->scales borrows from the run until the next. */

@@ -68,6 +68,30 @@ e4m3 search_group(uint8_t codes[NVFP4_GROUP], const struct search_group *g, floa
     return (e4m3){ (uint8_t)(first + best) };
 }
 
+/* The sum of squares that a group of 16 loses under a step. */
+static float group_loss(const float *x, float step)
+{
+    float loss[4] = { 0 };
+    for (int k = 0; k < NVFP4_GROUP; k += 4)
+        for (int l = 0; l < 4; l++) {
+            float d = x[k + l] - e2m1_round(x[k + l] / step) * step;
+            loss[l] += d * d;
+        }
+    return (loss[0] + loss[1]) + (loss[2] + loss[3]);
+}
+
+void four_over_six_row(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += NVFP4_GROUP, x += NVFP4_GROUP) {
+        e4m3 six = nvfp4_group_scale(x, global), four = e4m3_from_f32(1.5f * e4m3_to_f32(six));
+        bool wider = group_loss(x, e4m3_to_f32(four) / global) < group_loss(x, e4m3_to_f32(six) / global);
+        *scale = wider ? four : six;
+        float step = e4m3_to_f32(*scale++) / global;
+        for (int k = 0; k < NVFP4_GROUP; k += 2)
+            *codes++ = (uint8_t)(e2m1_from_f32(x[k] / step) | e2m1_from_f32(x[k + 1] / step) << 4);
+    }
+}
+
 void search_row(uint8_t *codes, e4m3 *scale, const float *x, const float *importance, float global, int64_t n)
 {
     static const float ones[NVFP4_GROUP] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };

@@ -148,7 +148,7 @@ static void add_results(struct summary *s)
         if (m->layer >= 0) add_matrix(&s->layers[m->layer].errors[m->scheme], &s->run, i);
         rank(s, i);
         s->n_far += summary_snr(s->run.results[i].difference, s->run.results[i].total) < SUMMARY_SNR_LOW;
-        s->n_zero += m->scheme == SCHEME_NVFP4 && s->run.results[i].input == 0;
+        s->n_zero += scheme_measures(m->scheme) && s->run.results[i].input == 0;
     }
 }
 

@@ -61,7 +61,7 @@ struct summary {
     size_t worst[SUMMARY_WORST];  /* matrices of the plan, worst first; of equals the first */
     int n_worst;
     int64_t n_far;               /* matrices with SNR below SUMMARY_SNR_LOW */
-    int64_t n_zero;              /* NVFP4 matrices whose calibration inputs were all zero; their scale is 1 */
+    int64_t n_zero;              /* matrices with a measured scale whose calibration inputs were all zero */
     struct summary_range routed; /* tokens, over all experts of all layers */
     int n_few;
 };

@@ -63,7 +63,7 @@ static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
 }
 
 /* gate and up, or q, k and v, run as one product, so one scale serves them: the largest maximum's. */
-static bool joint_absmax(struct run *r, float *out, size_t index, struct err *e)
+bool run_absmax(struct run *r, float *out, size_t index, struct err *e)
 {
     const struct matrix *all = r->plan.matrices;
     if (!absmax_of(r, out, index, e)) return false;
@@ -102,7 +102,7 @@ bool run_pack(struct run *r, struct packed *out, size_t index, const struct curv
     int64_t n = packer_piece_rows(m);
     float absmax = 0;
     *out = (struct packed){ .scales = r->scales };
-    if (!(scheme_is_nvfp4(m->scheme) ? joint_absmax(r, &absmax, index, e) : absmax_of(r, &absmax, index, e)))
+    if (!(scheme_is_nvfp4(m->scheme) ? run_absmax(r, &absmax, index, e) : absmax_of(r, &absmax, index, e)))
         return false;
     for (int64_t at = 0; at < m->rows; at += n) {
         struct matrix piece = piece_of(m, at, m->rows - at < n ? m->rows - at : n);
@@ -202,11 +202,22 @@ static bool copy_spooled(struct run *r, const struct spooled *item, struct err *
     return true;
 }
 
+const struct curvature *run_plain(const struct run *r)
+{
+    static const struct curvature plain = { 0 }, four_over_six = { .four_over_six = true };
+    switch (r->options.method) {
+    case QUANTIZE_NEAREST: return NULL;
+    case QUANTIZE_FOUR_OVER_SIX: return &four_over_six;
+    case QUANTIZE_AUTO:
+    case QUANTIZE_MSE:
+    case QUANTIZE_GPTQ: break;
+    }
+    return &plain;
+}
+
 /* Codes and scales: packs what the calibration has not packed already. */
 static bool put_matrix(struct run *r, struct matrix_result *result, size_t index, struct err *e)
 {
-    static const struct curvature plain = { 0 };
-    const struct curvature *c = r->options.method == QUANTIZE_NEAREST ? NULL : &plain;
     const struct spooled *item = spool_find(&r->spool, index);
     struct outlet to = { r->writer, writer_outlet_room, writer_outlet_put };
     struct packed packed;
@@ -214,10 +225,12 @@ static bool put_matrix(struct run *r, struct matrix_result *result, size_t index
         *result = item->result;
         return copy_spooled(r, item, e);
     }
-    if (!run_pack(r, &packed, index, c, &to, e) ||
+    if (!run_pack(r, &packed, index, run_plain(r), &to, e) ||
         !writer_put_copy(r->writer, packed.scales, packed.scales_bytes, e))
         return false;
-    *result = (struct matrix_result){ packed.difference, packed.total, packed.global, 0, false };
+    *result = (struct matrix_result){ .difference = packed.difference,
+                                      .total = packed.total,
+                                      .global = packed.global };
     return true;
 }
 

@@ -727,7 +727,7 @@ static void recipes_are_names_or_files(void **state)
     refuse(WORDS("quantize", demo, in("dst"), "--recipe", bad), 1,
            "quench quantize: --recipe: @/bad.yaml: line 4: QuantizationModifier: unknown key 'schema'\n");
     succeed(WORDS("quantize", demo, in("weights"), "--recipe", "nvfp4a16", "--quiet"));
-    assert_non_null(strstr(f.out, "recipe nvfp4a16\n  NVFP4         192 matrices"));
+    assert_non_null(strstr(f.out, "recipe nvfp4a16, method auto\n  NVFP4         192 matrices"));
     snprintf(path, sizeof path, "%s/recipe.yaml", in("weights"));
     succeed(WORDS("quantize", demo, in("again"), "--recipe", path, "--quiet", "--json"));
     assert_non_null(strstr(f.out, "\"nvfp4_matrices\":192,\"fp8_matrices\":0,"));

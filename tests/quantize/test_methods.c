@@ -1,7 +1,7 @@
 /* Scales by search and rounding that passes errors on: judged by their own measures, recomputed here in
  * double from what was packed, and as whole runs over the demo checkpoint. */
 #include "num/e2m1.h"
-#include "quantize/curvature.h"
+#include "quantize/contest.h"
 #include "quantize/fixture.h"
 #include "quantize/gptq.h"
 #include "quantize/moments.h"
@@ -102,12 +102,40 @@ static void search_finds_the_best_scale(void **state)
     }
 }
 
+/* The better of its two scales, and never worse than the nearest method's under the same global scale. */
+static void four_over_six_takes_the_better(void **state)
+{
+    (void)state;
+    static const float ones[NVFP4_GROUP] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
+    int fours = 0;
+    for (int i = 0; i < 3000; i++) {
+        float w[NVFP4_GROUP], size = ldexpf(1, -(int)(uniform() * 14));
+        uint8_t packed[NVFP4_GROUP / 2], codes[NVFP4_GROUP], want[NVFP4_GROUP];
+        e4m3 scale;
+        for (int k = 0; k < NVFP4_GROUP; k++) w[k] = bf16_round(normal() * size);
+        four_over_six_row(packed, &scale, w, 300, NVFP4_GROUP);
+        for (int k = 0; k < NVFP4_GROUP; k++) codes[k] = packed[k / 2] >> k % 2 * 4 & 15;
+        int six = nvfp4_group_scale(w, 300).bits;
+        int four = e4m3_from_f32(1.5f * e4m3_to_f32((e4m3){ (uint8_t)six })).bits;
+        assert_true(scale.bits == six || scale.bits == four);
+        fours += scale.bits == four;
+        double error = group_error(w, ones, scale.bits, 300, want);
+        assert_memory_equal(codes, want, sizeof codes);
+        assert_true(error <=
+                    fmin(group_error(w, ones, six, 300, NULL), group_error(w, ones, four, 300, NULL)) *
+                        (1 + 1e-5));
+    }
+    assert_true(fours > 300 && fours < 2700);
+}
+
 static void search_of_zeros(void **state)
 {
     (void)state;
     float w[NVFP4_GROUP] = { 0 };
     uint8_t codes[NVFP4_GROUP / 2];
     e4m3 scale;
+    four_over_six_row(codes, &scale, w, 1, NVFP4_GROUP);
+    assert_int_equal(scale.bits, 0x20);
     search_row(codes, &scale, w, NULL, 1, NVFP4_GROUP);
     assert_int_equal(scale.bits, 0x20);
     for (int k = 0; k < NVFP4_GROUP / 2; k++) assert_int_equal(codes[k], 0);
@@ -233,6 +261,69 @@ static void zero_moments_fall_back(void **state)
     curvatures_deinit(&c);
 }
 
+/* Inputs of which the samples held out look like the others, or like nothing that was seen. */
+static void fill_moments(float *h, int64_t n, double *mix, struct pool *pool)
+{
+    enum { TOKENS = 64 };
+    float x[TOKENS][32];
+    for (int t = 0; t < TOKENS; t++) {
+        double common = (double)normal();
+        for (int64_t c = 0; c < n; c++) x[t][c] = (float)((double)normal() + mix[c] * common);
+    }
+    moments_add(h, &x[0][0], TOKENS, n, pool);
+}
+
+static void held_out_samples_decide(void **state)
+{
+    (void)state;
+    struct config config = { .n_experts = 1, .hidden_size = 32, .moe_intermediate = 32 };
+    struct pool *pool;
+    struct err e = { 0 };
+    double seen[32], unseen[32], seen_trace = 0;
+    uint16_t weights[32 * 32];
+    for (int i = 0; i < 32 * 32; i++) weights[i] = bf16_from_f32(0.02f * normal()).bits;
+    for (int c = 0; c < 32; c++) {
+        seen[c] = 8;
+        unseen[c] = c % 2 ? 8 : -8; /* what makes up for errors on the one doubles them on the other */
+    }
+    if (!pool_create(&pool, 2, &e)) fail_msg("%s", e.text);
+    for (int alike = 0; alike < 2; alike++) {
+        struct contest c;
+        struct moments m;
+        struct contest_result r;
+        struct matrix matrices[N_PARTS];
+        struct contestant list[N_PARTS];
+        if (!contest_init(&c, &config, &e) || !moments_init(&m, 1, 32, 32, &e)) fail_msg("%s", e.text);
+        moments_clear(&m);
+        moments_clear(&c.held);
+        fill_moments(m.block, 32, seen, pool);
+        fill_moments(m.down, 32, seen, pool);
+        fill_moments(c.held.block, 32, alike ? seen : unseen, pool);
+        fill_moments(c.held.down, 32, seen, pool);
+        for (int i = 0; i < N_PARTS; i++) {
+            matrices[i] = (struct matrix){
+                .data = (const uint8_t *)weights, .rows = 32, .cols = 32, .part = (enum expert_part)i
+            };
+            list[i] = (struct contestant){ &matrices[i], 0.08f };
+        }
+        seen_trace = (double)m.block[0] + (double)c.held.block[0];
+        if (!contest_run(&r, &c, &m, list, N_PARTS, pool, &e)) fail_msg("%s", e.text);
+        assert_true(r.block == (alike == 1));
+        assert_true(r.down);
+        assert_true(m.block[0] == (float)seen_trace); /* for the packing that follows, all count */
+        contest_deinit(&c);
+        moments_deinit(&m);
+    }
+    pool_free(pool);
+}
+
+static void an_eighth_is_held_out(void **state)
+{
+    (void)state;
+    static const int64_t n[] = { 0, 1, 2, 7, 8, 15, 16, 64 }, held[] = { 0, 0, 1, 1, 1, 1, 2, 8 };
+    for (int i = 0; i < 8; i++) assert_int_equal(contest_held(n[i]), held[i]);
+}
+
 /* Whole runs. */
 
 static void assert_same_tensors(const char *left, const char *right)
@@ -255,17 +346,24 @@ static void threads_do_not_matter(void **state)
     (void)state;
     struct fixture f;
     fixture_init(&f);
-    for (int method = QUANTIZE_MSE; method <= QUANTIZE_GPTQ; method++) {
-        struct quantize_options o =
-            fixture_options(&f, DEMO, in(&f, method == QUANTIZE_MSE ? "mse1" : "gptq1"));
-        o.method = (enum quantize_method)method;
+    static const struct {
+        enum quantize_method method;
+        const char *one, *two;
+    } runs[] = { { QUANTIZE_AUTO, "auto1", "auto2" },
+                 { QUANTIZE_FOUR_OVER_SIX, "four1", "four2" },
+                 { QUANTIZE_MSE, "mse1", "mse2" },
+                 { QUANTIZE_GPTQ, "gptq1", "gptq2" } };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        struct quantize_options o = fixture_options(&f, DEMO, in(&f, runs[i].one));
+        o.method = runs[i].method;
         o.threads = 1;
         struct quantize_result one = must_run(&o);
         o.threads = 2;
         const char *first = o.destination;
-        o.destination = in(&f, method == QUANTIZE_MSE ? "mse2" : "gptq2");
+        o.destination = in(&f, runs[i].two);
         struct quantize_result two = must_run(&o);
         assert_true(one.nvfp4_error.mean == two.nvfp4_error.mean);
+        assert_true(one.gptq_matrices == two.gptq_matrices);
         assert_true(one.bytes_out == two.bytes_out);
         assert_same_tensors(first, o.destination);
     }
@@ -286,6 +384,41 @@ static void methods_differ_only_in_codes(void **state)
     assert_true(mse.bytes_out == nearest.bytes_out && mse.nvfp4_matrices == nearest.nvfp4_matrices);
     assert_true(mse.fp8_error.mean == nearest.fp8_error.mean);
     assert_string_equal(f.warnings, "");
+    assert_true(nearest.gptq_matrices == 0 && mse.gptq_matrices == 0);
+    o.method = QUANTIZE_FOUR_OVER_SIX;
+    o.destination = in(&f, "four");
+    struct quantize_result four = must_run(&o);
+    assert_true(four.nvfp4_error.mean < nearest.nvfp4_error.mean &&
+                four.nvfp4_error.mean > mse.nvfp4_error.mean);
+    fixture_deinit(&f);
+}
+
+/* Method auto writes what gptq or mse writes: mse with one sample, since nothing can be held out. One step is
+ * held out of four, so that sums add up in the same order. */
+static void auto_is_one_of_its_methods(void **state)
+{
+    (void)state;
+    struct fixture f;
+    fixture_init(&f);
+    struct quantize_options o = fixture_options(&f, DEMO, in(&f, "auto"));
+    o.method = QUANTIZE_AUTO;
+    o.num_calibration_samples = 1;
+    const char *first = o.destination;
+    must_run(&o);
+    o.method = QUANTIZE_MSE;
+    o.destination = in(&f, "mse");
+    must_run(&o);
+    assert_same_tensors(first, o.destination);
+    o.num_calibration_samples = 4;
+    o.max_seq_length = 512;
+    o.method = QUANTIZE_AUTO;
+    o.destination = first = in(&f, "auto4");
+    struct quantize_result r = must_run(&o);
+    assert_int_equal(r.gptq_matrices, r.nvfp4_matrices); /* so much is enough for it to win everywhere */
+    o.method = QUANTIZE_GPTQ;
+    o.destination = in(&f, "gptq4");
+    must_run(&o);
+    assert_same_tensors(first, o.destination);
     fixture_deinit(&f);
 }
 
@@ -293,6 +426,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(search_finds_the_best_scale),
+        cmocka_unit_test(four_over_six_takes_the_better),
         cmocka_unit_test(search_of_zeros),
         cmocka_unit_test(moments_are_sums_of_products),
         cmocka_unit_test(factor_gives_the_moments_back),
@@ -300,8 +434,11 @@ int main(void)
         cmocka_unit_test(gptq_lowers_the_output_error),
         cmocka_unit_test(gptq_of_independent_inputs_is_mse),
         cmocka_unit_test(zero_moments_fall_back),
+        cmocka_unit_test(an_eighth_is_held_out),
+        cmocka_unit_test(held_out_samples_decide),
         cmocka_unit_test(threads_do_not_matter),
         cmocka_unit_test(methods_differ_only_in_codes),
+        cmocka_unit_test(auto_is_one_of_its_methods),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
