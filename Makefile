@@ -5,6 +5,7 @@
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=
 # make bench          the programs under bench/
 # make fmt            clang-format in place
+# CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
 # STATIC=1            a binary that needs only libc; WERROR=1 warnings are errors; BUILD=dir another folder
 
 ifeq ($(origin CC),default)
@@ -30,14 +31,31 @@ else
 LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lm
 endif
 
+NVCC    ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA    ?= $(if $(NVCC),1,0)
+CUDA_ARCHS ?= 80 86 89 90a 100a 120a
 SRC     := $(wildcard src/*/*.c src/*/*/*.c)
-OBJ     := $(SRC:%.c=$(BUILD)/%.o)
+ifeq ($(CUDA),1)
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(lastword $(NVCC))))
+CUDASRC := $(wildcard src/backend/cuda/*.cu)
+override CFLAGS += -DQUENCH_CUDA -isystem $(CUDA_HOME)/include
+LDLIBS  += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lpthread
+else
+SRC     := $(filter-out src/backend/cuda/%,$(SRC))
+endif
+OBJ     := $(SRC:%.c=$(BUILD)/%.o) $(CUDASRC:%.cu=$(BUILD)/%.cu.o)
 LIB     := $(BUILD)/libquench.a
 PROGRAM := $(BUILD)/src/cli/main.o $(BUILD)/src/cli/version.o
 LIBOBJ  := $(filter-out $(PROGRAM),$(OBJ))
 HDR     := $(wildcard src/*/*.h src/*/*/*.h)
+ifneq ($(CUDA),1)
+HDR     := $(filter-out src/backend/cuda/%,$(HDR))
+endif
 TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
 BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
+ifneq ($(CUDA),1)
+BENCHES := $(filter-out %/bench_cuda,$(BENCHES))
+endif
 TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 $(TESTLIB): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
@@ -71,21 +89,32 @@ $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(STRICT) $(if $(X86),$(ISA),$(filter-out -m%,$(ISA))) -c -o $@ $<
 
+# -fmad=false: a product and a sum are one rounding only where fmaf says so, whatever the compiler inlines.
+$(BUILD)/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++17 -O3 -fmad=false -lineinfo -Isrc -MD -MP -MF $(@:.o=.d) -Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics \
+	    $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) -c -o $@ $<
+
 $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(TESTLIB) $(LIB) $(LDLIBS) -lcmocka
 
+$(BUILD)/bench/bench_cuda: $(BUILD)/bench/bench_cuda_read.cu.o
 $(BUILD)/bench/%: bench/%.c $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $< $(LIB) $(LDLIBS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter-out $(LIB),$^) $(LIB) $(LDLIBS)
 
 check: all layers headers test
 
 test: $(TESTS) all
 	BUILD=$(BUILD) tools/run_tests.sh $(TESTS)
 
+# DEVICE=cuda: of the GPU instead
 kernels: $(BUILD)/tests/backend/test_kernels
-	$<
+	QUENCH_DEVICE=$(DEVICE) $<
+
+memcheck: $(BUILD)/tests/backend/test_kernels
+	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
 
 layers:
 	tools/layers.sh
@@ -130,5 +159,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels layers headers asan ubsan tsan bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

@@ -29,3 +29,48 @@ void host_zero(struct queue *q, void *memory, uint64_t bytes)
     (void)q;
     memset(memory, 0, bytes);
 }
+
+bool host_experts_bind(struct queue *q, struct experts *x, struct err *e)
+{
+    (void)q, (void)x, (void)e;
+    return true;
+}
+
+void host_experts_unbind(struct queue *q, struct experts *x)
+{
+    (void)q, (void)x;
+}
+
+bool host_wait(struct queue *q, struct err *e)
+{
+    (void)q, (void)e;
+    return true;
+}
+
+bool host_step_begin(struct queue *q, const void *key, const struct step_rows *rows)
+{
+    (void)q, (void)key, (void)rows;
+    return false;
+}
+
+void host_step_end(struct queue *q)
+{
+    (void)q;
+}
+
+void host_pick(struct queue *q, float *out, struct mat x, const int32_t *column)
+{
+    (void)q;
+    for (int64_t i = 0; i < x.rows; i++) out[i] = x.data[i * x.stride + column[i]];
+}
+
+void host_argmax(struct queue *q, int32_t *out, struct mat x)
+{
+    (void)q;
+    for (int64_t i = 0; i < x.rows; i++) {
+        const float *row = x.data + i * x.stride;
+        out[i] = 0;
+        for (int64_t c = 1; c < x.cols; c++)
+            if (row[c] > row[out[i]]) out[i] = (int32_t)c;
+    }
+}

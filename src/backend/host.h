@@ -1,9 +1,16 @@
-/* Memory operations of backends whose memory is the host's. */
+/* What backends share whose memory is the host's and whose operations are done when they return. */
 #ifndef BACKEND_HOST_H
 #define BACKEND_HOST_H
 #include "backend/ops.h"
 bool host_memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e);
 void host_memory_free(struct queue *q, void *memory);
 void host_copy(struct queue *q, void *to, const void *from, uint64_t bytes);
+bool host_experts_bind(struct queue *q, struct experts *x, struct err *e);
+void host_experts_unbind(struct queue *q, struct experts *x);
+bool host_wait(struct queue *q, struct err *e);
+bool host_step_begin(struct queue *q, const void *key, const struct step_rows *rows);
+void host_step_end(struct queue *q);
+void host_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
+void host_argmax(struct queue *q, int32_t *out, struct mat x);
 void host_zero(struct queue *q, void *memory, uint64_t bytes);
 #endif

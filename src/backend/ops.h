@@ -2,8 +2,9 @@
  * every entry and what the others are tested against. Activations are f32 matrices in the backend's memory,
  * row per token.
  *
- * Operations return nothing: they allocate nothing, and everything that can fail (weights, memory, room for a
- * step's size) failed before the first one. A queue runs them in order. So the forward pass reads plainly.
+ * Operations return nothing and allocate nothing: weights, memory and room for a step's size were taken
+ * before the first one. A queue runs them in order. What a device refuses is kept by the queue, which skips
+ * what follows and hands its first failure to wait(). So the forward pass reads plainly.
  *
  * Every operation computes a row from that row and its own sequence only, in an order of additions that does
  * not depend on the other rows of the step: the same row has the same bits alone and in a batch (steps up to
@@ -16,7 +17,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { ROWS_EXACT = 32, DELTA_CHUNK = 64, KV_PAGE = 64, CONV_KERNEL_MAX = 64 };
+enum { ROWS_EXACT = 32, DELTA_CHUNK = 64, KV_PAGE = 64, CONV_KERNEL_MAX = 64, NORM_PRODUCTS_MAX = 4 };
 
 struct queue; /* a backend's order of work */
 
@@ -71,6 +72,7 @@ struct weight {
 struct experts {
     int n_experts;
     struct weight **gate, **up, **down; /* [n_experts] each */
+    void *bound;                        /* the backend's, see experts_bind */
 };
 
 /* The rows of a step. */
@@ -140,6 +142,51 @@ struct step_limits {
     int n_experts;
 };
 
+/* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
+ * results what the plain operations leave that its comment lists, in that order; other matrices it may use
+ * up. fused.h does them one by one. */
+
+/* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
+struct norm_products {
+    struct mat h, x;
+    const float *gain;
+    float eps;
+    int n; /* at most NORM_PRODUCTS_MAX */
+    struct mat out[NORM_PRODUCTS_MAX];
+    const struct weight *w[NORM_PRODUCTS_MAX];
+};
+
+/* conv(conv, u); delta(raw, conv, a, b); gated_norm(o, raw, z); matmul(y, o, out); add(x, y). Results: o. */
+struct delta_run {
+    struct mat x, y, u, conv, z, a, b, raw, o;
+    const float *conv_weight, *A_log, *dt_bias, *gain;
+    float eps;
+    const struct weight *out;
+    const struct delta_state *state;
+    const struct delta_shape *shape;
+};
+
+/* norm_rope(qg); norm_rope(k); kv_append(k, v); attention(att, qg); matmul(y, att, o); add(x, y). Results:
+ * att. */
+struct attention_run {
+    struct mat x, y, qg, k, v, att;
+    int n_heads;
+    const float *q_gain, *k_gain;
+    float eps;
+    const struct rope *rope;
+    const struct kv_cache *kv;
+    const struct weight *o;
+};
+
+/* route(picks, logits); experts(y, h); matmul(gate, h), matmul(up, h); silu_mul(hidden, gate, up);
+ * matmul(shared, hidden); add_gated(y, shared, shared_gate); add(x, y). Results: picks, hidden. */
+struct moe_run {
+    struct mat x, y, h, logits, gate, up, hidden, shared, shared_gate;
+    const struct picks *picks;
+    const struct experts *experts;
+    const struct weight *w_gate, *w_up, *w_down;
+};
+
 struct ops {
     const char *name;
 
@@ -156,6 +203,19 @@ struct ops {
     void (*zero)(struct queue *q, void *memory, uint64_t bytes);
     /* Room for what operations need inside. To be called before the first step and whenever a limit grows. */
     bool (*reserve)(struct queue *q, const struct step_limits *limits, struct err *e);
+    /* To be called once the lists are complete, before the first use; x->bound is the backend's until
+     * experts_unbind, which accepts a zeroed one. */
+    bool (*experts_bind)(struct queue *q, struct experts *x, struct err *e);
+    void (*experts_unbind)(struct queue *q, struct experts *x);
+    /* Waits until all that was queued is done. False: an operation failed, which is named; the queue stays
+     * failed. download, and operations that write to host memory, wait too. */
+    bool (*wait)(struct queue *q, struct err *e);
+
+    /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands
+     * for: the same key means the same operations on the same memory. True: the backend kept them from an
+     * earlier step and has queued them; then nothing is to be called before step_end. */
+    bool (*step_begin)(struct queue *q, const void *key, const struct step_rows *rows);
+    void (*step_end)(struct queue *q);
 
     /* y[i] = row's embedding, or row `token` of the table. y: [n, table->cols]. */
     void (*embed)(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
@@ -215,17 +275,25 @@ struct ops {
     /* out[i] = sum_c e^p[i][c] * (p[i][c] - other[i][c]), both log-probabilities: KL divergence in nats. out:
      * host. */
     void (*divergence)(struct queue *q, double *out, struct mat p, struct mat other);
+    /* out[i] = x[i][column[i]]; out[i] = the column of row i's largest, the first of equals. Host memory. */
+    void (*pick)(struct queue *q, float *out, struct mat x, const int32_t *column);
+    void (*argmax)(struct queue *q, int32_t *out, struct mat x);
+
+    void (*norm_products)(struct queue *q, const struct norm_products *r);
+    void (*delta_run)(struct queue *q, const struct delta_run *r, const struct step_rows *rows);
+    void (*attention_run)(struct queue *q, const struct attention_run *r, const struct step_rows *rows);
+    void (*moe_run)(struct queue *q, const struct moe_run *r);
 };
 
 /* A backend and its one queue. */
 struct backend {
     const struct ops *ops;
     struct queue *queue;
-    char name[64];        /* "cpu avx512, 2 threads" */
+    char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
 };
 
-enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU };
+enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU, DEVICE_CUDA }; /* AUTO: a GPU where there is one */
 enum cpu_isa {
     CPU_ISA_BEST,
     CPU_ISA_GENERIC,
@@ -239,6 +307,7 @@ struct backend_options {
     enum cpu_isa isa;
     bool rounded;         /* inputs of products may be rounded as rounding.h says; else f32 */
     bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
+    bool shared_memory;   /* memory_create's memory is the host's too, after wait(): slow, for tests */
 };
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e);
 void backend_destroy(struct backend *b); /* accepts a zeroed one */

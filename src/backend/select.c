@@ -1,8 +1,28 @@
 /* Which backend this machine and these options get. The only file that knows every backend. */
 #include "backend/cpu/cpu.h"
+#ifdef QUENCH_CUDA
+#include "backend/cuda/cuda.h"
+#endif
 #include "backend/ops.h"
 #include "backend/ref/ref.h"
 #include <stdio.h>
+
+/* False: there is none, and why. */
+static bool create_cuda(struct backend *b, const struct backend_options *options, struct err *e)
+{
+#ifdef QUENCH_CUDA
+    b->ops = &cuda_ops;
+    if (cuda_queue_create(&b->queue, options->shared_memory, e)) {
+        snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
+        return true;
+    }
+    b->ops = NULL;
+    return false;
+#else
+    (void)b, (void)options;
+    return err_set(e, ERR_UNSUPPORTED, "this program was built without CUDA kernels");
+#endif
+}
 
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e)
 {
@@ -12,6 +32,8 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
         snprintf(b->name, sizeof b->name, "ref, 1 thread");
         return ref_queue_create(&b->queue, options->rounded, e);
     }
+    if (options->device == DEVICE_CUDA) return create_cuda(b, options, e);
+    if (options->device == DEVICE_AUTO && create_cuda(b, options, NULL)) return true;
     b->ops = &cpu_ops;
     if (!cpu_queue_create(&b->queue, options, e)) return false;
     int n = cpu_queue_threads(b->queue);
@@ -21,8 +43,11 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
 
 void backend_destroy(struct backend *b)
 {
-    if (b->ops == &ref_ops)
-        ref_queue_free(b->queue);
+    if (b->ops == &ref_ops) ref_queue_free(b->queue);
+#ifdef QUENCH_CUDA
+    else if (b->ops == &cuda_ops)
+        cuda_queue_free(b->queue);
+#endif
     else if (b->ops)
         cpu_queue_free(b->queue);
     *b = (struct backend){ 0 };

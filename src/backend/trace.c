@@ -1,4 +1,5 @@
 #include "backend/trace.h"
+#include "backend/fused.h"
 #include "base/clock.h"
 #include "num/fp8.h"
 #include <assert.h>
@@ -23,12 +24,14 @@ enum op {
     OP_EXPERTS,
     OP_LOG_SOFTMAX,
     OP_DIVERGENCE,
+    OP_PICK,
+    OP_ARGMAX,
     N_OPS
 };
 static const char *const op_names[N_OPS] = {
-    "matmul",     "embed",     "add",       "rmsnorm",     "gather",     "silu_mul",
-    "add_gated",  "norm_rope", "kv_append", "attention",   "conv",       "delta",
-    "gated_norm", "route",     "experts",   "log_softmax", "divergence",
+    "matmul",    "embed",       "add",        "rmsnorm", "gather", "silu_mul",   "add_gated",
+    "norm_rope", "kv_append",   "attention",  "conv",    "delta",  "gated_norm", "route",
+    "experts",   "log_softmax", "divergence", "pick",    "argmax",
 };
 enum { ENTRIES_MAX = 128 };
 
@@ -78,7 +81,10 @@ static void end(struct trace *t, int entry, double start, uint64_t bytes, uint64
 {
     if (t->mode == TRACE_OFF) return;
     struct trace_entry *x = &t->entries[entry];
-    if (t->mode == TRACE_TIME) x->seconds += clock_seconds() - start;
+    if (t->mode == TRACE_TIME) {
+        t->op->wait(t->q, NULL); /* a failure stays with the queue */
+        x->seconds += clock_seconds() - start;
+    }
     x->calls++;
     x->bytes += bytes;
     x->flops += flops;
@@ -212,6 +218,34 @@ static bool reserve(struct queue *q, const struct step_limits *limits, struct er
     t->picks = picks;
     t->seen = seen;
     return ok && t->op->reserve(t->q, limits, e);
+}
+
+static bool experts_bind(struct queue *q, struct experts *x, struct err *e)
+{
+    return trace_of(q)->op->experts_bind(trace_of(q)->q, x, e);
+}
+
+static void experts_unbind(struct queue *q, struct experts *x)
+{
+    trace_of(q)->op->experts_unbind(trace_of(q)->q, x);
+}
+
+static bool wait(struct queue *q, struct err *e)
+{
+    return trace_of(q)->op->wait(trace_of(q)->q, e);
+}
+
+/* A recorded step would not be counted. */
+static bool step_begin(struct queue *q, const void *key, const struct step_rows *rows)
+{
+    struct trace *t = trace_of(q);
+    return t->mode == TRACE_OFF && t->op->step_begin(t->q, key, rows);
+}
+
+static void step_end(struct queue *q)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF) t->op->step_end(t->q);
 }
 
 /* Operations. */
@@ -400,6 +434,62 @@ static void divergence(struct queue *q, double *out, struct mat p, struct mat ot
     end(t, OP_DIVERGENCE, start, 0, 0);
 }
 
+static void pick(struct queue *q, float *out, struct mat x, const int32_t *column)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->pick(t->q, out, x, column);
+    end(t, OP_PICK, start, 0, 0);
+}
+
+static void argmax(struct queue *q, int32_t *out, struct mat x)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->argmax(t->q, out, x);
+    end(t, OP_ARGMAX, start, 0, 0);
+}
+
+/* Runs are counted operation by operation. */
+
+static const struct ops trace_ops;
+
+static void norm_products(struct queue *q, const struct norm_products *r)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF)
+        t->op->norm_products(t->q, r);
+    else
+        fused_norm_products(&trace_ops, q, r);
+}
+
+static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF)
+        t->op->delta_run(t->q, r, rows);
+    else
+        fused_delta(&trace_ops, q, r, rows);
+}
+
+static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF)
+        t->op->attention_run(t->q, r, rows);
+    else
+        fused_attention(&trace_ops, q, r, rows);
+}
+
+static void moe_run(struct queue *q, const struct moe_run *r)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF)
+        t->op->moe_run(t->q, r);
+    else
+        fused_moe(&trace_ops, q, r);
+}
+
 static const struct ops trace_ops = {
     .name = "trace",
     .weight_create = weight_create,
@@ -410,6 +500,11 @@ static const struct ops trace_ops = {
     .download = download,
     .zero = zero,
     .reserve = reserve,
+    .experts_bind = experts_bind,
+    .experts_unbind = experts_unbind,
+    .wait = wait,
+    .step_begin = step_begin,
+    .step_end = step_end,
     .embed = embed,
     .matmul = matmul,
     .add = add,
@@ -427,6 +522,12 @@ static const struct ops trace_ops = {
     .experts = experts,
     .log_softmax = log_softmax,
     .divergence = divergence,
+    .pick = pick,
+    .argmax = argmax,
+    .norm_products = norm_products,
+    .delta_run = delta_run,
+    .attention_run = attention_run,
+    .moe_run = moe_run,
 };
 
 bool trace_create(struct backend *out, const struct backend *inner, struct err *e)

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-const char *const common_devices[] = { "auto", "cpu", "ref", NULL };
+const char *const common_devices[] = { "auto", "cpu", "cuda", "ref", NULL };
 const char *const common_masks[] = { "best", "generic", "avx2", "avx512", "avx512bf16", NULL };
 const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
 const char *const common_activations[] = { "bf16", "fp4", NULL };
@@ -93,12 +93,15 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
 {
     if (c->threads < 0 || c->threads > 1024)
         return err_set(e, ERR_ARGUMENT, "--threads: expected 1 to 1024, found %lld", (long long)c->threads);
-    struct backend_options o = { .device = (enum device)(c->device == 2 ? DEVICE_REF : DEVICE_CPU),
+    static const enum device devices[] = { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA, DEVICE_REF };
+    struct backend_options o = { .device = devices[c->device],
                                  .threads = (int)c->threads,
                                  .isa = (enum cpu_isa)c->mask,
                                  .rounded = c->inputs,
                                  .fp4_activations = c->fp4 };
-    return backend_create(b, &o, e);
+    if (!backend_create(b, &o, e)) return false;
+    if (!c->quiet && strcmp(b->ops->name, "cuda") == 0) fprintf(stderr, "quench: device: %s\n", b->name);
+    return true;
 }
 
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,

@@ -21,10 +21,10 @@ extern const char *const common_devices[],
     *const common_masks[], *const common_kv[], *const common_activations[], *const common_inputs[];
 /* Rows of a flag table. */
 #define COMMON_FLAGS(c)                                                                                      \
-    {                                                                                                        \
-        "--device",    0, FLAG_CHOICE, &(c).device, "auto|cpu|ref", "where to compute (auto: cpu)",          \
-        common_devices                                                                                       \
-    },                                                                                                       \
+    { "--device",          0,                                                                                \
+      FLAG_CHOICE,         &(c).device,                                                                      \
+      "auto|cpu|cuda|ref", "where to compute (auto: a GPU where there is one)",                              \
+      common_devices },                                                                                      \
         { "--cpu-mask",                                                                                      \
           0,                                                                                                 \
           FLAG_CHOICE,                                                                                       \

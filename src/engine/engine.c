@@ -234,5 +234,6 @@ bool engine_prefill(struct engine *g, int handle, const int32_t *tokens, int64_t
     }
     free(rows);
     if (ok && last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);
-    return ok;
+    const struct backend *b = g->model->backend;
+    return ok && b->ops->wait(b->queue, e);
 }

@@ -62,32 +62,35 @@ struct pairing {
     int64_t same_top;
 };
 
-static int64_t argmax(const float *x, int64_t n)
-{
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
+/* Of one batch of rows: the divergence, and what each model thinks most likely. */
+struct pair_work {
+    double *kld;
+    float *picked;
+    int32_t *top[2];
+};
 
-static void pair_rows(struct pairing *p, const struct scorer *base, struct mat a, struct mat b, double *kld)
+static void pair_rows(struct pairing *p, const struct scorer *base, struct mat a, struct mat b,
+                      const struct pair_work *w)
 {
     const struct backend *back = base->model->backend;
-    back->ops->divergence(back->queue, kld, a, b);
+    back->ops->divergence(back->queue, w->kld, a, b);
+    back->ops->argmax(back->queue, w->top[0], a);
+    back->ops->argmax(back->queue, w->top[1], b);
     for (int64_t i = 0; i < a.rows; i++) {
-        p->kld += kld[i];
-        p->same_top += argmax(a.data + i * a.stride, a.cols) == argmax(b.data + i * b.stride, b.cols);
+        p->kld += w->kld[i];
+        p->same_top += w->top[0][i] == w->top[1][i];
     }
 }
 
-static void add_losses(struct scorer *s, int64_t chunk, struct mat l, const int32_t *targets)
+static void add_losses(struct scorer *s, int64_t chunk, struct mat l, const int32_t *targets, float *picked)
 {
-    for (int64_t i = 0; i < l.rows; i++) s->nll[chunk] -= (double)l.data[i * l.stride + targets[i]];
+    s->model->backend->ops->pick(s->model->backend->queue, picked, l, targets);
+    for (int64_t i = 0; i < l.rows; i++) s->nll[chunk] -= (double)picked[i];
 }
 
 /* Scores rows [first, first + n) of a step; the row after each is its target. */
 static void score_rows(struct scorer *s, int n_scorers, int64_t chunk, const int32_t *targets, int64_t n,
-                       struct pairing *pairing, double *kld)
+                       struct pairing *pairing, const struct pair_work *work)
 {
     int64_t batch = engine_logits_rows(s[0].engine);
     if (n_scorers == 2 && engine_logits_rows(s[1].engine) < batch) batch = engine_logits_rows(s[1].engine);
@@ -96,14 +99,14 @@ static void score_rows(struct scorer *s, int n_scorers, int64_t chunk, const int
         int64_t count = n - first < batch ? n - first : batch;
         for (int k = 0; k < n_scorers; k++) {
             l[k] = log_probabilities(&s[k], first, count);
-            add_losses(&s[k], chunk, l[k], targets + first);
+            add_losses(&s[k], chunk, l[k], targets + first, work->picked);
         }
-        if (n_scorers == 2) pair_rows(pairing, &s[0], l[0], l[1], kld);
+        if (n_scorers == 2) pair_rows(pairing, &s[0], l[0], l[1], work);
     }
 }
 
 static bool score_chunk(struct scorer *s, int n_scorers, int64_t chunk, const int32_t *tokens, int64_t n,
-                        struct pairing *pairing, double *kld, struct err *e)
+                        struct pairing *pairing, const struct pair_work *work, struct err *e)
 {
     int handle[2];
     for (int k = 0; k < n_scorers; k++)
@@ -117,11 +120,11 @@ static bool score_chunk(struct scorer *s, int n_scorers, int64_t chunk, const in
             ok = engine_step(s[k].engine, &(struct engine_run){ handle[k], s[k].rows, count }, 1,
                              &s[k].hidden, e);
         }
-        if (ok) score_rows(s, n_scorers, chunk, tokens + done + 1, count, pairing, kld);
+        if (ok) score_rows(s, n_scorers, chunk, tokens + done + 1, count, pairing, work);
         done += count;
     }
     for (int k = 0; k < n_scorers; k++) engine_close(s[k].engine, handle[k]);
-    return ok;
+    return ok && s[0].model->backend->ops->wait(s[0].model->backend->queue, e);
 }
 
 static bool check_tokens(const struct model *m, const int32_t *tokens, int64_t n, struct err *e)
@@ -138,14 +141,19 @@ static bool check_tokens(const struct model *m, const int32_t *tokens, int64_t n
 static bool score_all(struct scorer *s, int n_scorers, const int32_t *tokens, int64_t n, int64_t ctx,
                       int64_t chunks, struct pairing *pairing, const struct report *report, struct err *e)
 {
-    double *kld = malloc((size_t)ctx * sizeof *kld);
-    bool ok = kld || err_memory(e, "perplexity", (uint64_t)ctx * sizeof *kld);
+    struct pair_work w = { .kld = malloc((size_t)ctx * sizeof *w.kld), .picked = malloc((size_t)ctx * 12) };
+    bool ok = (w.kld && w.picked) || err_memory(e, "perplexity", (uint64_t)ctx * (sizeof *w.kld + 12));
+    if (ok) {
+        w.top[0] = (int32_t *)(w.picked + ctx);
+        w.top[1] = w.top[0] + ctx;
+    }
     for (int64_t c = 0; ok && c < chunks; c++) {
         int64_t left = n - c * ctx;
-        ok = score_chunk(s, n_scorers, c, tokens + c * ctx, left < ctx ? left : ctx, pairing, kld, e);
+        ok = score_chunk(s, n_scorers, c, tokens + c * ctx, left < ctx ? left : ctx, pairing, &w, e);
         report_progress(report, "perplexity", (uint64_t)c + 1, (uint64_t)chunks);
     }
-    free(kld);
+    free(w.kld);
+    free(w.picked);
     return ok;
 }
 

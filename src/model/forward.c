@@ -37,10 +37,12 @@ static void layout(struct step *s, struct arena *a)
     s->z = take(a, n, values);
     s->a = take(a, n, c->linear_value_heads);
     s->b = take(a, n, c->linear_value_heads);
+    s->raw = take(a, n, values);
     s->o = take(a, n, values);
     s->router = take(a, n, c->n_experts);
     s->gate = take(a, n, c->shared_intermediate);
     s->up = take(a, n, c->shared_intermediate);
+    s->hidden = take(a, n, c->shared_intermediate);
     s->shared = take(a, n, hidden);
     s->shared_gate = take(a, n, 1);
     s->picks.k = c->experts_per_token;
@@ -127,31 +129,32 @@ void step_layer(struct step *s, int layer, struct mat x, const struct step_rows 
                 const struct layer_state *state)
 {
     const struct layer *l = &s->model->layers[layer];
-    struct mat h = mat_rows(s->h, rows->n), y = mat_rows(s->y, rows->n);
-    float eps = (float)s->model->config->rms_norm_eps;
-    s->op->rmsnorm(s->q, h, x, l->input_norm, eps);
-    step_tap(s, "mixer.in", layer, h);
+    struct mat y = mat_rows(s->y, rows->n);
     if (l->kind == LAYER_FULL_ATTENTION)
-        step_attention(s, layer, rows, &state->kv);
+        step_attention(s, layer, x, rows, &state->kv);
     else
-        step_delta(s, layer, rows, &state->delta);
+        step_delta(s, layer, x, rows, &state->delta);
     step_tap(s, "mixer.out", layer, y);
-    s->op->add(s->q, x, y);
-    s->op->rmsnorm(s->q, h, x, l->post_norm, eps);
-    step_tap(s, "moe.in", layer, h);
-    step_moe(s, layer, rows->n);
+    step_moe(s, layer, x);
     step_tap(s, "moe.out", layer, y);
-    s->op->add(s->q, x, y);
     step_tap(s, "layer", layer, x);
 }
 
-struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states)
+static struct mat run_layers(struct step *s, const struct step_rows *rows, const struct layer_state *states)
 {
     struct mat x = step_embed(s, rows), h = mat_rows(s->h, rows->n);
     for (int i = 0; i < s->model->config->n_layers; i++) step_layer(s, i, x, rows, &states[i]);
     s->op->rmsnorm(s->q, h, x, s->model->final_norm, (float)s->model->config->rms_norm_eps);
     step_tap(s, "final", -1, h);
     return h;
+}
+
+struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states)
+{
+    if (s->tap.call) return run_layers(s, rows, states);
+    if (!s->op->step_begin(s->q, states, rows)) run_layers(s, rows, states);
+    s->op->step_end(s->q);
+    return mat_rows(s->h, rows->n);
 }
 
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)

@@ -112,7 +112,7 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
               bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
               find_input_globals(&g, m, n, e);
     for (int i = 0; ok && i < c->n_experts; i++) ok = bind_expert_parts(m, x, i, fused, &g, n, e);
-    return ok;
+    return ok && m->backend->ops->experts_bind(m->backend->queue, x, e);
 }
 
 bool model_bind_layer(struct model *m, int layer, struct err *e)
@@ -141,6 +141,7 @@ void model_free_layer(struct model *m, int layer)
                          l->delta.conv, l->delta.A_log, l->delta.dt_bias,    l->delta.norm };
     for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) op->weight_free(q, weights[i]);
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) op->memory_free(q, vectors[i]);
+    op->experts_unbind(q, &l->moe.experts);
     for (int i = 0; l->moe.experts.gate && i < 3 * l->moe.experts.n_experts; i++)
         op->weight_free(q, l->moe.experts.gate[i]);
     free(l->moe.experts.gate);

@@ -12,10 +12,11 @@ struct step {
     void *memory; /* the backend's, holds every matrix below */
     int64_t rows_max, logits_max;
     struct tap tap;
-    struct mat x, h, y;             /* [hidden]: residual, its norm, a mixer's or the experts' result */
-    struct mat qg, k, v, att;       /* attention: queries with gates, keys, values, attended values */
-    struct mat u, conv, z, a, b, o; /* DeltaNet: raw and convolved q k v, gate, decay, beta, output */
-    struct mat router, gate, up, shared, shared_gate;
+    struct mat x, h, y;          /* [hidden]: residual, its norm, a mixer's or the experts' result */
+    struct mat qg, k, v, att;    /* attention: queries with gates, keys, values, attended values */
+    struct mat u, conv, z, a, b; /* DeltaNet: raw and convolved q k v, gate, decay, beta */
+    struct mat raw, o;           /* and what it reads from its state, before and after norm and gate */
+    struct mat router, gate, up, hidden, shared, shared_gate;
     struct picks picks;
     struct mat chosen, logits; /* [logits_max] */
 };
@@ -31,9 +32,11 @@ static inline void step_tap(struct step *s, const char *name, int layer, struct 
     if (s->tap.call) s->tap.call(s->tap.ctx, name, layer, x);
 }
 
-/* y = mixer(h), n rows. */
-void step_attention(struct step *s, int layer, const struct step_rows *rows, const struct kv_cache *kv);
-void step_delta(struct step *s, int layer, const struct step_rows *rows, const struct delta_state *state);
-/* y = routed experts(h) + shared expert(h). */
-void step_moe(struct step *s, int layer, int64_t n);
+/* x += y, y = mixer(norm(x)). */
+void step_attention(struct step *s, int layer, struct mat x, const struct step_rows *rows,
+                    const struct kv_cache *kv);
+void step_delta(struct step *s, int layer, struct mat x, const struct step_rows *rows,
+                const struct delta_state *state);
+/* x += y, y = routed experts(norm(x)) + shared expert(norm(x)). */
+void step_moe(struct step *s, int layer, struct mat x);
 #endif

@@ -40,8 +40,38 @@ static float random_normal(void)
     return s * 1.4f;
 }
 
-static struct backend ref, cpu;
-static bool rounded; /* both may round inputs */
+static struct backend ref, cpu; /* cpu: the one that is tested, whatever it runs on */
+static bool rounded;            /* both may round inputs */
+
+/* Memory that ref and the tested backend both work on. A GPU's is the host's too (shared_memory). */
+static bool on_device(void)
+{
+    return strcmp(cpu.ops->name, "cuda") == 0;
+}
+
+static void *take(size_t bytes)
+{
+    void *p;
+    struct err e = { 0 };
+    if (!on_device()) return malloc(bytes);
+    must(cpu.ops->memory_create(cpu.queue, &p, bytes, &e), &e);
+    return p;
+}
+
+static void give(void *p)
+{
+    if (on_device())
+        cpu.ops->memory_free(cpu.queue, p);
+    else
+        free(p);
+}
+
+/* To be called before what the tested backend wrote is looked at. */
+static void finish(void)
+{
+    struct err e = { 0 };
+    must(cpu.ops->wait(cpu.queue, &e), &e);
+}
 
 /* Matrices with guards. */
 
@@ -58,7 +88,7 @@ static struct guarded guarded(int64_t rows, int64_t cols, int64_t pad)
 {
     struct guarded g;
     g.n = rows * (cols + pad) + 2 * GUARD;
-    g.all = malloc((size_t)g.n * 4);
+    g.all = take((size_t)g.n * 4);
     for (int64_t i = 0; i < g.n; i++) g.all[i] = POISON;
     g.m = (struct mat){ (float *)g.all + GUARD, rows, cols, cols + pad };
     return g;
@@ -81,7 +111,8 @@ static struct guarded filled(int64_t rows, int64_t cols, int64_t pad, float scal
 static struct guarded copy_of(const struct guarded *g)
 {
     struct guarded c = *g;
-    c.all = malloc((size_t)g->n * 4);
+    finish();
+    c.all = take((size_t)g->n * 4);
     memcpy(c.all, g->all, (size_t)g->n * 4);
     c.m.data = (float *)c.all + GUARD;
     return c;
@@ -89,6 +120,7 @@ static struct guarded copy_of(const struct guarded *g)
 
 static void check_guards(const struct guarded *g, const char *what)
 {
+    finish();
     for (int64_t i = 0; i < g->n; i++) {
         int64_t at = i - GUARD;
         bool inside = at >= 0 && at < g->m.rows * g->m.stride && at % g->m.stride < g->m.cols;
@@ -98,7 +130,7 @@ static void check_guards(const struct guarded *g, const char *what)
 
 static void drop(struct guarded *g)
 {
-    free(g->all);
+    give(g->all);
 }
 
 /* |got - want| <= relative * |want| + absolute; a NaN fails. */
@@ -243,6 +275,7 @@ static void product_case(enum weight_format f, int64_t n, int64_t rows, int64_t 
     struct guarded one = guarded(1, rows, 0);
     int64_t r = random_below(n);
     cpu.ops->matmul(cpu.queue, one.m, (struct mat){ x.m.data + r * x.m.stride, 1, cols, cols }, w.cpu);
+    finish();
     assert_memory_equal(one.m.data, y.m.data + r * y.m.stride, (size_t)rows * 4);
     drop(&one);
     drop(&x);
@@ -266,10 +299,17 @@ static void products(void)
             product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], INPUT_FP8_ROW);
             product_case(WEIGHT_BF16, ns[i], rows[r], odd[random_below(4)], INPUT_AS_IS);
             product_case(WEIGHT_FP8_BLOCK, ns[i], blocks[random_below(5)], odd[random_below(4)], INPUT_AS_IS);
+            if (on_device()) continue; /* refused: inputs_not_implemented_are_refused */
             product_case(WEIGHT_FP8_BLOCK, ns[i], blocks[random_below(5)], odd[random_below(4)],
                          INPUT_FP8_GROUPS);
             product_case(WEIGHT_FP8, ns[i], rows[r], odd[random_below(4)], INPUT_FP8_FIXED);
         }
+}
+
+static void bind(struct experts *x)
+{
+    struct err e = { 0 };
+    must(cpu.ops->experts_bind(cpu.queue, x, &e), &e);
 }
 
 static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_t inner, int n_experts, int k)
@@ -283,15 +323,17 @@ static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_
             of_ref[m * n_experts + e] = w[m][e].ref;
             of_cpu[m * n_experts + e] = w[m][e].cpu;
         }
-    struct experts xr = { n_experts, of_ref, of_ref + n_experts, of_ref + 2 * n_experts };
-    struct experts xc = { n_experts, of_cpu, of_cpu + n_experts, of_cpu + 2 * n_experts };
+    struct experts xr = { n_experts, of_ref, of_ref + n_experts, of_ref + 2 * n_experts, NULL };
+    struct experts xc = { n_experts, of_cpu, of_cpu + n_experts, of_cpu + 2 * n_experts, NULL };
+    bind(&xc);
     struct guarded x = filled(n, hidden, 3, 1), want = guarded(n, hidden, 0), got = guarded(n, hidden, 2);
     struct guarded logits = filled(n, n_experts, 1, 3);
-    int32_t id[2][64 * 4];
-    float weight[2][64 * 4];
+    int32_t *id[] = { take(64 * 4 * 4), take(64 * 4 * 4) };
+    float *weight[] = { take(64 * 4 * 4), take(64 * 4 * 4) };
     struct picks pr = { id[0], weight[0], k }, pc = { id[1], weight[1], k };
     ref.ops->route(ref.queue, &pr, logits.m);
     cpu.ops->route(cpu.queue, &pc, logits.m);
+    finish();
     assert_memory_equal(id[0], id[1], (size_t)(n * k) * 4);
     for (int64_t i = 0; i < n * k; i++) assert_true(fabsf(weight[0][i] - weight[1][i]) <= 1e-6f);
     ref.ops->experts(ref.queue, want.m, x.m, &pr, &xr);
@@ -304,9 +346,12 @@ static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_
     struct guarded one = guarded(1, hidden, 0);
     struct picks last = { id[0] + (n - 1) * k, weight[0] + (n - 1) * k, k };
     cpu.ops->experts(cpu.queue, one.m, mat_of(x.m.data + (n - 1) * x.m.stride, 1, hidden), &last, &xc);
+    finish();
     assert_memory_equal(one.m.data, got.m.data + (n - 1) * got.m.stride, (size_t)hidden * 4);
     struct guarded *all[] = { &x, &want, &got, &logits, &one };
     for (int i = 0; i < 5; i++) drop(all[i]);
+    for (int i = 0; i < 2; i++) give(id[i]), give(weight[i]);
+    cpu.ops->experts_unbind(cpu.queue, &xc);
     for (int e = 0; e < n_experts; e++)
         for (int m = 0; m < 3; m++) drop_weight(&w[m][e]);
 }
@@ -328,12 +373,13 @@ static void fp4_experts_case(int64_t n, int64_t hidden, int64_t inner)
     struct made w[3];
     for (int m = 0; m < 3; m++)
         w[m] = make_weight(WEIGHT_NVFP4, m < 2 ? inner : hidden, m < 2 ? hidden : inner, INPUT_NVFP4);
-    struct experts x1 = { 1, &w[0].cpu, &w[1].cpu, &w[2].cpu };
+    struct experts x1 = { 1, &w[0].cpu, &w[1].cpu, &w[2].cpu, NULL };
+    bind(&x1);
     struct guarded x = filled(n, hidden, 3, 1), want = guarded(n, hidden, 0), got = guarded(n, hidden, 2);
     struct guarded gate = guarded(n, inner, 0), up = guarded(n, inner, 0);
-    int32_t id[64] = { 0 };
-    float weight[64];
-    for (int i = 0; i < 64; i++) weight[i] = 1;
+    int32_t *id = take(64 * 4);
+    float *weight = take(64 * 4);
+    for (int i = 0; i < 64; i++) id[i] = 0, weight[i] = 1;
     cpu.ops->experts(cpu.queue, got.m, x.m, &(struct picks){ id, weight, 1 }, &x1);
     cpu.ops->matmul(cpu.queue, gate.m, x.m, w[0].cpu);
     cpu.ops->matmul(cpu.queue, up.m, x.m, w[1].cpu);
@@ -342,6 +388,9 @@ static void fp4_experts_case(int64_t n, int64_t hidden, int64_t inner)
     check_close(&got, &want, 1e-6, 0, "experts with FP4 activations");
     struct guarded *all[] = { &x, &want, &got, &gate, &up };
     for (int i = 0; i < 5; i++) drop(all[i]);
+    give(id);
+    give(weight);
+    cpu.ops->experts_unbind(cpu.queue, &x1);
     for (int m = 0; m < 3; m++) drop_weight(&w[m]);
 }
 
@@ -372,6 +421,7 @@ static void row_case(int64_t n, int64_t cols)
     ref.ops->silu_mul(ref.queue, want.m, z.m, x.m);
     cpu.ops->silu_mul(cpu.queue, got.m, z.m, x.m);
     check_close(&got, &want, 1e-6, 1e-30, "silu_mul");
+    finish();
     fill(want.m, 1);
     for (int64_t r = 0; r < n; r++)
         memcpy(got.m.data + r * got.m.stride, want.m.data + r * want.m.stride, (size_t)cols * 4);
@@ -392,6 +442,16 @@ static void row_case(int64_t n, int64_t cols)
     double kr[64], kc[64];
     ref.ops->divergence(ref.queue, kr, lw.m, other.m);
     cpu.ops->divergence(cpu.queue, kc, lw.m, other.m);
+    float pr[64], pc[64];
+    int32_t column[64], best[2][64];
+    for (int64_t i = 0; i < n; i++) column[i] = (int32_t)random_below(cols);
+    ref.ops->pick(ref.queue, pr, x.m, column);
+    cpu.ops->pick(cpu.queue, pc, x.m, column);
+    ref.ops->argmax(ref.queue, best[0], x.m);
+    cpu.ops->argmax(cpu.queue, best[1], x.m);
+    finish();
+    assert_memory_equal(pr, pc, (size_t)n * 4);
+    assert_memory_equal(best[0], best[1], (size_t)n * 4);
     for (int64_t i = 0; i < n; i++) assert_true(fabs(kr[i] - kc[i]) <= 1e-5 * fabs(kr[i]) + 1e-5);
     int64_t index[] = { n - 1, 0, n / 2 };
     struct guarded picked = guarded(3, cols, 1), picked_ref = guarded(3, cols, 1);
@@ -467,7 +527,7 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
     make_plan(&p, n, past);
     size_t size = (size_t)24 * KV_PAGE * (size_t)(n_kv * dim);
     uint8_t *memory[4];
-    for (int i = 0; i < 4; i++) memory[i] = malloc(size * 4);
+    for (int i = 0; i < 4; i++) memory[i] = take(size * 4);
     struct kv_cache kr = { memory[0], memory[1], dtype, n_kv, dim },
                     kc = { memory[2], memory[3], dtype, n_kv, dim };
     for (size_t i = 0; i < size; i++) { /* what earlier steps left */
@@ -486,14 +546,17 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
                    k = filled(rows, (int64_t)n_kv * dim, 0, 1);
     struct guarded v = filled(rows, (int64_t)n_kv * dim, 0, 600), gain = filled(1, dim, 0, 1),
                    qr = copy_of(&q), want, got;
-    float inverse[3] = { 1, 0.3f, 0.01f };
-    uint8_t axis[3] = { 0, 1, 2 };
+    float *inverse = take(12);
+    uint8_t *axis = take(3);
+    memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
+    memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
     struct rope rope = { dim >= 6 ? 3 : 0, inverse, axis };
     ref.ops->norm_rope(ref.queue, qr.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
     cpu.ops->norm_rope(cpu.queue, q.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
     check_close(&q, &qr, 4e-6, 4e-6, "norm_rope");
     ref.ops->kv_append(ref.queue, &kr, k.m, v.m, &p.step);
     cpu.ops->kv_append(cpu.queue, &kc, k.m, v.m, &p.step);
+    finish();
     assert_memory_equal(memory[0], memory[2], size * (size_t)bytes[dtype]);
     assert_memory_equal(memory[1], memory[3], size * (size_t)bytes[dtype]);
     both(&want, &got, rows, (int64_t)n_heads * dim);
@@ -502,7 +565,9 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
     check_close(&got, &want, 1e-5, 600 * 2e-5, "attention");
     struct guarded *all[] = { &q, &k, &v, &gain, &qr, &want, &got };
     for (int i = 0; i < 7; i++) drop(all[i]);
-    for (int i = 0; i < 4; i++) free(memory[i]);
+    for (int i = 0; i < 4; i++) give(memory[i]);
+    give(inverse);
+    give(axis);
 }
 
 static void delta_case(int key_heads, int group, int dk, int dv, int kernel, const int64_t *n)
@@ -576,13 +641,19 @@ static void gdn_small(void **state)
     json_t *root = json_load_file("tests/golden/model_vectors.json", JSON_DECODE_INT_AS_REAL, NULL);
     assert_non_null(root);
     const json_t *g = json_object_get(root, "gdn_small");
-    float q[64], k[64], v[64], a[64], b[64], A_log[4], bias[4], want[64], S[24], conv[1] = { 0 };
+    float q[64], k[64], v[64], a[64], b[64], A_in[4], bias_in[4], want[64];
     struct {
         const char *key;
         float *to;
         int n;
-    } in[] = { { "q", q, 24 }, { "k", k, 24 },        { "v", v, 36 },         { "a", a, 12 },
-               { "b", b, 12 }, { "A_log", A_log, 2 }, { "dt_bias", bias, 2 }, { "o", want, 36 } };
+    } in[] = { { "q", q, 24 },
+               { "k", k, 24 },
+               { "v", v, 36 },
+               { "a", a, 12 },
+               { "b", b, 12 },
+               { "A_log", A_in, 2 },
+               { "dt_bias", bias_in, 2 },
+               { "o", want, 36 } };
     for (size_t i = 0; i < sizeof in / sizeof *in; i++) {
         int n = 0;
         numbers(in[i].to, json_object_get(g, in[i].key), &n);
@@ -590,32 +661,44 @@ static void gdn_small(void **state)
     }
     struct backend *all[] = { &ref, &cpu };
     for (int x = 0; x < 2; x++) {
-        float qkv[6 * 14], ga[12], gb[12], o[36];
-        memset(S, 0, sizeof S);
+        struct guarded made = guarded(1, 84 + 12 + 12 + 36 + 24 + 8, 0);
+        float *qkv = made.m.data, *ga = qkv + 84, *gb = ga + 12, *o = gb + 12, *S = o + 36, *A_log = S + 24,
+              *bias = A_log + 2, *conv = bias + 2;
+        memset(S, 0, 24 * sizeof *S);
+        conv[0] = 0;
+        memcpy(A_log, A_in, 8);
+        memcpy(bias, bias_in, 8);
         for (int t = 0; t < 6; t++) {
             memcpy(qkv + t * 14, q + t * 4, 16);
             memcpy(qkv + t * 14 + 4, k + t * 4, 16);
             memcpy(qkv + t * 14 + 8, v + t * 6, 24);
         }
-        memcpy(ga, a, sizeof ga);
-        memcpy(gb, b, sizeof gb);
+        memcpy(ga, a, 48);
+        memcpy(gb, b, 48);
         struct delta_shape s = { 1, 2, 4, 3, 1 };
         struct span span = { 0, 6, 0, NULL, 0 };
         struct step_rows rows_of = { NULL, 6, &span, 1 };
         all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2),
                            mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ S, conv }, &s, &rows_of);
+        finish();
         for (int i = 0; i < 36; i++)
             if (!(fabsf(o[i] - want[i]) <= 2e-6f * (1 + fabsf(want[i]))))
                 fail_msg("gdn_small on %s: o[%d] is %g, expected %g", all[x]->name, i, (double)o[i],
                          (double)want[i]);
+        drop(&made);
     }
     json_decref(root);
 }
 
+static void (*const families[])(void) = { products, experts, fp4_experts, rows, sequences };
+
 static void backends(int threads, enum cpu_isa isa)
 {
     struct err e = { 0 };
+    const char *device = getenv("QUENCH_DEVICE");
     struct backend_options o = { .device = DEVICE_CPU, .threads = threads, .isa = isa, .rounded = rounded };
+    if (device && strcmp(device, "cuda") == 0)
+        o = (struct backend_options){ .device = DEVICE_CUDA, .shared_memory = true };
     backend_destroy(&cpu);
     backend_destroy(&ref);
     must(backend_create(&cpu, &o, &e), &e);
@@ -626,7 +709,6 @@ static void backends(int threads, enum cpu_isa isa)
 
 static void every_mask(void **state)
 {
-    void (*const families[])(void) = { products, experts, fp4_experts, rows, sequences };
     static const enum cpu_isa masks[] = { CPU_ISA_GENERIC, CPU_ISA_AVX2, CPU_ISA_AVX512, CPU_ISA_AVX512BF16 };
     static const char *const names[] = { "cpu generic,", "cpu avx2,", "cpu avx512,", "cpu avx512bf16," };
     (void)state;
@@ -645,6 +727,12 @@ static void every_mask(void **state)
     backends(0, CPU_ISA_BEST);
 }
 
+static void family_on_device(void **state)
+{
+    (*(void (**)(void)) * state)();
+    printf("note: %s agrees with ref\n", cpu.name);
+}
+
 static void nan_weights_are_refused(void **state)
 {
     (void)state;
@@ -658,6 +746,24 @@ static void nan_weights_are_refused(void **state)
     assert_string_equal(e.text, "NaN at row 1, column 1");
 }
 
+static void inputs_not_implemented_are_refused(void **state)
+{
+    (void)state;
+    uint8_t codes[16] = { 0 };
+    float scale = 1;
+    struct weight_source src = { .rows = 1, .cols = 16, .data = codes, .scale = &scale, .input_global = 1 };
+    struct weight *w;
+    struct err e = { 0 };
+    src.format = WEIGHT_FP8;
+    src.input = INPUT_FP8_FIXED;
+    assert_false(cpu.ops->weight_create(cpu.queue, &w, &src, &e));
+    assert_non_null(strstr(e.text, "FP8 with one scale for all are not implemented on a GPU"));
+    src.format = WEIGHT_FP8_BLOCK;
+    src.input = INPUT_FP8_GROUPS;
+    assert_false(cpu.ops->weight_create(cpu.queue, &w, &src, &e));
+    assert_non_null(strstr(e.text, "FP8 in groups of 128 are not implemented on a GPU"));
+}
+
 int main(void)
 {
     const char *seed = getenv("QUENCH_SEED");
@@ -668,7 +774,18 @@ int main(void)
         cmocka_unit_test(nan_weights_are_refused),
         cmocka_unit_test(every_mask),
     };
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest device_tests[] = {
+        cmocka_unit_test(gdn_small),
+        cmocka_unit_test(nan_weights_are_refused),
+        cmocka_unit_test(inputs_not_implemented_are_refused),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[0]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[1]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[2]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[3]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[4]),
+    };
+    int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
+                             : cmocka_run_group_tests(tests, NULL, NULL);
     backend_destroy(&cpu);
     backend_destroy(&ref);
     return failed;

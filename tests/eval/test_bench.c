@@ -1,6 +1,8 @@
 /* Throughput runs: the bytes of the released shape against the figures of its tensor table, on a backend that
  * computes nothing; what the account of operations says against a count of our own; the statistics against
  * llama-bench's documented sample; synthetic models. */
+#include "backend/fused.h"
+#include "backend/host.h"
 #include "checkpoint/temp.h"
 #include "eval/bench.h"
 #include "eval/synthetic.h"
@@ -151,6 +153,24 @@ static void null_13(struct queue *q, struct mat y, struct mat x, const struct pi
     (void)q, (void)y, (void)x, (void)p, (void)x2;
 }
 
+static const struct ops null_ops;
+static void null_norm_products(struct queue *q, const struct norm_products *r)
+{
+    fused_norm_products(&null_ops, q, r);
+}
+static void null_delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+{
+    fused_delta(&null_ops, q, r, rows);
+}
+static void null_attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    fused_attention(&null_ops, q, r, rows);
+}
+static void null_moe_run(struct queue *q, const struct moe_run *r)
+{
+    fused_moe(&null_ops, q, r);
+}
+
 static const struct ops null_ops = {
     .name = "null",
     .weight_create = null_weight_create,
@@ -176,6 +196,15 @@ static const struct ops null_ops = {
     .gated_norm = null_12,
     .route = null_route,
     .experts = null_13,
+    .experts_bind = host_experts_bind,
+    .experts_unbind = host_experts_unbind,
+    .wait = host_wait,
+    .step_begin = host_step_begin,
+    .step_end = host_step_end,
+    .norm_products = null_norm_products,
+    .delta_run = null_delta_run,
+    .attention_run = null_attention_run,
+    .moe_run = null_moe_run,
 };
 
 /* A synthetic model on a backend, ready for bench_run. */

@@ -55,6 +55,7 @@ static double row_error(const float *got, const float *want, int64_t n)
 
 struct hidden_check {
     const struct golden *g;
+    const struct backend *backend;
     int n_layers, seen;
     int64_t first; /* tokens before this step */
     double worst;
@@ -73,6 +74,8 @@ static void check_hidden(void *ctx, const char *name, int layer, struct mat x)
         at = h->n_layers;
     else
         return;
+    struct err e = { 0 };
+    must(h->backend->ops->wait(h->backend->queue, &e), &e);
     for (int64_t i = 0; i < x.rows && h->first + i < h->g->n_hidden; i++) {
         double error = row_error(x.data + i * x.stride,
                                  h->g->hidden + (at * h->g->n_hidden + h->first + i) * x.cols, x.cols);
@@ -158,7 +161,7 @@ static void check_model(const char *model, const char *golden, const struct back
     for (int i = 0; i < n_layers; i++)
         must(layer_state_create(&states[i], &l.model, i, KV_F32, 2, 1, &e), &e);
     must(step_create(&step, &l.model, 80, 0, 128, &e), &e);
-    struct hidden_check h = { .g = &g, .n_layers = n_layers };
+    struct hidden_check h = { .g = &g, .backend = &l.backend, .n_layers = n_layers };
     step_set_tap(step, (struct tap){ &h, check_hidden });
     engine_text_rows(rows, g.ids, 80, 0);
     struct span span = { 0, 80, 0, pages, 0 };
@@ -192,6 +195,15 @@ static void check_model(const char *model, const char *golden, const struct back
     safetensors_close(&g.file);
 }
 
+/* What the tests below run on: QUENCH_DEVICE=cuda, a CPU otherwise. */
+static struct backend_options tested = { .device = DEVICE_CPU };
+
+static void demo_on_device(void **state)
+{
+    (void)state;
+    check_model("models/demo", "tests/golden/demo/golden_text.safetensors", &tested);
+}
+
 static void demo_on_cpu(void **state)
 {
     (void)state;
@@ -208,7 +220,7 @@ static void demo_on_ref(void **state)
                 &(struct backend_options){ .device = DEVICE_REF });
 }
 
-static void study_on_cpu(void **state)
+static void study_on_device(void **state)
 {
     (void)state;
     const char *shared = shared_folder("study model against its golden");
@@ -216,7 +228,7 @@ static void study_on_cpu(void **state)
     char model[512], golden[512];
     snprintf(model, sizeof model, "%s/models/study", shared);
     snprintf(golden, sizeof golden, "%s/models/study-golden/golden_text.safetensors", shared);
-    check_model(model, golden, &(struct backend_options){ .device = DEVICE_CPU });
+    check_model(model, golden, &tested);
 }
 
 struct argmax_list {
@@ -247,7 +259,7 @@ static void any_split_gives_the_same_argmax(void **state)
     struct err e = { 0 };
     struct engine *engine;
     golden_open(&g, "tests/golden/demo/golden_text.safetensors");
-    load_model(&l, "models/demo", &(struct backend_options){ .device = DEVICE_CPU });
+    load_model(&l, "models/demo", &tested);
     must(engine_create(&engine, &l.model, &(struct engine_options){ .context = 1024, .kv = KV_F32 }, &e), &e);
     int32_t best[700];
     float margin[700], least = INFINITY;
@@ -273,7 +285,9 @@ static void check_batched_rows(bool rounded)
     struct err e = { 0 };
     struct engine *engine;
     golden_open(&g, "tests/golden/demo/golden_text.safetensors");
-    load_model(&l, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .rounded = rounded });
+    struct backend_options on = tested;
+    on.rounded = rounded;
+    load_model(&l, "models/demo", &on);
     struct engine_options o = { .context = 256, .sequences = N, .kv = KV_BF16 };
     must(engine_create(&engine, &l.model, &o, &e), &e);
     int64_t hidden_size = l.model.config->hidden_size;
@@ -292,11 +306,13 @@ static void check_batched_rows(bool rounded)
                 runs[s] = (struct engine_run){ handles[s], rows[s], n };
                 if (together) continue;
                 must(engine_step(engine, &runs[s], 1, &hidden, &e), &e);
+                must(l.backend.ops->wait(l.backend.queue, &e), &e);
                 memcpy(alone + ((s * STEPS + t) * 5) * hidden_size, hidden.data,
                        sizeof(float) * (size_t)(n * hidden_size));
             }
             if (!together) continue;
             must(engine_step(engine, runs, N, &hidden, &e), &e);
+            must(l.backend.ops->wait(l.backend.queue, &e), &e);
             for (int s = 0; s < N; s++, row += runs[s - 1].n)
                 assert_memory_equal(hidden.data + row * hidden_size,
                                     alone + ((s * STEPS + t) * 5) * hidden_size,
@@ -352,7 +368,8 @@ static void other_shapes(void **state)
     static const char *const names[] = { "tied", "all_linear", "all_full", "wide_group" };
     (void)state;
     for (int i = 0; i < 4; i++) {
-        check_shape(names[i], &(struct backend_options){ .device = DEVICE_CPU });
+        check_shape(names[i], &tested);
+        if (tested.device == DEVICE_CUDA) continue;
         check_shape(names[i], &(struct backend_options){ .device = DEVICE_CPU, .isa = CPU_ISA_GENERIC });
         check_shape(names[i], &(struct backend_options){ .device = DEVICE_REF });
     }
@@ -360,10 +377,22 @@ static void other_shapes(void **state)
 
 int main(void)
 {
+    const char *device = getenv("QUENCH_DEVICE");
+    const struct CMUnitTest on_device[] = {
+        cmocka_unit_test(demo_on_device),
+        cmocka_unit_test(study_on_device),
+        cmocka_unit_test(other_shapes),
+        cmocka_unit_test(any_split_gives_the_same_argmax),
+        cmocka_unit_test(batched_rows_have_the_bits_of_lone_ones),
+    };
+    if (device && strcmp(device, "cuda") == 0) {
+        tested = (struct backend_options){ .device = DEVICE_CUDA, .shared_memory = true };
+        return cmocka_run_group_tests(on_device, NULL, NULL);
+    }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(demo_on_cpu),
         cmocka_unit_test(demo_on_ref),
-        cmocka_unit_test(study_on_cpu),
+        cmocka_unit_test(study_on_device),
         cmocka_unit_test(other_shapes),
         cmocka_unit_test(any_split_gives_the_same_argmax),
         cmocka_unit_test(batched_rows_have_the_bits_of_lone_ones),

@@ -1,5 +1,6 @@
 /* The CPU backend's queue: threads, scratch sized for the largest step, and the table of operations. */
 #include "backend/cpu/parts.h"
+#include "backend/fused.h"
 #include "backend/host.h"
 #include "base/arena.h"
 #include <stdlib.h>
@@ -107,6 +108,26 @@ static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
     return true;
 }
 
+static void norm_products(struct queue *q, const struct norm_products *r)
+{
+    fused_norm_products(&cpu_ops, q, r);
+}
+
+static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+{
+    fused_delta(&cpu_ops, q, r, rows);
+}
+
+static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    fused_attention(&cpu_ops, q, r, rows);
+}
+
+static void moe_run(struct queue *q, const struct moe_run *r)
+{
+    fused_moe(&cpu_ops, q, r);
+}
+
 const struct ops cpu_ops = {
     .name = "cpu",
     .weight_create = cpu_weight_create,
@@ -117,6 +138,11 @@ const struct ops cpu_ops = {
     .download = host_copy,
     .zero = host_zero,
     .reserve = reserve,
+    .experts_bind = host_experts_bind,
+    .experts_unbind = host_experts_unbind,
+    .wait = host_wait,
+    .step_begin = host_step_begin,
+    .step_end = host_step_end,
     .embed = cpu_embed,
     .matmul = cpu_matmul,
     .add = cpu_add,
@@ -134,4 +160,10 @@ const struct ops cpu_ops = {
     .experts = cpu_experts,
     .log_softmax = cpu_log_softmax,
     .divergence = cpu_divergence,
+    .pick = host_pick,
+    .argmax = host_argmax,
+    .norm_products = norm_products,
+    .delta_run = delta_run,
+    .attention_run = attention_run,
+    .moe_run = moe_run,
 };

@@ -1,5 +1,6 @@
 /* Weights and memory of the reference backend: a weight is the f32 matrix it stands for. */
 #include "backend/ref/parts.h"
+#include "backend/fused.h"
 #include "backend/host.h"
 #include "base/checked.h"
 #include "num/e4m3.h"
@@ -116,6 +117,26 @@ void ref_queue_free(struct queue *q)
     free(q);
 }
 
+static void norm_products(struct queue *q, const struct norm_products *r)
+{
+    fused_norm_products(&ref_ops, q, r);
+}
+
+static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+{
+    fused_delta(&ref_ops, q, r, rows);
+}
+
+static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    fused_attention(&ref_ops, q, r, rows);
+}
+
+static void moe_run(struct queue *q, const struct moe_run *r)
+{
+    fused_moe(&ref_ops, q, r);
+}
+
 const struct ops ref_ops = {
     .name = "ref",
     .weight_create = weight_create,
@@ -126,6 +147,11 @@ const struct ops ref_ops = {
     .download = host_copy,
     .zero = host_zero,
     .reserve = reserve,
+    .experts_bind = host_experts_bind,
+    .experts_unbind = host_experts_unbind,
+    .wait = host_wait,
+    .step_begin = host_step_begin,
+    .step_end = host_step_end,
     .embed = ref_embed,
     .matmul = ref_matmul,
     .add = ref_add,
@@ -143,4 +169,10 @@ const struct ops ref_ops = {
     .experts = ref_experts,
     .log_softmax = ref_log_softmax,
     .divergence = ref_divergence,
+    .pick = host_pick,
+    .argmax = host_argmax,
+    .norm_products = norm_products,
+    .delta_run = delta_run,
+    .attention_run = attention_run,
+    .moe_run = moe_run,
 };

@@ -1,0 +1,460 @@
+/* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
+ * usage: bench_cuda [card|bf16|fast] [LAYERS]
+ * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
+ * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
+ * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
+ * other. */
+#include "base/clock.h"
+#include "model/step.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+double read_bandwidth(size_t bytes);
+
+enum {
+    RUNS = 5,
+    STEPS = 20,
+    ROWS = 32,
+    CONTEXT = 33024,
+    HIDDEN = 2048,
+    VOCAB = 248320,
+    EXPERTS = 256,
+    INNER = 512
+};
+
+static struct backend backend;
+static struct model model;
+static struct step *step;
+static struct layer_state *states;
+static double bandwidth;
+static uint8_t *pool; /* random bytes that all weights are views of */
+static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
+static float *scales;
+
+static void check(bool ok, const struct err *e)
+{
+    if (ok) return;
+    fprintf(stderr, "bench_cuda: %s\n", e->text);
+    exit(1);
+}
+
+static uint64_t seed = 1;
+
+static uint64_t next(void)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return seed >> 16;
+}
+
+/* BF16 of magnitude 2^-9 to 2^-5; E4M3 below 2; any FP4 code. One pattern serves all: bit 14 of each pair is
+ * 0. */
+static void make_pool(void)
+{
+    pool = malloc(POOL);
+    scales = malloc(16384 * sizeof *scales);
+    if (!pool || !scales) exit(1);
+    uint16_t *p = (uint16_t *)pool;
+    uint64_t tile = 1 << 22;
+    for (uint64_t i = 0; i < tile; i++) {
+        uint64_t r = next();
+        p[i] = (uint16_t)((r & 0x80bf) | (118 + (r >> 20 & 3)) << 7);
+    }
+    for (uint64_t at = tile * 2; at < POOL; at += tile * 2)
+        memcpy(pool + at, pool, POOL - at < tile * 2 ? POOL - at : tile * 2);
+    for (int i = 0; i < 16384; i++) scales[i] = 0.02f;
+}
+
+static double bytes_of(enum weight_format f)
+{
+    return f == WEIGHT_BF16 ? 2 : f == WEIGHT_FP8 ? 1 : 0.5625;
+}
+
+static struct weight *make(enum weight_format f, int64_t rows, int64_t cols, bool table)
+{
+    struct weight *w;
+    struct err e = { 0 };
+    static uint8_t *codes, *groups;
+    if (!codes) {
+        codes = malloc(1 << 26);
+        groups = malloc(1 << 20);
+        for (int i = 0; i < 1 << 26; i++) codes[i] = (uint8_t)(next() & 0xbf);
+        for (int i = 0; i < 1 << 20; i++) groups[i] = (uint8_t)(0x30 + (next() & 15));
+    }
+    uint64_t offset = (next() % 1024) * 4096;
+    bool fp8 = f == WEIGHT_FP8;
+    struct weight_source src = { .format = f,
+                                 .rows = rows,
+                                 .cols = cols,
+                                 .data =
+                                     f == WEIGHT_BF16 ? pool + (rows == VOCAB ? 0 : offset) : codes + offset,
+                                 .scale = fp8 ? (void *)scales : groups,
+                                 .global = 200,
+                                 .input = fp8 ? INPUT_FP8_ROW : INPUT_AS_IS,
+                                 .is_table = table };
+    check(backend.ops->weight_create(backend.queue, &w, &src, &e), &e);
+    return w;
+}
+
+static float *vector(int64_t n, float value)
+{
+    void *p;
+    struct err e = { 0 };
+    float *host = malloc((size_t)n * sizeof *host);
+    for (int64_t i = 0; i < n; i++) host[i] = value;
+    check(backend.ops->memory_create(backend.queue, &p, (uint64_t)n * sizeof *host, &e), &e);
+    backend.ops->upload(backend.queue, p, host, (uint64_t)n * sizeof *host);
+    free(host);
+    return p;
+}
+
+static void make_layer(struct layer *l, enum weight_format delta, enum weight_format dense,
+                       enum weight_format expert)
+{
+    struct err e = { 0 };
+    l->input_norm = vector(HIDDEN, 1);
+    l->post_norm = vector(HIDDEN, 1);
+    if (l->kind == LAYER_FULL_ATTENTION)
+        l->attention = (struct attention_weights){ make(dense, 8192, HIDDEN, false),
+                                                   make(dense, 512, HIDDEN, false),
+                                                   make(dense, 512, HIDDEN, false),
+                                                   make(dense, HIDDEN, 4096, false),
+                                                   vector(256, 1),
+                                                   vector(256, 1) };
+    else
+        l->delta = (struct delta_weights){ make(delta, 8192, HIDDEN, false),
+                                           make(delta, 4096, HIDDEN, false),
+                                           make(WEIGHT_BF16, 32, HIDDEN, false),
+                                           make(WEIGHT_BF16, 32, HIDDEN, false),
+                                           make(delta, HIDDEN, 4096, false),
+                                           vector(4 * 8192, 0.3f),
+                                           vector(32, 0.5f),
+                                           vector(32, 0.1f),
+                                           vector(128, 1) };
+    l->moe = (struct moe_weights){ .router = make(WEIGHT_BF16, EXPERTS, HIDDEN, false),
+                                   .shared_gate = make(WEIGHT_BF16, 1, HIDDEN, false),
+                                   .gate = make(dense, INNER, HIDDEN, false),
+                                   .up = make(dense, INNER, HIDDEN, false),
+                                   .down = make(dense, HIDDEN, INNER, false) };
+    struct experts *x = &l->moe.experts;
+    x->n_experts = EXPERTS;
+    x->gate = calloc(3 * EXPERTS, sizeof *x->gate);
+    x->up = x->gate + EXPERTS;
+    x->down = x->up + EXPERTS;
+    for (int i = 0; i < EXPERTS; i++) {
+        x->gate[i] = make(expert, INNER, HIDDEN, false);
+        x->up[i] = make(expert, INNER, HIDDEN, false);
+        x->down[i] = make(expert, HIDDEN, INNER, false);
+    }
+    check(backend.ops->experts_bind(backend.queue, x, &e), &e);
+}
+
+static struct config config = { .vocab_size = VOCAB,
+                                .hidden_size = HIDDEN,
+                                .rms_norm_eps = 1e-6,
+                                .max_position_embeddings = 262144,
+                                .n_heads = 16,
+                                .n_kv_heads = 2,
+                                .head_dim = 256,
+                                .rotary_dim = 64,
+                                .linear_key_heads = 16,
+                                .linear_value_heads = 32,
+                                .linear_key_dim = 128,
+                                .linear_value_dim = 128,
+                                .conv_kernel = 4,
+                                .n_experts = EXPERTS,
+                                .experts_per_token = 8,
+                                .moe_intermediate = INNER,
+                                .shared_intermediate = INNER };
+static enum weight_format of_delta, of_dense, of_expert, of_head;
+
+static void make_model(int n_layers)
+{
+    config.n_layers = n_layers;
+    config.layer_kinds = calloc((size_t)n_layers, sizeof *config.layer_kinds);
+    model = (struct model){ .config = &config, .backend = &backend };
+    model.delta_shape = (struct delta_shape){ 16, 32, 128, 128, 4 };
+    model.layers = calloc((size_t)n_layers, sizeof *model.layers);
+    void *axis;
+    struct err e = { 0 };
+    check(backend.ops->memory_create(backend.queue, &axis, 32, &e), &e);
+    model.rope = (struct rope){ 32, vector(32, 0.01f), axis };
+    for (int i = 0; i < n_layers; i++) {
+        config.layer_kinds[i] = model.layers[i].kind =
+            i % 4 == 3 ? LAYER_FULL_ATTENTION : LAYER_LINEAR_ATTENTION;
+        make_layer(&model.layers[i], of_delta, of_dense, of_expert);
+    }
+    model.embed = make(WEIGHT_BF16, VOCAB, HIDDEN, true);
+    model.head = make(of_head, VOCAB, HIDDEN, false);
+    model.final_norm = vector(HIDDEN, 1);
+}
+
+/* Rows of sequences that have `depth` tokens. */
+static struct step_rows rows_at(int n, int64_t depth)
+{
+    static struct row rows[ROWS];
+    static struct span spans[ROWS];
+    static int32_t pages[ROWS][CONTEXT / KV_PAGE + 1];
+    int64_t each = (depth + 1 + KV_PAGE - 1) / KV_PAGE;
+    for (int i = 0; i < n; i++) {
+        int32_t p = (int32_t)depth;
+        rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { p, p, p } };
+        for (int64_t k = 0; k < each; k++) pages[i][k] = (int32_t)(i * each + k) % (CONTEXT / KV_PAGE + 1);
+        spans[i] = (struct span){ i, 1, depth, pages[i], i };
+    }
+    return (struct step_rows){ rows, n, spans, n };
+}
+
+static void wait(void)
+{
+    struct err e = { 0 };
+    check(backend.ops->wait(backend.queue, &e), &e);
+}
+
+typedef void work(const struct step_rows *rows);
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* recorded: the work is queued as one graph, as a step is. */
+static void measure(const char *what, work *w, bool recorded, int n, int64_t depth, double bytes)
+{
+    double t[RUNS];
+    static char keys[64];
+    static int key;
+    key++;
+    for (int run = -1; run < RUNS; run++) {
+        double begin = clock_seconds();
+        for (int i = 0; i < STEPS; i++) {
+            struct step_rows rows = rows_at(n, depth);
+            if (!recorded || !backend.ops->step_begin(backend.queue, &keys[key], &rows)) w(&rows);
+            if (recorded) backend.ops->step_end(backend.queue);
+        }
+        wait();
+        if (run >= 0) t[run] = (clock_seconds() - begin) / STEPS;
+    }
+    qsort(t, RUNS, sizeof *t, by_value);
+    double median = t[RUNS / 2];
+    printf("%s,%d,%lld,%.1f,%.1f,%.1f,%.1f,%.0f,%.3f\n", what, n, (long long)depth, median * 1e6, t[0] * 1e6,
+           t[RUNS - 1] * 1e6, bytes * 1e-6, bytes / median * 1e-9, bytes / median / bandwidth);
+    fflush(stdout);
+}
+
+static void whole_step(const struct step_rows *rows)
+{
+    step_run(step, rows, states);
+}
+
+static void token(const struct step_rows *rows)
+{
+    int64_t index[ROWS];
+    int32_t best[ROWS];
+    for (int i = 0; i < rows->n; i++) index[i] = i;
+    struct mat l = step_logits(step, step_run(step, rows, states), index, rows->n);
+    backend.ops->argmax(backend.queue, best, l);
+}
+
+static void head(const struct step_rows *rows)
+{
+    step->op->matmul(step->q, mat_rows(step->logits, rows->n), mat_rows(step->h, rows->n), model.head);
+}
+
+/* The kernels of one kind of all layers; state from the layers' own. */
+
+static struct norm_products in_products(const struct layer *l, int64_t n)
+{
+    if (l->kind == LAYER_FULL_ATTENTION)
+        return (struct norm_products){ mat_rows(step->h, n),
+                                       mat_rows(step->x, n),
+                                       l->input_norm,
+                                       1e-6f,
+                                       3,
+                                       { mat_rows(step->qg, n), mat_rows(step->k, n), mat_rows(step->v, n) },
+                                       { l->attention.q, l->attention.k, l->attention.v } };
+    return (struct norm_products){ mat_rows(step->h, n),
+                                   mat_rows(step->x, n),
+                                   l->input_norm,
+                                   1e-6f,
+                                   4,
+                                   { mat_rows(step->u, n), mat_rows(step->z, n), mat_rows(step->a, n),
+                                     mat_rows(step->b, n) },
+                                   { l->delta.qkv, l->delta.z, l->delta.a, l->delta.b } };
+}
+
+static void run_in(enum layer_kind kind, int64_t n)
+{
+    for (int i = 0; i < config.n_layers; i++) {
+        struct norm_products p = in_products(&model.layers[i], n);
+        if (model.layers[i].kind == kind) step->op->norm_products(step->q, &p);
+    }
+}
+
+static void delta_in(const struct step_rows *rows)
+{
+    run_in(LAYER_LINEAR_ATTENTION, rows->n);
+}
+
+static void attention_in(const struct step_rows *rows)
+{
+    run_in(LAYER_FULL_ATTENTION, rows->n);
+}
+
+static void delta_mix(const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    for (int i = 0; i < config.n_layers; i++) {
+        const struct delta_weights *w = &model.layers[i].delta;
+        if (model.layers[i].kind == LAYER_FULL_ATTENTION) continue;
+        struct delta_run r = { mat_rows(step->x, n),
+                               mat_rows(step->y, n),
+                               mat_rows(step->u, n),
+                               mat_rows(step->conv, n),
+                               mat_rows(step->z, n),
+                               mat_rows(step->a, n),
+                               mat_rows(step->b, n),
+                               mat_rows(step->raw, n),
+                               mat_rows(step->o, n),
+                               w->conv,
+                               w->A_log,
+                               w->dt_bias,
+                               w->norm,
+                               1e-6f,
+                               w->out,
+                               &states[i].delta,
+                               &model.delta_shape };
+        step->op->delta_run(step->q, &r, rows);
+    }
+}
+
+static void attention_mix(const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    for (int i = 0; i < config.n_layers; i++) {
+        const struct attention_weights *w = &model.layers[i].attention;
+        if (model.layers[i].kind != LAYER_FULL_ATTENTION) continue;
+        struct attention_run r = { mat_rows(step->x, n),
+                                   mat_rows(step->y, n),
+                                   mat_rows(step->qg, n),
+                                   mat_rows(step->k, n),
+                                   mat_rows(step->v, n),
+                                   mat_rows(step->att, n),
+                                   16,
+                                   w->q_norm,
+                                   w->k_norm,
+                                   1e-6f,
+                                   &model.rope,
+                                   &states[i].kv,
+                                   w->o };
+        step->op->attention_run(step->q, &r, rows);
+    }
+}
+
+static void router(const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    for (int i = 0; i < config.n_layers; i++) {
+        const struct layer *l = &model.layers[i];
+        struct norm_products p = { mat_rows(step->h, n),
+                                   mat_rows(step->x, n),
+                                   l->post_norm,
+                                   1e-6f,
+                                   2,
+                                   { mat_rows(step->router, n), mat_rows(step->shared_gate, n) },
+                                   { l->moe.router, l->moe.shared_gate } };
+        step->op->norm_products(step->q, &p);
+    }
+}
+
+static void moe(const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    for (int i = 0; i < config.n_layers; i++) {
+        const struct moe_weights *w = &model.layers[i].moe;
+        struct moe_run r = { mat_rows(step->x, n),
+                             mat_rows(step->y, n),
+                             mat_rows(step->h, n),
+                             mat_rows(step->router, n),
+                             mat_rows(step->gate, n),
+                             mat_rows(step->up, n),
+                             mat_rows(step->hidden, n),
+                             mat_rows(step->shared, n),
+                             mat_rows(step->shared_gate, n),
+                             &step->picks,
+                             &w->experts,
+                             w->gate,
+                             w->up,
+                             w->down };
+        step->op->moe_run(step->q, &r);
+    }
+}
+
+/* Bytes that must move, experts of different rows taken as different ones with even odds. */
+struct bytes {
+    double delta_in, delta_mix, attention_in, attention_mix, router, moe, head;
+};
+
+static struct bytes bytes_for(int n, int64_t depth)
+{
+    int full = config.n_layers / 4, linear = config.n_layers - full;
+    double miss = 1, d = bytes_of(of_dense);
+    for (int i = 0; i < n; i++) miss *= 1 - 8.0 / EXPERTS;
+    return (struct bytes){
+        .delta_in = linear * (12288.0 * HIDDEN * bytes_of(of_delta) + 64.0 * HIDDEN * 2),
+        .delta_mix =
+            linear * (4096.0 * HIDDEN * bytes_of(of_delta) + n * (2 * 32 * 128 * 128 * 4 + 6 * 8192 * 4.0)),
+        .attention_in = full * 9216.0 * HIDDEN * d,
+        .attention_mix = full * (4096.0 * HIDDEN * d + n * (double)(depth + 1) * 2048),
+        .router = config.n_layers * 257.0 * HIDDEN * 2,
+        .moe = config.n_layers * (3.0 * INNER * HIDDEN * (d + EXPERTS * (1 - miss) * bytes_of(of_expert))),
+        .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
+    };
+}
+
+static void measure_all(int n, int64_t depth, bool parts)
+{
+    struct bytes b = bytes_for(n, depth);
+    double all = b.delta_in + b.delta_mix + b.attention_in + b.attention_mix + b.router + b.moe;
+    measure("step", whole_step, false, n, depth, all);
+    measure("token", token, false, n, depth, all + b.head);
+    if (!parts) return;
+    measure("delta in", delta_in, true, n, depth, b.delta_in);
+    measure("delta and out", delta_mix, true, n, depth, b.delta_mix);
+    measure("attention in", attention_in, true, n, depth, b.attention_in);
+    measure("attention and out", attention_mix, true, n, depth, b.attention_mix);
+    measure("router", router, true, n, depth, b.router);
+    measure("experts", moe, true, n, depth, b.moe);
+    measure("head", head, false, n, depth, b.head);
+}
+
+int main(int argc, char **argv)
+{
+    const char *mix = argc > 1 ? argv[1] : "card";
+    bool bf16 = strcmp(mix, "bf16") == 0, fast = strcmp(mix, "fast") == 0;
+    int n_layers = argc > 2 ? atoi(argv[2]) : 40;
+    struct err e = { 0 };
+    of_delta = of_head = fast ? WEIGHT_FP8 : WEIGHT_BF16;
+    of_dense = bf16 ? WEIGHT_BF16 : WEIGHT_FP8;
+    of_expert = bf16 ? WEIGHT_BF16 : WEIGHT_NVFP4;
+    check(backend_create(&backend, &(struct backend_options){ .device = DEVICE_CUDA }, &e), &e);
+    bandwidth = read_bandwidth((size_t)8 << 30);
+    double begin = clock_seconds();
+    make_pool();
+    make_model(n_layers);
+    wait();
+    states = calloc((size_t)n_layers, sizeof *states);
+    for (int i = 0; i < n_layers; i++)
+        check(layer_state_create(&states[i], &model, i, KV_BF16, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
+    check(step_create(&step, &model, 256, ROWS, CONTEXT, &e), &e);
+    printf("# %s; mix %s, %d layers; read bandwidth %.3f TB/s; weights made and loaded in %.1f s\n",
+           backend.name, mix, n_layers, bandwidth * 1e-12, clock_seconds() - begin);
+    printf("what,rows,depth,us,us_low,us_high,MB,GB_per_s,share_of_read\n");
+    measure_all(1, 0, true);
+    measure_all(1, 32768, false);
+    measure_all(4, 0, false);
+    measure_all(8, 0, false);
+    measure_all(32, 0, true);
+    return 0;
+}

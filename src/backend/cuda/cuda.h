@@ -1,0 +1,14 @@
+/* The CUDA backend: one GPU, one stream. Weights keep the checkpoint's layout but for NVFP4 codes
+ * (device.cuh, "FP4 words"). Steps of up to ROWS_EXACT rows read each weight through one kernel family, whose
+ * order of additions does not depend on the rows. */
+#ifndef BACKEND_CUDA_CUDA_H
+#define BACKEND_CUDA_CUDA_H
+#include "backend/ops.h"
+extern const struct ops cuda_ops;
+/* False with ERR_UNSUPPORTED: no driver, no device, or one older than compute capability 8.0. shared_memory
+ * as in backend_options. */
+bool cuda_queue_create(struct queue **out, bool shared_memory, struct err *e);
+void cuda_queue_free(struct queue *q);
+/* "cuda NVIDIA H100 80GB HBM3, sm_90, kernels sm_90a". Borrow. */
+const char *cuda_queue_name(const struct queue *q);
+#endif

@@ -1,0 +1,188 @@
+/* Gated DeltaNet: the causal convolution and the gated delta rule, token by token. A block holds 32 columns of one value
+ * head's state in registers, 8 warps a share of the key rows each; a token costs two meetings of the block. The state is
+ * asked for before the kernel that makes the token's input is done: nothing since the last token has touched it. */
+#include "backend/cuda/device.cuh"
+
+namespace {
+
+constexpr int COLUMNS = LANES;
+
+struct conv_args {
+    mat u;
+    const float *weight; /* [kernel][channels] */
+    float *state;        /* [slot][kernel - 1][channels] */
+    int kernel;
+};
+
+/* The convolution at row `row` of a span, channel c. */
+__device__ float conv_value(const conv_args &a, const cuda_span &span, int row, int64_t c)
+{
+    int keep = a.kernel - 1;
+    const float *past = a.state + (int64_t)span.slot * keep * a.u.cols;
+    float sum = a.weight[keep * a.u.cols + c] * __ldcg(a.u.data + (span.first + row) * a.u.stride + c);
+    for (int j = 0; j < keep; j++) {
+        int at = row - keep + j; /* row of the span; negative: before this step */
+        float u = __ldcg(at >= 0 ? a.u.data + (span.first + at) * a.u.stride + c : past + (keep + at) * a.u.cols + c);
+        sum = fmaf(a.weight[j * a.u.cols + c], u, sum);
+    }
+    return silu(sum);
+}
+
+__global__ void conv_rows(mat y, conv_args a, cuda_rows rows)
+{
+    int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    cuda_span span = rows.spans[rows.rows[blockIdx.y].span];
+    if (c < y.cols) y.data[blockIdx.y * y.stride + c] = conv_value(a, span, (int)blockIdx.y - span.first, c);
+}
+
+/* The last kernel - 1 inputs, of this step or left of earlier ones. */
+__global__ void conv_keep(conv_args a, cuda_rows rows)
+{
+    int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    cuda_span span = rows.spans[blockIdx.y];
+    int keep = a.kernel - 1;
+    float *past = a.state + (int64_t)span.slot * keep * a.u.cols;
+    if (c >= a.u.cols) return;
+    for (int j = 0; j < keep; j++) {
+        int at = span.n + j - keep;
+        past[j * a.u.cols + c] =
+            at >= 0 ? a.u.data[(span.first + at) * a.u.stride + c] : past[(keep + at) * a.u.cols + c];
+    }
+}
+
+struct delta_args {
+    mat o, qkv, a, b;
+    const float *A_log, *dt_bias;
+    float *matrix;
+    delta_shape shape;
+    cuda_rows rows;
+    conv_args conv; /* u.data NULL: qkv has been convolved */
+};
+
+/* What a token brings to a head: q and k normalised, v, decay, beta. */
+struct token {
+    float q[HEAD_MAX], k[HEAD_MAX], v[COLUMNS], decay, beta;
+};
+
+__device__ float input_at(const delta_args &p, const cuda_span &span, int row, int64_t c)
+{
+    return p.conv.u.data ? conv_value(p.conv, span, row, c) : __ldcg(p.qkv.data + (span.first + row) * p.qkv.stride + c);
+}
+
+__device__ void normalise(float *x, int n, float scale)
+{
+    float sum = 0;
+    for (int i = threadIdx.x % LANES; i < n; i += LANES) sum = fmaf(x[i], x[i], sum);
+    float r = scale / sqrtf(warp_sum(sum) + 1e-6f);
+    for (int i = threadIdx.x % LANES; i < n; i += LANES) x[i] *= r;
+}
+
+__device__ void load_token(token &t, const delta_args &p, const cuda_span &span, int row, int head, int first_column)
+{
+    int dk = p.shape.key_dim, dv = p.shape.value_dim, key = head / (p.shape.value_heads / p.shape.key_heads);
+    int64_t keys = (int64_t)p.shape.key_heads * dk, at = span.first + row;
+    for (int i = threadIdx.x; i < 2 * dk + COLUMNS; i += THREADS) {
+        if (i < dk)
+            t.q[i] = input_at(p, span, row, (int64_t)key * dk + i);
+        else if (i < 2 * dk)
+            t.k[i - dk] = input_at(p, span, row, keys + (int64_t)key * dk + i - dk);
+        else if (first_column + i - 2 * dk < dv)
+            t.v[i - 2 * dk] = input_at(p, span, row, 2 * keys + (int64_t)head * dv + first_column + i - 2 * dk);
+    }
+    if (threadIdx.x == THREADS - 1) {
+        float x = __ldcg(p.a.data + at * p.a.stride + head) + p.dt_bias[head];
+        t.decay = expf(-expf(p.A_log[head]) * (x > 20 ? x : log1pf(expf(x))));
+        t.beta = sigmoid(__ldcg(p.b.data + at * p.b.stride + head));
+    }
+    __syncthreads();
+    if (threadIdx.x < LANES) normalise(t.q, dk, 1.0f / sqrtf((float)dk));
+    else if (threadIdx.x < 2 * LANES) normalise(t.k, dk, 1);
+    __syncthreads();
+}
+
+/* EACH: key rows a thread holds, rows warp + 8 i of column `lane`. */
+template <int EACH> __global__ void __launch_bounds__(THREADS) delta_heads(const __grid_constant__ delta_args p)
+{
+    __shared__ token t;
+    __shared__ float sums[2][WARPS][COLUMNS];
+    int dk = p.shape.key_dim, dv = p.shape.value_dim, slices = (dv + COLUMNS - 1) / COLUMNS;
+    int head = blockIdx.x / slices, first = blockIdx.x % slices * COLUMNS;
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, column = first + lane;
+    cuda_span span = p.rows.spans[blockIdx.y];
+    float *S = p.matrix + ((int64_t)span.slot * p.shape.value_heads + head) * dk * dv;
+    float s[EACH];
+    let_next_start();
+    for (int i = 0; i < EACH; i++) {
+        int r = warp + WARPS * i;
+        s[i] = r < dk && column < dv ? S[(int64_t)r * dv + column] : 0;
+    }
+    wait_for_previous();
+    for (int row = 0; row < span.n; row++) {
+        load_token(t, p, span, row, head, first);
+        float read = 0, out = 0;
+        for (int i = 0; i < EACH; i++) {
+            int r = warp + WARPS * i;
+            s[i] *= t.decay;
+            if (r < dk) read = fmaf(s[i], t.k[r], read);
+        }
+        sums[0][warp][lane] = read;
+        __syncthreads();
+        read = 0;
+        for (int w = 0; w < WARPS; w++) read += sums[0][w][lane];
+        float d = t.beta * (t.v[lane] - read);
+        for (int i = 0; i < EACH; i++) {
+            int r = warp + WARPS * i;
+            if (r >= dk) continue;
+            s[i] = fmaf(t.k[r], d, s[i]);
+            out = fmaf(s[i], t.q[r], out);
+        }
+        sums[1][warp][lane] = out;
+        __syncthreads();
+        if (warp == 0 && column < dv) {
+            out = 0;
+            for (int w = 0; w < WARPS; w++) out += sums[1][w][lane];
+            p.o.data[(span.first + row) * p.o.stride + (int64_t)head * dv + column] = out;
+        }
+    }
+    for (int i = 0; i < EACH; i++) {
+        int r = warp + WARPS * i;
+        if (r < dk && column < dv) S[(int64_t)r * dv + column] = s[i];
+    }
+}
+
+void start(struct queue *q, const delta_args &p, bool overlap)
+{
+    dim3 grid((unsigned)(p.shape.value_heads * ((p.shape.value_dim + COLUMNS - 1) / COLUMNS)), (unsigned)p.rows.n_spans);
+    if (p.shape.key_dim > HEAD_MAX)
+        queue_refuse(q, "delta", "key heads wider than 256 are not supported on a GPU");
+    else if (p.shape.key_dim <= 128)
+        launch(q, "delta", overlap, delta_heads<16>, grid, 0, p);
+    else
+        launch(q, "delta", overlap, delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
+}
+
+} /* namespace */
+
+void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight, const struct delta_state *state,
+               const struct delta_shape *shape, const struct step_rows *step)
+{
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (!rows) return;
+    conv_args a = { u, weight, state->conv, shape->kernel };
+    launch(q, "conv", false, conv_rows, dim3(blocks(u.cols), (unsigned)step->n), 0, y, a, *rows);
+    launch(q, "conv", false, conv_keep, dim3(blocks(u.cols), (unsigned)step->n_spans), 0, a, *rows);
+}
+
+void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
+                const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
+                const struct step_rows *step)
+{
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (rows) start(q, delta_args{ o, qkv, a, b, A_log, dt_bias, state->matrix, *shape, *rows, {} }, false);
+}
+
+void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows)
+{
+    conv_args c = { r->u, r->conv_weight, r->state->conv, r->shape->kernel };
+    start(q, delta_args{ r->raw, r->u, r->a, r->b, r->A_log, r->dt_bias, r->state->matrix, *r->shape, *rows, c }, true);
+}

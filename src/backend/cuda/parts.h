@@ -1,0 +1,178 @@
+/* What the C and the CUDA files of this backend share: the queue, the rows of a step in device memory, and
+ * the launchers. A launcher takes the queue, never allocates and never waits. */
+#ifndef BACKEND_CUDA_PARTS_H
+#define BACKEND_CUDA_PARTS_H
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include "backend/cuda/cuda.h"
+#include <cuda_runtime_api.h>
+
+enum {
+    SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
+    GRAPHS = 4,         /* recorded steps kept */
+    PICKS_MAX = 64,     /* experts a token */
+    EXPERTS_MAX = 1024, /* of a layer */
+    HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
+};
+
+struct cuda_weight {
+    struct weight head;
+    void *data;            /* device: as stored; NVFP4: FP4 words */
+    unsigned char *groups; /* device: NVFP4 scales, e4m3 [rows][cols / 16] */
+    float *scale;          /* device: FP8 [rows], FP8_BLOCK [rows / 128][cols / 128], rounded up */
+    float global;          /* NVFP4: divides the scales */
+    bool moved;            /* data, groups and scale belong to the struct cuda_experts it is bound to */
+};
+
+/* One matrix as kernels take it. */
+struct cuda_matrix {
+    const void *data;
+    const unsigned char *groups;
+    const float *scale;
+    float global, input_global;
+    int rows, cols;
+    unsigned char format, input;
+};
+
+/* The experts of a layer below one another, so that a kernel finds one by its number: three tall matrices,
+ * gate, up, down, of n * rows each. */
+enum { GATE, UP, DOWN };
+struct cuda_experts {
+    int n;
+    struct cuda_matrix m[3]; /* data, groups and scale of expert 0; rows and cols of one expert */
+    float *globals;          /* device: [3][n], what divides NVFP4 scales */
+    float *input_globals;    /* device: [3][n] */
+};
+
+/* The rows of a step in device memory. Pointers stay the same from step to step. */
+struct cuda_row {
+    int token, position[3], span, embedding; /* embedding: index into embeddings, -1: none */
+};
+struct cuda_span {
+    int first, n, past, slot;
+};
+struct cuda_rows {
+    const struct cuda_row *rows;
+    const struct cuda_span *spans;
+    const int *pages; /* of span s from s * pages_each */
+    const float *embeddings;
+    int n, n_spans, pages_each;
+};
+
+/* A recorded step: `rows` sequences of one row each. */
+struct cuda_graph {
+    const void *key;
+    int64_t rows;
+    cudaGraphExec_t exec;
+};
+
+struct queue {
+    cudaStream_t stream;
+    int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
+    bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    bool shared_memory;
+    char name[128];
+    const char *failed; /* operation that failed first; NULL: none */
+    char failure[200];
+    struct step_limits limits;
+    /* scratch, device memory */
+    void *memory;
+    float *quantized;                     /* [rows * picks][cols]: inputs of products that quantize them */
+    float *input_scale;                   /* [rows * picks] */
+    float *hidden;                        /* [rows * picks][intermediate] */
+    float *attended;                      /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    long long *index;                     /* [rows] */
+    double *answers;                      /* [rows] */
+    long long *host_index;                /* [rows], host memory */
+    unsigned char *step;                  /* rows, spans, pages of the current step */
+    float *embeddings;                    /* [rows][cols]; NULL until a row brings one */
+    unsigned char *host_step, *host_next; /* what lies in step; the next one being put together */
+    uint64_t step_bytes;
+    struct cuda_rows rows;
+    struct cuda_graph graphs[GRAPHS];
+    int next_graph;
+    struct cuda_graph last; /* key and rows of the last step that could have been recorded */
+    bool recording;
+};
+
+static inline bool queue_failed(const struct queue *q)
+{
+    return q->failed != NULL;
+}
+/* Keeps the first failure. True: none. */
+bool queue_check(struct queue *q, cudaError_t status, const char *operation);
+void queue_refuse(struct queue *q, const char *operation, const char *why);
+/* The step's rows in device memory: uploaded if they differ from what lies there. NULL: failed. */
+const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *rows);
+/* Every span is one row. */
+bool queue_decodes(const struct step_rows *rows);
+bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what,
+                struct err *e); /* device memory */
+void queue_give(struct queue *q, void *memory);
+bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *rows);
+void cuda_step_end(struct queue *q);
+void cuda_forget_steps(struct queue *q); /* what was recorded refers to memory that goes away */
+bool cuda_reserve(struct queue *q, const struct step_limits *limits, struct err *e);
+/* plain.cu: whether this build has kernels for the device */
+bool cuda_has_kernels(int *version);
+
+bool cuda_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
+void cuda_weight_free(struct queue *q, struct weight *w);
+bool cuda_experts_bind(struct queue *q, struct experts *x, struct err *e);
+void cuda_experts_unbind(struct queue *q, struct experts *x);
+struct cuda_matrix cuda_matrix_of(const struct weight *w);
+/* Whether the streaming kernels take it: whole 16-byte pieces, and a format they decode. */
+bool cuda_streams(const struct queue *q, const struct cuda_matrix *m);
+
+/* product.cu. x: [n][cols] */
+void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
+void cuda_norm_products(struct queue *q, const struct norm_products *r);
+void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows,
+                    bool advance_conv);
+void cuda_attention_out(struct queue *q, const struct attention_run *r);
+/* plain.cu: any format and shape */
+void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
+void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                        const struct cuda_experts *experts);
+void cuda_lay_fp4(struct queue *q, void *words, const void *codes, int64_t bytes);
+/* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
+ * shapes */
+bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                         const struct cuda_experts *experts, const struct moe_run *run);
+void cuda_route(struct queue *q, const struct picks *picks, struct mat logits);
+/* rows.cu */
+void cuda_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
+void cuda_add(struct queue *q, struct mat y, struct mat x);
+void cuda_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps);
+void cuda_gather(struct queue *q, struct mat y, struct mat x, const int64_t *index);
+void cuda_silu_mul(struct queue *q, struct mat y, struct mat gate, struct mat up);
+void cuda_add_gated(struct queue *q, struct mat y, struct mat x, struct mat gate);
+void cuda_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
+                     float eps);
+void cuda_log_softmax(struct queue *q, struct mat x);
+void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
+void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
+void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* attention.cu */
+void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
+                    const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
+void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
+                    const struct step_rows *rows);
+void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                    const struct step_rows *rows);
+/* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
+void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
+/* delta.cu */
+void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+               const struct delta_state *state, const struct delta_shape *shape,
+               const struct step_rows *rows);
+void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
+                const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
+                const struct step_rows *rows);
+/* conv and delta of such a step; the conv state is left as it was */
+void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,271 @@
+/* The queue of the CUDA backend: the device, its stream, failures, memory. */
+#include "backend/cuda/parts.h"
+#include "backend/fused.h"
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool queue_check(struct queue *q, cudaError_t status, const char *operation)
+{
+    if (status == cudaSuccess) return !queue_failed(q);
+    queue_refuse(q, operation, cudaGetErrorString(status));
+    return false;
+}
+
+void queue_refuse(struct queue *q, const char *operation, const char *why)
+{
+    if (queue_failed(q)) return;
+    q->failed = operation;
+    snprintf(q->failure, sizeof q->failure, "%s", why);
+}
+
+static bool refused(struct err *e, cudaError_t status)
+{
+    return err_set(e, ERR_UNSUPPORTED, "CUDA: %s", cudaGetErrorString(status));
+}
+
+static bool describe(struct queue *q, struct err *e)
+{
+    struct cudaDeviceProp p;
+    cudaError_t status = cudaGetDeviceProperties(&p, 0);
+    int version;
+    if (status != cudaSuccess) return refused(e, status);
+    if (p.major < 8)
+        return err_set(e, ERR_UNSUPPORTED, "CUDA: %s has compute capability %d.%d, 8.0 or later is needed",
+                       p.name, p.major, p.minor);
+    if (!cuda_has_kernels(&version))
+        return err_set(e, ERR_UNSUPPORTED, "CUDA: this program was built without kernels for sm_%d%d (%s)",
+                       p.major, p.minor, p.name);
+    q->sms = p.multiProcessorCount;
+    q->shared_max = (int)p.sharedMemPerBlockOptin;
+    q->has_pdl = p.major >= 9;
+    snprintf(q->name, sizeof q->name, "cuda %.80s, sm_%d%d, kernels for sm_%d", p.name, p.major, p.minor,
+             version);
+    return true;
+}
+
+/* Freed memory stays with the process: layers come and go during calibration. */
+static bool keep_memory(void)
+{
+    cudaMemPool_t pool;
+    uint64_t all = UINT64_MAX;
+    return cudaDeviceGetDefaultMemPool(&pool, 0) == cudaSuccess &&
+           cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all) == cudaSuccess;
+}
+
+bool cuda_queue_create(struct queue **out, bool shared_memory, struct err *e)
+{
+    *out = NULL;
+    int n = 0;
+    cudaError_t status = cudaGetDeviceCount(&n);
+    if (status != cudaSuccess) return refused(e, status);
+    struct queue *q = calloc(1, sizeof *q);
+    if (!q) return err_memory(e, "CUDA backend", sizeof *q);
+    q->shared_memory = shared_memory;
+    bool ok = describe(q, e);
+    if (ok) {
+        status = cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking);
+        ok = (status == cudaSuccess && keep_memory()) || refused(e, status);
+    }
+    if (ok)
+        *out = q;
+    else
+        cuda_queue_free(q);
+    return ok;
+}
+
+void cuda_queue_free(struct queue *q)
+{
+    if (!q) return;
+    cuda_forget_steps(q);
+    queue_give(q, q->memory);
+    if (q->stream) {
+        cudaStreamSynchronize(q->stream);
+        cudaStreamDestroy(q->stream);
+    }
+    free(q->host_step);
+    free(q->host_next);
+    free(q->host_index);
+    free(q);
+}
+
+const char *cuda_queue_name(const struct queue *q)
+{
+    return q->name;
+}
+
+bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what, struct err *e)
+{
+    size_t have = 0, all = 0;
+    *out = NULL;
+    if (bytes == 0) bytes = 16;
+    cudaError_t status = cudaMallocAsync(out, bytes, q->stream);
+    if (status == cudaSuccess) return true;
+    cudaGetLastError();
+    cudaMemGetInfo(&have, &all);
+    return err_set(e, ERR_MEMORY, "%s: %" PRIu64 " bytes of GPU memory wanted, %zu of %zu are free", what,
+                   bytes, have, all);
+}
+
+void queue_give(struct queue *q, void *memory)
+{
+    if (memory) queue_check(q, cudaFreeAsync(memory, q->stream), "free");
+}
+
+static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
+{
+    *out = NULL;
+    if (bytes == 0) bytes = 16;
+    if (!q->shared_memory) {
+        if (!queue_take(q, out, bytes, "activations and state", e)) return false;
+    } else if (cudaHostAlloc(out, bytes, cudaHostAllocMapped) != cudaSuccess) {
+        cudaGetLastError();
+        return err_memory(e, "activations and state", bytes);
+    }
+    queue_check(q, cudaMemsetAsync(*out, 0, bytes, q->stream), "zero");
+    if (q->shared_memory) queue_check(q, cudaStreamSynchronize(q->stream), "zero");
+    return true;
+}
+
+static void memory_free(struct queue *q, void *memory)
+{
+    if (!memory) return;
+    cuda_forget_steps(q);
+    if (!q->shared_memory) {
+        queue_give(q, memory);
+        return;
+    }
+    queue_check(q, cudaStreamSynchronize(q->stream), "free");
+    cudaFreeHost(memory);
+}
+
+static void upload(struct queue *q, void *to, const void *host, uint64_t bytes)
+{
+    if (queue_failed(q)) return;
+    queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyDefault, q->stream), "upload");
+    if (q->shared_memory) queue_check(q, cudaStreamSynchronize(q->stream), "upload");
+}
+
+static void download(struct queue *q, void *host, const void *from, uint64_t bytes)
+{
+    if (queue_failed(q)) return;
+    queue_check(q, cudaMemcpyAsync(host, from, bytes, cudaMemcpyDefault, q->stream), "download");
+    queue_check(q, cudaStreamSynchronize(q->stream), "download");
+}
+
+static void zero(struct queue *q, void *memory, uint64_t bytes)
+{
+    if (!queue_failed(q)) queue_check(q, cudaMemsetAsync(memory, 0, bytes, q->stream), "zero");
+}
+
+static bool wait(struct queue *q, struct err *e)
+{
+    if (!queue_failed(q)) queue_check(q, cudaStreamSynchronize(q->stream), "wait");
+    return !queue_failed(q) || err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
+}
+
+/* The table's plain entries that choose between kernels. */
+
+static void matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w)
+{
+    struct cuda_matrix m = cuda_matrix_of(w);
+    if (cuda_streams(q, &m))
+        cuda_product(q, y, x, &m);
+    else
+        cuda_product_plain(q, y, x, &m);
+}
+
+static void experts(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                    const struct experts *list)
+{
+    const struct cuda_experts *e = list->bound;
+    if (!cuda_experts_stream(q, y, x, p, e, NULL)) cuda_experts_plain(q, y, x, p, e);
+}
+
+/* Fused runs, where shapes allow; else the operations they stand for. */
+
+static void norm_products(struct queue *q, const struct norm_products *r)
+{
+    bool streams = r->x.rows <= ROWS_EXACT;
+    for (int i = 0; streams && i < r->n; i++) {
+        struct cuda_matrix m = cuda_matrix_of(r->w[i]);
+        streams = cuda_streams(q, &m);
+    }
+    if (streams)
+        cuda_norm_products(q, r);
+    else
+        fused_norm_products(&cuda_ops, q, r);
+}
+
+static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *step)
+{
+    struct cuda_matrix out = cuda_matrix_of(r->out);
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (!rows) return;
+    if (!queue_decodes(step) || !cuda_streams(q, &out) || r->shape->value_dim > 128) {
+        fused_delta(&cuda_ops, q, r, step);
+        return;
+    }
+    cuda_delta_decode(q, r, rows);
+    cuda_delta_out(q, r, rows, true);
+}
+
+static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *step)
+{
+    struct cuda_matrix o = cuda_matrix_of(r->o);
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (!rows) return;
+    if (!queue_decodes(step) || !cuda_streams(q, &o)) {
+        fused_attention(&cuda_ops, q, r, step);
+        return;
+    }
+    cuda_attention_decode(q, r, rows);
+    cuda_attention_out(q, r);
+}
+
+static void moe_run(struct queue *q, const struct moe_run *r)
+{
+    if (r->h.rows > ROWS_EXACT || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
+        fused_moe(&cuda_ops, q, r);
+}
+
+const struct ops cuda_ops = {
+    .name = "cuda",
+    .weight_create = cuda_weight_create,
+    .weight_free = cuda_weight_free,
+    .memory_create = memory_create,
+    .memory_free = memory_free,
+    .upload = upload,
+    .download = download,
+    .zero = zero,
+    .reserve = cuda_reserve,
+    .experts_bind = cuda_experts_bind,
+    .experts_unbind = cuda_experts_unbind,
+    .wait = wait,
+    .step_begin = cuda_step_begin,
+    .step_end = cuda_step_end,
+    .embed = cuda_embed,
+    .matmul = matmul,
+    .add = cuda_add,
+    .rmsnorm = cuda_rmsnorm,
+    .gather = cuda_gather,
+    .silu_mul = cuda_silu_mul,
+    .add_gated = cuda_add_gated,
+    .norm_rope = cuda_norm_rope,
+    .kv_append = cuda_kv_append,
+    .attention = cuda_attention,
+    .conv = cuda_conv,
+    .delta = cuda_delta,
+    .gated_norm = cuda_gated_norm,
+    .route = cuda_route,
+    .experts = experts,
+    .log_softmax = cuda_log_softmax,
+    .divergence = cuda_divergence,
+    .pick = cuda_pick,
+    .argmax = cuda_argmax,
+    .norm_products = norm_products,
+    .delta_run = delta_run,
+    .attention_run = attention_run,
+    .moe_run = moe_run,
+};

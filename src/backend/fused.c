@@ -1,0 +1,41 @@
+#include "backend/fused.h"
+
+void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r)
+{
+    op->rmsnorm(q, r->h, r->x, r->gain, r->eps);
+    for (int i = 0; i < r->n; i++) op->matmul(q, r->out[i], r->h, r->w[i]);
+}
+
+void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r,
+                 const struct step_rows *rows)
+{
+    op->conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
+    op->delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
+    op->gated_norm(q, r->o, r->raw, r->z, r->gain, r->shape->value_dim, r->eps);
+    op->matmul(q, r->y, r->o, r->out);
+    op->add(q, r->x, r->y);
+}
+
+void fused_attention(const struct ops *op, struct queue *q, const struct attention_run *r,
+                     const struct step_rows *rows)
+{
+    int dim = r->kv->head_dim;
+    op->norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, rows);
+    op->norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, rows);
+    op->kv_append(q, r->kv, r->k, r->v, rows);
+    op->attention(q, r->att, r->qg, r->n_heads, r->kv, rows);
+    op->matmul(q, r->y, r->att, r->o);
+    op->add(q, r->x, r->y);
+}
+
+void fused_moe(const struct ops *op, struct queue *q, const struct moe_run *r)
+{
+    op->route(q, r->picks, r->logits);
+    op->experts(q, r->y, r->h, r->picks, r->experts);
+    op->matmul(q, r->gate, r->h, r->w_gate);
+    op->matmul(q, r->up, r->h, r->w_up);
+    op->silu_mul(q, r->hidden, r->gate, r->up);
+    op->matmul(q, r->shared, r->hidden, r->w_down);
+    op->add_gated(q, r->y, r->shared, r->shared_gate);
+    op->add(q, r->x, r->y);
+}

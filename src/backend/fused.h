@@ -1,0 +1,11 @@
+/* The fused runs of ops.h as the operations they stand for, one after the other. */
+#ifndef BACKEND_FUSED_H
+#define BACKEND_FUSED_H
+#include "backend/ops.h"
+void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r);
+void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r,
+                 const struct step_rows *rows);
+void fused_attention(const struct ops *op, struct queue *q, const struct attention_run *r,
+                     const struct step_rows *rows);
+void fused_moe(const struct ops *op, struct queue *q, const struct moe_run *r);
+#endif
