@@ -254,9 +254,11 @@ static void check_product(struct made *w, const struct guarded *x, const struct 
             double g = got->m.data[r * got->m.stride + c], v = want.m.data[r * want.m.stride + c];
             double bound = 8 * (double)FLT_EPSILON * (double)size.m.data[r * size.m.stride + c];
             if (!(fabs(g - v) <= bound))
-                fail_msg("%s on %s, %d rows, [%d x %d] format %d: (%d, %d) is %.9g, ref %.9g, bound %.3g",
-                         what, cpu.name, (int)x->m.rows, (int)w->src.rows, (int)w->src.cols,
-                         (int)w->src.format, (int)r, (int)c, g, v, bound);
+                fail_msg(
+                    "%s on %s, %d rows, [%d x %d] format %d, input %d: (%d, %d) is %.9g, ref %.9g, bound "
+                    "%.3g",
+                    what, cpu.name, (int)x->m.rows, (int)w->src.rows, (int)w->src.cols, (int)w->src.format,
+                    (int)w->src.input, (int)r, (int)c, g, v, bound);
         }
     ref.ops->weight_free(ref.queue, absolute);
     free(abs_w);
