@@ -126,12 +126,12 @@ __device__ __forceinline__ float warp_inverse_rms(const float *x, int n, float e
 
 __device__ __forceinline__ float sigmoid(float x)
 {
-    return 1.0f / (1.0f + expf(-x));
+    return __fdividef(1.0f, 1.0f + expf(-x));
 }
 
 __device__ __forceinline__ float silu(float x)
 {
-    return x / (1.0f + expf(-x));
+    return __fdividef(x, 1.0f + expf(-x));
 }
 
 /* ---- number formats ---- */

@@ -64,7 +64,7 @@ __device__ __forceinline__ void choose(int *expert, float *weight, uint32_t *key
     for (int j = 0; j < k; j++) {
         uint32_t best = 0;
         int at = n;
-#pragma unroll 8
+#pragma unroll 4
         for (int c = lane; c < n; c += LANES) {
             uint32_t key = keys[c];
             if (key > best) best = key, at = c;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
 __device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x,
                                               const float *up, float *made)
 {
-    constexpr int EACH = 8;
+    constexpr int EACH = 4;
     int lane = threadIdx.x % LANES;
     float top = 0;
 #pragma unroll 1
@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], input_scale[PICKS_MAX + 1];
+    __shared__ float factor[PICKS_MAX]; /* of a pick's sums: its weight, and what FP4 is multiplied by */
     const cuda_matrix &w = a.e.m[DOWN];
     int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float *sums = (float *)(shared + RING_BYTES);
@@ -266,6 +267,8 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
                        : expert_part(a.w, 0, tile, member, TEAM);
     }
     weights.fill(list, mine);
+    for (int j = threadIdx.x; j < k; j += BLOCK)
+        factor[j] = weight[j] * (w.format == WEIGHT_NVFP4 ? FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]] : 1);
     wait_for_previous();
 #pragma unroll 1
     for (int s = warp; s < k + (a.w.rows ? 1 : 0); s += CREW) {
@@ -299,8 +302,10 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     const float *from = sums + tile * (k + TEAM) * 8 + threadIdx.x % 8;
     float y = 0, sum = 0;
 #pragma unroll 4
-    for (int j = 0; j < k; j++)
-        y = fmaf(weight[j] * input_scale[j], from[j * 8] * expert_unit(a.e, DOWN, expert[j], r), y);
+    for (int j = 0; j < k; j++) {
+        float unit = w.format == WEIGHT_FP8 ? w.scale[(int64_t)expert[j] * w.rows + r] : 1;
+        y = fmaf(factor[j] * input_scale[j] * unit, from[j * 8], y);
+    }
     if (a.w.rows) {
 #pragma unroll
         for (int m = 0; m < TEAM; m++) sum += from[(k + m) * 8];

@@ -16,6 +16,7 @@ struct product_args {
     int first[NORM_PRODUCTS_MAX + 1]; /* tile at which a matrix begins */
     int n, cols;
     bool quantize; /* one of them takes quantized inputs */
+    input_kind kind;
     mat x, z, made;       /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
     const float *gain;
     float eps;
@@ -66,18 +67,18 @@ __device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slo
 /* A row as it is, or normed: EACH columns of a thread at a time, so that it waits for memory once. gain: of the first of
  * them. */
 constexpr int EACH = 4;
-template <bool NORMED>
 __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
                                            const float (&gain)[EACH], float *part)
 {
     const float *x = p.x.data + row * p.x.stride;
     float v[EACH], scale = 1, top = 0;
+    bool normed = p.kind == INPUT_NORMED;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int c = threadIdx.x + i * BLOCK;
         v[i] = c < p.cols ? __ldcg(x + c) : 0;
     }
-    if (NORMED) {
+    if (normed) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
@@ -87,7 +88,7 @@ __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int c = threadIdx.x + i * BLOCK;
-        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, NORMED ? v[i] * scale * gain[i] : v[i]));
+        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * gain[i] : v[i]));
     }
 #pragma unroll 1
     for (int first = threadIdx.x + EACH * BLOCK; first < p.cols; first += EACH * BLOCK) {
@@ -97,7 +98,7 @@ __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 
         for (int i = 0; i < EACH; i++) {
             int c = first + i * BLOCK;
             if (c >= p.cols) break;
-            top = fmaxf(top, place(p, slots, stride, row, c, NORMED ? v[i] * scale * p.gain[c] : v[i]));
+            top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * p.gain[c] : v[i]));
         }
     }
     return top;
@@ -142,12 +143,10 @@ __device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat1
 }
 
 /* Row `row` into four slots; what it is quantized by goes to *input_scale. */
-template <int KIND>
 __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
                                            const float (&gain)[EACH], float *part, float *input_scale)
 {
-    float top = KIND == INPUT_GATED ? place_heads(p, slots, stride, row)
-                                    : place_row<KIND == INPUT_NORMED>(p, slots, stride, row, gain, part);
+    float top = p.kind == INPUT_GATED ? place_heads(p, slots, stride, row) : place_row(p, slots, stride, row, gain, part);
     for (int c = p.cols + threadIdx.x; c < stride; c += BLOCK)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
     if (!p.quantize) return;
@@ -187,7 +186,7 @@ __device__ __forceinline__ void store_tiles(const product_args &p, const float *
     if (mine && p.add.data) old = __ldcg(p.add.data + (row0 + a) * p.add.stride + r);
     __syncthreads();
     if (!mine) return;
-#pragma unroll
+#pragma unroll 8
     for (int warp = 0; warp < CREW; warp++) sum += sums[warp * 16 * 8 + threadIdx.x];
     if (w.input == INPUT_FP8_ROW) sum *= input_scale[a];
     float y = sum * unit;
@@ -206,7 +205,7 @@ __device__ void prefetch_scales(const product_args &p)
 }
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
-template <int KIND, int ROWS>
+template <int ROWS>
 __global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = p.x.rows - row0 < ROWS ? (int)(p.x.rows - row0) : ROWS;
     int tiles = (p.first[p.n] - 1 - (int)blockIdx.x) / (int)gridDim.x + 1;
-    let_next_start();
+    if (!p.conv) let_next_start();
     stream weights(shared);
     part list = product_part(p, lane);
     weights.fill(list, tiles < LANES ? tiles : LANES);
@@ -226,12 +225,13 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int c = threadIdx.x + i * BLOCK;
-        gain[i] = KIND == INPUT_NORMED && c < p.cols ? p.gain[c] : 0;
+        gain[i] = p.kind == INPUT_NORMED && c < p.cols ? p.gain[c] : 0;
     }
     wait_for_previous();
+    if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
 #pragma unroll 1
     for (int a = 0; a < rows; a++)
-        make_input<KIND>(p, slots + a * SLOTS * stride, stride, row0 + a, gain, scratch[a], &input_scale[a]);
+        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, scratch[a], &input_scale[a]);
     for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
         slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     if (p.conv && blockIdx.y == 0) advance_conv(p);
@@ -268,15 +268,15 @@ void add_matrix(product_args &a, const cuda_matrix &m, mat out)
     a.n++;
 }
 
-template <int KIND> void run(struct queue *q, const char *operation, const product_args &a)
+void run(struct queue *q, const char *operation, const product_args &a)
 {
     unsigned tiles = (unsigned)a.first[a.n], grid = tiles < (unsigned)q->sms ? tiles : (unsigned)q->sms;
     int64_t n = a.x.rows;
     if (n == 0) return;
     if (n > 1 && product_shared(4, a.cols) <= (size_t)q->shared_max)
-        launch<BLOCK>(q, operation, true, stream_product<KIND, 4>, dim3(grid, blocks(n, 4)), product_shared(4, a.cols), a);
+        launch<BLOCK>(q, operation, true, stream_product<4>, dim3(grid, blocks(n, 4)), product_shared(4, a.cols), a);
     else
-        launch<BLOCK>(q, operation, true, stream_product<KIND, 1>, dim3(grid, (unsigned)n), product_shared(1, a.cols), a);
+        launch<BLOCK>(q, operation, true, stream_product<1>, dim3(grid, (unsigned)n), product_shared(1, a.cols), a);
 }
 
 } /* namespace */
@@ -293,24 +293,26 @@ void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda
     product_args a = {};
     add_matrix(a, *m, y);
     a.x = x;
-    run<INPUT_RAW>(q, "matmul", a);
+    run(q, "matmul", a);
 }
 
 void cuda_norm_products(struct queue *q, const struct norm_products *r)
 {
     product_args a = {};
     for (int i = 0; i < r->n; i++) add_matrix(a, cuda_matrix_of(r->w[i]), r->out[i]);
+    a.kind = INPUT_NORMED;
     a.x = r->x;
     a.made = r->h;
     a.gain = r->gain;
     a.eps = r->eps;
-    run<INPUT_NORMED>(q, "norm_products", a);
+    run(q, "norm_products", a);
 }
 
 void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance)
 {
     product_args a = {};
     add_matrix(a, cuda_matrix_of(r->out), r->y);
+    a.kind = INPUT_GATED;
     a.x = r->raw;
     a.z = r->z;
     a.made = r->o;
@@ -322,7 +324,7 @@ void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cud
     a.rows = *rows;
     a.u = r->u;
     a.keep = r->shape->kernel - 1;
-    run<INPUT_GATED>(q, "delta_run", a);
+    run(q, "delta_run", a);
 }
 
 void cuda_attention_out(struct queue *q, const struct attention_run *r)
@@ -331,5 +333,5 @@ void cuda_attention_out(struct queue *q, const struct attention_run *r)
     add_matrix(a, cuda_matrix_of(r->o), r->y);
     a.x = r->att;
     a.add = r->x;
-    run<INPUT_RAW>(q, "attention_run", a);
+    run(q, "attention_run", a);
 }
