@@ -140,6 +140,7 @@ struct step_limits {
     int64_t intermediate; /* of a routed expert */
     int picks;            /* experts a token */
     int n_experts;
+    int64_t hidden; /* width of what experts read and give; 0: cols */
 };
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as

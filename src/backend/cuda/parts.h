@@ -60,6 +60,20 @@ struct cuda_rows {
     int n, n_spans, pages_each;
 };
 
+/* Scratch of a step of more than ROWS_EXACT rows, device memory. BF16 inputs of products are in the order of
+ * tile.cuh. */
+struct cuda_prefill {
+    void *inputs;    /* BF16 [rows][parts][cols] */
+    void *quantized; /* BF16 [rows][cols], E4M3 values */
+    float *scale;    /* [rows * picks] */
+    void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
+    float *down;     /* [rows * picks][width]: what each pick's expert gives */
+    int *slot_row;   /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
+    int *slot_of;    /* [rows * picks]: slot of a pick */
+    int *tiles;      /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    int64_t rows, cols, picked, intermediate, width;
+};
+
 /* A recorded step: `rows` sequences of one row each. */
 struct cuda_graph {
     const void *key;
@@ -72,16 +86,18 @@ struct queue {
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
     bool shared_memory;
+    bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
     char name[128];
     const char *failed; /* operation that failed first; NULL: none */
     char failure[200];
     struct step_limits limits;
     /* scratch, device memory */
     void *memory;
-    float *quantized;                     /* [rows * picks][cols]: inputs of products that quantize them */
-    float *input_scale;                   /* [rows * picks] */
-    float *hidden;                        /* [rows * picks][intermediate] */
-    float *attended;                      /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    float *quantized;   /* [rows * picks][cols]: inputs of products that quantize them */
+    float *input_scale; /* [rows * picks] */
+    float *hidden;      /* [rows * picks][intermediate] */
+    float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    struct cuda_prefill prefill;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
     long long *host_index;                /* [rows], host memory */
@@ -90,6 +106,7 @@ struct queue {
     unsigned char *host_step, *host_next; /* what lies in step; the next one being put together */
     uint64_t step_bytes;
     struct cuda_rows rows;
+    const struct step_rows *current; /* between step_begin and step_end: what rows lie in `step` */
     struct cuda_graph graphs[GRAPHS];
     int next_graph;
     struct cuda_graph last; /* key and rows of the last step that could have been recorded */
@@ -172,6 +189,9 @@ void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, str
                 const struct step_rows *rows);
 /* conv and delta of such a step; the conv state is left as it was */
 void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
+/* prefill.c */
+struct arena;
+void cuda_prefill_layout(struct queue *q, struct arena *a);
 #ifdef __cplusplus
 }
 #endif
