@@ -6,13 +6,24 @@
 namespace {
 
 struct input_args {
-    mat x, up, h;      /* up: SiLU(x) up, data NULL: x; h: where what the products read is left in f32 */
-    const float *gain; /* NULL: no norm */
+    mat x, up, h; /* as in cuda_products */
+    const float *gain;
     float eps;
+    int head;
     __nv_bfloat16 *plain, *quantized; /* NULL: not wanted */
     float *scale;
     int parts;
 };
+
+/* Heads of a row, normed and gated, by warps. */
+__device__ void load_heads(float *row, const input_args &a, int64_t r)
+{
+    for (int first = threadIdx.x / LANES * a.head; first < a.x.cols; first += WARPS * a.head) {
+        const float *x = a.x.data + r * a.x.stride + first, *z = a.up.data + r * a.up.stride + first;
+        float scale = warp_inverse_rms(x, a.head, a.eps);
+        for (int d = threadIdx.x % LANES; d < a.head; d += LANES) row[first + d] = x[d] * scale * a.gain[d] * silu(z[d]);
+    }
+}
 
 /* A block a row. Shared memory: the row. */
 __global__ void prepare_rows(const __grid_constant__ input_args a)
@@ -22,15 +33,20 @@ __global__ void prepare_rows(const __grid_constant__ input_args a)
     int64_t r = blockIdx.x, n = a.x.cols;
     const float *x = a.x.data + r * a.x.stride;
     float top = 0, scale = 1, sum = 0;
-    for (int c = threadIdx.x; c < n; c += THREADS) {
+    if (a.head) {
+        load_heads(row, a, r);
+        __syncthreads();
+    }
+    for (int c = threadIdx.x; c < n && !a.head; c += THREADS) {
         float v = x[c];
         if (a.up.data) v = silu(v) * a.up.data[r * a.up.stride + c];
         row[c] = v;
         sum = fmaf(v, v, sum);
     }
-    if (a.gain) scale = 1.0f / sqrtf(block_sum(sum, part) / (float)n + a.eps);
+    bool norm = a.gain && !a.head;
+    if (norm) scale = 1.0f / sqrtf(block_sum(sum, part) / (float)n + a.eps);
     for (int c = threadIdx.x; c < n; c += THREADS) {
-        float v = a.gain ? row[c] * scale * a.gain[c] : row[c];
+        float v = norm ? row[c] * scale * a.gain[c] : row[c];
         row[c] = v;
         top = fmaxf(top, fabsf(v));
         if (a.h.data) a.h.data[r * a.h.stride + c] = v;
@@ -39,7 +55,7 @@ __global__ void prepare_rows(const __grid_constant__ input_args a)
     if (a.quantized && threadIdx.x == 0) a.scale[r] = unit;
     __syncthreads();
     for (int p = 2 * threadIdx.x; p < n; p += 2 * THREADS) { /* p: a place, to which column c comes */
-        int c = (p & ~63) | (p % 8 / 2 * 16 + p % 64 / 16 * 4 + p % 16 / 8 * 2);
+        int c = tile_column(p);
         float v[2] = { row[c], row[c + 1] };
         if (a.quantized) {
             __nv_bfloat162 q;
@@ -72,29 +88,6 @@ struct dense_args {
     const float *scale;
 };
 
-struct dense_source {
-    const cuda_matrix &m;
-    const __nv_bfloat16 *at;
-    int row0, x_stride, row_bytes;
-
-    __device__ const uint8_t *row(int r) const
-    {
-        return row0 + r < m.rows ? (const uint8_t *)m.data + (int64_t)(row0 + r) * row_bytes : nullptr;
-    }
-    __device__ const uint8_t *groups(int r) const
-    {
-        return m.groups + (int64_t)(row0 + r) * (m.cols / 16);
-    }
-    __device__ const __nv_bfloat16 *x(int i) const
-    {
-        return at + (int64_t)i * x_stride;
-    }
-    __device__ const uint8_t *any() const
-    {
-        return (const uint8_t *)m.data;
-    }
-};
-
 /* Grid: tiles of weight rows of all matrices of this format, tiles of rows. */
 template <int FORMAT, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
@@ -108,8 +101,13 @@ __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant_
     int tokens = a.tokens - token0 < TOKENS ? a.tokens - token0 : TOKENS;
     bool quantized = m.input == INPUT_FP8_ROW;
     int parts = quantized ? 1 : a.parts, stride = parts * a.cols;
-    dense_source s = { m, (quantized ? a.quantized : a.plain) + (int64_t)token0 * stride, row0, stride,
-                       (int)row_bytes_of(FORMAT, m.cols) };
+    tile_source s = {};
+    s.pitch = tile_pitch(FORMAT, m.cols);
+    s.data[0] = (const uint8_t *)m.data + (int64_t)(FORMAT == WEIGHT_NVFP4 ? row0 / 8 : row0) * s.pitch;
+    s.rows = m.rows - row0;
+    s.split = TILE_ROWS;
+    s.x_stride = stride;
+    s.x = (quantized ? a.quantized : a.plain) + (int64_t)token0 * stride;
     tile_sums<FORMAT, TOKENS>(shared, s, a.cols / TILE_K, parts, tokens);
     const float *sums = (const float *)shared;
     float unit[4];
@@ -147,9 +145,8 @@ template <int FORMAT> void start(struct queue *q, const dense_args &a, int64_t n
 
 bool takes(const struct queue *q, const cuda_matrix &m)
 {
-    bool fits = m.format == WEIGHT_BF16 || m.format == WEIGHT_FP8 || m.format == WEIGHT_NVFP4;
-    return fits && m.cols % TILE_K == 0 && m.cols > 0 && m.cols <= q->prefill.cols && m.cols <= 12 * 1024 &&
-           (m.input == INPUT_AS_IS || m.input == INPUT_FP8_ROW);
+    constexpr int ROW_MOST = 12 * 1024; /* columns that prepare_rows keeps */
+    return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
 } /* namespace */
@@ -193,6 +190,7 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     in.h = p->h;
     in.gain = p->gain;
     in.eps = p->eps;
+    in.head = p->head;
     in.scale = q->prefill.scale;
     prepare(q, in);
     a.plain = (const __nv_bfloat16 *)q->prefill.inputs;

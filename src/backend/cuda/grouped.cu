@@ -61,30 +61,12 @@ struct grouped_args {
     float *hidden_f32;
 };
 
-/* Rows [row0, row0 + 64) of gate, then of up. */
-struct up_source {
-    const uint8_t *data[2], *scales[2];
-    const __nv_bfloat16 *at;
-    const int *slot_row;
-    int rows, x_stride, row_bytes, cols;
-
-    __device__ const uint8_t *row(int r) const
-    {
-        return r % UP_ROWS < rows ? data[r / UP_ROWS] + (int64_t)(r % UP_ROWS) * row_bytes : nullptr;
-    }
-    __device__ const uint8_t *groups(int r) const
-    {
-        return scales[r / UP_ROWS] + (int64_t)(r % UP_ROWS) * (cols / 16);
-    }
-    __device__ const __nv_bfloat16 *x(int i) const
-    {
-        return at + (int64_t)slot_row[i] * x_stride;
-    }
-    __device__ const uint8_t *any() const
-    {
-        return data[0];
-    }
-};
+/* Of an expert, from row0 (a multiple of 8) on. */
+template <int FORMAT> __device__ const uint8_t *expert_rows(const cuda_matrix &m, int expert, int row0, int pitch)
+{
+    return (const uint8_t *)m.data + expert * tile_matrix_bytes(FORMAT, m.rows, m.cols) +
+           (int64_t)(FORMAT == WEIGHT_NVFP4 ? row0 / 8 : row0) * pitch;
+}
 
 /* Grid: tiles of 64 rows of gate and up, tiles of slots. */
 template <int FORMAT, int TOKENS>
@@ -95,18 +77,14 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
     int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * UP_ROWS, lane = threadIdx.x % LANES;
     const cuda_matrix &m = a.e.m[GATE];
-    up_source s;
+    tile_source s = {};
     s.rows = m.rows - row0;
-    s.cols = m.cols;
-    s.row_bytes = (int)row_bytes_of(FORMAT, m.cols);
+    s.split = UP_ROWS;
+    s.pitch = tile_pitch(FORMAT, m.cols);
+    s.x = a.x;
     s.x_stride = a.parts * m.cols;
-    s.at = a.x;
-    s.slot_row = a.s.slot_row + first;
-    int64_t at = (int64_t)expert * m.rows + row0;
-    for (int i = 0; i < 2; i++) {
-        s.data[i] = (const uint8_t *)a.e.m[GATE + i].data + at * s.row_bytes;
-        s.scales[i] = a.e.m[GATE + i].groups + at * (m.cols / 16);
-    }
+    s.index = a.s.slot_row + first;
+    for (int i = 0; i < 2; i++) s.data[i] = expert_rows<FORMAT>(a.e.m[GATE + i], expert, row0, s.pitch);
     tile_sums<FORMAT, TOKENS>(shared, s, m.cols / TILE_K, a.parts, tokens);
     const float *sums = (const float *)shared;
     float unit[2][2];
@@ -114,13 +92,13 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     if (row0 + c >= m.rows) return;
     for (int i = 0; i < 4; i++) {
         const cuda_matrix &w = a.e.m[GATE + i / 2];
-        unit[i / 2][i % 2] = FORMAT == WEIGHT_FP8 ? w.scale[at + c + i % 2]
+        unit[i / 2][i % 2] = FORMAT == WEIGHT_FP8 ? w.scale[(int64_t)expert * m.rows + row0 + c + i % 2]
                                                   : matrix_unit(FORMAT, a.e.globals[(GATE + i / 2) * a.e.n + expert]);
     }
     bool quantized = m.input == INPUT_FP8_ROW;
     for (int i = threadIdx.x / LANES; i < tokens; i += WARPS) {
         float2 g = *(const float2 *)(sums + i * OUT_STRIDE + c), u = *(const float2 *)(sums + i * OUT_STRIDE + UP_ROWS + c);
-        float in = quantized ? a.scale[s.slot_row[i]] : 1;
+        float in = quantized ? a.scale[s.index[i]] : 1;
         float h0 = silu(g.x * in * unit[0][0]) * (u.x * in * unit[1][0]);
         float h1 = silu(g.y * in * unit[0][1]) * (u.y * in * unit[1][1]);
         int64_t row = (int64_t)(first + i) * m.rows;
@@ -131,29 +109,6 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     }
 }
 
-struct down_source {
-    const uint8_t *data, *scales;
-    const __nv_bfloat16 *at;
-    int rows, x_stride, row_bytes, cols;
-
-    __device__ const uint8_t *row(int r) const
-    {
-        return r < rows ? data + (int64_t)r * row_bytes : nullptr;
-    }
-    __device__ const uint8_t *groups(int r) const
-    {
-        return scales + (int64_t)r * (cols / 16);
-    }
-    __device__ const __nv_bfloat16 *x(int i) const
-    {
-        return at + (int64_t)i * x_stride;
-    }
-    __device__ const uint8_t *any() const
-    {
-        return data;
-    }
-};
-
 /* Grid: tiles of rows of down, tiles of slots. */
 template <int FORMAT, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__ grouped_args a)
@@ -163,22 +118,20 @@ __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
     int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS, lane = threadIdx.x % LANES;
     const cuda_matrix &m = a.e.m[DOWN];
-    down_source s;
-    int64_t at = (int64_t)expert * m.rows + row0;
+    tile_source s = {};
     s.rows = m.rows - row0;
-    s.cols = m.cols;
-    s.row_bytes = (int)row_bytes_of(FORMAT, m.cols);
+    s.split = TILE_ROWS;
+    s.pitch = tile_pitch(FORMAT, m.cols);
     s.x_stride = a.parts * m.cols;
-    s.data = (const uint8_t *)m.data + at * s.row_bytes;
-    s.scales = m.groups + at * (m.cols / 16);
-    s.at = a.x + (int64_t)first * s.x_stride;
+    s.x = a.x + (int64_t)first * s.x_stride;
+    s.data[0] = expert_rows<FORMAT>(m, expert, row0, s.pitch);
     tile_sums<FORMAT, TOKENS>(shared, s, m.cols / TILE_K, a.parts, tokens);
     const float *sums = (const float *)shared;
     float unit[4];
     int c = 4 * lane;
     if (row0 + c >= m.rows) return;
     for (int i = 0; i < 4; i++)
-        unit[i] = FORMAT == WEIGHT_FP8 ? m.scale[at + c + i] : matrix_unit(FORMAT, a.e.globals[DOWN * a.e.n + expert]);
+        unit[i] = FORMAT == WEIGHT_FP8 ? m.scale[(int64_t)expert * m.rows + row0 + c + i] : matrix_unit(FORMAT, a.e.globals[DOWN * a.e.n + expert]);
     bool quantized = m.input == INPUT_FP8_ROW;
     for (int i = threadIdx.x / LANES; i < tokens; i += WARPS) {
         float4 v = *(const float4 *)(sums + i * OUT_STRIDE + c);
@@ -232,14 +185,9 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
     const cuda_prefill &s = q->prefill;
     const cuda_matrix &up = e.m[GATE], &down = e.m[DOWN];
     if (n <= ROWS_EXACT || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
-    for (int i = 0; i < 3; i++) {
-        const cuda_matrix &m = e.m[i];
-        bool fits = m.format == WEIGHT_BF16 || m.format == WEIGHT_FP8 || m.format == WEIGHT_NVFP4;
-        if (!fits || m.format != up.format || m.cols % TILE_K || (m.input != INPUT_AS_IS && m.input != INPUT_FP8_ROW))
-            return false;
-    }
-    return e.m[UP].input == up.input && up.cols <= s.cols && down.cols <= s.intermediate && down.rows <= s.width &&
-           down.rows % 4 == 0;
+    for (int i = 0; i < 3; i++)
+        if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols)) return false;
+    return e.m[UP].input == up.input && down.rows <= s.width && down.rows % 4 == 0;
 }
 
 } /* namespace */

@@ -39,21 +39,26 @@ bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
     return cuda_dense(q, &p);
 }
 
-/* y = in W, x += y. */
-static void product_added(struct queue *q, struct mat x, struct mat y, struct mat in, const struct weight *w)
-{
-    struct cuda_products p = { .x = in, .add = x, .n = 1, .out = { y }, .m = { cuda_matrix_of(w) } };
-    if (cuda_dense(q, &p)) return;
-    cuda_ops.matmul(q, y, in, w);
-    cuda_ops.add(q, x, y);
-}
-
 void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
 {
-    cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
-    cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
+    struct cuda_products out = { .x = r->raw,
+                                 .up = r->z,
+                                 .h = r->o,
+                                 .add = r->x,
+                                 .gain = r->gain,
+                                 .eps = r->eps,
+                                 .head = r->shape->value_dim,
+                                 .n = 1,
+                                 .out = { r->y },
+                                 .m = { cuda_matrix_of(r->out) } };
+    if (!cuda_scan(q, r, rows)) {
+        cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
+        cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
+    }
+    if (cuda_dense(q, &out)) return;
     cuda_ops.gated_norm(q, r->o, r->raw, r->z, r->gain, r->shape->value_dim, r->eps);
-    product_added(q, r->x, r->y, r->o, r->out);
+    cuda_ops.matmul(q, r->y, r->o, r->out);
+    cuda_ops.add(q, r->x, r->y);
 }
 
 void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
@@ -62,8 +67,14 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
     cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, rows);
     cuda_ops.norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, rows);
     cuda_ops.kv_append(q, r->kv, r->k, r->v, rows);
-    cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, rows);
-    product_added(q, r->x, r->y, r->att, r->o);
+    if (!cuda_flash(q, r->att, r->qg, r->n_heads, r->kv, rows))
+        cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, rows);
+    struct cuda_products o = {
+        .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
+    };
+    if (cuda_dense(q, &o)) return;
+    cuda_ops.matmul(q, r->y, r->att, r->o);
+    cuda_ops.add(q, r->x, r->y);
 }
 
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)

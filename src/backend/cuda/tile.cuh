@@ -1,14 +1,13 @@
 /* Products of many rows: tiles of 128 weight rows by up to 128 rows of activations, on the tensor cores. Weights are the
- * instruction's sixteen rows, decoded in registers from what lies in the checkpoint, activations its eight columns, in
+ * instruction's sixteen rows, decoded in registers from what lies in device memory, activations its eight columns, in
  * BF16 in shared memory; both arrive through a ring of asynchronous copies. Sums are f32 and meet in shared memory, from
  * where they are scaled and stored row by row.
  *
  * Inputs. An f32 activation is rounded to BF16, or, where the backend must not round, is the sum of three BF16 numbers
  * that are multiplied one after the other (parts). E4M3 inputs are BF16 numbers as they are.
  *
- * Order of columns. Within 64 columns lane t of four takes weight columns 16 t to 16 t + 15, so that it reads its weights
- * in one piece, and one FP4 group is its own. Activations are stored in the order in which the instruction meets them:
- * column 16 t + 4 s + 2 h + j at place 16 s + 8 h + 2 t + j. */
+ * Order of columns. Of 32 columns lane t of four takes weight columns 8 t to 8 t + 7, as NVFP4 lies in memory (parts.h).
+ * Activations are stored in the order in which the instruction meets them: tile_place. */
 #ifndef BACKEND_CUDA_TILE_CUH
 #define BACKEND_CUDA_TILE_CUH
 #include "backend/cuda/device.cuh"
@@ -18,24 +17,55 @@ namespace {
 
 constexpr int TILE_ROWS = 128, TILE_K = 64, OUT_STRIDE = TILE_ROWS + 4, UP_ROWS = TILE_ROWS / 2;
 
+/* Column 8 t + 4 s + 2 h + j of 32 lies at 16 s + 8 h + 2 t + j; and back. */
 __host__ __device__ constexpr int tile_place(int column)
 {
-    return (column & ~63) | (column % 16 / 4 * 16 + column % 4 / 2 * 8 + column % 64 / 16 * 2 + column % 2);
+    return (column & ~31) | (column % 8 / 4 * 16 + column % 4 / 2 * 8 + column % 32 / 8 * 2 + column % 2);
 }
 
-/* TOKENS: rows of activations of a tile. Shared memory: stages of [activations][weights][group scales]; in the end
- * f32 [TOKENS][OUT_STRIDE]. */
+__host__ __device__ constexpr int tile_column(int place)
+{
+    return (place & ~31) | (place % 8 / 2 * 8 + place % 32 / 16 * 4 + place % 16 / 8 * 2 + place % 2);
+}
+
+/* Bytes of 8 rows of NVFP4, of a row of the others, of a whole matrix. */
+__host__ __device__ inline int tile_pitch(int format, int cols)
+{
+    if (format == WEIGHT_NVFP4) return (cols + 255) / 256 * 1152;
+    return format == WEIGHT_BF16 ? 2 * cols : cols;
+}
+
+__host__ __device__ inline int64_t tile_matrix_bytes(int format, int rows, int cols)
+{
+    return (int64_t)(format == WEIGHT_NVFP4 ? (rows + 7) / 8 : rows) * tile_pitch(format, cols);
+}
+
+/* TOKENS: rows of activations of a tile. Shared memory: stages of activations, then of weights, which for NVFP4 hold 128
+ * columns and serve two of the former, then of group scales; in the end f32 [TOKENS][OUT_STRIDE]. */
 template <int FORMAT, int TOKENS> struct tile {
-    static constexpr int ROW = FORMAT == WEIGHT_BF16 ? 128 : FORMAT == WEIGHT_FP8 ? 64 : 32; /* bytes of 64 columns */
-    static constexpr int X = TOKENS * TILE_K * 2, W = TILE_ROWS * ROW, S = FORMAT == WEIGHT_NVFP4 ? TILE_ROWS * 4 : 0;
-    static constexpr int STAGE = X + W + S;
+    static constexpr bool FP4 = FORMAT == WEIGHT_NVFP4;
+    static constexpr int ROW = FORMAT == WEIGHT_BF16 ? 128 : 64; /* bytes of 64 columns, of NVFP4 of 128 */
+    static constexpr int EVERY = FP4 ? 2 : 1;
+    static constexpr int X = TOKENS * TILE_K * 2, W = TILE_ROWS * ROW, S = FP4 ? TILE_ROWS * 8 : 0;
     static constexpr int STAGES = TOKENS > 32 ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
                                 : FORMAT == WEIGHT_BF16 ? 4 : FORMAT == WEIGHT_FP8 ? 6 : 8;
+    static constexpr int WSTAGES = (STAGES - 1 + EVERY - 1) / EVERY + 1;
+    static constexpr int W_AT = X * STAGES, S_AT = W_AT + W * WSTAGES;
     static constexpr int SIDES = TOKENS > 32 ? 2 : 1; /* warps side by side along the activations */
     static constexpr int MT = SIDES, NT = TOKENS / 8 / SIDES;
-    static constexpr int OUT = TOKENS * OUT_STRIDE * 4;
-    static constexpr int SHARED = STAGE * STAGES > OUT ? STAGE * STAGES : OUT;
+    static constexpr int OUT = TOKENS * OUT_STRIDE * 4, RINGS = S_AT + S * WSTAGES;
+    static constexpr int SHARED = RINGS > OUT ? RINGS : OUT;
     static constexpr int WN = W / 16 / THREADS, XN = X / 16 / THREADS;
+};
+
+/* What a tile is of. Local row r: row r % split of data[r / split], which has `rows` of them. Local token i: x's row
+ * index[i], or i. */
+struct tile_source {
+    const uint8_t *data[2];
+    int rows, split, pitch;
+    const __nv_bfloat16 *x;
+    int64_t x_stride;
+    const int *index;
 };
 
 __device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t at)
@@ -46,26 +76,35 @@ __device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t at)
                  : "memory");
 }
 
-/* A lane's 16 columns of weight rows g and g + 8 of sixteen. */
+__device__ __forceinline__ void tile_copy4(uint32_t to, const void *from, bool valid)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+
+/* A lane's columns of weight rows g and g + 8 of sixteen: 16 of 64. */
 template <int FORMAT> struct weight_rows {
     uint4 w[2][FORMAT == WEIGHT_BF16 ? 2 : 1];
-    __nv_bfloat162 scale[2];
+    uint32_t scale[2];
 
-    __device__ __forceinline__ void load(const uint8_t *rows, const uint8_t *scales, int row, int t)
+    /* rows: the stage's; odd: of NVFP4 the second half of the stage */
+    __device__ __forceinline__ void load(const uint8_t *rows, const uint8_t *scales, int row, int lane, int odd)
     {
+        int t = lane % 4;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int r = row + 8 * h;
+            int r = row + lane / 4 + 8 * h;
             if constexpr (FORMAT == WEIGHT_BF16) {
-                for (int i = 0; i < 2; i++) w[h][i] = *(const uint4 *)(rows + r * 128 + ((2 * t + i) ^ (r & 7)) * 16);
+                for (int i = 0; i < 2; i++)
+                    w[h][i] = *(const uint4 *)(rows + r * 128 + ((t + 4 * i) ^ (r & 1) * 4) * 16);
             } else if constexpr (FORMAT == WEIGHT_FP8) {
-                w[h][0] = *(const uint4 *)(rows + r * 64 + t * 16);
+                int flip = (r >> 1 & 1) * 32;
+                uint2 a = *(const uint2 *)(rows + r * 64 + (t * 8 ^ flip)), b = *(const uint2 *)(rows + r * 64 + ((32 + t * 8) ^ flip));
+                w[h][0] = make_uint4(a.x, a.y, b.x, b.y);
             } else {
-                uint2 v = *(const uint2 *)(rows + r * 32 + t * 8);
-                w[h][0] = make_uint4(v.x, v.y, 0, 0);
-                uint32_t code = scales[r * 4 + t];
-                __nv_bfloat162 s = fp4_scale(code & 0x7f);
-                scale[h] = code & 0x80 ? __hneg2(s) : s;
+                int unit = row / 8 + h;
+                uint2 a = *(const uint2 *)(rows + unit * 512 + lane * 16 + odd * 8);
+                w[h][0] = make_uint4(a.x, a.y, 0, 0);
+                scale[h] = *(const uint16_t *)(scales + unit * 64 + lane / 2 * 4 + odd * 2);
             }
         }
     }
@@ -86,85 +125,107 @@ template <int FORMAT> struct weight_rows {
                 a[2 + h] = fp8_pair(word, 2);
             } else {
                 uint32_t word = S / 2 ? w[h][0].y : w[h][0].x;
-                a[h] = bf16_pair_product(fp4_pair<S % 2 * 2>(word), scale[h]);
-                a[2 + h] = bf16_pair_product(fp4_pair<S % 2 * 2 + 1>(word), scale[h]);
+                __nv_bfloat162 s = fp4_scale(scale[h], S / 2);
+                a[h] = bf16_pair_product(fp4_pair<S % 2 * 2>(word), s);
+                a[2 + h] = bf16_pair_product(fp4_pair<S % 2 * 2 + 1>(word), s);
             }
         }
     }
 };
 
-/* What a thread copies of every 64 columns: 16-byte pieces of weight rows and of activations. */
-template <class T> struct tile_loader {
+/* What a thread copies: 16-byte pieces of activations and of weights, and four scales. */
+template <int FORMAT, int TOKENS> struct tile_loader {
+    using T = tile<FORMAT, TOKENS>;
     const uint8_t *w[T::WN], *x[T::XN], *groups;
     unsigned w_valid, x_valid;
     bool group_valid;
-    uint32_t w_to, x_to, groups_to;
-};
+    uint32_t base, w_to, x_to, groups_to;
+    int steps, k, part, x_slot, w_slot, left; /* k: step of 64 columns of the part asked for next */
 
-/* Sums of one tile into f32 [tokens][OUT_STRIDE] in shared memory. Source: weights of local row r by
- * const uint8_t *row(r) and groups(r), NULL past the last; activations of local token i by x(i), NULL past the last.
- * steps: 64 columns each, `parts` times over the weights. All threads; ends with a meeting. */
-template <int FORMAT, int TOKENS, class Source>
-__device__ __forceinline__ void tile_sums(uint8_t *shared, const Source &source, int steps, int parts, int tokens)
-{
-    using T = tile<FORMAT, TOKENS>;
-    int tid = threadIdx.x, warp = tid / LANES, lane = tid % LANES, g = lane / 4, t = lane % 4;
-    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
-    tile_loader<T> l;
-    constexpr int PIECES = T::ROW / 16;
-    l.w_valid = l.x_valid = 0;
+    __device__ __forceinline__ tile_loader(uint32_t shared, const tile_source &s, int steps_of_a_part, int parts, int tokens)
+    {
+        int tid = threadIdx.x, piece = tid % 8, row = tid / 8;
+        base = shared;
+        steps = steps_of_a_part;
+        left = steps * parts;
+        k = x_slot = w_slot = 0;
+        w_valid = x_valid = 0;
+        x_to = row * 128 + (piece ^ (row & 7)) * 16;
 #pragma unroll
-    for (int i = 0; i < T::WN; i++) {
-        int row = (tid + i * THREADS) / PIECES, piece = (tid + i * THREADS) % PIECES;
-        const uint8_t *from = source.row(row);
-        l.w_valid |= (from ? 1u : 0u) << i;
-        l.w[i] = from ? from + piece * 16 : source.any();
-        if (i == 0) l.w_to = T::X + row * T::ROW + (FORMAT == WEIGHT_BF16 ? piece ^ (row & 7) : piece) * 16;
-    }
-    int x_row = tid / 8, x_piece = tid % 8;
-    l.x_to = x_row * 128 + (x_piece ^ (x_row & 7)) * 16;
+        for (int i = 0; i < T::XN; i++) {
+            int token = row + 32 * i;
+            bool in = token < tokens;
+            x_valid |= (unsigned)in << i;
+            x[i] = in ? (const uint8_t *)(s.x + (s.index ? s.index[token] : token) * s.x_stride + piece * 8) : s.data[0];
+        }
 #pragma unroll
-    for (int i = 0; i < T::XN; i++) {
-        const __nv_bfloat16 *from = x_row + 32 * i < tokens ? source.x(x_row + 32 * i) : nullptr;
-        l.x_valid |= (from ? 1u : 0u) << i;
-        l.x[i] = from ? (const uint8_t *)(from + x_piece * 8) : source.any();
+        for (int i = 0; i < T::WN; i++) w[i] = weight(s, tid + i * THREADS, i);
+        groups = s.data[0];
+        group_valid = false;
+        if (T::FP4) {
+            int r = tid / 16 * 8;
+            group_valid = r % s.split < s.rows;
+            if (group_valid) groups = s.data[r / s.split] + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
+        }
+        groups_to = tid * 4;
     }
-    l.group_valid = false;
-    l.groups = source.any();
-    l.groups_to = T::X + T::W + tid * 4;
-    if (FORMAT == WEIGHT_NVFP4 && tid < TILE_ROWS && source.row(tid)) {
-        l.groups = source.groups(tid);
-        l.group_valid = true;
+
+    /* Piece number `at` of the stage: where it comes from. */
+    __device__ __forceinline__ const uint8_t *weight(const tile_source &s, int at, int i)
+    {
+        int r, piece;
+        if (T::FP4) {
+            r = at / 32 * 8;
+            piece = at % 32;
+            if (i == 0) w_to = at * 16;
+        } else {
+            r = at / (T::ROW / 16);
+            piece = at % (T::ROW / 16);
+            if (i == 0) w_to = r * T::ROW + (FORMAT == WEIGHT_BF16 ? piece ^ (r & 1) * 4 : piece ^ (r >> 1 & 1) * 2) * 16;
+        }
+        bool in = r % s.split < s.rows;
+        w_valid |= (unsigned)in << i;
+        int line = T::FP4 ? r % s.split / 8 : r % s.split;
+        return in ? s.data[r / s.split] + (int64_t)line * s.pitch + piece * 16 : s.data[0];
     }
-    int asked = 0, k = 0, total = steps * parts;
-    auto request = [&](int slot) {
-        uint32_t at = base + slot * T::STAGE;
-        if (asked < total) {
+
+    __device__ __forceinline__ void request()
+    {
+        if (left > 0) {
+            uint32_t at = base + x_slot * T::X + x_to;
 #pragma unroll
             for (int i = 0; i < T::XN; i++) {
-                copy_async16(at + l.x_to + i * 4096, l.x[i], l.x_valid >> i & 1);
-                if (l.x_valid >> i & 1) l.x[i] += 128;
+                copy_async16(at + i * 4096, x[i], x_valid >> i & 1);
+                if (x_valid >> i & 1) x[i] += 2 * TILE_K;
             }
-#pragma unroll
-            for (int i = 0; i < T::WN; i++) {
-                copy_async16(at + l.w_to + i * 4096, l.w[i], l.w_valid >> i & 1);
-                if (l.w_valid >> i & 1) l.w[i] += T::ROW;
-            }
-            if (FORMAT == WEIGHT_NVFP4 && tid < TILE_ROWS) {
-                copy_async4(at + l.groups_to, l.groups, l.group_valid);
-                if (l.group_valid) l.groups += 4;
-            }
-            if (++k == steps) {
-                k = 0;
+            if (!T::FP4 || k % 2 == 0) {
+                int from = T::FP4 ? k / 4 * 1152 + k / 2 % 2 * 512 : k * T::ROW;
+                at = base + T::W_AT + w_slot * T::W + w_to;
 #pragma unroll
                 for (int i = 0; i < T::WN; i++)
-                    if (l.w_valid >> i & 1) l.w[i] -= steps * T::ROW;
-                if (l.group_valid) l.groups -= steps * 4;
+                    copy_async16(at + i * 4096, w[i] + (w_valid >> i & 1 ? from : 0), w_valid >> i & 1);
+                if (T::FP4)
+                    tile_copy4(base + T::S_AT + w_slot * T::S + groups_to,
+                               groups + (group_valid ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid);
+                w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
             }
-            asked++;
+            if (++k == steps) k = 0;
+            x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
+            left--;
         }
         copy_commit();
-    };
+    }
+};
+
+/* Sums of one tile into f32 [tokens][OUT_STRIDE] at the begin of shared memory. steps: 64 columns each (of NVFP4 an even
+ * number), `parts` times over the weights. All threads; ends with a meeting. */
+template <int FORMAT, int TOKENS>
+__device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &source, int steps, int parts, int tokens)
+{
+    using T = tile<FORMAT, TOKENS>;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    tile_loader<FORMAT, TOKENS> load(base, source, steps, parts, tokens);
     float acc[T::MT][T::NT][4];
 #pragma unroll
     for (int m = 0; m < T::MT; m++)
@@ -173,20 +234,18 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const Source &source,
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[m][n][i] = 0;
     int side = warp % T::SIDES, row0 = warp / T::SIDES * 16 * T::MT;
-    /* an eighth of the tile's activations belongs to this warp if it is one of the tile's at all */
-    int mine = ((tokens + 7) / 8 - side + T::SIDES - 1) / T::SIDES;
-    for (int s = 0; s < T::STAGES - 1; s++) request(s);
-    int slot = 0, next = T::STAGES - 1;
+    int mine = ((tokens + 7) / 8 - side + T::SIDES - 1) / T::SIDES; /* eights of tokens that are this warp's */
+    for (int s = 0; s < T::STAGES - 1; s++) load.request();
+    int x_slot = 0, w_slot = 0, total = steps * parts;
     for (int step = 0; step < total; step++) {
         copy_wait<T::STAGES - 2>();
         __syncthreads();
-        request(next);
-        next = next + 1 == T::STAGES ? 0 : next + 1;
-        const uint8_t *stage = shared + slot * T::STAGE;
-        uint32_t x_at = base + slot * T::STAGE + side * 1024 + (lane & 7) * 128;
+        load.request();
+        uint32_t x_at = base + x_slot * T::X + side * 1024 + (lane & 7) * 128;
+        const uint8_t *stage = shared + T::W_AT + w_slot * T::W, *scales = shared + T::S_AT + w_slot * T::S;
         weight_rows<FORMAT> w[T::MT];
 #pragma unroll
-        for (int m = 0; m < T::MT; m++) w[m].load(stage + T::X, stage + T::X + T::W, row0 + m * 16 + g, t);
+        for (int m = 0; m < T::MT; m++) w[m].load(stage, scales, row0 + m * 16, lane, step % 2);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t a[T::MT][2][4];
@@ -213,7 +272,8 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const Source &source,
                 }
             }
         }
-        slot = slot + 1 == T::STAGES ? 0 : slot + 1;
+        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
+        if (!T::FP4 || step % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
     }
     copy_wait<0>();
     __syncthreads();
@@ -238,6 +298,14 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const Source &source,
 __device__ __forceinline__ float matrix_unit(int format, float global)
 {
     return format == WEIGHT_NVFP4 ? FP4_UNIT / global : 1;
+}
+
+/* Whether a matrix, read with these inputs, is one for tiles. */
+inline bool tile_takes(const cuda_matrix &m, int64_t cols_most)
+{
+    int unit = m.format == WEIGHT_NVFP4 ? 2 * TILE_K : TILE_K;
+    return (m.format == WEIGHT_BF16 || m.format == WEIGHT_FP8 || m.format == WEIGHT_NVFP4) && m.cols > 0 &&
+           m.cols % unit == 0 && m.cols <= cols_most && (m.input == INPUT_AS_IS || m.input == INPUT_FP8_ROW);
 }
 
 } /* namespace */
