@@ -62,6 +62,10 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
         !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
                      operation))
         return;
+    /* one split of the first cache for all: to change it a multiprocessor has to run empty */
+    if (overlap &&
+        !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
+        return;
     queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
 }
 
@@ -195,13 +199,14 @@ template <int I> __device__ __forceinline__ uint32_t fp4_pair(uint32_t w)
     return (w >> 6 & 0x01800180u) | (w >> 5 & 0x00400040u) | (w << 5 & 0x80008000u);
 }
 
-/* A group's scale times 2^118, twice: with fp4_pair it gives value * scale * 2^-8. */
-__device__ __forceinline__ __nv_bfloat162 fp4_scale(uint32_t e4m3)
+/* Byte i of a word of E4M3 scales times 2^118, twice: with fp4_pair it gives value * scale * 2^-8. */
+__device__ __forceinline__ __nv_bfloat162 fp4_scale(uint32_t word, int i)
 {
-    uint32_t bits = (e4m3 & 0x7f) << 4; /* scale * 2^-120 */
-    bits = bf16_pair_product(bits | bits << 16, bf16_pair(0x1p119f));
-    bits = bf16_pair_product(bits, bf16_pair(0x1p119f));
-    return *reinterpret_cast<__nv_bfloat162 *>(&bits);
+    uint32_t t = __byte_perm(word, 0, 0x0404 | i << 4 | i << 12);
+    t = (t & 0x80008000u) | (t >> 4 & 0x07f007f0u); /* scale * 2^-120 */
+    t = bf16_pair_product(t, bf16_pair(0x1p119f));
+    t = bf16_pair_product(t, bf16_pair(0x1p119f));
+    return *reinterpret_cast<__nv_bfloat162 *>(&t);
 }
 constexpr float FP4_UNIT = 0x1p8f;
 
@@ -220,7 +225,7 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
 
 /* ---- slots: activations in shared memory ---- */
 
-constexpr int SLOTS = 4, SLOT_PAD = 32, SLOT_UNIT = 128; /* BF16 numbers */
+constexpr int SLOTS = 4, SLOT_PAD = 32, SLOT_UNIT = 256; /* BF16 numbers */
 
 __host__ __device__ inline int slot_stride(int cols)
 {
@@ -243,20 +248,22 @@ __device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, 
 }
 
 /* ---- weights streamed through shared memory ----
- * Each warp copies pieces of 8 rows x 64 bytes asynchronously into a ring of its own, lane 4 g + t the bytes 16 t of row
- * g, and reads back what it copied itself: no barrier, and as many bytes in flight as the ring holds. */
+ * Eight rows are a tile; 128 bytes of codes of each of its rows are a unit: 64 columns of BF16, 128 of FP8, 256 of NVFP4. A
+ * warp copies units asynchronously into a ring of its own, two copies of 16 bytes a lane, and each lane reads back what
+ * it copied itself: no barrier, and as many bytes in flight as the ring holds. Lane 4 g + t has bytes 16 t.. and
+ * 64 + 16 t.. of row g. NVFP4 lies in memory as the lanes want it (fp4_place). */
 
-constexpr int RING = 12, PIECE = 64;
-constexpr size_t RING_BYTES = (size_t)RING * WARPS * LANES * 16, RING_SCALES = (size_t)RING * WARPS * 64;
+constexpr int RING = 6, UNIT_BYTES = 128, PIECE = 64, SLOT_BYTES = 1024 + 8 * LANES;
+constexpr size_t RING_BYTES = (size_t)RING * WARPS * SLOT_BYTES;
 
 __device__ __forceinline__ void copy_async16(uint32_t to, const void *from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void copy_async4(uint32_t to, const void *from, bool valid)
+__device__ __forceinline__ void copy_async8(uint32_t to, const void *from)
 {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit()
@@ -269,143 +276,133 @@ template <int N> __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-__host__ __device__ inline uint32_t row_bytes_of(int format, int cols)
+__host__ __device__ constexpr int unit_cols(int format)
 {
-    return format == WEIGHT_BF16 ? 2u * cols : format == WEIGHT_NVFP4 ? cols / 2u : (uint32_t)cols;
+    return format == WEIGHT_BF16 ? 64 : format == WEIGHT_FP8 ? 128 : FP4_UNIT_COLS;
 }
 
-__host__ __device__ inline int pieces_of(int format, int cols)
+__host__ __device__ inline int units_of(int format, int cols)
 {
-    return (int)((row_bytes_of(format, cols) + PIECE - 1) / PIECE);
+    return (cols + unit_cols(format) - 1) / unit_cols(format);
 }
 
-/* Columns of a piece, and pieces that are worked on together. */
-__host__ __device__ constexpr int piece_cols(int format)
+/* Bytes of a matrix of a format that streams. */
+__host__ __device__ inline int64_t matrix_bytes(const cuda_matrix &m)
 {
-    return format == WEIGHT_BF16 ? 32 : format == WEIGHT_FP8 ? 64 : 128;
+    if (m.format == WEIGHT_NVFP4) return fp4_bytes(m.rows, m.cols);
+    return (int64_t)m.rows * m.cols * (m.format == WEIGHT_BF16 ? 2 : 1);
 }
 
-__host__ __device__ constexpr int together(int format)
-{
-    return format == WEIGHT_NVFP4 ? 2 : 4;
-}
-
-/* Pieces of a row for each of `warps` warps, in whole groups. */
-__host__ __device__ inline int share_of(int format, int pieces, int warps)
-{
-    int each = (pieces + warps - 1) / warps, unit = together(format);
-    return (each + unit - 1) / unit * unit;
-}
-
-/* A warp's share of eight rows of a matrix. */
+/* A warp's share of a tile. */
 struct job {
-    const uint8_t *data, *groups; /* first row, from the share's first piece on */
-    uint32_t row_bytes;
-    int left;   /* bytes of a row from there to its end; 0 or less: none */
-    int rows;   /* valid ones */
-    int pieces; /* of the share, whole groups; 0: no more jobs */
+    const uint8_t *data; /* from the share's first unit on; NULL: no more jobs */
+    int row_bytes;       /* 0: NVFP4 */
+    int left;            /* bytes of a row from there to its end */
+    int rows;            /* valid ones */
+    int units;
     int format;
-    int x;      /* where its inputs begin, in BF16 numbers from the slots' begin */
-    int sums;   /* where its result goes, in floats */
+    int x;    /* where its inputs begin, in BF16 numbers from the slots' begin */
+    int sums; /* where its result goes, in floats */
 };
 
-/* Pieces [first, first + n) of rows [row, row + 8) of m. */
-__device__ __forceinline__ job job_of(const cuda_matrix &m, int64_t row, int valid, int first, int n)
+/* Units [first, first + n) of the tile that begins at `row` of m, or of the matrix `number` of those that follow m. */
+__device__ __forceinline__ job job_of(const cuda_matrix &m, int64_t number, int row, int first, int n)
 {
     job j;
+    const uint8_t *data = (const uint8_t *)m.data + (number ? number * matrix_bytes(m) : 0);
+    bool fp4 = m.format == WEIGHT_NVFP4;
     j.format = m.format;
-    j.row_bytes = row_bytes_of(m.format, m.cols);
-    j.data = (const uint8_t *)m.data + row * j.row_bytes + first * PIECE;
-    j.groups = m.groups + row * (m.cols / 16) + first * (PIECE / 8);
-    j.left = (int)j.row_bytes - first * PIECE;
-    j.rows = valid;
-    j.pieces = n;
-    j.x = first * piece_cols(m.format);
+    j.row_bytes = fp4 ? 0 : m.format == WEIGHT_BF16 ? 2 * m.cols : m.cols;
+    j.data = fp4 ? data + ((int64_t)(row / 8) * units_of(WEIGHT_NVFP4, m.cols) + first) * FP4_UNIT_BYTES
+                 : data + (int64_t)row * j.row_bytes + first * UNIT_BYTES;
+    j.left = fp4 ? INT32_MAX : j.row_bytes - first * UNIT_BYTES;
+    j.rows = m.rows - row;
+    j.units = n;
+    j.x = first * unit_cols(m.format);
     j.sums = 0;
     return j;
+}
+
+/* The same, split over the warps of the block. */
+__device__ __forceinline__ job shared_job(const cuda_matrix &m, int64_t number, int row)
+{
+    int units = units_of(m.format, m.cols), share = (units + WARPS - 1) / WARPS, first = threadIdx.x / LANES * share;
+    int n = units - first;
+    return job_of(m, number, row, first, n < 0 ? 0 : n < share ? n : share);
 }
 
 /* Jobs: job operator()(int i), the warp's i-th. */
 template <class Jobs> struct stream {
     const Jobs &jobs;
-    uint8_t *data, *scales; /* this warp's ring, this lane's place */
-    uint32_t data_at, scales_at;
+    uint8_t *ring; /* this warp's, this lane's place */
+    uint32_t ring_at;
+    int scales; /* from there to the lane's scales in a slot */
     /* asked for next */
-    const uint8_t *at, *groups;
-    int left, pieces, number, slot;
-    bool fp4;
+    const uint8_t *at;
+    int left, units, number, slot, second, from_scales, step;
+    bool ended;
     /* worked on next */
     int oldest;
 
     __device__ stream(const Jobs &all, uint8_t *shared) : jobs(all)
     {
         int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-        data = shared + (size_t)warp * RING * LANES * 16 + lane * 16;
-        scales = shared + RING_BYTES + (size_t)warp * RING * 64 + lane * 2;
-        data_at = (uint32_t)__cvta_generic_to_shared(data);
-        scales_at = (uint32_t)__cvta_generic_to_shared(scales);
-        number = slot = oldest = 0;
-        begin();
+        ring = shared + (size_t)warp * RING * SLOT_BYTES + lane * 16;
+        ring_at = (uint32_t)__cvta_generic_to_shared(ring);
+        scales = 1024 - 8 * lane;
+        number = slot = oldest = units = 0;
+        ended = false;
     }
 
     __device__ __forceinline__ void begin()
     {
         job j = jobs(number++);
         int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-        at = j.data + (size_t)g * j.row_bytes + t * 16;
-        groups = j.groups + (size_t)g * (j.row_bytes / 8) + t * 2;
-        left = g < j.rows ? j.left - t * 16 : 0;
-        pieces = j.pieces;
-        fp4 = j.format == WEIGHT_NVFP4;
+        bool fp4 = j.row_bytes == 0;
+        ended = j.data == nullptr;
+        units = ended ? 0 : j.units;
+        at = fp4 ? j.data + lane * 16 : j.data + (int64_t)g * j.row_bytes + t * 16;
+        left = fp4 ? INT32_MAX : g < j.rows ? j.left - t * 16 : 0;
+        second = fp4 ? 512 : PIECE;
+        from_scales = fp4 ? 1024 - lane * 16 + lane / 2 * 8 : 0;
+        step = fp4 ? FP4_UNIT_BYTES : UNIT_BYTES;
     }
 
-    /* The job that was begun last is known only now. */
-    __device__ __forceinline__ void again()
+    /* The next unit, of one of the first `known` jobs. False: there is none among them, but may be later. */
+    __device__ __forceinline__ bool request(int known = INT32_MAX)
     {
-        number--;
-        begin();
-    }
-
-    /* The next piece, zeros where there is none. */
-    __device__ __forceinline__ void request()
-    {
-        if (pieces > 0) {
-            copy_async16(data_at + slot * (LANES * 16), at, left > 0);
-            if (fp4 && threadIdx.x % 2 == 0) copy_async4(scales_at + slot * 64, groups, left > 0);
-            at += PIECE;
-            groups += PIECE / 8;
-            left -= PIECE;
-            if (--pieces == 0) begin();
+        while (units == 0 && !ended && number < known) begin();
+        if (units == 0 && !ended) return false;
+        if (units > 0) {
+            uint32_t to = ring_at + slot * SLOT_BYTES;
+            copy_async16(to, at, left > 0);
+            copy_async16(to + 512, at + second, left > PIECE);
+            if (from_scales != 0) copy_async8(to + scales, at + from_scales);
+            at += step;
+            left -= UNIT_BYTES;
+            units--;
         }
         copy_commit();
         slot = slot + 1 == RING ? 0 : slot + 1;
+        return true;
     }
 
     /* Sums of one job, columns by slots as mma() leaves them. x: the slots, this lane's. */
     template <int ROWS, int FORMAT>
     __device__ __forceinline__ void run(float (&sum)[4], const job &j, const __nv_bfloat16 *x, int stride8, bool used)
     {
-        constexpr int N = together(FORMAT), COLS = piece_cols(FORMAT);
+        constexpr int COLS = unit_cols(FORMAT), LANE_COLS = FORMAT == WEIGHT_FP8 ? 16 : 8;
         float acc[4][4] = {};
-        x += j.x + threadIdx.x % 4 * (COLS / 4);
-        for (int p = 0; p < j.pieces; p += N) {
-            uint4 w[N];
-            uint32_t scale[N];
-            copy_wait<RING - N>();
-            if (FORMAT == WEIGHT_NVFP4) __syncwarp();
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                w[k] = *(const uint4 *)(data + oldest * (LANES * 16));
-                if (FORMAT == WEIGHT_NVFP4) scale[k] = *(const uint16_t *)(scales + oldest * 64);
-                oldest = oldest + 1 == RING ? 0 : oldest + 1;
-            }
-#pragma unroll
-            for (int k = 0; k < N; k++)
-                if ((p + k) * PIECE < j.left)
-                    piece<ROWS, FORMAT>(acc, k, w[k], scale[k], x + (p + k) * COLS, stride8, used);
-            if (FORMAT == WEIGHT_NVFP4) __syncwarp();
-#pragma unroll
-            for (int k = 0; k < N; k++) request();
+        x += j.x + threadIdx.x % 4 * LANE_COLS;
+        for (int u = 0; u < j.units; u++, x += COLS) {
+            copy_wait<RING - 1>();
+            const uint8_t *from = ring + oldest * SLOT_BYTES;
+            uint4 low = *(const uint4 *)from, high = *(const uint4 *)(from + 512);
+            uint2 scale = FORMAT == WEIGHT_NVFP4 ? *(const uint2 *)(from + scales) : uint2{};
+            oldest = oldest + 1 == RING ? 0 : oldest + 1;
+            piece<ROWS, FORMAT>(acc, 0, low, scale.x, x, stride8, used);
+            piece<ROWS, FORMAT>(acc, 1, high, scale.y, x + COLS / 2, stride8, used);
+            request();
         }
         for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
     }
@@ -427,19 +424,20 @@ template <class Jobs> struct stream {
     {
         uint32_t v[4] = { w.x, w.y, w.z, w.w };
         if (FORMAT == WEIGHT_BF16) {
-            two<ROWS>(acc[k % 2 * 2], acc[k % 2 * 2 + 1], x, stride8, used, w.x, w.y, w.z, w.w);
+            two<ROWS>(acc[k * 2], acc[k * 2 + 1], x, stride8, used, w.x, w.y, w.z, w.w);
         } else if (FORMAT == WEIGHT_FP8) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 two<ROWS>(acc[i * 2], acc[i * 2 + 1], x + i * 8, stride8, used, fp8_pair(v[2 * i], 0),
                           fp8_pair(v[2 * i], 2), fp8_pair(v[2 * i + 1], 0), fp8_pair(v[2 * i + 1], 2));
         } else {
-            __nv_bfloat162 s[2] = { fp4_scale(scale & 0xff), fp4_scale(scale >> 8) };
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                two<ROWS>(acc[i % 2 * 2], acc[i % 2 * 2 + 1], x + i * 8, stride8, used,
-                          bf16_pair_product(fp4_pair<0>(v[i]), s[i / 2]), bf16_pair_product(fp4_pair<1>(v[i]), s[i / 2]),
-                          bf16_pair_product(fp4_pair<2>(v[i]), s[i / 2]), bf16_pair_product(fp4_pair<3>(v[i]), s[i / 2]));
+            for (int i = 0; i < 4; i++) {
+                __nv_bfloat162 s = fp4_scale(scale, i);
+                two<ROWS>(acc[i % 2 * 2], acc[i % 2 * 2 + 1], x + i * 32, stride8, used,
+                          bf16_pair_product(fp4_pair<0>(v[i]), s), bf16_pair_product(fp4_pair<1>(v[i]), s),
+                          bf16_pair_product(fp4_pair<2>(v[i]), s), bf16_pair_product(fp4_pair<3>(v[i]), s));
+            }
         }
     }
 

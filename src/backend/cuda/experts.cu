@@ -1,10 +1,11 @@
-/* The mixture of experts for few rows: two kernels, and the router's choice inside the first. Each block does a share of
- * one row's work.
+/* The mixture of experts for few rows: two kernels, the router's choice inside each. A block does a share of one row's
+ * work.
  *
  * stream_up: the shared expert's gate and up rows, whose place is known and which are asked for first; the k best of the
  * router's logits; then pairs of eight gate and eight up rows of the chosen experts, split along columns over the warps.
  * stream_down: eight rows of the output at a time, warp j on the expert of pick j (j + 8, ...) and all of them on a share
- * of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. */
+ * of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. It
+ * starts when the logits are final and chooses for itself, so that its weights come while stream_up still works. */
 #include "backend/cuda/device.cuh"
 
 namespace {
@@ -15,7 +16,7 @@ struct up_args {
     picks p;
     mat logits;       /* data NULL: the picks are given */
     cuda_matrix w[2]; /* shared gate and up; rows 0: none */
-    mat out[2];
+    mat shared_hidden;
     float *hidden; /* [rows][k][intermediate] */
 };
 
@@ -24,12 +25,13 @@ struct down_args {
     const float *hidden;
     picks p;
     mat y, add;    /* add.data NULL: no residual */
+    mat logits;
     cuda_matrix w; /* shared down; rows 0: none */
-    mat gate, up, made, shared_gate;
+    mat shared_hidden, shared_gate;
 };
 
-constexpr int TILES = 16, DOWN_TILES = 2;
-constexpr size_t UP_SUMS = (size_t)TILES * WARPS * SLOTS * 8 * 4;
+constexpr int ITEMS = 8, DOWN_TILES = 2; /* of a block at most */
+constexpr size_t UP_SUMS = (size_t)2 * ITEMS * WARPS * SLOTS * 8 * 4;
 
 __host__ __device__ inline int tiles_of(int rows)
 {
@@ -129,104 +131,95 @@ __device__ __forceinline__ float row_unit(const cuda_matrix &m, int expert, int 
 
 /* ---- gate and up ---- */
 
-/* A tile of this block: eight rows of the shared expert's gate or up, or of a pick's. Gate and up of a pick come in
- * pairs. Numbers are small; count 0: past the end. */
-struct up_tile {
-    short shared, pick, which, number; /* shared: 0 gate, 1 up, -1 a pick's */
+/* Items of a row's work: eight gate rows and the same eight up rows, first of the shared expert, then of the picks. Block b
+ * has items b, b + gridDim.x, ...; an item is two jobs. */
+struct up_item {
+    bool any, shared;
+    int pick, row;
 };
-
-__device__ int own_count(int all)
-{
-    int b = blockIdx.x;
-    return b < all ? (all - 1 - b) / (int)gridDim.x + 1 : 0;
-}
-
-/* Every thread the tiles it is first to think of. Returns how many there are; *known: of the shared expert. */
-__device__ __forceinline__ int list_tiles(up_tile *list, const up_args &a, int *known)
-{
-    int shared = tiles_of(a.w[0].rows), each = tiles_of(a.e.m[GATE].rows);
-    int own = own_count(2 * shared), pairs = own_count(a.p.k * each);
-    for (int i = threadIdx.x; i < own + 2 * pairs; i += THREADS) {
-        if (i < own) {
-            int number = blockIdx.x + i * gridDim.x;
-            list[i] = { (short)(number / shared), 0, 0, (short)(number % shared) };
-        } else {
-            int pair = blockIdx.x + (i - own) / 2 * gridDim.x;
-            list[i] = { -1, (short)(pair / each), (short)((i - own) % 2), (short)(pair % each) };
-        }
-    }
-    *known = own;
-    return own + 2 * pairs;
-}
 
 struct up_jobs {
     const up_args &a;
-    const up_tile *list;
-    int count;
     const int *expert;
+    int shared, each, all; /* items of the shared expert, of a pick, in all */
+
+    __device__ up_jobs(const up_args &args, const int *picked) : a(args), expert(picked)
+    {
+        shared = tiles_of(a.w[0].rows);
+        each = tiles_of(a.e.m[GATE].rows);
+        all = shared + a.p.k * each;
+    }
+
+    __device__ __forceinline__ up_item item(int i) const
+    {
+        int n = blockIdx.x + i * gridDim.x, own = n - shared, pick = own < 0 ? 0 : own / each;
+        return { n < all, own < 0, pick, (own < 0 ? n : own - pick * each) * 8 };
+    }
+
+    /* Jobs of this block that are the shared expert's. */
+    __device__ int known() const
+    {
+        int b = blockIdx.x;
+        return b < shared ? 2 * ((shared - 1 - b) / (int)gridDim.x + 1) : 0;
+    }
 
     __device__ job operator()(int i) const
     {
-        if (i >= count) return job{};
-        up_tile u = list[i];
-        const cuda_matrix &m = u.shared >= 0 ? a.w[u.shared] : a.e.m[u.which];
-        int share = share_of(m.format, pieces_of(m.format, m.cols), WARPS);
-        int64_t row = (u.shared >= 0 ? 0 : (int64_t)expert[u.pick] * m.rows) + u.number * 8;
-        job j = job_of(m, row, m.rows - u.number * 8, threadIdx.x / LANES * share, share);
+        up_item u = item(i / 2);
+        if (!u.any) return job{};
+        job j = u.shared ? shared_job(a.w[i % 2], 0, u.row) : shared_job(a.e.m[i % 2], expert[u.pick], u.row);
         j.sums = (i * WARPS + threadIdx.x / LANES) * SLOTS * 8;
         return j;
     }
 };
 
-/* Four threads an output, a slot each; every second tile of a pick is its neighbour's business. */
-__device__ __forceinline__ void store_up(const up_args &a, const float *sums, const up_tile *list, int count, int64_t row,
-                                         const int *expert, const float (*units)[PICKS_MAX], float input_scale)
+/* Four threads an output, a slot each. */
+__device__ __forceinline__ void store_up(const up_args &a, const float *sums, const up_jobs &jobs, int64_t row,
+                                         const float (*units)[PICKS_MAX], float input_scale)
 {
     int k = threadIdx.x % SLOTS, col = threadIdx.x / SLOTS % 8;
-    for (int c = threadIdx.x / (SLOTS * 8); c < count; c += WARPS) {
-        up_tile u = list[c];
-        if (u.which == 1) continue;
-        const cuda_matrix &w = u.shared >= 0 ? a.w[u.shared] : a.e.m[GATE];
-        int r = u.number * 8 + col;
-        float s[2][SLOTS], unit[2] = { 1, 1 };
-        bool mine = r < w.rows && k == 0;
-        if (mine && u.shared >= 0) unit[0] = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
-        for (int i = 0; mine && u.shared < 0 && i < 2; i++) unit[i] = row_unit(a.e.m[i], expert[u.pick], r, units[i][u.pick]);
-        for (int i = 0; i < 2; i++) {
-            float sum = 0;
-            for (int warp = 0; warp < WARPS && c + i < count; warp++)
-                sum += sums[(((c + i) * WARPS + warp) * SLOTS + k) * 8 + col];
-            gather_slots(s[i], sum);
+    for (int i = threadIdx.x / (SLOTS * 8);; i += WARPS) {
+        up_item u = jobs.item(i);
+        if (!u.any) return;
+        const cuda_matrix *w = u.shared ? a.w : a.e.m;
+        int r = u.row + col;
+        float s[SLOTS], value[2];
+        for (int which = 0; which < 2; which++) {
+            float sum = 0, unit = 1;
+            for (int warp = 0; warp < WARPS; warp++)
+                sum += sums[(((2 * i + which) * WARPS + warp) * SLOTS + k) * 8 + col];
+            gather_slots(s, sum);
+            if (r < w->rows)
+                unit = w[which].format == WEIGHT_FP8
+                           ? w[which].scale[(u.shared ? 0 : (int64_t)jobs.expert[u.pick] * w[which].rows) + r]
+                       : u.shared ? FP4_UNIT / w[which].global
+                                  : units[which][u.pick];
+            value[which] = slots_value(s, w[which].format, w[which].input, unit, input_scale);
         }
-        if (!mine) continue;
-        float value = slots_value(s[0], w.format, w.input, unit[0], input_scale);
-        if (u.shared >= 0)
-            a.out[u.shared].data[row * a.out[u.shared].stride + r] = value;
-        else
-            a.hidden[(row * a.p.k + u.pick) * w.rows + r] =
-                silu(value) * slots_value(s[1], w.format, w.input, unit[1], input_scale);
+        if (k != 0 || r >= w->rows) continue;
+        float *to = u.shared ? a.shared_hidden.data + row * a.shared_hidden.stride
+                             : a.hidden + (row * a.p.k + u.pick) * w->rows;
+        to[r] = silu(value[0]) * value[1];
     }
 }
 
-/* Grid: blocks, rows. Shared memory: ring, sums [TILES][warp][slot][8], slots. */
+/* Grid: blocks, rows. Shared memory: ring, sums [job][warp][slot][8], slots. */
 __global__ void __launch_bounds__(THREADS, 2) stream_up(const __grid_constant__ up_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int experts[WARPS][PICKS_MAX];
     __shared__ float weights[WARPS][PICKS_MAX], units[2][PICKS_MAX], part[WARPS];
-    __shared__ up_tile list[TILES];
-    float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
+    float *sums = (float *)(shared + RING_BYTES);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + UP_SUMS);
-    int cols = a.e.m[GATE].cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, known, asked = 0;
+    int cols = a.e.m[GATE].cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, asked = 0;
     int *expert = experts[warp]; /* every warp chooses for itself: no meeting before the weights are asked for */
     int64_t row = blockIdx.y;
-    let_next_start();
-    up_jobs jobs = { a, list, list_tiles(list, a, &known), expert };
-    for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = 0;
-    __syncthreads();
+    up_jobs jobs(a, expert);
+    int known = jobs.known();
     stream<up_jobs> weights_of(jobs, shared);
-    for (; asked < RING && weights_of.number <= known; asked++) weights_of.request();
+    while (asked < RING && weights_of.request(known)) asked++;
     wait_for_previous();
+    let_next_start(); /* which may count on the logits */
     const float *x = a.x.data + row * a.x.stride;
     constexpr int AHEAD = 8;
     float v[AHEAD], top = 0;
@@ -238,9 +231,8 @@ __global__ void __launch_bounds__(THREADS, 2) stream_up(const __grid_constant__ 
     if (a.logits.data)
         choose_any(expert, weights[warp], a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
     else
-        for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = a.p.expert[row * a.p.k + j];
+        for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
     __syncwarp();
-    if (weights_of.number > known) weights_of.again();
     for (; asked < RING; asked++) weights_of.request();
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -265,10 +257,11 @@ __global__ void __launch_bounds__(THREADS, 2) stream_up(const __grid_constant__ 
             a.p.weight[row * a.p.k + j] = weights[0][j];
         }
     __syncthreads();
-    for (int i = 0; i < jobs.count; i++) weights_of.work<1>(jobs(i), sums, slots, stride);
+    int i = 0;
+    for (job j = jobs(0); j.data; j = jobs(++i)) weights_of.work<1>(j, sums, slots, stride);
     copy_wait<0>();
     __syncthreads();
-    store_up(a, sums, list, jobs.count, row, expert, units, input_scale);
+    store_up(a, sums, jobs, row, units, input_scale);
 }
 
 /* ---- down ---- */
@@ -284,8 +277,7 @@ struct down_jobs {
     {
         int warp = threadIdx.x / LANES;
         if (i < shared) {
-            int number = blockIdx.x + i * gridDim.x, share = share_of(a.w.format, pieces_of(a.w.format, a.w.cols), WARPS);
-            job j = job_of(a.w, number * 8, a.w.rows - number * 8, warp * share, share);
+            job j = shared_job(a.w, 0, (blockIdx.x + i * gridDim.x) * 8);
             j.x += shared_x;
             j.sums = together + (i * WARPS + warp) * SLOTS * 8;
             return j;
@@ -294,8 +286,7 @@ struct down_jobs {
         if (i >= tiles * own) return job{};
         int tile = own == 1 ? i : i / own, pick = warp + (i - tile * own) * WARPS, number = blockIdx.x + tile * gridDim.x;
         const cuda_matrix &m = a.e.m[DOWN];
-        job j = job_of(m, (int64_t)expert[pick] * m.rows + number * 8, m.rows - number * 8, 0,
-                       share_of(m.format, pieces_of(m.format, m.cols), 1));
+        job j = job_of(m, expert[pick], number * 8, 0, units_of(m.format, m.cols));
         j.x = pick * SLOTS * stride;
         j.sums = (tile * a.p.k + pick) * SLOTS * 8;
         return j;
@@ -327,16 +318,15 @@ __device__ __forceinline__ void store_down(const down_args &a, const float *sums
     if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
 }
 
-/* The shared expert's hidden row into slots; block 0 leaves it in `made`. Returns its scale. */
+/* The shared expert's hidden row into slots. Returns its scale. */
 __device__ __forceinline__ float place_shared(const down_args &a, __nv_bfloat16 *slots, int stride, int64_t row, float *part)
 {
     float top = 0;
     int n = a.w.cols;
     for (int c = threadIdx.x; c < n; c += THREADS) {
-        float v = silu(__ldcg(a.gate.data + row * a.gate.stride + c)) * __ldcg(a.up.data + row * a.up.stride + c);
+        float v = __ldcg(a.shared_hidden.data + row * a.shared_hidden.stride + c);
         put_parts(slots, stride, c, v);
         top = fmaxf(top, fabsf(v));
-        if (blockIdx.x == 0) a.made.data[row * a.made.stride + c] = v;
     }
     for (int c = n + threadIdx.x; c < stride; c += THREADS)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
@@ -371,7 +361,7 @@ __device__ __forceinline__ float place_pick(const cuda_matrix &w, __nv_bfloat16 
 
 __host__ __device__ inline size_t down_shared(int k, int cols, int shared_cols)
 {
-    return RING_BYTES + RING_SCALES + (size_t)DOWN_TILES * (k + WARPS) * SLOTS * 8 * 4 +
+    return RING_BYTES + (size_t)DOWN_TILES * (k + WARPS) * SLOTS * 8 * 4 +
            (size_t)SLOTS * 2 * ((size_t)k * slot_stride(cols) + slot_stride(shared_cols));
 }
 
@@ -384,26 +374,25 @@ __global__ void __launch_bounds__(THREADS, 2) stream_down(const __grid_constant_
     __shared__ float weight[PICKS_MAX], units[PICKS_MAX], input_scale[PICKS_MAX], part[WARPS];
     const cuda_matrix &w = a.e.m[DOWN];
     int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, asked = 0;
-    float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
+    float *sums = (float *)(shared + RING_BYTES);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + WARPS) * SLOTS * 8);
     int64_t row = blockIdx.y;
-    int tiles = own_count(tiles_of(w.rows));
+    int all = tiles_of(w.rows), tiles = (int)blockIdx.x < all ? (all - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
     let_next_start();
     down_jobs jobs = { a, expert, tiles, a.w.rows ? tiles : 0, k > warp ? (k - warp - 1) / WARPS + 1 : 0, stride,
                        DOWN_TILES * k * SLOTS * 8, k * SLOTS * stride };
-    for (int j = threadIdx.x; j < k; j += THREADS) expert[j] = 0;
-    __syncthreads();
     stream<down_jobs> weights(jobs, shared);
-    for (; asked < RING && weights.number <= jobs.shared; asked++) weights.request();
-    wait_for_previous();
-    for (int j = threadIdx.x; j < k; j += THREADS) {
+    while (asked < RING && weights.request(jobs.shared)) asked++;
+    if (a.logits.data && warp == 0)
+        choose_any(expert, weight, a.logits.data + row * a.logits.stride, a.e.n, k);
+    for (int j = threadIdx.x; !a.logits.data && j < k; j += THREADS) {
         expert[j] = __ldcg(a.p.expert + row * k + j);
         weight[j] = __ldcg(a.p.weight + row * k + j);
     }
     __syncthreads();
-    if (weights.number > jobs.shared) weights.again();
     for (; asked < RING; asked++) weights.request();
     for (int j = threadIdx.x; j < k; j += THREADS) units[j] = expert_unit(a.e, DOWN, expert[j]);
+    wait_for_previous();
     for (int j = warp; j < k; j += WARPS) {
         float s = place_pick(w, slots + (size_t)j * SLOTS * stride, stride, a.hidden + (row * k + j) * w.cols);
         if (threadIdx.x % LANES == 0) input_scale[j] = s;
@@ -425,7 +414,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream_down(const __grid_constant_
 
 size_t up_shared(int cols)
 {
-    return RING_BYTES + RING_SCALES + UP_SUMS + (size_t)SLOTS * slot_stride(cols) * 2;
+    return RING_BYTES + UP_SUMS + (size_t)SLOTS * slot_stride(cols) * 2;
 }
 
 } /* namespace */
@@ -459,10 +448,9 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         u.logits = run->logits;
         u.w[0] = w[0];
         u.w[1] = w[1];
-        u.out[0] = d.gate = run->gate;
-        u.out[1] = d.up = run->up;
+        u.shared_hidden = d.shared_hidden = run->hidden;
         d.w = w[2];
-        d.made = run->hidden;
+        d.logits = run->logits;
         d.shared_gate = run->shared_gate;
         d.add = run->x;
     }
@@ -471,9 +459,9 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         return false;
     if (run && d.w.cols != down.cols) return false; /* one stride for both */
     if (run && (u.w[0].format != u.w[1].format || u.w[0].input != u.w[1].input)) return false;
-    /* no more tiles a block than it has room for */
-    int most_up = p->k * tiles_of(gate.rows) * 2 + 2 * tiles_of(u.w[0].rows), most_down = tiles_of(down.rows);
-    unsigned up_blocks = blocks(most_up, TILES - 3), down_blocks = blocks(most_down, DOWN_TILES);
+    /* no more a block than it has room for */
+    int most_up = p->k * tiles_of(gate.rows) + tiles_of(u.w[0].rows), most_down = tiles_of(down.rows);
+    unsigned up_blocks = blocks(most_up, ITEMS), down_blocks = blocks(most_down, DOWN_TILES);
     if (up_blocks < (unsigned)q->sms) up_blocks = (unsigned)q->sms;
     if (down_blocks < (unsigned)q->sms) down_blocks = (unsigned)q->sms;
     launch(q, "experts", true, stream_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);

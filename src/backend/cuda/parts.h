@@ -14,21 +14,35 @@ enum {
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
     HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
+    FP4_UNIT_COLS = 256,
+    FP4_UNIT_BYTES = 1152,
 };
+
+/* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes of FP4 words
+ * (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the words of columns
+ * 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i: those of columns 16 (2 i +
+ * t / 2) + 0..15. */
+#ifdef __CUDACC__
+#define BOTH_SIDES __host__ __device__
+#else
+#define BOTH_SIDES
+#endif
+BOTH_SIDES static inline int64_t fp4_bytes(int64_t rows, int64_t cols)
+{
+    return (rows + 7) / 8 * ((cols + FP4_UNIT_COLS - 1) / FP4_UNIT_COLS) * FP4_UNIT_BYTES;
+}
 
 struct cuda_weight {
     struct weight head;
-    void *data;            /* device: as stored; NVFP4: FP4 words */
-    unsigned char *groups; /* device: NVFP4 scales, e4m3 [rows][cols / 16] */
-    float *scale;          /* device: FP8 [rows], FP8_BLOCK [rows / 128][cols / 128], rounded up */
-    float global;          /* NVFP4: divides the scales */
-    bool moved;            /* data, groups and scale belong to the struct cuda_experts it is bound to */
+    void *data;   /* device: as stored, but for NVFP4: see above */
+    float *scale; /* device: FP8 [rows], FP8_BLOCK [rows / 128][cols / 128], rounded up */
+    float global; /* NVFP4: divides the scales */
+    bool moved;   /* data and scale belong to the struct cuda_experts it is bound to */
 };
 
 /* One matrix as kernels take it. */
 struct cuda_matrix {
     const void *data;
-    const unsigned char *groups;
     const float *scale;
     float global, input_global;
     int rows, cols;
@@ -40,7 +54,7 @@ struct cuda_matrix {
 enum { GATE, UP, DOWN };
 struct cuda_experts {
     int n;
-    struct cuda_matrix m[3]; /* data, groups and scale of expert 0; rows and cols of one expert */
+    struct cuda_matrix m[3]; /* data and scale of expert 0; rows and cols of one expert */
     float *globals;          /* device: [3][n], what divides NVFP4 scales */
     float *input_globals;    /* device: [3][n] */
 };
@@ -152,7 +166,8 @@ void cuda_attention_out(struct queue *q, const struct attention_run *r);
 void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
 void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                         const struct cuda_experts *experts);
-void cuda_lay_fp4(struct queue *q, void *words, const void *codes, int64_t bytes);
+/* codes [rows][cols / 2], scales [rows][cols / 16] in device memory */
+void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols);
 /* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
  * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,

@@ -6,6 +6,19 @@ namespace {
 
 constexpr int FP8_BLOCK_SIDE = 128;
 
+/* Where an NVFP4 weight lies (parts.h). */
+struct fp4_place {
+    int64_t unit;
+    int word, scale; /* of the unit: its word of codes, its byte of scale */
+};
+
+__device__ fp4_place fp4_place_of(int r, int c, int cols)
+{
+    int g = r % 8, half = c % FP4_UNIT_COLS / 128, i = c % 128 / 32, t = c % 32 / 8;
+    return { (int64_t)(r / 8) * units_of(WEIGHT_NVFP4, cols) + c / FP4_UNIT_COLS,
+             half * 128 + (4 * g + t) * 4 + i, 1024 + (2 * g + t / 2) * 8 + half * 4 + i };
+}
+
 __device__ float element(const cuda_matrix &m, int64_t r, int c)
 {
     int64_t i = r * m.cols + c;
@@ -13,8 +26,11 @@ __device__ float element(const cuda_matrix &m, int64_t r, int c)
     case WEIGHT_BF16: return __bfloat162float(((const __nv_bfloat16 *)m.data)[i]);
     case WEIGHT_F16: return __half2float(((const __half *)m.data)[i]);
     case WEIGHT_F32: return ((const float *)m.data)[i];
-    case WEIGHT_NVFP4:
-        return fp4_value(((const uint32_t *)m.data)[i / 8], (int)(i % 8)) * (e4m3_value(m.groups[i / 16]) / m.global);
+    case WEIGHT_NVFP4: {
+        fp4_place at = fp4_place_of((int)r, c, m.cols);
+        const uint8_t *unit = (const uint8_t *)m.data + at.unit * FP4_UNIT_BYTES;
+        return fp4_value(((const uint32_t *)unit)[at.word], c % 8) * (e4m3_value(unit[at.scale]) / m.global);
+    }
     case WEIGHT_FP8_BLOCK: {
         int across = (m.cols + FP8_BLOCK_SIDE - 1) / FP8_BLOCK_SIDE;
         return e4m3_value(((const uint8_t *)m.data)[i]) *
@@ -85,14 +101,14 @@ __global__ void product_rows(mat y, mat x, const float *input_scale, cuda_matrix
 __device__ cuda_matrix expert_of(const cuda_experts &x, int which, int expert)
 {
     cuda_matrix m = x.m[which];
-    int64_t elements = (int64_t)m.rows * m.cols, bits = m.format == WEIGHT_NVFP4 ? 4 : m.format == WEIGHT_F32 ? 32
-                            : m.format == WEIGHT_FP8 || m.format == WEIGHT_FP8_BLOCK                          ? 8
-                                                                                                              : 16;
+    bool fp8 = m.format == WEIGHT_FP8 || m.format == WEIGHT_FP8_BLOCK;
+    int64_t elements = (int64_t)m.rows * m.cols;
     int64_t scales = m.format == WEIGHT_FP8 ? m.rows
                                             : (int64_t)((m.rows + FP8_BLOCK_SIDE - 1) / FP8_BLOCK_SIDE) *
                                                   ((m.cols + FP8_BLOCK_SIDE - 1) / FP8_BLOCK_SIDE);
-    m.data = (const uint8_t *)m.data + expert * (elements * bits / 8);
-    m.groups += expert * (elements / 16);
+    m.data = (const uint8_t *)m.data + expert * (m.format == WEIGHT_NVFP4  ? fp4_bytes(m.rows, m.cols)
+                                                 : m.format == WEIGHT_F32 ? elements * 4
+                                                                          : elements * (fp8 ? 1 : 2));
     m.scale += expert * scales;
     m.global = x.globals[which * x.n + expert];
     m.input_global = x.input_globals[which * x.n + expert];
@@ -123,13 +139,16 @@ __global__ void experts_down_rows(mat y, const float *hidden, const float *input
     if (threadIdx.x % LANES == 0) y.data[row * y.stride + r] = sum;
 }
 
-__global__ void lay_fp4_words(uint32_t *words, const uint8_t *codes, int64_t n)
+/* A thread eight columns of a row, padding too. */
+__global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int wide)
 {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n) return;
+    int r = (int)(i / (wide / 8)), c = (int)(i % (wide / 8)) * 8;
+    bool in = r < rows && c < cols;
+    if (r >= (rows + 7) / 8 * 8) return;
     uint32_t word = 0;
-    for (int k = 0; k < 8; k++) {
-        uint32_t code = codes[i * 4 + k / 2] >> (k % 2 * 4) & 15, s = code >> 3, rest = code & 7, half;
+    for (int k = 0; k < 8 && in; k++) {
+        uint32_t code = codes[((int64_t)r * cols + c + k) / 2] >> (k % 2 * 4) & 15, s = code >> 3, rest = code & 7, half;
         switch (k / 2) {
         case 0: half = s << 15 | rest << 6; break;
         case 1: half = s << 12 | rest << 3; break;
@@ -138,7 +157,10 @@ __global__ void lay_fp4_words(uint32_t *words, const uint8_t *codes, int64_t n)
         }
         word |= half << (k % 2 * 16);
     }
-    words[i] = word;
+    fp4_place at = fp4_place_of(r, c, cols);
+    uint8_t *unit = to + at.unit * FP4_UNIT_BYTES;
+    ((uint32_t *)unit)[at.word] = word;
+    if (c % 16 == 0) unit[at.scale] = in ? scales[((int64_t)r * cols + c) / 16] : 0;
 }
 
 } /* namespace */
@@ -171,16 +193,17 @@ void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struc
            q->input_scale, *p, *e);
 }
 
-void cuda_lay_fp4(struct queue *q, void *words, const void *codes, int64_t bytes)
+void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols)
 {
-    launch(q, "weights", false, lay_fp4_words, dim3(blocks(bytes / 4)), 0, (uint32_t *)words, (const uint8_t *)codes,
-           bytes / 4);
+    int64_t wide = (cols + FP4_UNIT_COLS - 1) / FP4_UNIT_COLS * FP4_UNIT_COLS;
+    launch(q, "weights", false, lay_fp4, dim3(blocks((rows + 7) / 8 * wide)), 0, (uint8_t *)to, (const uint8_t *)codes,
+           (const uint8_t *)scales, (int)rows, (int)cols, (int)wide);
 }
 
 bool cuda_has_kernels(int *version)
 {
     cudaFuncAttributes a;
-    bool ok = cudaFuncGetAttributes(&a, lay_fp4_words) == cudaSuccess;
+    bool ok = cudaFuncGetAttributes(&a, lay_fp4) == cudaSuccess;
     *version = ok ? a.binaryVersion : 0;
     return ok;
 }

@@ -34,10 +34,10 @@ template <int ROWS> constexpr int CHUNK = CHUNK_BYTES / 2 / (WARPS * SLOTS * ROW
 
 __host__ __device__ inline size_t product_shared(int rows, int cols)
 {
-    return RING_BYTES + RING_SCALES + CHUNK_BYTES + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    return RING_BYTES + CHUNK_BYTES + (size_t)rows * SLOTS * slot_stride(cols) * 2;
 }
 
-/* Tile i of this block, this warp's share; pieces 0 past the end. */
+/* Tile i of this block, this warp's share. */
 struct product_jobs {
     const product_args &p;
 
@@ -52,10 +52,8 @@ struct product_jobs {
     {
         int number = blockIdx.x + i * gridDim.x;
         if (number >= p.first[p.n]) return job{};
-        int k = matrix_of(number), row = (number - p.first[k]) * 8;
-        const cuda_matrix &m = p.m[k];
-        int share = share_of(m.format, pieces_of(m.format, p.cols), WARPS);
-        return job_of(m, row, m.rows - row, threadIdx.x / LANES * share, share);
+        int k = matrix_of(number);
+        return shared_job(p.m[k], 0, (number - p.first[k]) * 8);
     }
 };
 
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 2 : 1) stream_product(con
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float part[ROWS][2 * WARPS], input_scale[ROWS];
-    float *sums = (float *)(shared + RING_BYTES + RING_SCALES);
+    float *sums = (float *)(shared + RING_BYTES);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + CHUNK_BYTES);
     constexpr int HALF = CHUNK_BYTES / 2 / 4;
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES;
@@ -240,8 +238,8 @@ __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 2 : 1) stream_product(con
     if (p.conv && blockIdx.y == 0) advance_conv(p);
     __syncthreads();
     int i = 0, first = 0, half = 0;
-    for (job j = jobs(0); j.pieces > 0; half ^= 1) {
-        for (; j.pieces > 0 && i - first < CHUNK<ROWS>; j = jobs(++i)) {
+    for (job j = jobs(0); j.data; half ^= 1) {
+        for (; j.data && i - first < CHUNK<ROWS>; j = jobs(++i)) {
             j.sums = ((i - first) * WARPS + warp) * SLOTS * ROWS * 8;
             weights.work<ROWS>(j, sums + half * HALF, slots, stride);
         }
@@ -276,8 +274,7 @@ void run(struct queue *q, const char *operation, product_args a, bool overlap)
 
 bool cuda_streams(const struct queue *q, const struct cuda_matrix *m)
 {
-    /* NVFP4 does not stream: its pieces gave wrong sums with 256 columns (tests/backend on an H100). */
-    int unit = m->format == WEIGHT_BF16 ? 8 : m->format == WEIGHT_FP8 ? 16 : 0;
+    int unit = m->format == WEIGHT_BF16 ? 8 : m->format == WEIGHT_FP8 || m->format == WEIGHT_NVFP4 ? 16 : 0;
     return unit > 0 && m->cols % unit == 0 && m->cols > 0 && m->input != INPUT_NVFP4 &&
            product_shared(1, m->cols) <= (size_t)q->shared_max;
 }

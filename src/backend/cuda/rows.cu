@@ -103,26 +103,34 @@ __global__ void pick_elements(float *out, mat x, const long long *column)
     if (i < x.rows) out[i] = x.data[i * x.stride + column[i]];
 }
 
-/* Of equals the first column, whatever the order of comparing. */
-__device__ void take_larger(float &best, int &at, float v, int c)
+/* Orders values, of equals the first column first; NaN below everything. */
+__device__ unsigned long long argmax_key(float x, int64_t c)
 {
-    if (v > best || (v == best && c < at)) best = v, at = c;
+    uint32_t u = __float_as_uint(x);
+    u = isnan(x) ? 0 : u & 0x80000000u ? ~u : u | 0x80000000u;
+    return (unsigned long long)u << 32 | (uint32_t)~c;
 }
 
-__global__ void argmax_rows(int *out, mat x)
+/* Grid: parts of a row, rows. keys: 0 before. */
+__global__ void argmax_rows(unsigned long long *keys, mat x)
 {
-    __shared__ float values[WARPS];
-    __shared__ int places[WARPS];
-    const float *row = x.data + blockIdx.x * x.stride;
-    float best = -INFINITY;
-    int at = 0x7fffffff;
-    for (int64_t c = threadIdx.x; c < x.cols; c += blockDim.x) take_larger(best, at, row[c], (int)c);
-    for (int o = LANES / 2; o > 0; o /= 2)
-        take_larger(best, at, __shfl_xor_sync(ALL, best, o), __shfl_xor_sync(ALL, at, o));
-    if (threadIdx.x % LANES == 0) values[threadIdx.x / LANES] = best, places[threadIdx.x / LANES] = at;
-    __syncthreads();
-    for (int w = 0; w < WARPS; w++) take_larger(best, at, values[w], places[w]);
-    if (threadIdx.x == 0) out[blockIdx.x] = at < x.cols ? at : 0;
+    const float *row = x.data + blockIdx.y * x.stride;
+    unsigned long long best = 0;
+    for (int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x; c < x.cols; c += (int64_t)gridDim.x * THREADS) {
+        unsigned long long key = argmax_key(row[c], c);
+        best = key > best ? key : best;
+    }
+    for (int o = LANES / 2; o > 0; o /= 2) {
+        unsigned long long other = __shfl_xor_sync(ALL, best, o);
+        best = other > best ? other : best;
+    }
+    if (threadIdx.x % LANES == 0) atomicMax(keys + blockIdx.y, best);
+}
+
+__global__ void argmax_columns(int *out, const unsigned long long *keys, int64_t rows)
+{
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < rows) out[i] = (int)~(uint32_t)keys[i];
 }
 
 dim3 elements(const mat &m)
@@ -214,6 +222,12 @@ void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column)
 
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x)
 {
-    launch(q, "argmax", false, argmax_rows, dim3((unsigned)x.rows), 0, (int *)q->answers, x);
+    unsigned long long *keys = (unsigned long long *)q->index;
+    unsigned parts = blocks(x.cols, 4 * THREADS);
+    if (queue_failed(q) || x.rows == 0) return;
+    if (!queue_check(q, cudaMemsetAsync(keys, 0, (size_t)x.rows * sizeof *keys, q->stream), "argmax")) return;
+    launch(q, "argmax", false, argmax_rows, dim3(parts < 256 ? parts : 256, (unsigned)x.rows), 0, keys, x);
+    launch(q, "argmax", false, argmax_columns, dim3(blocks(x.rows)), 0, (int *)q->answers, (const unsigned long long *)keys,
+           x.rows);
     answer(q, out, q->answers, (size_t)x.rows * sizeof *out, "argmax");
 }

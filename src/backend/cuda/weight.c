@@ -1,4 +1,4 @@
-/* Weights of the CUDA backend: copied to the device as they lie in the file, FP4 codes rearranged there, the
+/* Weights of the CUDA backend: copied to the device as they lie in the file, NVFP4 rearranged there, the
  * experts of a layer put below one another. */
 #include "backend/cuda/parts.h"
 #include "base/checked.h"
@@ -15,7 +15,7 @@ static bool is_fp8(enum weight_format f)
 static uint64_t data_bytes(const struct weight *w)
 {
     uint64_t n = (uint64_t)w->rows * (uint64_t)w->cols;
-    if (w->format == WEIGHT_NVFP4) return n / 2;
+    if (w->format == WEIGHT_NVFP4) return (uint64_t)fp4_bytes(w->rows, w->cols);
     return is_fp8(w->format) ? n : w->format == WEIGHT_F32 ? 4 * n : 2 * n;
 }
 
@@ -25,11 +25,6 @@ static uint64_t scale_bytes(const struct weight *w)
     return w->format == WEIGHT_FP8_BLOCK
                ? (uint64_t)(fp8_blocks(w->rows) * fp8_blocks(w->cols)) * sizeof(float)
                : 0;
-}
-
-static uint64_t group_bytes(const struct weight *w)
-{
-    return w->format == WEIGHT_NVFP4 ? (uint64_t)w->rows * (uint64_t)w->cols / 16 : 0;
 }
 
 /* The first NaN among E4M3 bytes, or -1. */
@@ -77,26 +72,33 @@ static bool copy(struct queue *q, void *to, const void *host, uint64_t bytes)
            queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), "weights");
 }
 
+/* Codes and scales as stored pass through memory that is given back. */
+static bool fill_fp4(struct queue *q, struct cuda_weight *w, const struct weight_source *s, struct err *e)
+{
+    uint64_t codes = (uint64_t)s->rows * (uint64_t)s->cols / 2, scales = codes / 8;
+    void *staged;
+    if (!queue_take(q, &staged, codes + scales, "weights", e)) return false;
+    copy(q, staged, s->data, codes);
+    copy(q, (char *)staged + codes, s->scale, scales);
+    cuda_lay_fp4(q, w->data, staged, (char *)staged + codes, s->rows, s->cols);
+    queue_give(q, staged);
+    return true;
+}
+
 static bool fill(struct queue *q, struct cuda_weight *w, const struct weight_source *s, struct err *e)
 {
-    void *groups = NULL, *scale = NULL, *codes = NULL;
+    void *scale = NULL;
     uint64_t bytes = data_bytes(&w->head);
     bool ok = queue_take(q, &w->data, bytes, "weights", e) &&
-              (!group_bytes(&w->head) || queue_take(q, &groups, group_bytes(&w->head), "weights", e)) &&
               (!scale_bytes(&w->head) || queue_take(q, &scale, scale_bytes(&w->head), "weights", e));
-    w->groups = groups;
     w->scale = scale;
     if (!ok) return false;
     if (s->format == WEIGHT_NVFP4) {
-        if (!queue_take(q, &codes, bytes, "weights", e)) return false;
-        copy(q, codes, s->data, bytes);
-        cuda_lay_fp4(q, w->data, codes, (int64_t)bytes);
-        queue_give(q, codes);
+        if (!fill_fp4(q, w, s, e)) return false;
     } else {
         copy(q, w->data, s->data, bytes);
+        copy(q, scale, s->scale, scale_bytes(&w->head));
     }
-    copy(q, groups, s->scale, group_bytes(&w->head));
-    copy(q, scale, s->scale, scale_bytes(&w->head));
     return !queue_failed(q) || err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
 }
 
@@ -120,11 +122,9 @@ static void give_parts(struct queue *q, struct cuda_weight *w)
 {
     if (!w->moved) {
         queue_give(q, w->data);
-        queue_give(q, w->groups);
         queue_give(q, w->scale);
     }
     w->data = NULL;
-    w->groups = NULL;
     w->scale = NULL;
 }
 
@@ -140,7 +140,6 @@ struct cuda_matrix cuda_matrix_of(const struct weight *weight)
 {
     const struct cuda_weight *w = (const struct cuda_weight *)weight;
     return (struct cuda_matrix){ .data = w->data,
-                                 .groups = w->groups,
                                  .scale = w->scale,
                                  .global = w->global,
                                  .input_global = weight->input_global,
@@ -182,11 +181,10 @@ static bool move_part(struct queue *q, struct weight **list, int n, size_t part,
 
 static bool move_all(struct queue *q, struct cuda_matrix *m, struct weight **list, int n, struct err *e)
 {
-    void *data, *groups, *scale;
+    void *data, *scale;
     const struct weight *w = list[0];
     bool ok = all_alike(list, n, e) &&
               move_part(q, list, n, offsetof(struct cuda_weight, data), data_bytes(w), &data, e) &&
-              move_part(q, list, n, offsetof(struct cuda_weight, groups), group_bytes(w), &groups, e) &&
               move_part(q, list, n, offsetof(struct cuda_weight, scale), scale_bytes(w), &scale, e);
     if (!ok) return false;
     for (int i = 0; i < n; i++) ((struct cuda_weight *)list[i])->moved = true;
@@ -235,7 +233,6 @@ void cuda_experts_unbind(struct queue *q, struct experts *list)
     cuda_forget_steps(q);
     for (int i = 0; i < 3; i++) {
         queue_give(q, (void *)x->m[i].data);
-        queue_give(q, (void *)x->m[i].groups);
         queue_give(q, (void *)x->m[i].scale);
     }
     queue_give(q, x->globals);
