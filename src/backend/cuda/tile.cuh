@@ -12,6 +12,7 @@
 #define BACKEND_CUDA_TILE_CUH
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/wide.cuh"
 
 namespace {
 
@@ -165,7 +166,7 @@ template <int FORMAT, int TOKENS> struct tile_loader {
         if (T::FP4) {
             int r = tid / 16 * 8;
             group_valid = r % s.split < s.rows;
-            if (group_valid) groups = s.data[r / s.split] + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
+            if (group_valid) groups = (r < s.split ? s.data[0] : s.data[1]) + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
         }
         groups_to = tid * 4;
     }
@@ -186,7 +187,7 @@ template <int FORMAT, int TOKENS> struct tile_loader {
         bool in = r % s.split < s.rows;
         w_valid |= (unsigned)in << i;
         int line = T::FP4 ? r % s.split / 8 : r % s.split;
-        return in ? s.data[r / s.split] + (int64_t)line * s.pitch + piece * 16 : s.data[0];
+        return in ? (r < s.split ? s.data[0] : s.data[1]) + (int64_t)line * s.pitch + piece * 16 : s.data[0];
     }
 
     __device__ __forceinline__ void request()
@@ -217,11 +218,79 @@ template <int FORMAT, int TOKENS> struct tile_loader {
     }
 };
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* tile_sums with the wide instruction: a warp's sixteen weight rows, N rows of activations. */
+template <int FORMAT, int TOKENS, int N>
+__device__ __forceinline__ void wide_sums(uint8_t *shared, const tile_source &source, int steps, int parts, int tokens)
+{
+    using T = tile<FORMAT, TOKENS>;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    tile_loader<FORMAT, TOKENS> load(base, source, steps, parts, tokens);
+    float acc[N / 8][4];
+#pragma unroll
+    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[n][i] = 0;
+    for (int s = 0; s < T::STAGES - 1; s++) load.request();
+    int x_slot = 0, w_slot = 0, total = steps * parts;
+#pragma unroll 1
+    for (int step = 0; step < total; step++) {
+        copy_wait<T::STAGES - 2>();
+        wide_show();
+        __syncthreads();
+        load.request();
+        weight_rows<FORMAT> w;
+        uint32_t a[4][4];
+        w.load(shared + T::W_AT + w_slot * T::W, shared + T::S_AT + w_slot * T::S, warp * 16, lane, step % 2);
+        w.template decode<0>(a[0]);
+        w.template decode<1>(a[1]);
+        w.template decode<2>(a[2]);
+        w.template decode<3>(a[3]);
+        uint64_t x = wide_matrix(base + x_slot * T::X);
+        wide_hold(acc);
+        wide_begin();
+#pragma unroll
+        for (int s = 0; s < 4; s++) wide_mma<N>(acc, a[s], x + s * WIDE_STEP);
+        wide_commit();
+        wide_wait();
+        wide_hold(acc);
+        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
+        if (!T::FP4 || step % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+    }
+    copy_wait<0>();
+    __syncthreads();
+    float *out = (float *)shared;
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+        float *to = out + (n * 8 + 2 * t) * OUT_STRIDE + warp * 16 + g;
+        to[0] = acc[n][0];
+        to[OUT_STRIDE] = acc[n][1];
+        to[8] = acc[n][2];
+        to[OUT_STRIDE + 8] = acc[n][3];
+    }
+    __syncthreads();
+}
+#endif
+
 /* Sums of one tile into f32 [tokens][OUT_STRIDE] at the begin of shared memory. steps: 64 columns each (of NVFP4 an even
  * number), `parts` times over the weights. All threads; ends with a meeting. */
 template <int FORMAT, int TOKENS>
 __device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &source, int steps, int parts, int tokens)
 {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (TOKENS == 128) {
+        if (tokens > 96)
+            wide_sums<FORMAT, TOKENS, 128>(shared, source, steps, parts, tokens);
+        else if (tokens > 64)
+            wide_sums<FORMAT, TOKENS, 96>(shared, source, steps, parts, tokens);
+        else if (tokens > 32)
+            wide_sums<FORMAT, TOKENS, 64>(shared, source, steps, parts, tokens);
+        else
+            wide_sums<FORMAT, TOKENS, 32>(shared, source, steps, parts, tokens);
+        return;
+    }
+#endif
     using T = tile<FORMAT, TOKENS>;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
