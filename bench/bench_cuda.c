@@ -1,5 +1,5 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [prefill]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
@@ -488,8 +488,10 @@ int main(int argc, char **argv)
            backend.name, mix, n_layers, bandwidth * 1e-12, clock_seconds() - begin);
     printf("what,rows,depth,us,us_low,us_high,MB,GB_per_s,share_of_read\n");
     if (prefill) {
-        measure_prompt(512);
-        measure_prompt(PROMPT);
+        if (argc > 4)
+            measure("prompt", whole_step, false, atoi(argv[4]), 0, 0);
+        else
+            measure_prompt(512), measure_prompt(PROMPT);
         return 0;
     }
     measure_all(1, 0, true);

@@ -1,6 +1,7 @@
 /* Dense products of many rows: inputs prepared in one pass, normed on the way where asked for, then one launch for all
  * matrices that read them. Moves: the weights once for every 128 rows from the second cache, the activations once for
  * every 128 weight rows. */
+#include "backend/cuda/blas.h"
 #include "backend/cuda/tile.cuh"
 
 namespace {
@@ -10,7 +11,7 @@ struct input_args {
     const float *gain;
     float eps;
     int head;
-    __nv_bfloat16 *plain, *quantized; /* NULL: not wanted */
+    __nv_bfloat16 *plain, *straight, *quantized; /* NULL: not wanted; straight: columns in their own order */
     float *scale;
     int parts;
 };
@@ -54,6 +55,9 @@ __global__ void prepare_rows(const __grid_constant__ input_args a)
     float unit = a.quantized ? fp8_input_scale(block_max(top, part + WARPS)) : 1;
     if (a.quantized && threadIdx.x == 0) a.scale[r] = unit;
     __syncthreads();
+    for (int c = 2 * threadIdx.x; a.straight && c < n; c += 2 * THREADS)
+        *(__nv_bfloat162 *)(a.straight + r * n + c) = __floats2bfloat162_rn(row[c], row[c + 1]);
+    if (!a.plain && !a.quantized) return;
     for (int p = 2 * threadIdx.x; p < n; p += 2 * THREADS) { /* p: a place, to which column c comes */
         int c = tile_column(p);
         float v[2] = { row[c], row[c + 1] };
@@ -149,6 +153,52 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
+bool is_library(const struct queue *q, const cuda_matrix &m, const mat &y)
+{
+    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+}
+
+/* False: the library refused. */
+bool by_library(struct queue *q, const struct cuda_products *p)
+{
+    size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
+    for (int i = 0; i < p->n; i++)
+        if (is_library(q, p->m[i], p->out[i]) && !queue_failed(q) &&
+            !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
+                          bytes))
+            return false;
+    if (p->add.data && is_library(q, p->m[0], p->out[0])) cuda_add(q, p->add, p->out[0]);
+    return true;
+}
+
+/* The matrices that are not the library's, and what form of inputs all of them read. */
+void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input_args &in)
+{
+    for (int i = 0; i < p->n; i++) {
+        const cuda_matrix &m = p->m[i];
+        if (is_library(q, m, p->out[i])) {
+            in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            continue;
+        }
+        if (i == 0) a.add = p->add;
+        a.m[a.n] = m;
+        a.out[a.n] = p->out[i];
+        a.first[a.n + 1] = a.first[a.n] + (m.rows + TILE_ROWS - 1) / TILE_ROWS;
+        a.n++;
+        if (m.input == INPUT_FP8_ROW)
+            in.quantized = (__nv_bfloat16 *)q->prefill.quantized;
+        else
+            in.plain = (__nv_bfloat16 *)q->prefill.inputs;
+    }
+}
+
+bool has_format(const dense_args &a, int format)
+{
+    for (int i = 0; i < a.n; i++)
+        if (a.m[i].format == format) return true;
+    return false;
+}
+
 } /* namespace */
 
 void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, struct mat up, bool quantized, int parts)
@@ -166,25 +216,13 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
 {
     dense_args a = {};
     input_args in = {};
-    bool formats[3] = { false, false, false };
     if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0) return false;
-    a.n = p->n;
+    for (int i = 0; i < p->n; i++)
+        if (!takes(q, p->m[i])) return false;
     a.cols = (int)p->x.cols;
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
-    a.add = p->add;
-    for (int i = 0; i < p->n; i++) {
-        const cuda_matrix &m = p->m[i];
-        if (!takes(q, m)) return false;
-        a.m[i] = m;
-        a.out[i] = p->out[i];
-        a.first[i + 1] = a.first[i] + (m.rows + TILE_ROWS - 1) / TILE_ROWS;
-        formats[m.format == WEIGHT_BF16 ? 0 : m.format == WEIGHT_FP8 ? 1 : 2] = true;
-        if (m.input == INPUT_FP8_ROW)
-            in.quantized = (__nv_bfloat16 *)q->prefill.quantized;
-        else
-            in.plain = (__nv_bfloat16 *)q->prefill.inputs;
-    }
+    divide(q, p, a, in);
     in.x = p->x;
     in.up = p->up;
     in.h = p->h;
@@ -193,11 +231,18 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     in.head = p->head;
     in.scale = q->prefill.scale;
     prepare(q, in);
+    if (in.straight && !by_library(q, p)) {
+        struct blas *library = q->blas;
+        q->blas = nullptr;
+        bool done = cuda_dense(q, p);
+        q->blas = library;
+        return done;
+    }
     a.plain = (const __nv_bfloat16 *)q->prefill.inputs;
     a.quantized = (const __nv_bfloat16 *)q->prefill.quantized;
     a.scale = q->prefill.scale;
-    if (formats[0]) start<WEIGHT_BF16>(q, a, p->x.rows);
-    if (formats[1]) start<WEIGHT_FP8>(q, a, p->x.rows);
-    if (formats[2]) start<WEIGHT_NVFP4>(q, a, p->x.rows);
+    if (has_format(a, WEIGHT_BF16)) start<WEIGHT_BF16>(q, a, p->x.rows);
+    if (has_format(a, WEIGHT_FP8)) start<WEIGHT_FP8>(q, a, p->x.rows);
+    if (has_format(a, WEIGHT_NVFP4)) start<WEIGHT_NVFP4>(q, a, p->x.rows);
     return true;
 }

@@ -18,10 +18,10 @@ enum {
     FP4_UNIT_BYTES = 1152,
 };
 
-/* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes of FP4 words
- * (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the words of columns
- * 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i: those of columns 16 (2 i +
- * t / 2) + 0..15. */
+/* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
+ * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
+ * words of columns 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i:
+ * those of columns 16 (2 i + t / 2) + 0..15. */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -78,6 +78,7 @@ struct cuda_rows {
  * tile.cuh. */
 struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
+    void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
     void *quantized; /* BF16 [rows][cols], E4M3 values */
     float *scale;    /* [rows * picks] */
     void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
@@ -112,6 +113,8 @@ struct queue {
     float *hidden;      /* [rows * picks][intermediate] */
     float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
     struct cuda_prefill prefill;
+    struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
+    size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
     long long *host_index;                /* [rows], host memory */
@@ -167,7 +170,8 @@ void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struc
 void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                         const struct cuda_experts *experts);
 /* codes [rows][cols / 2], scales [rows][cols / 16] in device memory */
-void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols);
+void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows,
+                  int64_t cols);
 /* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
  * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,

@@ -20,6 +20,7 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->intermediate = whole(l->intermediate);
     p->width = l->hidden ? l->hidden : l->cols;
     p->inputs = arena_take(a, p->rows * p->cols, parts * BF16_BYTES, 64);
+    p->straight = q->blas ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
     p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
     p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
     p->hidden = arena_take(a, p->picked * p->intermediate, parts * BF16_BYTES, 64);

@@ -10,9 +10,9 @@ extern "C" {
 
 enum { EXACT_PARTS = 3 }; /* BF16 numbers that an f32 one is the sum of */
 
-/* dense.cu: y = x W for each of n weights. x as it is; or SiLU(x) up (up.data NULL: no); or normed (gain NULL: no), as
- * a whole, or by heads of `head` columns times SiLU(up). What the products read is left in h (data NULL: nowhere).
- * add: += the first result (data NULL: nothing). */
+/* dense.cu: y = x W for each of n weights. x as it is; or SiLU(x) up (up.data NULL: no); or normed (gain
+ * NULL: no), as a whole, or by heads of `head` columns times SiLU(up). What the products read is left in h
+ * (data NULL: nowhere). add: += the first result (data NULL: nothing). */
 struct cuda_products {
     struct mat x, up, h, add;
     const float *gain;

@@ -1,4 +1,5 @@
 /* The queue of the CUDA backend: the device, its stream, failures, memory. */
+#include "backend/cuda/blas.h"
 #include "backend/cuda/prefill.h"
 #include "backend/fused.h"
 #include <inttypes.h>
@@ -40,8 +41,9 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
-    snprintf(q->name, sizeof q->name, "cuda %.80s, sm_%d%d, kernels for sm_%d", p.name, p.major, p.minor,
-             version);
+    if (q->rounded) q->blas = blas_open();
+    snprintf(q->name, sizeof q->name, "cuda %.70s, sm_%d%d, kernels for sm_%d%s", p.name, p.major, p.minor,
+             version, q->blas ? ", cuBLASLt" : "");
     return true;
 }
 
@@ -85,6 +87,7 @@ void cuda_queue_free(struct queue *q)
         cudaStreamSynchronize(q->stream);
         cudaStreamDestroy(q->stream);
     }
+    blas_close(q->blas);
     free(q->host_step);
     free(q->host_next);
     free(q->host_index);

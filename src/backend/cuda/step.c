@@ -34,7 +34,9 @@ static void layout(struct queue *q, struct arena *a)
 {
     const struct step_limits *l = &q->limits;
     int64_t picked = l->rows * l->picks, rows = largest(l->rows, ROWS_EXACT);
-    q->quantized = arena_take(a, largest(l->rows * l->cols, picked * l->intermediate), sizeof(float), 64);
+    int64_t quantized = largest(l->rows * l->cols, picked * l->intermediate);
+    q->quantized = arena_take(a, quantized, sizeof(float), 64);
+    q->quantized_bytes = (size_t)quantized * sizeof(float);
     q->input_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
     q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
     q->attended = arena_take(a, largest(l->rows, ROWS_EXACT * SPLITS) * l->cols, sizeof(float), 64);
