@@ -378,9 +378,10 @@ static void router(const struct step_rows *rows)
                                    mat_rows(step->x, n),
                                    l->post_norm,
                                    1e-6f,
-                                   2,
-                                   { mat_rows(step->router, n), mat_rows(step->shared_gate, n) },
-                                   { l->moe.router, l->moe.shared_gate } };
+                                   4,
+                                   { mat_rows(step->router, n), mat_rows(step->shared_gate, n),
+                                     mat_rows(step->gate, n), mat_rows(step->up, n) },
+                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up } };
         step->op->norm_products(step->q, &p);
     }
 }
@@ -401,8 +402,6 @@ static void moe(const struct step_rows *rows)
                              mat_rows(step->shared_gate, n),
                              &step->picks,
                              &w->experts,
-                             w->gate,
-                             w->up,
                              w->down };
         step->op->moe_run(step->q, &r);
     }
@@ -424,8 +423,8 @@ static struct bytes bytes_for(int n, int64_t depth)
             linear * (4096.0 * HIDDEN * bytes_of(of_delta) + n * (2 * 32 * 128 * 128 * 4 + 6 * 8192 * 4.0)),
         .attention_in = full * 9216.0 * HIDDEN * d,
         .attention_mix = full * (4096.0 * HIDDEN * d + n * (double)(depth + 1) * 2048),
-        .router = config.n_layers * 257.0 * HIDDEN * 2,
-        .moe = config.n_layers * (3.0 * INNER * HIDDEN * (d + EXPERTS * (1 - miss) * bytes_of(of_expert))),
+        .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),
+        .moe = config.n_layers * INNER * HIDDEN * (d + 3.0 * EXPERTS * (1 - miss) * bytes_of(of_expert)),
         .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
     };
 }

@@ -32,8 +32,6 @@ void fused_moe(const struct ops *op, struct queue *q, const struct moe_run *r)
 {
     op->route(q, r->picks, r->logits);
     op->experts(q, r->y, r->h, r->picks, r->experts);
-    op->matmul(q, r->gate, r->h, r->w_gate);
-    op->matmul(q, r->up, r->h, r->w_up);
     op->silu_mul(q, r->hidden, r->gate, r->up);
     op->matmul(q, r->shared, r->hidden, r->w_down);
     op->add_gated(q, r->y, r->shared, r->shared_gate);

@@ -179,13 +179,13 @@ struct attention_run {
     const struct weight *o;
 };
 
-/* route(picks, logits); experts(y, h); matmul(gate, h), matmul(up, h); silu_mul(hidden, gate, up);
- * matmul(shared, hidden); add_gated(y, shared, shared_gate); add(x, y). Results: picks, hidden. */
+/* route(picks, logits); experts(y, h); silu_mul(hidden, gate, up); matmul(shared, hidden);
+ * add_gated(y, shared, shared_gate); add(x, y). Results: picks, hidden. */
 struct moe_run {
     struct mat x, y, h, logits, gate, up, hidden, shared, shared_gate;
     const struct picks *picks;
     const struct experts *experts;
-    const struct weight *w_gate, *w_up, *w_down;
+    const struct weight *w_down;
 };
 
 struct ops {

@@ -80,16 +80,14 @@ void step_moe(struct step *s, int layer, struct mat x)
                          .shared_gate = mat_rows(s->shared_gate, n),
                          .picks = &s->picks,
                          .experts = &w->experts,
-                         .w_gate = w->gate,
-                         .w_up = w->up,
                          .w_down = w->down };
     struct norm_products in = { r.h,
                                 x,
                                 l->post_norm,
                                 (float)s->model->config->rms_norm_eps,
-                                2,
-                                { r.logits, r.shared_gate },
-                                { w->router, w->shared_gate } };
+                                4,
+                                { r.logits, r.shared_gate, r.gate, r.up },
+                                { w->router, w->shared_gate, w->gate, w->up } };
     s->op->norm_products(s->q, &in);
     step_tap(s, "moe.in", layer, in.h);
     s->op->moe_run(s->q, &r);

@@ -56,7 +56,7 @@ struct delta_args {
     float *matrix;
     delta_shape shape;
     cuda_rows rows;
-    conv_args conv; /* u.data NULL: qkv has been convolved */
+    conv_args conv; /* of delta_step; for the scan qkv has been convolved */
 };
 
 /* What a token brings to a head: q and k normalised, v, decay, beta. */
@@ -66,7 +66,7 @@ struct token {
 
 __device__ float input_at(const delta_args &p, const cuda_span &span, int row, int64_t c)
 {
-    return p.conv.u.data ? conv_value(p.conv, span, row, c) : __ldcg(p.qkv.data + (span.first + row) * p.qkv.stride + c);
+    return __ldcg(p.qkv.data + (span.first + row) * p.qkv.stride + c);
 }
 
 __device__ void normalise(float *x, int n, float scale)
@@ -150,15 +150,104 @@ template <int EACH> __global__ void __launch_bounds__(THREADS) delta_heads(const
     }
 }
 
-void start(struct queue *q, const delta_args &p, bool overlap)
+/* A token of every sequence, its convolution too. What does not come from the kernel before is asked for first. */
+template <int EACH> __global__ void __launch_bounds__(THREADS, 2) delta_step(const __grid_constant__ delta_args p)
+{
+    constexpr int TAPS = 3, ITEMS = 2; /* of the convolution kept in registers; values of q, k and v a thread makes */
+    __shared__ token t;
+    __shared__ float sums[2][WARPS][COLUMNS];
+    int dk = p.shape.key_dim, dv = p.shape.value_dim, slices = (dv + COLUMNS - 1) / COLUMNS;
+    int head = blockIdx.x / slices, first = blockIdx.x % slices * COLUMNS, key = head / (p.shape.value_heads / p.shape.key_heads);
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, column = first + lane, keys = p.shape.key_heads * dk;
+    int keep = p.conv.kernel - 1, channels = (int)p.conv.u.cols;
+    let_next_start();
+    cuda_span span = p.rows.spans[blockIdx.y];
+    float *S = p.matrix + ((int64_t)span.slot * p.shape.value_heads + head) * dk * dv + (int64_t)warp * dv + column;
+    const float *past = p.conv.state + (int64_t)span.slot * keep * channels;
+    const float *u = p.conv.u.data + span.first * p.conv.u.stride;
+    float s[EACH], w[ITEMS][TAPS + 1], old[ITEMS][TAPS];
+    int at[ITEMS];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) s[i] = warp + WARPS * i < dk && column < dv ? S[i * WARPS * dv] : 0;
+#pragma unroll
+    for (int n = 0; n < ITEMS; n++) {
+        int i = threadIdx.x + n * THREADS;
+        at[n] = i < dk ? key * dk + i : i < 2 * dk ? keys + key * dk + i - dk : 2 * keys + head * dv + first + i - 2 * dk;
+        if (i >= 2 * dk + COLUMNS || (i >= 2 * dk && first + i - 2 * dk >= dv)) at[n] = -1;
+#pragma unroll
+        for (int j = 0; j <= TAPS; j++) {
+            int tap = keep - TAPS + j;
+            w[n][j] = at[n] >= 0 && tap >= 0 ? p.conv.weight[tap * channels + at[n]] : 0;
+        }
+    }
+    float dt = p.dt_bias[head], rate = -expf(p.A_log[head]);
+    wait_for_previous();
+    float x[ITEMS];
+#pragma unroll
+    for (int n = 0; n < ITEMS; n++) {
+        x[n] = at[n] >= 0 ? __ldcg(u + at[n]) : 0;
+#pragma unroll
+        for (int j = 0; j < TAPS; j++)
+            old[n][j] = at[n] >= 0 && keep - TAPS + j >= 0 ? __ldcg(past + (keep - TAPS + j) * channels + at[n]) : 0;
+    }
+    float a = __ldcg(p.a.data + span.first * p.a.stride + head) + dt;
+    float beta = sigmoid(__ldcg(p.b.data + span.first * p.b.stride + head));
+    float decay = expf(rate * (a > 20 ? a : log1pf(expf(a))));
+#pragma unroll
+    for (int n = 0; n < ITEMS; n++) {
+        int i = threadIdx.x + n * THREADS;
+        if (at[n] < 0) continue;
+        x[n] *= w[n][TAPS];
+        for (int j = 0; j < keep - TAPS; j++) x[n] = fmaf(p.conv.weight[j * channels + at[n]], past[j * channels + at[n]], x[n]);
+#pragma unroll
+        for (int j = 0; j < TAPS; j++) x[n] = fmaf(w[n][j], old[n][j], x[n]);
+        (i < dk ? t.q : i < 2 * dk ? t.k - dk : t.v - 2 * dk)[i] = silu(x[n]);
+    }
+    __syncthreads();
+    if (warp < 2) normalise(warp == 0 ? t.q : t.k, dk, warp == 0 ? 1.0f / sqrtf((float)dk) : 1);
+    __syncthreads();
+    float read = 0, out = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        s[i] *= decay;
+        if (warp + WARPS * i < dk) read = fmaf(s[i], t.k[warp + WARPS * i], read);
+    }
+    sums[0][warp][lane] = read;
+    __syncthreads();
+    read = 0;
+#pragma unroll
+    for (int n = 0; n < WARPS; n++) read += sums[0][n][lane];
+    float d = beta * (t.v[lane] - read);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int r = warp + WARPS * i;
+        if (r >= dk) continue;
+        s[i] = fmaf(t.k[r], d, s[i]);
+        out = fmaf(s[i], t.q[r], out);
+    }
+    sums[1][warp][lane] = out;
+    __syncthreads();
+    if (column >= dv) return;
+    if (warp == 0) {
+        out = 0;
+#pragma unroll
+        for (int n = 0; n < WARPS; n++) out += sums[1][n][lane];
+        p.o.data[span.first * p.o.stride + (int64_t)head * dv + column] = out;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (warp + WARPS * i < dk) S[i * WARPS * dv] = s[i];
+}
+
+void start(struct queue *q, const delta_args &p, bool step)
 {
     dim3 grid((unsigned)(p.shape.value_heads * ((p.shape.value_dim + COLUMNS - 1) / COLUMNS)), (unsigned)p.rows.n_spans);
     if (p.shape.key_dim > HEAD_MAX)
         queue_refuse(q, "delta", "key heads wider than 256 are not supported on a GPU");
     else if (p.shape.key_dim <= 128)
-        launch(q, "delta", overlap, delta_heads<16>, grid, 0, p);
+        launch(q, "delta", step, step ? delta_step<16> : delta_heads<16>, grid, 0, p);
     else
-        launch(q, "delta", overlap, delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
+        launch(q, "delta", step, step ? delta_step<HEAD_MAX / WARPS> : delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
 }
 
 } /* namespace */

@@ -1,12 +1,12 @@
 /* The mixture of experts for few rows: two kernels, the router's choice inside each. A block does a share of one row's
  * work.
  *
- * stream_up: the shared expert's gate and up rows, whose place is known and which are asked for first; the k best of the
- * router's logits; then pairs of eight gate and eight up rows of the chosen experts, split along columns over the warps.
- * stream_down: eight rows of the output at a time, warp j on the expert of pick j (j + 8, ...) and all of them on a share
- * of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. It
- * starts when the logits are final and chooses for itself, so that its weights come while stream_up still works. */
-#include "backend/cuda/device.cuh"
+ * experts_up: the k best of the router's logits; then eight gate rows by one half of the warps and the same eight up rows by
+ * the other, split along columns.
+ * experts_down: eight rows of the output by eight warps, warp j on the expert of pick j (j + 8, ...) and all of them on a
+ * share of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. It
+ * starts when the logits are final and chooses for itself, so that its weights come while experts_up still works. */
+#include "backend/cuda/stream.cuh"
 
 namespace {
 
@@ -14,9 +14,7 @@ struct up_args {
     cuda_experts e;
     mat x;
     picks p;
-    mat logits;       /* data NULL: the picks are given */
-    cuda_matrix w[2]; /* shared gate and up; rows 0: none */
-    mat shared_hidden;
+    mat logits;    /* data NULL: the picks are given */
     float *hidden; /* [rows][k][intermediate] */
 };
 
@@ -24,19 +22,14 @@ struct down_args {
     cuda_experts e;
     const float *hidden;
     picks p;
-    mat y, add;    /* add.data NULL: no residual */
+    mat y, add; /* add.data NULL: no residual */
     mat logits;
     cuda_matrix w; /* shared down; rows 0: none */
-    mat shared_hidden, shared_gate;
+    mat gate, up, made, shared_gate;
 };
 
-constexpr int ITEMS = 8, DOWN_TILES = 2; /* of a block at most */
-constexpr size_t UP_SUMS = (size_t)2 * ITEMS * WARPS * SLOTS * 8 * 4;
-
-__host__ __device__ inline int tiles_of(int rows)
-{
-    return (rows + 7) / 8;
-}
+constexpr int TEAM = CREW / 2, UP_ITEMS = 16, DOWN_TILES = 4; /* of a block at most */
+constexpr int UP_SUMS = CREW * UP_ITEMS * 8;                  /* floats */
 
 /* ---- routing ---- */
 
@@ -52,369 +45,279 @@ __device__ float unordered(uint32_t u)
     return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
 }
 
-/* The k largest of n logits by one warp: EACH of them a lane, n <= 32 * EACH. */
-template <int EACH>
-__device__ __forceinline__ void choose(int *expert, float *weight, const float *logits, int n, int k)
+/* The k largest of n logits by one warp. keys: room for n. */
+__device__ __forceinline__ void choose(int *expert, float *weight, uint32_t *keys, const float *logits, int n, int k)
 {
+    constexpr int EACH = 8;
     int lane = threadIdx.x % LANES;
-    uint32_t key[EACH], first = 0;
+#pragma unroll 1
+    for (int first = lane; first < n; first += EACH * LANES) {
+        float x[EACH];
 #pragma unroll
-    for (int i = 0; i < EACH; i++) key[i] = i * LANES + lane < n ? ordered(__ldcg(logits + i * LANES + lane)) : 0;
-    float sum = 0;
-    for (int j = 0; j < k; j++) {
-        uint32_t best = 0;
-        int at = EACH * LANES;
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; i--)
-            if (key[i] >= best) best = key[i], at = i * LANES + lane;
-        uint32_t top = __reduce_max_sync(ALL, best);
-        at = __reduce_min_sync(ALL, best == top ? at : EACH * LANES);
+        for (int i = 0; i < EACH; i++) x[i] = first + i * LANES < n ? __ldcg(logits + first + i * LANES) : 0;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (i * LANES + lane == at) key[i] = 0;
-        if (j == 0) first = top;
-        float x = expf(unordered(top) - unordered(first));
+            if (first + i * LANES < n) keys[first + i * LANES] = ordered(x[i]);
+    }
+    float sum = 0, first = 0;
+#pragma unroll 1
+    for (int j = 0; j < k; j++) {
+        uint32_t best = 0;
+        int at = n;
+#pragma unroll 4
+        for (int c = lane; c < n; c += LANES) {
+            uint32_t key = keys[c];
+            if (key > best) best = key, at = c;
+        }
+        uint32_t top = __reduce_max_sync(ALL, best);
+        at = __reduce_min_sync(ALL, best == top ? at : n);
+        if (at >= n) at = n - 1; /* not one number among what is left */
+        float x = unordered(top);
+        if (j == 0) first = x;
+        x = expf(x - first);
         sum += x;
-        if (lane == 0) expert[j] = at < n ? at : n - 1, weight[j] = x;
+        if (at % LANES == lane) keys[at] = 0, expert[j] = at, weight[j] = x;
     }
     __syncwarp();
     for (int j = lane; j < k; j += LANES) weight[j] = weight[j] / sum;
     __syncwarp();
 }
 
-__device__ void choose_any(int *expert, float *weight, const float *logits, int n, int k)
-{
-    if (n <= 8 * LANES)
-        choose<8>(expert, weight, logits, n, k);
-    else
-        choose<EXPERTS_MAX / LANES>(expert, weight, logits, n, k);
-}
-
 __global__ void route_rows(picks p, mat logits)
 {
+    __shared__ uint32_t keys[WARPS][EXPERTS_MAX];
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LANES;
     if (row >= logits.rows) return;
-    choose_any(p.expert + row * p.k, p.weight + row * p.k, logits.data + row * logits.stride, (int)logits.cols, p.k);
+    choose(p.expert + row * p.k, p.weight + row * p.k, keys[threadIdx.x / LANES], logits.data + row * logits.stride,
+           (int)logits.cols, p.k);
 }
 
-/* ---- inputs ---- */
-
-/* Columns first, first + step, ... of a row into slots; returns the largest magnitude this thread saw. */
-__device__ __forceinline__ float place_row(__nv_bfloat16 *slots, int stride, const float *x, int n, int first, int step)
+/* A warp's part of expert `number` of e, a tile of which begins at row 8 * tile. */
+__device__ __forceinline__ part expert_part(const cuda_matrix &m, int number, int tile, int w, int crew)
 {
-    float top = 0;
-    for (int c = first; c < n; c += step) {
-        float v = __ldcg(x + c);
-        put_parts(slots, stride, c, v);
-        top = fmaxf(top, fabsf(v));
-    }
-    return top;
+    return part_of(m, (const uint8_t *)m.data + number * matrix_bytes(m) + tile * tile_bytes(m), w, crew);
 }
 
-/* The quantized slot of a column whose parts this thread has placed. */
-__device__ __forceinline__ void quantize_placed(__nv_bfloat16 *slots, int stride, int c, float scale)
+__device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, int number, int row)
 {
-    float v = __bfloat162float(slots[c]) + __bfloat162float(slots[stride + c]);
-    put_quantized(slots, stride, c, v + __bfloat162float(slots[2 * stride + c]), scale);
-}
-
-/* What a product is multiplied by: FP4 one number for an expert, found early; FP8 one a row. */
-__device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, int expert)
-{
-    return e.m[which].format == WEIGHT_NVFP4 ? FP4_UNIT / e.globals[which * e.n + expert] : 1;
-}
-
-__device__ __forceinline__ float row_unit(const cuda_matrix &m, int expert, int row, float unit)
-{
-    return m.format == WEIGHT_FP8 ? m.scale[(int64_t)expert * m.rows + row] : unit;
+    const cuda_matrix &m = e.m[which];
+    return unit_of(m, number, row, m.format == WEIGHT_NVFP4 ? e.globals[which * e.n + number] : 1);
 }
 
 /* ---- gate and up ---- */
 
-/* Items of a row's work: eight gate rows and the same eight up rows, first of the shared expert, then of the picks. Block b
- * has items b, b + gridDim.x, ...; an item is two jobs. */
-struct up_item {
-    bool any, shared;
-    int pick, row;
-};
-
-struct up_jobs {
-    const up_args &a;
-    const int *expert;
-    int shared, each, all; /* items of the shared expert, of a pick, in all */
-
-    __device__ up_jobs(const up_args &args, const int *picked) : a(args), expert(picked)
-    {
-        shared = tiles_of(a.w[0].rows);
-        each = tiles_of(a.e.m[GATE].rows);
-        all = shared + a.p.k * each;
-    }
-
-    __device__ __forceinline__ up_item item(int i) const
-    {
-        int n = blockIdx.x + i * gridDim.x, own = n - shared, pick = own < 0 ? 0 : own / each;
-        return { n < all, own < 0, pick, (own < 0 ? n : own - pick * each) * 8 };
-    }
-
-    /* Jobs of this block that are the shared expert's. */
-    __device__ int known() const
-    {
-        int b = blockIdx.x;
-        return b < shared ? 2 * ((shared - 1 - b) / (int)gridDim.x + 1) : 0;
-    }
-
-    __device__ job operator()(int i) const
-    {
-        up_item u = item(i / 2);
-        if (!u.any) return job{};
-        job j = u.shared ? shared_job(a.w[i % 2], 0, u.row) : shared_job(a.e.m[i % 2], expert[u.pick], u.row);
-        j.sums = (i * WARPS + threadIdx.x / LANES) * SLOTS * 8;
-        return j;
-    }
-};
-
-/* Four threads an output, a slot each. */
-__device__ __forceinline__ void store_up(const up_args &a, const float *sums, const up_jobs &jobs, int64_t row,
-                                         const float (*units)[PICKS_MAX], float input_scale)
-{
-    int k = threadIdx.x % SLOTS, col = threadIdx.x / SLOTS % 8;
-    for (int i = threadIdx.x / (SLOTS * 8);; i += WARPS) {
-        up_item u = jobs.item(i);
-        if (!u.any) return;
-        const cuda_matrix *w = u.shared ? a.w : a.e.m;
-        int r = u.row + col;
-        float s[SLOTS], value[2];
-        for (int which = 0; which < 2; which++) {
-            float sum = 0, unit = 1;
-            for (int warp = 0; warp < WARPS; warp++)
-                sum += sums[(((2 * i + which) * WARPS + warp) * SLOTS + k) * 8 + col];
-            gather_slots(s, sum);
-            if (r < w->rows)
-                unit = w[which].format == WEIGHT_FP8
-                           ? w[which].scale[(u.shared ? 0 : (int64_t)jobs.expert[u.pick] * w[which].rows) + r]
-                       : u.shared ? FP4_UNIT / w[which].global
-                                  : units[which][u.pick];
-            value[which] = slots_value(s, w[which].format, w[which].input, unit, input_scale);
-        }
-        if (k != 0 || r >= w->rows) continue;
-        float *to = u.shared ? a.shared_hidden.data + row * a.shared_hidden.stride
-                             : a.hidden + (row * a.p.k + u.pick) * w->rows;
-        to[r] = silu(value[0]) * value[1];
-    }
-}
-
-/* Grid: blocks, rows. Shared memory: ring, sums [job][warp][slot][8], slots. */
-__global__ void __launch_bounds__(THREADS, 2) stream_up(const __grid_constant__ up_args a)
+/* Grid: blocks, rows. Shared memory: ring, sums [warp][item][8], slots. Item i of block b is number b + i * gridDim.x: eight
+ * gate and eight up rows of a pick. */
+__global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ int experts[WARPS][PICKS_MAX];
-    __shared__ float weights[WARPS][PICKS_MAX], units[2][PICKS_MAX], part[WARPS];
+    __shared__ int expert[PICKS_MAX];
+    __shared__ uint32_t keys[EXPERTS_MAX];
+    __shared__ float weight[PICKS_MAX], scratch[CREW];
+    const cuda_matrix &gate = a.e.m[GATE];
     float *sums = (float *)(shared + RING_BYTES);
-    __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + UP_SUMS);
-    int cols = a.e.m[GATE].cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, asked = 0;
-    int *expert = experts[warp]; /* every warp chooses for itself: no meeting before the weights are asked for */
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + UP_SUMS);
+    int cols = gate.cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int each = tiles_of(gate.rows), items = (a.p.k * each - 1 - (int)blockIdx.x) / (int)gridDim.x + 1;
     int64_t row = blockIdx.y;
-    up_jobs jobs(a, expert);
-    int known = jobs.known();
-    stream<up_jobs> weights_of(jobs, shared);
-    while (asked < RING && weights_of.request(known)) asked++;
+    const float *x = a.x.data + row * a.x.stride;
+    float top = 0, input_scale = 1;
+    stream weights(shared);
     wait_for_previous();
     let_next_start(); /* which may count on the logits */
-    const float *x = a.x.data + row * a.x.stride;
-    constexpr int AHEAD = 8;
-    float v[AHEAD], top = 0;
+    if (warp == 0) {
+        if (a.logits.data)
+            choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
+        else
+            for (int j = lane; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
+    } else {
+        constexpr int EACH = 5;
+#pragma unroll 1
+        for (int first = threadIdx.x - LANES; first < cols; first += EACH * (BLOCK - LANES)) {
+            float v[EACH];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = threadIdx.x + i * THREADS;
-        v[i] = c < cols ? __ldcg(x + c) : 0;
-    }
-    if (a.logits.data)
-        choose_any(expert, weights[warp], a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
-    else
-        for (int j = threadIdx.x % LANES; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
-    __syncwarp();
-    for (; asked < RING; asked++) weights_of.request();
+            for (int i = 0; i < EACH; i++) {
+                int c = first + i * (BLOCK - LANES);
+                v[i] = c < cols ? __ldcg(x + c) : 0;
+            }
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = threadIdx.x + i * THREADS;
-        if (c >= cols) break;
-        put_parts(slots, stride, c, v[i]);
-        top = fmaxf(top, fabsf(v[i]));
-    }
-    top = fmaxf(top, place_row(slots, stride, x, cols, threadIdx.x + AHEAD * THREADS, THREADS));
-    for (int c = cols + threadIdx.x; c < stride; c += THREADS)
-        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
-    float input_scale = 1;
-    if (a.e.m[GATE].input == INPUT_FP8_ROW || a.w[0].input == INPUT_FP8_ROW) {
-        input_scale = fp8_input_scale(block_max(top, part));
-        for (int c = threadIdx.x; c < cols; c += THREADS) quantize_placed(slots, stride, c, input_scale);
-    }
-    for (int j = threadIdx.x; j < 2 * a.p.k && warp == 0; j += LANES)
-        units[j / a.p.k][j % a.p.k] = expert_unit(a.e, j / a.p.k, expert[j % a.p.k]);
-    if (a.logits.data && blockIdx.x == 0 && warp == 0)
-        for (int j = threadIdx.x; j < a.p.k; j += LANES) {
-            a.p.expert[row * a.p.k + j] = expert[j];
-            a.p.weight[row * a.p.k + j] = weights[0][j];
+            for (int i = 0; i < EACH; i++) {
+                int c = first + i * (BLOCK - LANES);
+                if (c >= cols) break;
+                put_parts(slots, stride, c, v[i]);
+                top = fmaxf(top, fabsf(v[i]));
+            }
         }
+        for (int c = cols + threadIdx.x - LANES; c < stride; c += BLOCK - LANES)
+            for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    }
     __syncthreads();
-    int i = 0;
-    for (job j = jobs(0); j.data; j = jobs(++i)) weights_of.work<1>(j, sums, slots, stride);
+    part list = {};
+    if (lane < items) {
+        int number = blockIdx.x + lane * gridDim.x, pick = number / each;
+        list = expert_part(a.e.m[warp / TEAM], expert[pick], number - pick * each, warp % TEAM, TEAM);
+    }
+    weights.fill(list, items);
+    if (gate.input == INPUT_FP8_ROW) {
+        input_scale = fp8_input_scale(block_max<CREW>(top, scratch));
+        for (int c = threadIdx.x; c < cols; c += BLOCK) put_quantized(slots, stride, c, parts_sum(slots, stride, c), input_scale);
+        __syncthreads();
+    }
+    if (a.logits.data && blockIdx.x == 0 && warp == 0)
+        for (int j = lane; j < a.p.k; j += LANES) {
+            a.p.expert[row * a.p.k + j] = expert[j];
+            a.p.weight[row * a.p.k + j] = weight[j];
+        }
+    /* the thread's output */
+    int number = blockIdx.x + threadIdx.x / 8 * gridDim.x, pick = number / each;
+    int r = (number - pick * each) * 8 + threadIdx.x % 8;
+    bool mine = (int)threadIdx.x / 8 < items && r < gate.rows;
+    float unit[2] = { 1, 1 };
+    for (int i = 0; mine && i < 2; i++) unit[i] = expert_unit(a.e, i, expert[pick], r) * input_scale;
+#pragma unroll 1
+    for (int i = 0; i < items; i++) {
+        float sum[4];
+        weights.work<1>(sum, i, slots, stride, gate.input == INPUT_FP8_ROW, list, items);
+        if (lane < 4) *(float2 *)(sums + (warp * UP_ITEMS + i) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
+    }
     copy_wait<0>();
     __syncthreads();
-    store_up(a, sums, jobs, row, units, input_scale);
+    if (!mine) return;
+    float value[2] = { 0, 0 };
+#pragma unroll
+    for (int w = 0; w < CREW; w++) value[w / TEAM] += sums[w * UP_ITEMS * 8 + threadIdx.x];
+    a.hidden[(row * a.p.k + pick) * gate.rows + r] = silu(value[0] * unit[0]) * (value[1] * unit[1]);
 }
 
 /* ---- down ---- */
 
-/* A warp's jobs: its share of the shared expert's part of every tile, then its picks of every tile. */
-struct down_jobs {
-    const down_args &a;
-    const int *expert;
-    int tiles, shared, own, stride; /* shared: jobs of the shared expert; own: picks of this warp */
-    int together, shared_x;         /* where the shared expert's sums and inputs begin */
-
-    __device__ job operator()(int i) const
-    {
-        int warp = threadIdx.x / LANES;
-        if (i < shared) {
-            job j = shared_job(a.w, 0, (blockIdx.x + i * gridDim.x) * 8);
-            j.x += shared_x;
-            j.sums = together + (i * WARPS + warp) * SLOTS * 8;
-            return j;
-        }
-        i -= shared;
-        if (i >= tiles * own) return job{};
-        int tile = own == 1 ? i : i / own, pick = warp + (i - tile * own) * WARPS, number = blockIdx.x + tile * gridDim.x;
-        const cuda_matrix &m = a.e.m[DOWN];
-        job j = job_of(m, expert[pick], number * 8, 0, units_of(m.format, m.cols));
-        j.x = pick * SLOTS * stride;
-        j.sums = (tile * a.p.k + pick) * SLOTS * 8;
-        return j;
-    }
-};
-
-/* Four threads an output, a slot each. */
-__device__ __forceinline__ void store_down(const down_args &a, const float *sums, const down_jobs &jobs, int64_t row,
-                                           const float *weight, const float *units, const float *input_scale,
-                                           float shared_scale, float old, float gate, float shared_unit)
+/* A hidden row into slots by a warp, a pick's or, with up, the shared expert's; returns its scale. */
+__device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x,
+                                              const float *up, float *made)
 {
-    int k = threadIdx.x % SLOTS, col = threadIdx.x / SLOTS % 8, tile = threadIdx.x / (SLOTS * 8);
-    if (tile >= jobs.tiles) return;
-    const cuda_matrix &w = a.e.m[DOWN];
-    int r = (blockIdx.x + tile * gridDim.x) * 8 + col;
-    float y = 0, s[SLOTS], sum = 0;
-    for (int j = 0; j < a.p.k; j++) {
-        gather_slots(s, sums[((tile * a.p.k + j) * SLOTS + k) * 8 + col]);
-        float unit = r < w.rows ? row_unit(w, jobs.expert[j], r, units[j]) : 0;
-        y += weight[j] * slots_value(s, w.format, w.input, unit, input_scale[j]);
-    }
-    if (a.w.rows) {
-        for (int warp = 0; warp < WARPS; warp++) sum += sums[jobs.together + ((tile * WARPS + warp) * SLOTS + k) * 8 + col];
-        gather_slots(s, sum);
-        y += gate * slots_value(s, a.w.format, a.w.input, shared_unit, shared_scale);
-    }
-    if (k != 0 || r >= w.rows) return;
-    a.y.data[row * a.y.stride + r] = y;
-    if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
-}
-
-/* The shared expert's hidden row into slots. Returns its scale. */
-__device__ __forceinline__ float place_shared(const down_args &a, __nv_bfloat16 *slots, int stride, int64_t row, float *part)
-{
-    float top = 0;
-    int n = a.w.cols;
-    for (int c = threadIdx.x; c < n; c += THREADS) {
-        float v = __ldcg(a.shared_hidden.data + row * a.shared_hidden.stride + c);
-        put_parts(slots, stride, c, v);
-        top = fmaxf(top, fabsf(v));
-    }
-    for (int c = n + threadIdx.x; c < stride; c += THREADS)
-        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
-    if (a.w.input != INPUT_FP8_ROW) return 1;
-    float scale = fp8_input_scale(block_max(top, part));
-    for (int c = threadIdx.x; c < n; c += THREADS) quantize_placed(slots, stride, c, scale);
-    return scale;
-}
-
-/* A pick's hidden row into slots, by a warp; returns its scale. */
-__device__ __forceinline__ float place_pick(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x)
-{
-    constexpr int AHEAD = 16;
+    constexpr int EACH = 4;
     int lane = threadIdx.x % LANES;
-    float v[AHEAD], top = 0;
+    float top = 0;
+#pragma unroll 1
+    for (int first = lane; first < w.cols; first += EACH * LANES) {
+        float v[EACH], u[EACH];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) v[i] = lane + i * LANES < w.cols ? __ldcg(x + lane + i * LANES) : 0;
+        for (int i = 0; i < EACH; i++) {
+            int c = first + i * LANES;
+            v[i] = c < w.cols ? __ldcg(x + c) : 0;
+            u[i] = up && c < w.cols ? __ldcg(up + c) : 1;
+        }
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        if (lane + i * LANES >= w.cols) break;
-        put_parts(slots, stride, lane + i * LANES, v[i]);
-        top = fmaxf(top, fabsf(v[i]));
+        for (int i = 0; i < EACH; i++) {
+            int c = first + i * LANES;
+            if (c >= w.cols) break;
+            if (up) v[i] = silu(v[i]) * u[i];
+            if (made) made[c] = v[i];
+            put_parts(slots, stride, c, v[i]);
+            top = fmaxf(top, fabsf(v[i]));
+        }
     }
-    top = fmaxf(top, place_row(slots, stride, x, w.cols, lane + AHEAD * LANES, LANES));
     for (int c = w.cols + lane; c < stride; c += LANES)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
     if (w.input != INPUT_FP8_ROW) return 1;
     float scale = fp8_input_scale(warp_max(top));
-    for (int c = lane; c < w.cols; c += LANES) quantize_placed(slots, stride, c, scale);
+#pragma unroll 1
+    for (int c = lane; c < w.cols; c += LANES) put_quantized(slots, stride, c, parts_sum(slots, stride, c), scale);
     return scale;
 }
 
 __host__ __device__ inline size_t down_shared(int k, int cols, int shared_cols)
 {
-    return RING_BYTES + (size_t)DOWN_TILES * (k + WARPS) * SLOTS * 8 * 4 +
+    return RING_BYTES + (size_t)DOWN_TILES * (k + TEAM) * 8 * sizeof(float) +
            (size_t)SLOTS * 2 * ((size_t)k * slot_stride(cols) + slot_stride(shared_cols));
 }
 
-/* Grid: blocks, rows. Shared memory: ring, sums of picks [tile][k][slot][8] and of the shared expert
- * [tile][warp][slot][8], slots of picks [k], slots of the shared expert (its stride is the picks', columns too). */
-__global__ void __launch_bounds__(THREADS, 2) stream_down(const __grid_constant__ down_args a)
+/* Grid: blocks, rows. Shared memory: ring, sums [tile][k picks, TEAM of the shared expert][8], slots of picks [k], slots of
+ * the shared expert. */
+__global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__ down_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int expert[PICKS_MAX];
-    __shared__ float weight[PICKS_MAX], units[PICKS_MAX], input_scale[PICKS_MAX], part[WARPS];
+    __shared__ uint32_t keys[EXPERTS_MAX];
+    __shared__ float weight[PICKS_MAX], input_scale[PICKS_MAX + 1];
+    __shared__ float factor[PICKS_MAX]; /* of a pick's sums: its weight, and what FP4 is multiplied by */
     const cuda_matrix &w = a.e.m[DOWN];
-    int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, asked = 0;
+    int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float *sums = (float *)(shared + RING_BYTES);
-    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + WARPS) * SLOTS * 8);
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + TEAM) * 8);
+    __nv_bfloat16 *shared_slots = slots + (size_t)k * SLOTS * stride;
     int64_t row = blockIdx.y;
-    int all = tiles_of(w.rows), tiles = (int)blockIdx.x < all ? (all - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
+    int tiles = (tiles_of(w.rows) - 1 - (int)blockIdx.x) / (int)gridDim.x + 1, team = warp / TEAM, member = warp % TEAM;
     let_next_start();
-    down_jobs jobs = { a, expert, tiles, a.w.rows ? tiles : 0, k > warp ? (k - warp - 1) / WARPS + 1 : 0, stride,
-                       DOWN_TILES * k * SLOTS * 8, k * SLOTS * stride };
-    stream<down_jobs> weights(jobs, shared);
-    while (asked < RING && weights.request(jobs.shared)) asked++;
+    stream weights(shared);
     if (a.logits.data && warp == 0)
-        choose_any(expert, weight, a.logits.data + row * a.logits.stride, a.e.n, k);
-    for (int j = threadIdx.x; !a.logits.data && j < k; j += THREADS) {
+        choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, k);
+    for (int j = threadIdx.x; !a.logits.data && j < k; j += BLOCK) {
         expert[j] = __ldcg(a.p.expert + row * k + j);
         weight[j] = __ldcg(a.p.weight + row * k + j);
     }
     __syncthreads();
-    for (; asked < RING; asked++) weights.request();
-    for (int j = threadIdx.x; j < k; j += THREADS) units[j] = expert_unit(a.e, DOWN, expert[j]);
+    /* the team's tiles are team, team + 2, ...; of each the warp's picks, then its share of the shared expert */
+    int picked = (k - 1 - member) / TEAM + 1, own = k > member ? picked : 0, jobs = own + (a.w.rows ? 1 : 0);
+    int mine = (tiles - team + 1) / 2 * jobs;
+    part list = {};
+    if (lane < mine) {
+        int i = lane / jobs, j = lane - i * jobs, tile = blockIdx.x + (team + 2 * i) * gridDim.x;
+        list = j < own ? expert_part(w, expert[member + j * TEAM], tile, 0, 1)
+                       : expert_part(a.w, 0, tile, member, TEAM);
+    }
+    weights.fill(list, mine);
+    for (int j = threadIdx.x; j < k; j += BLOCK)
+        factor[j] = weight[j] * (w.format == WEIGHT_NVFP4 ? FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]] : 1);
     wait_for_previous();
-    for (int j = warp; j < k; j += WARPS) {
-        float s = place_pick(w, slots + (size_t)j * SLOTS * stride, stride, a.hidden + (row * k + j) * w.cols);
-        if (threadIdx.x % LANES == 0) input_scale[j] = s;
+#pragma unroll 1
+    for (int s = warp; s < k + (a.w.rows ? 1 : 0); s += CREW) {
+        bool last = s == k;
+        float scale = place_hidden(last ? a.w : w, slots + (size_t)s * SLOTS * stride, last ? slot_stride(a.w.cols) : stride,
+                                   last ? a.gate.data + row * a.gate.stride : a.hidden + (row * k + s) * w.cols,
+                                   last ? a.up.data + row * a.up.stride : nullptr,
+                                   last && blockIdx.x == 0 ? a.made.data + row * a.made.stride : nullptr);
+        if (lane == 0) input_scale[s] = scale;
     }
-    float shared_scale = a.w.rows ? place_shared(a, slots + jobs.shared_x, stride, row, part) : 1;
-    int r = (blockIdx.x + threadIdx.x / (SLOTS * 8) * gridDim.x) * 8 + threadIdx.x / SLOTS % 8;
-    float old = 0, gate = 0, unit = 1;
-    if (threadIdx.x / (SLOTS * 8) < tiles && r < w.rows && a.w.rows) {
-        if (a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
-        gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride));
-        unit = a.w.format == WEIGHT_FP8 ? a.w.scale[r] : FP4_UNIT / a.w.global;
-    }
+    int tile = threadIdx.x / 8, r = (blockIdx.x + tile * gridDim.x) * 8 + threadIdx.x % 8;
+    bool stores = tile < tiles && r < w.rows;
+    float old = 0, gate = 0;
+    if (stores && a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
+    if (stores && a.w.rows)
+        gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride)) * unit_of(a.w, 0, r, a.w.global);
     __syncthreads();
-    for (int i = 0; i < jobs.shared + tiles * jobs.own; i++) weights.work<1>(jobs(i), sums, slots, stride);
+#pragma unroll 1
+    for (int i = 0; i < mine; i++) {
+        float sum[4];
+        int t = i / jobs, j = i - t * jobs, p = member + j * TEAM;
+        bool last = j == own;
+        weights.work<1>(sum, i, last ? shared_slots : slots + (size_t)p * SLOTS * stride, last ? slot_stride(a.w.cols) : stride,
+                        (last ? a.w.input : w.input) == INPUT_FP8_ROW, list, mine);
+        float *to = sums + ((team + 2 * t) * (k + TEAM) + (last ? k + member : p)) * 8 + lane * 2;
+        if (lane < 4) *(float2 *)to = make_float2(sum[0], sum[1]);
+    }
     copy_wait<0>();
     __syncthreads();
-    store_down(a, sums, jobs, row, weight, units, input_scale, shared_scale, old, gate, unit);
+    if (!stores) return;
+    const float *from = sums + tile * (k + TEAM) * 8 + threadIdx.x % 8;
+    float y = 0, sum = 0;
+#pragma unroll 4
+    for (int j = 0; j < k; j++) {
+        float unit = w.format == WEIGHT_FP8 ? w.scale[(int64_t)expert[j] * w.rows + r] : 1;
+        y = fmaf(factor[j] * input_scale[j] * unit, from[j * 8], y);
+    }
+    if (a.w.rows) {
+#pragma unroll
+        for (int m = 0; m < TEAM; m++) sum += from[(k + m) * 8];
+        y = fmaf(gate, sum * input_scale[k], y);
+    }
+    a.y.data[row * a.y.stride + r] = y;
+    if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
 }
 
 size_t up_shared(int cols)
 {
-    return RING_BYTES + UP_SUMS + (size_t)SLOTS * slot_stride(cols) * 2;
+    return RING_BYTES + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(cols) * 2;
 }
 
 } /* namespace */
@@ -441,30 +344,26 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
     for (int i = 0; i < 3; i++)
         if (!cuda_streams(q, &e->m[i])) return false;
     if (run) {
-        cuda_matrix w[3] = { cuda_matrix_of(run->w_gate), cuda_matrix_of(run->w_up), cuda_matrix_of(run->w_down) };
-        for (int i = 0; i < 3; i++)
-            if (!cuda_streams(q, &w[i])) return false;
-        if (e->n > EXPERTS_MAX) return false;
-        u.logits = run->logits;
-        u.w[0] = w[0];
-        u.w[1] = w[1];
-        u.shared_hidden = d.shared_hidden = run->hidden;
-        d.w = w[2];
-        d.logits = run->logits;
+        d.w = cuda_matrix_of(run->w_down);
+        if (!cuda_streams(q, &d.w) || e->n > EXPERTS_MAX) return false;
+        u.logits = d.logits = run->logits;
+        d.gate = run->gate;
+        d.up = run->up;
+        d.made = run->hidden;
         d.shared_gate = run->shared_gate;
         d.add = run->x;
     }
     const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
-    if (p->k > PICKS_MAX || up_shared(gate.cols) > (size_t)limit || down_shared(p->k, down.cols, down.cols) > (size_t)limit)
+    if (p->k > PICKS_MAX || up_shared(gate.cols) > (size_t)limit || down_shared(p->k, down.cols, d.w.cols) > (size_t)limit)
         return false;
-    if (run && d.w.cols != down.cols) return false; /* one stride for both */
-    if (run && (u.w[0].format != u.w[1].format || u.w[0].input != u.w[1].input)) return false;
-    /* no more a block than it has room for */
-    int most_up = p->k * tiles_of(gate.rows) + tiles_of(u.w[0].rows), most_down = tiles_of(down.rows);
-    unsigned up_blocks = blocks(most_up, ITEMS), down_blocks = blocks(most_down, DOWN_TILES);
-    if (up_blocks < (unsigned)q->sms) up_blocks = (unsigned)q->sms;
-    if (down_blocks < (unsigned)q->sms) down_blocks = (unsigned)q->sms;
-    launch(q, "experts", true, stream_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
-    launch(q, "experts", true, stream_down, dim3(down_blocks, (unsigned)x.rows), down_shared(p->k, down.cols, down.cols), d);
+    /* no more a block than it has room for, nor a warp than a list holds */
+    int items = p->k * tiles_of(gate.rows), tiles = tiles_of(down.rows), sms = q->sms;
+    int jobs = (p->k + TEAM - 1) / TEAM + 1, most = 2 * (LANES / jobs) < DOWN_TILES ? 2 * (LANES / jobs) : DOWN_TILES;
+    unsigned up_blocks = blocks(items, UP_ITEMS), down_blocks = blocks(tiles, most);
+    if (up_blocks < (unsigned)sms) up_blocks = (unsigned)(items < sms ? items : sms);
+    if (down_blocks < (unsigned)sms) down_blocks = (unsigned)(tiles < sms ? tiles : sms);
+    launch<BLOCK>(q, "experts", true, experts_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
+    launch<BLOCK>(q, "experts", true, experts_down, dim3(down_blocks, (unsigned)x.rows),
+                  down_shared(p->k, down.cols, d.w.cols), d);
     return true;
 }

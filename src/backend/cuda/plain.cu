@@ -15,7 +15,7 @@ struct fp4_place {
 __device__ fp4_place fp4_place_of(int r, int c, int cols)
 {
     int g = r % 8, half = c % FP4_UNIT_COLS / 128, i = c % 128 / 32, t = c % 32 / 8;
-    return { (int64_t)(r / 8) * units_of(WEIGHT_NVFP4, cols) + c / FP4_UNIT_COLS,
+    return { (int64_t)(r / 8) * ((cols + FP4_UNIT_COLS - 1) / FP4_UNIT_COLS) + c / FP4_UNIT_COLS,
              half * 128 + (4 * g + t) * 4 + i, 1024 + (2 * g + t / 2) * 8 + half * 4 + i };
 }
 

@@ -1,9 +1,9 @@
-/* Products of up to ROWS_EXACT rows, at the speed of reading the weights. One block a multiprocessor, eight warps: a
- * tile of eight weight rows is split along its columns over the warps, which stream their parts (device.cuh) and meet
- * once for several tiles. The inputs are made in the block: taken as they are, normed, or gated and normed; so a norm
- * costs no pass of its own. The first pieces of weights are asked for before the kernel that makes the input is done.
+/* Products of up to ROWS_EXACT rows, at the speed of reading the weights. One block a multiprocessor: a tile of eight weight
+ * rows is split along its columns over the warps, which stream their parts (stream.cuh) and meet once for several tiles. The
+ * inputs are made in the block: taken as they are, normed, or gated and normed; so a norm costs no pass of its own. The
+ * first units of weights are asked for before the kernel that makes the input is done.
  * Moves: the weights once for every ROWS rows; everything else is small and in the second cache. */
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/stream.cuh"
 #include "backend/fused.h"
 
 namespace {
@@ -17,7 +17,7 @@ struct product_args {
     int n, cols;
     bool quantize; /* one of them takes quantized inputs */
     input_kind kind;
-    mat x, z, made; /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
+    mat x, z, made;       /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
     const float *gain;
     float eps;
     int dim;
@@ -29,36 +29,32 @@ struct product_args {
     int keep;
 };
 
-constexpr int CHUNK_BYTES = 16384; /* two sets of sums */
-template <int ROWS> constexpr int CHUNK = CHUNK_BYTES / 2 / (WARPS * SLOTS * ROWS * 8 * 4); /* tiles between meetings */
+template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
+constexpr int HALF = CREW * 16 * 8;                  /* floats of a set of sums */
 
 __host__ __device__ inline size_t product_shared(int rows, int cols)
 {
-    return RING_BYTES + CHUNK_BYTES + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    return RING_BYTES + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
 }
 
-/* Tile i of this block, this warp's share. */
-struct product_jobs {
-    const product_args &p;
+/* Where a tile belongs. */
+__device__ __forceinline__ int matrix_of(const product_args &p, int number)
+{
+    int m = 0;
+#pragma unroll
+    for (int i = 1; i < NORM_PRODUCTS_MAX; i++) m += i < p.n && number >= p.first[i];
+    return m;
+}
 
-    __device__ int matrix_of(int number) const
-    {
-        int m = 0;
-        while (number >= p.first[m + 1]) m++;
-        return m;
-    }
-
-    __device__ job operator()(int i) const
-    {
-        int number = blockIdx.x + i * gridDim.x;
-        if (number >= p.first[p.n]) return job{};
-        int k = matrix_of(number);
-        return shared_job(p.m[k], 0, (number - p.first[k]) * 8);
-    }
-};
-
-/* Columns a thread reads at once, so that it waits for memory once. */
-constexpr int AHEAD = 8;
+/* Tile i of this block, this warp's part. */
+__device__ __forceinline__ part product_part(const product_args &p, int i)
+{
+    int number = blockIdx.x + i * gridDim.x;
+    if (number >= p.first[p.n]) return part{};
+    int k = matrix_of(p, number);
+    const cuda_matrix &m = p.m[k];
+    return part_of(m, (const uint8_t *)m.data + (number - p.first[k]) * tile_bytes(m), threadIdx.x / LANES, CREW);
+}
 
 /* One input value into its slots; returns its magnitude. */
 __device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float v)
@@ -68,37 +64,41 @@ __device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slo
     return fabsf(v);
 }
 
-/* A row as it is, or normed. gain: read ahead for the first AHEAD * THREADS columns. */
+/* A row as it is, or normed: EACH columns of a thread at a time, so that it waits for memory once. gain: of the first of
+ * them. */
+constexpr int EACH = 4;
 __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float (&gain)[AHEAD], float *part)
+                                           const float (&gain)[EACH], float *part)
 {
     const float *x = p.x.data + row * p.x.stride;
-    float v[AHEAD], scale = 1, top = 0, sum = 0;
+    float v[EACH], scale = 1, top = 0;
+    bool normed = p.kind == INPUT_NORMED;
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = threadIdx.x + i * THREADS;
+    for (int i = 0; i < EACH; i++) {
+        int c = threadIdx.x + i * BLOCK;
         v[i] = c < p.cols ? __ldcg(x + c) : 0;
     }
-    if (p.kind == INPUT_NORMED) {
+    if (normed) {
+        float sum = 0;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) sum = fmaf(v[i], v[i], sum);
-        for (int c = threadIdx.x + AHEAD * THREADS; c < p.cols; c += THREADS) sum = fmaf(__ldcg(x + c), __ldcg(x + c), sum);
-        scale = 1.0f / sqrtf(block_sum(sum, part) / (float)p.cols + p.eps);
+        for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
+        for (int c = threadIdx.x + EACH * BLOCK; c < p.cols; c += BLOCK) sum = fmaf(__ldcg(x + c), __ldcg(x + c), sum);
+        scale = 1.0f / sqrtf(block_sum<CREW>(sum, part) / (float)p.cols + p.eps);
     }
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = threadIdx.x + i * THREADS;
-        if (p.kind == INPUT_NORMED) v[i] = v[i] * scale * gain[i];
-        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, v[i]));
+    for (int i = 0; i < EACH; i++) {
+        int c = threadIdx.x + i * BLOCK;
+        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * gain[i] : v[i]));
     }
-    for (int first = threadIdx.x + AHEAD * THREADS; first < p.cols; first += AHEAD * THREADS) {
+#pragma unroll 1
+    for (int first = threadIdx.x + EACH * BLOCK; first < p.cols; first += EACH * BLOCK) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) v[i] = first + i * THREADS < p.cols ? __ldcg(x + first + i * THREADS) : 0;
+        for (int i = 0; i < EACH; i++) v[i] = first + i * BLOCK < p.cols ? __ldcg(x + first + i * BLOCK) : 0;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int c = first + i * THREADS;
+        for (int i = 0; i < EACH; i++) {
+            int c = first + i * BLOCK;
             if (c >= p.cols) break;
-            top = fmaxf(top, place(p, slots, stride, row, c, p.kind == INPUT_NORMED ? v[i] * scale * p.gain[c] : v[i]));
+            top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * p.gain[c] : v[i]));
         }
     }
     return top;
@@ -107,53 +107,52 @@ __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 
 /* Heads, each normed and gated by a warp. */
 __device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row)
 {
-    constexpr int HEADS = 4, EACH = 4; /* heads at once, columns of a head a lane */
+    constexpr int HEADS = 2, MOST = 4; /* heads at once, columns of a head a lane */
     const float *x = p.x.data + row * p.x.stride, *z = p.z.data + row * p.z.stride;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float top = 0;
-    for (int first = 0; first < p.cols / p.dim; first += HEADS * WARPS) {
-        float v[HEADS][EACH], gate[HEADS][EACH];
+#pragma unroll 1
+    for (int first = warp; first * p.dim < p.cols; first += HEADS * CREW) {
+        float v[HEADS][MOST], gate[HEADS][MOST], scale[HEADS];
 #pragma unroll
         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                int c = (first + h * WARPS + warp) * p.dim + lane + i * LANES;
-                bool in = c < p.cols && lane + i * LANES < p.dim;
+            for (int i = 0; i < MOST; i++) {
+                int d = lane + i * LANES, c = (first + h * CREW) * p.dim + d;
+                bool in = c < p.cols && d < p.dim;
                 v[h][i] = in ? __ldcg(x + c) : 0;
                 gate[h][i] = in ? __ldcg(z + c) : 0;
             }
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            int at = (first + h * WARPS + warp) * p.dim;
             float sum = 0;
-            if (at >= p.cols) break;
 #pragma unroll
-            for (int i = 0; i < EACH; i++) sum = fmaf(v[h][i], v[h][i], sum);
-            float scale = 1.0f / sqrtf(warp_sum(sum) / (float)p.dim + p.eps);
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                int d = lane + i * LANES;
-                if (d < p.dim)
-                    top = fmaxf(top, place(p, slots, stride, row, at + d, v[h][i] * scale * p.gain[d] * silu(gate[h][i])));
-            }
+            for (int i = 0; i < MOST; i++) sum = fmaf(v[h][i], v[h][i], sum);
+            scale[h] = 1.0f / sqrtf(warp_sum(sum) / (float)p.dim + p.eps);
         }
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+#pragma unroll
+            for (int i = 0; i < MOST; i++) {
+                int d = lane + i * LANES, c = (first + h * CREW) * p.dim + d;
+                if (c < p.cols && d < p.dim)
+                    top = fmaxf(top, place(p, slots, stride, row, c, v[h][i] * scale[h] * p.gain[d] * silu(gate[h][i])));
+            }
     }
     return top;
 }
 
 /* Row `row` into four slots; what it is quantized by goes to *input_scale. */
 __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float (&gain)[AHEAD], float *part, float *input_scale)
+                                           const float (&gain)[EACH], float *part, float *input_scale)
 {
     float top = p.kind == INPUT_GATED ? place_heads(p, slots, stride, row) : place_row(p, slots, stride, row, gain, part);
-    for (int c = p.cols + threadIdx.x; c < stride; c += THREADS)
+    for (int c = p.cols + threadIdx.x; c < stride; c += BLOCK)
         for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
     if (!p.quantize) return;
-    float s = fp8_input_scale(block_max(top, part + WARPS));
-    for (int c = threadIdx.x; c < p.cols; c += THREADS) {
-        float v = __bfloat162float(slots[c]) + __bfloat162float(slots[stride + c]);
-        put_quantized(slots, stride, c, v + __bfloat162float(slots[2 * stride + c]), s);
-    }
+    float s = fp8_input_scale(block_max<CREW>(top, part + CREW));
+#pragma unroll 1
+    for (int c = threadIdx.x; c < p.cols; c += BLOCK) put_quantized(slots, stride, c, parts_sum(slots, stride, c), s);
     if (threadIdx.x == 0) *input_scale = s;
 }
 
@@ -163,34 +162,34 @@ __device__ void advance_conv(const product_args &p)
     for (int s = 0; s < p.rows.n_spans; s++) {
         cuda_span span = p.rows.spans[s];
         float *state = p.conv + span.slot * p.keep * channels;
-        for (int64_t c = blockIdx.x * THREADS + threadIdx.x; c < channels; c += (int64_t)gridDim.x * THREADS) {
+        for (int64_t c = blockIdx.x * BLOCK + threadIdx.x; c < channels; c += (int64_t)gridDim.x * BLOCK) {
             for (int j = 0; j + 1 < p.keep; j++) state[j * channels + c] = state[(j + 1) * channels + c];
             if (p.keep > 0) state[(p.keep - 1) * channels + c] = p.u.data[span.first * p.u.stride + c];
         }
     }
 }
 
-/* Four threads an output, a slot each. Tiles [first, first + count) of this block; a meeting of the block in between,
- * before which everything but the sums is fetched. */
+/* A thread an output of tiles [first, first + count) of this block; a meeting of the block in between, before which
+ * everything but the sums is fetched. sums: [warp][row][tile of the chunk][8] */
 template <int ROWS>
 __device__ __forceinline__ void store_tiles(const product_args &p, const float *sums, int first, int count, int64_t row0,
                                             int rows, const float *input_scale)
 {
-    static_assert(CHUNK<ROWS> * 8 * SLOTS * ROWS == THREADS, "a thread a slot");
-    int o = threadIdx.x, k = o % SLOTS, col = o / SLOTS % 8, c = o / (SLOTS * 8) % CHUNK<ROWS>;
-    int a = o / (SLOTS * 8) / CHUNK<ROWS>, number = blockIdx.x + (first + c) * gridDim.x;
+    int col = threadIdx.x % 8, c = threadIdx.x / 8 % CHUNK<ROWS>, a = threadIdx.x / 8 / CHUNK<ROWS>;
+    int number = blockIdx.x + (first + c) * gridDim.x;
     bool mine = c < count && a < rows;
-    int m = mine ? product_jobs{ p }.matrix_of(number) : 0, r = mine ? (number - p.first[m]) * 8 + col : 0;
+    int m = mine ? matrix_of(p, number) : 0, r = mine ? (number - p.first[m]) * 8 + col : 0;
     const cuda_matrix &w = p.m[m];
-    mine = mine && k == 0 && r < w.rows;
-    float unit = 1, old = 0, s[SLOTS], sum = 0;
-    if (mine) unit = w.format == WEIGHT_FP8 ? w.scale[r] : FP4_UNIT / w.global;
+    mine = mine && r < w.rows;
+    float unit = 1, old = 0, sum = 0;
+    if (mine) unit = unit_of(w, 0, r, w.global);
     if (mine && p.add.data) old = __ldcg(p.add.data + (row0 + a) * p.add.stride + r);
     __syncthreads();
-    for (int warp = 0; warp < WARPS; warp++) sum += sums[((c * WARPS + warp) * SLOTS * ROWS + a * SLOTS + k) * 8 + col];
-    gather_slots(s, sum);
     if (!mine) return;
-    float y = slots_value(s, w.format, w.input, unit, input_scale[a]);
+#pragma unroll 8
+    for (int warp = 0; warp < CREW; warp++) sum += sums[warp * 16 * 8 + threadIdx.x];
+    if (w.input == INPUT_FP8_ROW) sum *= input_scale[a];
+    float y = sum * unit;
     p.out[m].data[(row0 + a) * p.out[m].stride + r] = y;
     if (p.add.data) p.add.data[(row0 + a) * p.add.stride + r] = old + y;
 }
@@ -198,53 +197,63 @@ __device__ __forceinline__ void store_tiles(const product_args &p, const float *
 /* Scales are needed at the very end: let them be near by then. */
 __device__ void prefetch_scales(const product_args &p)
 {
-    for (int i = threadIdx.x;; i += THREADS) {
-        int number = blockIdx.x + i * gridDim.x, m = 0;
-        if (number >= p.first[p.n]) return;
-        while (number >= p.first[m + 1]) m++;
-        if (p.m[m].format == WEIGHT_FP8)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(p.m[m].scale + (number - p.first[m]) * 8));
-    }
+    int number = blockIdx.x + threadIdx.x * gridDim.x;
+    if (number >= p.first[p.n]) return;
+    int m = matrix_of(p, number);
+    if (p.m[m].format == WEIGHT_FP8)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.m[m].scale + (number - p.first[m]) * 8));
 }
 
-/* Shared memory: ring, two sets of sums [CHUNK][warp][slot][8], slots [SLOTS * ROWS][stride]. */
+/* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
 template <int ROWS>
-__global__ void __launch_bounds__(THREADS, ROWS == 1 ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+__global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ float part[ROWS][2 * WARPS], input_scale[ROWS];
+    __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
     float *sums = (float *)(shared + RING_BYTES);
-    __nv_bfloat16 *slots = (__nv_bfloat16 *)((uint8_t *)sums + CHUNK_BYTES);
-    constexpr int HALF = CHUNK_BYTES / 2 / 4;
-    int stride = slot_stride(p.cols), warp = threadIdx.x / LANES;
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
+    int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = p.x.rows - row0 < ROWS ? (int)(p.x.rows - row0) : ROWS;
-    let_next_start();
-    product_jobs jobs = { p };
-    stream<product_jobs> weights(jobs, shared);
-    for (int i = 0; i < RING; i++) weights.request();
+    int tiles = (p.first[p.n] - 1 - (int)blockIdx.x) / (int)gridDim.x + 1;
+    if (!p.conv) let_next_start();
+    stream weights(shared);
+    part list = product_part(p, lane);
+    weights.fill(list, tiles < LANES ? tiles : LANES);
     prefetch_scales(p);
-    float gain[AHEAD];
+    float gain[EACH];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = threadIdx.x + i * THREADS;
+    for (int i = 0; i < EACH; i++) {
+        int c = threadIdx.x + i * BLOCK;
         gain[i] = p.kind == INPUT_NORMED && c < p.cols ? p.gain[c] : 0;
     }
     wait_for_previous();
+    if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
+#pragma unroll 1
     for (int a = 0; a < rows; a++)
-        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
-    for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += THREADS)
+        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, scratch[a], &input_scale[a]);
+    for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
         slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     if (p.conv && blockIdx.y == 0) advance_conv(p);
     __syncthreads();
-    int i = 0, first = 0, half = 0;
-    for (job j = jobs(0); j.data; half ^= 1) {
-        for (; j.data && i - first < CHUNK<ROWS>; j = jobs(++i)) {
-            j.sums = ((i - first) * WARPS + warp) * SLOTS * ROWS * 8;
-            weights.work<ROWS>(j, sums + half * HALF, slots, stride);
+#pragma unroll 1
+    for (int first = 0, half = 0; first < tiles; first += CHUNK<ROWS>, half ^= 1) {
+        int left = tiles - first, count = left < CHUNK<ROWS> ? left : CHUNK<ROWS>, known = left < LANES ? left : LANES;
+        if (first > 0) {
+            list = product_part(p, first + lane);
+            weights.next -= CHUNK<ROWS>;
         }
-        store_tiles<ROWS>(p, sums + half * HALF, first, i - first, row0, rows, input_scale);
-        first = i;
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
+            float sum[4];
+            int number = blockIdx.x + (first + i) * gridDim.x;
+            bool quantized = p.m[matrix_of(p, number)].input == INPUT_FP8_ROW;
+            weights.work<ROWS>(sum, i, slots, stride, quantized, list, known);
+            float *to = sums + half * HALF + warp * 16 * 8 + i * 8 + lane % 4 * 2;
+            if (lane % 16 < 4 && (ROWS > 1 || lane < 4)) *(float2 *)(to + lane / 16 * CHUNK<ROWS> * 8) = make_float2(sum[0], sum[1]);
+            if (lane % 16 < 4 && ROWS > 1) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
+        }
+        store_tiles<ROWS>(p, sums + half * HALF, first, count, row0, rows, input_scale);
     }
     copy_wait<0>();
 }
@@ -253,21 +262,21 @@ void add_matrix(product_args &a, const cuda_matrix &m, mat out)
 {
     a.m[a.n] = m;
     a.out[a.n] = out;
-    a.first[a.n + 1] = a.first[a.n] + (m.rows + 7) / 8;
+    a.first[a.n + 1] = a.first[a.n] + tiles_of(m.rows);
     a.quantize = a.quantize || m.input == INPUT_FP8_ROW;
     a.cols = m.cols;
     a.n++;
 }
 
-void run(struct queue *q, const char *operation, product_args a, bool overlap)
+void run(struct queue *q, const char *operation, const product_args &a)
 {
     unsigned tiles = (unsigned)a.first[a.n], grid = tiles < (unsigned)q->sms ? tiles : (unsigned)q->sms;
     int64_t n = a.x.rows;
     if (n == 0) return;
     if (n > 1 && product_shared(4, a.cols) <= (size_t)q->shared_max)
-        launch(q, operation, overlap, stream_product<4>, dim3(grid, blocks(n, 4)), product_shared(4, a.cols), a);
+        launch<BLOCK>(q, operation, true, stream_product<4>, dim3(grid, blocks(n, 4)), product_shared(4, a.cols), a);
     else
-        launch(q, operation, overlap, stream_product<1>, dim3(grid, (unsigned)n), product_shared(1, a.cols), a);
+        launch<BLOCK>(q, operation, true, stream_product<1>, dim3(grid, (unsigned)n), product_shared(1, a.cols), a);
 }
 
 } /* namespace */
@@ -283,9 +292,8 @@ void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda
 {
     product_args a = {};
     add_matrix(a, *m, y);
-    a.kind = INPUT_RAW;
     a.x = x;
-    run(q, "matmul", a, true);
+    run(q, "matmul", a);
 }
 
 void cuda_norm_products(struct queue *q, const struct norm_products *r)
@@ -297,7 +305,7 @@ void cuda_norm_products(struct queue *q, const struct norm_products *r)
     a.made = r->h;
     a.gain = r->gain;
     a.eps = r->eps;
-    run(q, "norm_products", a, true);
+    run(q, "norm_products", a);
 }
 
 void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance)
@@ -316,15 +324,14 @@ void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cud
     a.rows = *rows;
     a.u = r->u;
     a.keep = r->shape->kernel - 1;
-    run(q, "delta_run", a, true);
+    run(q, "delta_run", a);
 }
 
 void cuda_attention_out(struct queue *q, const struct attention_run *r)
 {
     product_args a = {};
     add_matrix(a, cuda_matrix_of(r->o), r->y);
-    a.kind = INPUT_RAW;
     a.x = r->att;
     a.add = r->x;
-    run(q, "attention_run", a, true);
+    run(q, "attention_run", a);
 }

@@ -27,6 +27,13 @@ static uint64_t scale_bytes(const struct weight *w)
                : 0;
 }
 
+/* Streaming kernels read whole tiles of eight rows. */
+static uint64_t tile_slack(const struct weight *w)
+{
+    bool tiled = w->format == WEIGHT_BF16 || w->format == WEIGHT_FP8;
+    return tiled ? 8 * (uint64_t)w->cols * (w->format == WEIGHT_BF16 ? 2 : 1) : 0;
+}
+
 /* The first NaN among E4M3 bytes, or -1. */
 static int64_t find_nan(const uint8_t *bytes, int64_t n)
 {
@@ -89,7 +96,7 @@ static bool fill(struct queue *q, struct cuda_weight *w, const struct weight_sou
 {
     void *scale = NULL;
     uint64_t bytes = data_bytes(&w->head);
-    bool ok = queue_take(q, &w->data, bytes, "weights", e) &&
+    bool ok = queue_take(q, &w->data, bytes + tile_slack(&w->head), "weights", e) &&
               (!scale_bytes(&w->head) || queue_take(q, &scale, scale_bytes(&w->head), "weights", e));
     w->scale = scale;
     if (!ok) return false;
@@ -169,7 +176,7 @@ static bool move_part(struct queue *q, struct weight **list, int n, size_t part,
 {
     *block = NULL;
     if (each == 0) return true;
-    if (!queue_take(q, block, each * (uint64_t)n, "experts", e)) return false;
+    if (!queue_take(q, block, each * (uint64_t)n + tile_slack(list[0]), "experts", e)) return false;
     for (int i = 0; i < n; i++) {
         void **at = (void **)((char *)list[i] + part), *to = (char *)*block + (uint64_t)i * each;
         queue_check(q, cudaMemcpyAsync(to, *at, each, cudaMemcpyDeviceToDevice, q->stream), "experts");
