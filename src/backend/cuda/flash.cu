@@ -3,7 +3,7 @@
  * over all tokens, 64 at a time, which are one page of the cache. Queries, keys, values and probabilities are BF16, sums,
  * maxima and the exponential f32. Shared memory: queries, twice keys and values. A cache that is not BF16 is copied
  * beforehand. */
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
 
 namespace {
@@ -52,28 +52,6 @@ __device__ flash_tile flash_tile_of(const flash_args &a, int number)
 __device__ __forceinline__ uint32_t place(int row, int piece)
 {
     return row * (DIM * 2) + (piece ^ (row & 7)) * 16;
-}
-
-__device__ __forceinline__ void matrices(uint32_t (&x)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-__device__ __forceinline__ void matrices_turned(uint32_t (&x)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint32_t pair_of(float a, float b)
-{
-    __nv_bfloat162 x = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&x);
 }
 
 /* Page `number` of the tile's span. */

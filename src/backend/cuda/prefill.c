@@ -81,10 +81,6 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)
 {
     if (r->h.rows <= ROWS_EXACT) return false;
-    struct cuda_products in = { .x = r->h,
-                                .n = 2,
-                                .out = { r->gate, r->up },
-                                .m = { cuda_matrix_of(r->w_gate), cuda_matrix_of(r->w_up) } };
     struct cuda_products out = { .x = r->gate,
                                  .up = r->up,
                                  .h = r->hidden,
@@ -92,6 +88,5 @@ bool cuda_moe_many(struct queue *q, const struct moe_run *r)
                                  .out = { r->shared },
                                  .m = { cuda_matrix_of(r->w_down) } };
     cuda_ops.route(q, r->picks, r->logits);
-    return cuda_dense(q, &in) && cuda_dense(q, &out) &&
-           cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
+    return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
 }

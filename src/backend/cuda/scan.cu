@@ -7,7 +7,7 @@
  *   (I + A) W = beta e^c K, a thread a column, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
  * chunk_scan: chunk after chunk, a block for 32 columns of one head's state S, which stays in registers:
  *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N. */
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
 
 namespace {
@@ -140,22 +140,6 @@ __device__ __forceinline__ uint32_t at128(int row, int piece)
 __device__ __forceinline__ uint32_t at64(int row, int piece)
 {
     return row * 64 + (piece ^ (row >> 1 & 3)) * 16;
-}
-
-__device__ __forceinline__ void matrices(uint32_t (&x)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-__device__ __forceinline__ void matrices_turned(uint32_t (&x)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
 }
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
@@ -300,12 +284,6 @@ __device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, cons
     copy_async16(to + STAGE_U + at64(row, piece), U + row * DIM + piece * 8, true);
     if (threadIdx.x < CHUNK / 4)
         copy_async16(to + STAGE_C + threadIdx.x * 16, p.sums + number * CHUNK + threadIdx.x * 4, true);
-}
-
-__device__ __forceinline__ uint32_t pair_of(float a, float b)
-{
-    __nv_bfloat162 x = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<uint32_t *>(&x);
 }
 
 /* Grid: heads by slices of columns, spans. */

@@ -10,7 +10,7 @@
  * Activations are stored in the order in which the instruction meets them: tile_place. */
 #ifndef BACKEND_CUDA_TILE_CUH
 #define BACKEND_CUDA_TILE_CUH
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
 #include "backend/cuda/wide.cuh"
 
@@ -68,19 +68,6 @@ struct tile_source {
     int64_t x_stride;
     const int *index;
 };
-
-__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tile_copy4(uint32_t to, const void *from, bool valid)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
 
 /* A lane's columns of weight rows g and g + 8 of sixteen: 16 of 64. */
 template <int FORMAT> struct weight_rows {
@@ -206,7 +193,7 @@ template <int FORMAT, int TOKENS> struct tile_loader {
                 for (int i = 0; i < T::WN; i++)
                     copy_async16(at + i * 4096, w[i] + (w_valid >> i & 1 ? from : 0), w_valid >> i & 1);
                 if (T::FP4)
-                    tile_copy4(base + T::S_AT + w_slot * T::S + groups_to,
+                    copy_async4(base + T::S_AT + w_slot * T::S + groups_to,
                                groups + (group_valid ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid);
                 w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
             }
@@ -333,7 +320,7 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &so
             for (int n = 0; n < T::NT; n++) {
                 if (n >= mine) break;
                 uint32_t b[4];
-                load_matrices(b, x_at + n * T::SIDES * 1024 + piece);
+                matrices(b, x_at + n * T::SIDES * 1024 + piece);
 #pragma unroll
                 for (int m = 0; m < T::MT; m++) {
                     mma(acc[m][n], a[m][0][0], a[m][0][1], a[m][0][2], a[m][0][3], b[0], b[1]);
