@@ -5,6 +5,7 @@
  * beforehand. */
 #include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/wide.cuh"
 
 namespace {
 
@@ -49,9 +50,10 @@ __device__ flash_tile flash_tile_of(const flash_args &a, int number)
     return t;
 }
 
-__device__ __forceinline__ uint32_t place(int row, int piece)
+/* Piece of 16 bytes of a row, of a matrix of ROWS rows: panels of 64 columns, in each piece i of row r at i ^ (r % 8). */
+template <int ROWS> __device__ __forceinline__ uint32_t place(int row, int piece)
 {
-    return row * (DIM * 2) + (piece ^ (row & 7)) * 16;
+    return piece / 8 * (ROWS * 128) + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
 /* Page `number` of the tile's span. */
@@ -67,8 +69,8 @@ __device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, cons
     for (int i = 0; i < TOKENS * 32 / THREADS; i++) {
         int row = threadIdx.x / 32 + i * (THREADS / 32), piece = threadIdx.x % 32;
         bool in = row < end; /* what lies past the last token may be anything: zeros keep it out of the sums */
-        copy_async16(to + place(row, piece), in ? k + row * line + piece * 8 : k, in);
-        copy_async16(to + KV_BYTES + place(row, piece), in ? v + row * line + piece * 8 : v, in);
+        copy_async16(to + place<TOKENS>(row, piece), in ? k + row * line + piece * 8 : k, in);
+        copy_async16(to + KV_BYTES + place<TOKENS>(row, piece), in ? v + row * line + piece * 8 : v, in);
     }
 }
 
@@ -83,7 +85,7 @@ __device__ __forceinline__ void load_queries(uint8_t *to, const flash_args &a, c
             const float *q = a.qg.data + (int64_t)(tile.span.first + row) * a.qg.stride + (int64_t)head * 2 * DIM + d;
             v = pair_of(q[0] * 0.0625f, q[1] * 0.0625f);
         }
-        *(uint32_t *)(to + place(pair, d / 8) + d % 8 * 2) = v;
+        *(uint32_t *)(to + place<PAIRS>(pair, d / 8) + d % 8 * 2) = v;
     }
 }
 
@@ -93,6 +95,77 @@ __device__ __forceinline__ float quad_max(float x)
     return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
 }
 
+/* A warp's sixteen pairs: s += queries by 64 keys; o += probabilities by 64 values. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void show()
+{
+    wide_show();
+}
+
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+{
+    wide_hold(s);
+    wide_begin();
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+        wide_mma_shared(s, wide_matrix(queries + k / 4 * (PAIRS * 128) + threadIdx.x / 128 * 8192) + k % 4 * WIDE_STEP,
+                        wide_matrix(keys + k / 4 * (TOKENS * 128)) + k % 4 * WIDE_STEP);
+    wide_commit();
+    wide_wait();
+    wide_hold(s);
+}
+
+__device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p)[8][2], uint32_t values)
+{
+    uint32_t a[TOKENS / 16][4];
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++)
+        for (int i = 0; i < 4; i++) a[k][i] = p[2 * k + i / 2][i % 2];
+    wide_hold(o);
+    wide_begin();
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++) wide_mma_turned(o, a[k], wide_turned(values + k * 2048, TOKENS * 128));
+    wide_commit();
+    wide_wait();
+    wide_hold(o);
+}
+#else
+__device__ __forceinline__ void show()
+{
+}
+
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+{
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        uint32_t q[4];
+        matrices(q, queries + place<PAIRS>(warp * 16 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t b[4];
+            matrices(b, keys + place<TOKENS>(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
+            mma(s[2 * n], q[0], q[1], q[2], q[3], b[0], b[1]);
+            mma(s[2 * n + 1], q[0], q[1], q[2], q[3], b[2], b[3]);
+        }
+    }
+}
+
+__device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p)[8][2], uint32_t values)
+{
+    int lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++)
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            uint32_t b[4];
+            matrices_turned(b, values + place<TOKENS>(k * 16 + (quarter & 1) * 8 + eighth, 2 * n + quarter / 2));
+            mma(o[2 * n], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
+            mma(o[2 * n + 1], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
+        }
+}
+#endif
+
 /* Grid: tiles of all spans, the last first; kv heads. */
 __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flash_args a)
 {
@@ -101,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
     flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);
     if (!tile.any) return;
     int kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-    int quarter = lane / 8, eighth = lane % 8, pairs = tile.span.n * a.group - tile.first;
+    int pairs = tile.span.n * a.group - tile.first;
     if (pairs > PAIRS) pairs = PAIRS;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), cache = base + Q_BYTES;
     int last = tile.span.past + (tile.first + pairs - 1) / a.group; /* token of the last row */
@@ -120,6 +193,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
     for (int page = 0; page < pages; page++) {
         uint32_t keys = cache + page % 2 * 2 * KV_BYTES, values = keys + KV_BYTES;
         copy_wait<0>();
+        show();
         __syncthreads();
         if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, kv_head);
         copy_commit();
@@ -128,18 +202,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[n][i] = 0;
-#pragma unroll
-        for (int k = 0; k < DIM / 16; k++) {
-            uint32_t q[4];
-            matrices(q, base + place(warp * 16 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                uint32_t b[4];
-                matrices(b, keys + place(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
-                mma(s[2 * n], q[0], q[1], q[2], q[3], b[0], b[1]);
-                mma(s[2 * n + 1], q[0], q[1], q[2], q[3], b[2], b[3]);
-            }
-        }
+        scores(s, base, keys);
         if (page * TOKENS + TOKENS - 1 > first_token) {
 #pragma unroll
             for (int n = 0; n < 8; n++)
@@ -163,21 +226,14 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
                 part += x + y;
             }
             sum[h] = fmaf(sum[h], keep, part);
+            if (__all_sync(ALL, keep == 1)) continue; /* no row has a new largest */
 #pragma unroll
             for (int n = 0; n < 32; n++) {
                 o[n][2 * h] *= keep;
                 o[n][2 * h + 1] *= keep;
             }
         }
-#pragma unroll
-        for (int k = 0; k < TOKENS / 16; k++)
-#pragma unroll
-            for (int n = 0; n < 16; n++) {
-                uint32_t b[4];
-                matrices_turned(b, values + place(k * 16 + (quarter & 1) * 8 + eighth, 2 * n + quarter / 2));
-                mma(o[2 * n], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
-                mma(o[2 * n + 1], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
-            }
+        add_values(o, p, values);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {

@@ -221,29 +221,44 @@ __device__ __forceinline__ void wide_sums(uint8_t *shared, const tile_source &so
         for (int i = 0; i < 4; i++) acc[n][i] = 0;
     for (int s = 0; s < T::STAGES - 1; s++) load.request();
     int x_slot = 0, w_slot = 0, total = steps * parts;
-#pragma unroll 1
-    for (int step = 0; step < total; step++) {
-        copy_wait<T::STAGES - 2>();
-        wide_show();
-        __syncthreads();
-        load.request();
+    /* the weights of step s, once all have arrived */
+    auto decode = [&](uint32_t (&a)[4][4], int s) {
         weight_rows<FORMAT> w;
-        uint32_t a[4][4];
-        w.load(shared + T::W_AT + w_slot * T::W, shared + T::S_AT + w_slot * T::S, warp * 16, lane, step % 2);
+        w.load(shared + T::W_AT + w_slot * T::W, shared + T::S_AT + w_slot * T::S, warp * 16, lane, s % 2);
         w.template decode<0>(a[0]);
         w.template decode<1>(a[1]);
         w.template decode<2>(a[2]);
         w.template decode<3>(a[3]);
+        if (!T::FP4 || s % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+    };
+    /* the products of step s, and meanwhile the weights of the next */
+    auto multiply = [&](const uint32_t (&a)[4][4], uint32_t (&next)[4][4], int s) {
         uint64_t x = wide_matrix(base + x_slot * T::X);
         wide_hold(acc);
         wide_begin();
 #pragma unroll
-        for (int s = 0; s < 4; s++) wide_mma<N>(acc, a[s], x + s * WIDE_STEP);
+        for (int k = 0; k < 4; k++) wide_mma<N>(acc, a[k], x + k * WIDE_STEP);
         wide_commit();
+        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
+        if (s + 1 < total) {
+            copy_wait<T::STAGES - 3>();
+            wide_show();
+            __syncthreads();
+            load.request();
+            decode(next, s + 1);
+        }
         wide_wait();
         wide_hold(acc);
-        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
-        if (!T::FP4 || step % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+    };
+    uint32_t even[4][4], odd[4][4];
+    copy_wait<T::STAGES - 2>();
+    wide_show();
+    __syncthreads();
+    decode(even, 0);
+#pragma unroll 1
+    for (int s = 0; s < total; s += 2) {
+        multiply(even, odd, s);
+        if (s + 1 < total) multiply(odd, even, s + 1);
     }
     copy_wait<0>();
     __syncthreads();
