@@ -405,7 +405,7 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
 {
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
-    if (!q->rounded || step->n <= ROWS_EXACT || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
+    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 16 * step->n_spans || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
         s->kernel != TAPS || SCAN_SHARED > q->shared_max)
         return false;
     for (int64_t i = 0; i < step->n_spans; i++) chunks += (step->spans[i].n + CHUNK - 1) / CHUNK;

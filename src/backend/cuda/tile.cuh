@@ -46,17 +46,18 @@ __host__ __device__ inline int64_t tile_matrix_bytes(int format, int rows, int c
 template <int FORMAT, int TOKENS> struct tile {
     static constexpr bool FP4 = FORMAT == WEIGHT_NVFP4;
     static constexpr int ROW = FORMAT == WEIGHT_BF16 ? 128 : 64; /* bytes of 64 columns, of NVFP4 of 128 */
-    static constexpr int EVERY = FP4 ? 2 : 1;
-    static constexpr int X = TOKENS * TILE_K * 2, W = TILE_ROWS * ROW, S = FP4 ? TILE_ROWS * 8 : 0;
+    static constexpr int PACE = FP4 && TOKENS == 32 ? 2 : 1; /* steps of 64 columns from meeting to meeting */
+    static constexpr int EVERY = FP4 ? 2 / PACE : 1;          /* stages of activations to one of weights */
+    static constexpr int X1 = TOKENS * TILE_K * 2, X = X1 * PACE, W = TILE_ROWS * ROW, S = FP4 ? TILE_ROWS * 8 : 0;
     static constexpr int STAGES = TOKENS > 32 ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
-                                : FORMAT == WEIGHT_BF16 ? 4 : FORMAT == WEIGHT_FP8 ? 6 : 8;
+                                : FORMAT == WEIGHT_FP8 ? 6 : 4;
     static constexpr int WSTAGES = (STAGES - 1 + EVERY - 1) / EVERY + 1;
     static constexpr int W_AT = X * STAGES, S_AT = W_AT + W * WSTAGES;
     static constexpr int SIDES = TOKENS > 32 ? 2 : 1; /* warps side by side along the activations */
     static constexpr int MT = SIDES, NT = TOKENS / 8 / SIDES;
     static constexpr int OUT = TOKENS * OUT_STRIDE * 4, RINGS = S_AT + S * WSTAGES;
     static constexpr int SHARED = RINGS > OUT ? RINGS : OUT;
-    static constexpr int WN = W / 16 / THREADS, XN = X / 16 / THREADS;
+    static constexpr int WN = W / 16 / THREADS, XN = X1 / 16 / THREADS;
 };
 
 /* What a tile is of. Local row r: row r % split of data[r / split], which has `rows` of them. Local token i: x's row
@@ -68,6 +69,14 @@ struct tile_source {
     int64_t x_stride;
     const int *index;
 };
+
+/* As fp4_scale, of two scales at once. */
+__device__ __forceinline__ uint32_t fp4_scales(uint32_t two)
+{
+    uint32_t t = __byte_perm(two, 0, 0x1404);
+    t = (t & 0x80008000u) | (t >> 4 & 0x07f007f0u);
+    return bf16_pair_product(bf16_pair_product(t, bf16_pair(0x1p119f)), bf16_pair(0x1p119f));
+}
 
 /* A lane's columns of weight rows g and g + 8 of sixteen: 16 of 64. */
 template <int FORMAT> struct weight_rows {
@@ -113,7 +122,8 @@ template <int FORMAT> struct weight_rows {
                 a[2 + h] = fp8_pair(word, 2);
             } else {
                 uint32_t word = S / 2 ? w[h][0].y : w[h][0].x;
-                __nv_bfloat162 s = fp4_scale(scale[h], S / 2);
+                uint32_t both = fp4_scales(scale[h]), one = __byte_perm(both, 0, S / 2 ? 0x3232 : 0x1010);
+                __nv_bfloat162 s = *reinterpret_cast<__nv_bfloat162 *>(&one);
                 a[h] = bf16_pair_product(fp4_pair<S % 2 * 2>(word), s);
                 a[2 + h] = bf16_pair_product(fp4_pair<S % 2 * 2 + 1>(word), s);
             }
@@ -182,11 +192,13 @@ template <int FORMAT, int TOKENS> struct tile_loader {
         if (left > 0) {
             uint32_t at = base + x_slot * T::X + x_to;
 #pragma unroll
-            for (int i = 0; i < T::XN; i++) {
-                copy_async16(at + i * 4096, x[i], x_valid >> i & 1);
-                if (x_valid >> i & 1) x[i] += 2 * TILE_K;
-            }
-            if (!T::FP4 || k % 2 == 0) {
+            for (int i = 0; i < T::XN; i++)
+#pragma unroll
+                for (int half = 0; half < T::PACE; half++) {
+                    copy_async16(at + half * T::X1 + i * 4096, x[i], x_valid >> i & 1);
+                    if (x_valid >> i & 1) x[i] += 2 * TILE_K;
+                }
+            if (T::EVERY == 1 || k % 2 == 0) {
                 int from = T::FP4 ? k / 4 * 1152 + k / 2 % 2 * 512 : k * T::ROW;
                 at = base + T::W_AT + w_slot * T::W + w_to;
 #pragma unroll
@@ -197,9 +209,10 @@ template <int FORMAT, int TOKENS> struct tile_loader {
                                groups + (group_valid ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid);
                 w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
             }
-            if (++k == steps) k = 0;
+            k += T::PACE;
+            if (k == steps) k = 0;
             x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
-            left--;
+            left -= T::PACE;
         }
         copy_commit();
     }
@@ -229,7 +242,7 @@ __device__ __forceinline__ void wide_sums(uint8_t *shared, const tile_source &so
         w.template decode<1>(a[1]);
         w.template decode<2>(a[2]);
         w.template decode<3>(a[3]);
-        if (!T::FP4 || s % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+        if (T::EVERY == 1 || s % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
     };
     /* the products of step s, and meanwhile the weights of the next */
     auto multiply = [&](const uint32_t (&a)[4][4], uint32_t (&next)[4][4], int s) {
@@ -308,17 +321,20 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &so
     int mine = ((tokens + 7) / 8 - side + T::SIDES - 1) / T::SIDES; /* eights of tokens that are this warp's */
     for (int s = 0; s < T::STAGES - 1; s++) load.request();
     int x_slot = 0, w_slot = 0, total = steps * parts;
-    for (int step = 0; step < total; step++) {
+    weight_rows<FORMAT> w[T::MT];
+    for (int step = 0; step < total; step += T::PACE) {
         copy_wait<T::STAGES - 2>();
         __syncthreads();
         load.request();
-        uint32_t x_at = base + x_slot * T::X + side * 1024 + (lane & 7) * 128;
         const uint8_t *stage = shared + T::W_AT + w_slot * T::W, *scales = shared + T::S_AT + w_slot * T::S;
-        weight_rows<FORMAT> w[T::MT];
 #pragma unroll
-        for (int m = 0; m < T::MT; m++) w[m].load(stage, scales, row0 + m * 16, lane, step % 2);
+        for (int part = 0; part < 2 * T::PACE; part++) { /* 32 columns */
+            int half = part % 2;
+            uint32_t x_at = base + x_slot * T::X + part / 2 * T::X1 + side * 1024 + (lane & 7) * 128;
+            if (half == 0)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+                for (int m = 0; m < T::MT; m++)
+                    w[m].load(stage, scales, row0 + m * 16, lane, T::PACE == 2 ? part / 2 : step % 2);
             uint32_t a[T::MT][2][4];
 #pragma unroll
             for (int m = 0; m < T::MT; m++) {
@@ -344,7 +360,7 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &so
             }
         }
         x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
-        if (!T::FP4 || step % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+        if (T::EVERY == 1 || step % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
     }
     copy_wait<0>();
     __syncthreads();
