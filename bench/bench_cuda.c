@@ -1,9 +1,9 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. */
+ * other. prefill: one sequence's first 512 and 8,192 tokens as one step, 3 runs of 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -16,6 +16,8 @@ enum {
     RUNS = 5,
     STEPS = 20,
     ROWS = 32,
+    PROMPT = 8192,
+    PROMPT_STEPS = 2,
     CONTEXT = 33024,
     HIDDEN = 2048,
     VOCAB = 248320,
@@ -189,12 +191,26 @@ static void make_model(int n_layers)
     model.final_norm = vector(HIDDEN, 1);
 }
 
+/* The first n rows of one sequence. */
+static struct step_rows prompt_of(int n)
+{
+    static struct row rows[PROMPT];
+    static struct span span;
+    static int32_t pages[PROMPT / KV_PAGE];
+    for (int32_t i = 0; i < n; i++)
+        rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { i, i, i } };
+    for (int32_t i = 0; i < PROMPT / KV_PAGE; i++) pages[i] = i;
+    span = (struct span){ 0, n, 0, pages, 0 };
+    return (struct step_rows){ rows, n, &span, 1 };
+}
+
 /* Rows of sequences that have `depth` tokens. */
 static struct step_rows rows_at(int n, int64_t depth)
 {
     static struct row rows[ROWS];
     static struct span spans[ROWS];
     static int32_t pages[ROWS][CONTEXT / KV_PAGE + 1];
+    if (n > ROWS) return prompt_of(n);
     int64_t each = (depth + 1 + KV_PAGE - 1) / KV_PAGE;
     for (int i = 0; i < n; i++) {
         int32_t p = (int32_t)depth;
@@ -225,16 +241,17 @@ static void measure(const char *what, work *w, bool recorded, int n, int64_t dep
     double t[RUNS];
     static char keys[64];
     static int key;
+    int steps = n > ROWS ? PROMPT_STEPS : STEPS;
     key++;
     for (int run = -1; run < RUNS; run++) {
         double begin = clock_seconds();
-        for (int i = 0; i < STEPS; i++) {
+        for (int i = 0; i < steps; i++) {
             struct step_rows rows = rows_at(n, depth);
             if (!recorded || !backend.ops->step_begin(backend.queue, &keys[key], &rows)) w(&rows);
             if (recorded) backend.ops->step_end(backend.queue);
         }
         wait();
-        if (run >= 0) t[run] = (clock_seconds() - begin) / STEPS;
+        if (run >= 0) t[run] = (clock_seconds() - begin) / steps;
     }
     qsort(t, RUNS, sizeof *t, by_value);
     double median = t[RUNS / 2];
@@ -428,16 +445,35 @@ static void measure_all(int n, int64_t depth, bool parts)
     measure("head", head, false, n, depth, b.head);
 }
 
+/* Tokens a second go where the bytes go: what moves is not the bound. */
+static void measure_prompt(int n)
+{
+    static const struct {
+        const char *what;
+        work *w;
+    } parts[] = { { "prompt", whole_step },
+                  { "delta in", delta_in },
+                  { "delta and out", delta_mix },
+                  { "attention in", attention_in },
+                  { "attention and out", attention_mix },
+                  { "router", router },
+                  { "experts", moe } };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        measure(parts[i].what, parts[i].w, false, n, 0, n);
+}
+
 int main(int argc, char **argv)
 {
     const char *mix = argc > 1 ? argv[1] : "card";
     bool bf16 = strcmp(mix, "bf16") == 0, fast = strcmp(mix, "fast") == 0;
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
+    bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0;
     struct err e = { 0 };
     of_delta = of_head = fast ? WEIGHT_FP8 : WEIGHT_BF16;
     of_dense = bf16 ? WEIGHT_BF16 : WEIGHT_FP8;
     of_expert = bf16 ? WEIGHT_BF16 : WEIGHT_NVFP4;
-    check(backend_create(&backend, &(struct backend_options){ .device = DEVICE_CUDA }, &e), &e);
+    check(backend_create(&backend, &(struct backend_options){ .device = DEVICE_CUDA, .rounded = true }, &e),
+          &e);
     bandwidth = read_bandwidth((size_t)8 << 30);
     double begin = clock_seconds();
     make_pool();
@@ -446,10 +482,17 @@ int main(int argc, char **argv)
     states = calloc((size_t)n_layers, sizeof *states);
     for (int i = 0; i < n_layers; i++)
         check(layer_state_create(&states[i], &model, i, KV_BF16, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
-    check(step_create(&step, &model, 256, ROWS, CONTEXT, &e), &e);
+    check(step_create(&step, &model, prefill ? PROMPT : 256, ROWS, CONTEXT, &e), &e);
     printf("# %s; mix %s, %d layers; read bandwidth %.3f TB/s; weights made and loaded in %.1f s\n",
            backend.name, mix, n_layers, bandwidth * 1e-12, clock_seconds() - begin);
     printf("what,rows,depth,us,us_low,us_high,MB,GB_per_s,share_of_read\n");
+    if (prefill) {
+        if (argc > 4)
+            measure("prompt", whole_step, false, atoi(argv[4]), 0, 0);
+        else
+            measure_prompt(512), measure_prompt(PROMPT);
+        return 0;
+    }
     measure_all(1, 0, true);
     measure_all(1, 32768, false);
     measure_all(4, 0, false);

@@ -140,6 +140,7 @@ struct step_limits {
     int64_t intermediate; /* of a routed expert */
     int picks;            /* experts a token */
     int n_experts;
+    int64_t hidden; /* width of what experts read and give; 0: cols */
 };
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
@@ -305,7 +306,8 @@ struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */
     enum cpu_isa isa;
-    bool rounded;         /* inputs of products may be rounded as rounding.h says; else f32 */
+    bool rounded; /* inputs of products may be rounded as rounding.h says, on a GPU to BF16 in steps of
+                     more than ROWS_EXACT rows; else f32 */
     bool fp4_activations; /* inputs of NVFP4 weights are quantized too (INPUT_NVFP4) */
     bool shared_memory;   /* memory_create's memory is the host's too, after wait(): slow, for tests */
 };

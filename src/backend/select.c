@@ -12,7 +12,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
 {
 #ifdef QUENCH_CUDA
     b->ops = &cuda_ops;
-    if (cuda_queue_create(&b->queue, options->shared_memory, e)) {
+    if (cuda_queue_create(&b->queue, options, e)) {
         snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
         return true;
     }

@@ -63,6 +63,7 @@ static struct step_limits limits_of(const struct step *s, int64_t context)
         .intermediate = c->moe_intermediate,
         .picks = c->experts_per_token,
         .n_experts = c->n_experts,
+        .hidden = c->hidden_size,
     };
 }
 

@@ -5,9 +5,9 @@
 #define BACKEND_CUDA_CUDA_H
 #include "backend/ops.h"
 extern const struct ops cuda_ops;
-/* False with ERR_UNSUPPORTED: no driver, no device, or one older than compute capability 8.0. shared_memory
- * as in backend_options. */
-bool cuda_queue_create(struct queue **out, bool shared_memory, struct err *e);
+/* False with ERR_UNSUPPORTED: no driver, no device, or one older than compute capability 8.0. Of the options
+ * shared_memory and rounded count. */
+bool cuda_queue_create(struct queue **out, const struct backend_options *options, struct err *e);
 void cuda_queue_free(struct queue *q);
 /* "cuda NVIDIA H100 80GB HBM3, sm_90, kernels sm_90a". Borrow. */
 const char *cuda_queue_name(const struct queue *q);

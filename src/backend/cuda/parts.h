@@ -18,10 +18,10 @@ enum {
     FP4_UNIT_BYTES = 1152,
 };
 
-/* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes of FP4 words
- * (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the words of columns
- * 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i: those of columns 16 (2 i +
- * t / 2) + 0..15. */
+/* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
+ * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
+ * words of columns 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i:
+ * those of columns 16 (2 i + t / 2) + 0..15. */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -74,6 +74,21 @@ struct cuda_rows {
     int n, n_spans, pages_each;
 };
 
+/* Scratch of a step of more than ROWS_EXACT rows, device memory. BF16 inputs of products are in the order of
+ * tile.cuh. */
+struct cuda_prefill {
+    void *inputs;    /* BF16 [rows][parts][cols] */
+    void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
+    void *quantized; /* BF16 [rows][cols], E4M3 values */
+    float *scale;    /* [rows * picks] */
+    void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
+    float *down;     /* [rows * picks][width]: what each pick's expert gives */
+    int *slot_row;   /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
+    int *slot_of;    /* [rows * picks]: slot of a pick */
+    int *tiles;      /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    int64_t rows, cols, picked, intermediate, width;
+};
+
 /* A recorded step: `rows` sequences of one row each. */
 struct cuda_graph {
     const void *key;
@@ -86,16 +101,20 @@ struct queue {
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
     bool shared_memory;
+    bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
     char name[128];
     const char *failed; /* operation that failed first; NULL: none */
     char failure[200];
     struct step_limits limits;
     /* scratch, device memory */
     void *memory;
-    float *quantized;                     /* [rows * picks][cols]: inputs of products that quantize them */
-    float *input_scale;                   /* [rows * picks] */
-    float *hidden;                        /* [rows * picks][intermediate] */
-    float *attended;                      /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    float *quantized;   /* [rows * picks][cols]: inputs of products that quantize them */
+    float *input_scale; /* [rows * picks] */
+    float *hidden;      /* [rows * picks][intermediate] */
+    float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    struct cuda_prefill prefill;
+    struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
+    size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
     long long *host_index;                /* [rows], host memory */
@@ -104,6 +123,7 @@ struct queue {
     unsigned char *host_step, *host_next; /* what lies in step; the next one being put together */
     uint64_t step_bytes;
     struct cuda_rows rows;
+    const struct step_rows *current; /* between step_begin and step_end: what rows lie in `step` */
     struct cuda_graph graphs[GRAPHS];
     int next_graph;
     struct cuda_graph last; /* key and rows of the last step that could have been recorded */
@@ -150,7 +170,8 @@ void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struc
 void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                         const struct cuda_experts *experts);
 /* codes [rows][cols / 2], scales [rows][cols / 16] in device memory */
-void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols);
+void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows,
+                  int64_t cols);
 /* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
  * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
@@ -187,6 +208,9 @@ void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, str
                 const struct step_rows *rows);
 /* conv and delta of such a step; the conv state is left as it was */
 void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
+/* prefill.c */
+struct arena;
+void cuda_prefill_layout(struct queue *q, struct arena *a);
 #ifdef __cplusplus
 }
 #endif

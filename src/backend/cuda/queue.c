@@ -1,5 +1,6 @@
 /* The queue of the CUDA backend: the device, its stream, failures, memory. */
-#include "backend/cuda/parts.h"
+#include "backend/cuda/blas.h"
+#include "backend/cuda/prefill.h"
 #include "backend/fused.h"
 #include <inttypes.h>
 #include <stdio.h>
@@ -40,8 +41,9 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
-    snprintf(q->name, sizeof q->name, "cuda %.80s, sm_%d%d, kernels for sm_%d", p.name, p.major, p.minor,
-             version);
+    if (q->rounded) q->blas = blas_open();
+    snprintf(q->name, sizeof q->name, "cuda %.70s, sm_%d%d, kernels for sm_%d%s", p.name, p.major, p.minor,
+             version, q->blas ? ", cuBLASLt" : "");
     return true;
 }
 
@@ -54,7 +56,7 @@ static bool keep_memory(void)
            cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all) == cudaSuccess;
 }
 
-bool cuda_queue_create(struct queue **out, bool shared_memory, struct err *e)
+bool cuda_queue_create(struct queue **out, const struct backend_options *options, struct err *e)
 {
     *out = NULL;
     int n = 0;
@@ -62,7 +64,8 @@ bool cuda_queue_create(struct queue **out, bool shared_memory, struct err *e)
     if (status != cudaSuccess) return refused(e, status);
     struct queue *q = calloc(1, sizeof *q);
     if (!q) return err_memory(e, "CUDA backend", sizeof *q);
-    q->shared_memory = shared_memory;
+    q->shared_memory = options->shared_memory;
+    q->rounded = options->rounded;
     bool ok = describe(q, e);
     if (ok) {
         status = cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking);
@@ -84,6 +87,7 @@ void cuda_queue_free(struct queue *q)
         cudaStreamSynchronize(q->stream);
         cudaStreamDestroy(q->stream);
     }
+    blas_close(q->blas);
     free(q->host_step);
     free(q->host_next);
     free(q->host_index);
@@ -170,6 +174,7 @@ static bool wait(struct queue *q, struct err *e)
 static void matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w)
 {
     struct cuda_matrix m = cuda_matrix_of(w);
+    if (cuda_dense(q, &(struct cuda_products){ .x = x, .n = 1, .out = { y }, .m = { m } })) return;
     if (cuda_streams(q, &m))
         cuda_product(q, y, x, &m);
     else
@@ -180,6 +185,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
                     const struct experts *list)
 {
     const struct cuda_experts *e = list->bound;
+    if (cuda_grouped(q, y, x, p, e, NULL)) return;
     if (!cuda_experts_stream(q, y, x, p, e, NULL)) cuda_experts_plain(q, y, x, p, e);
 }
 
@@ -188,6 +194,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
     bool streams = r->x.rows <= ROWS_EXACT;
+    if (cuda_norm_products_many(q, r)) return;
     for (int i = 0; streams && i < r->n; i++) {
         struct cuda_matrix m = cuda_matrix_of(r->w[i]);
         streams = cuda_streams(q, &m);
@@ -204,7 +211,7 @@ static void delta_run(struct queue *q, const struct delta_run *r, const struct s
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
     if (!queue_decodes(step) || !cuda_streams(q, &out) || r->shape->value_dim > 128) {
-        fused_delta(&cuda_ops, q, r, step);
+        cuda_delta_many(q, r, step);
         return;
     }
     cuda_delta_decode(q, r, rows);
@@ -217,7 +224,7 @@ static void attention_run(struct queue *q, const struct attention_run *r, const 
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
     if (!queue_decodes(step) || !cuda_streams(q, &o)) {
-        fused_attention(&cuda_ops, q, r, step);
+        cuda_attention_many(q, r, step);
         return;
     }
     cuda_attention_decode(q, r, rows);
@@ -226,6 +233,7 @@ static void attention_run(struct queue *q, const struct attention_run *r, const 
 
 static void moe_run(struct queue *q, const struct moe_run *r)
 {
+    if (cuda_moe_many(q, r)) return;
     if (r->h.rows > ROWS_EXACT || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
         fused_moe(&cuda_ops, q, r);
 }

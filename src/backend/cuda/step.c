@@ -34,13 +34,16 @@ static void layout(struct queue *q, struct arena *a)
 {
     const struct step_limits *l = &q->limits;
     int64_t picked = l->rows * l->picks, rows = largest(l->rows, ROWS_EXACT);
-    q->quantized = arena_take(a, largest(l->rows * l->cols, picked * l->intermediate), sizeof(float), 64);
+    int64_t quantized = largest(l->rows * l->cols, picked * l->intermediate);
+    q->quantized = arena_take(a, quantized, sizeof(float), 64);
+    q->quantized_bytes = (size_t)quantized * sizeof(float);
     q->input_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
     q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
     q->attended = arena_take(a, largest(l->rows, ROWS_EXACT * SPLITS) * l->cols, sizeof(float), 64);
     q->index = arena_take(a, rows, sizeof *q->index, 64);
     q->answers = arena_take(a, rows, sizeof *q->answers, 64);
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
+    cuda_prefill_layout(q, a);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 
@@ -53,6 +56,7 @@ bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
     have->intermediate = largest(have->intermediate, l->intermediate);
     have->picks = (int)largest(have->picks, l->picks);
     have->n_experts = (int)largest(have->n_experts, l->n_experts);
+    have->hidden = largest(have->hidden, l->hidden);
     struct arena a = { 0 };
     layout(q, &a);
     cuda_forget_steps(q);
@@ -94,6 +98,7 @@ static bool fill_spans(struct queue *q, struct cuda_row *rows, struct cuda_span 
 const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *step)
 {
     if (queue_failed(q)) return NULL;
+    if (step == q->current) return &q->rows;
     int64_t each = pages_each(&q->limits);
     struct step_layout l = layout_of(&q->limits, step->n);
     struct cuda_row *rows = (struct cuda_row *)q->host_next;
@@ -157,7 +162,10 @@ static bool has_embeddings(const struct step_rows *step)
 
 bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *step)
 {
-    if (!queue_decodes(step) || has_embeddings(step) || !queue_rows(q, step)) return false;
+    q->current = NULL;
+    if (!queue_rows(q, step)) return false;
+    q->current = step;
+    if (!queue_decodes(step) || has_embeddings(step)) return false;
     for (int i = 0; i < GRAPHS; i++)
         if (q->graphs[i].exec && q->graphs[i].key == key && q->graphs[i].rows == step->n)
             return queue_check(q, cudaGraphLaunch(q->graphs[i].exec, q->stream), "step");
@@ -173,6 +181,7 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *s
 void cuda_step_end(struct queue *q)
 {
     cudaGraph_t graph;
+    q->current = NULL;
     if (!q->recording) return;
     q->recording = false;
     if (!queue_check(q, cudaStreamEndCapture(q->stream, &graph), "step")) return;

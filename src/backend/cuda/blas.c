@@ -1,0 +1,192 @@
+/* cuBLASLt: its functions found by name, and its choice of kernel kept for each shape. */
+#include "backend/cuda/blas.h"
+#include <dlfcn.h>
+#include <stdlib.h>
+#if __has_include(<cublasLt.h>)
+#include <cublasLt.h>
+
+enum { SHAPES = 32 };
+
+struct shape {
+    int64_t n, rows, cols, stride;
+    size_t bytes;
+};
+
+struct plan {
+    struct shape shape;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+struct blas {
+    void *library;
+    cublasLtHandle_t handle;
+    cublasLtMatmulDesc_t product; /* W transposed, x as it is, sums in f32 */
+    struct plan plans[SHAPES];
+    int n_plans, next;
+    size_t (*version)(void);
+    cublasStatus_t (*create)(cublasLtHandle_t *);
+    cublasStatus_t (*destroy)(cublasLtHandle_t);
+    cublasStatus_t (*desc_create)(cublasLtMatmulDesc_t *, cublasComputeType_t, cudaDataType_t);
+    cublasStatus_t (*desc_destroy)(cublasLtMatmulDesc_t);
+    cublasStatus_t (*desc_set)(cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t, const void *, size_t);
+    cublasStatus_t (*layout_create)(cublasLtMatrixLayout_t *, cudaDataType, uint64_t, uint64_t, int64_t);
+    cublasStatus_t (*layout_destroy)(cublasLtMatrixLayout_t);
+    cublasStatus_t (*wish_create)(cublasLtMatmulPreference_t *);
+    cublasStatus_t (*wish_destroy)(cublasLtMatmulPreference_t);
+    cublasStatus_t (*wish_set)(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void *,
+                               size_t);
+    cublasStatus_t (*choose)(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+                             cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                             cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t[], int *);
+    cublasStatus_t (*run)(cublasLtHandle_t, cublasLtMatmulDesc_t, const void *, const void *,
+                          cublasLtMatrixLayout_t, const void *, cublasLtMatrixLayout_t, const void *,
+                          const void *, cublasLtMatrixLayout_t, void *, cublasLtMatrixLayout_t,
+                          const cublasLtMatmulAlgo_t *, void *, size_t, cudaStream_t);
+};
+
+static bool find_all(struct blas *b)
+{
+    const struct {
+        const char *name;
+        void *to;
+    } all[] = { { "cublasLtGetVersion", &b->version },
+                { "cublasLtCreate", &b->create },
+                { "cublasLtDestroy", &b->destroy },
+                { "cublasLtMatmulDescCreate", &b->desc_create },
+                { "cublasLtMatmulDescDestroy", &b->desc_destroy },
+                { "cublasLtMatmulDescSetAttribute", &b->desc_set },
+                { "cublasLtMatrixLayoutCreate", &b->layout_create },
+                { "cublasLtMatrixLayoutDestroy", &b->layout_destroy },
+                { "cublasLtMatmulPreferenceCreate", &b->wish_create },
+                { "cublasLtMatmulPreferenceDestroy", &b->wish_destroy },
+                { "cublasLtMatmulPreferenceSetAttribute", &b->wish_set },
+                { "cublasLtMatmulAlgoGetHeuristic", &b->choose },
+                { "cublasLtMatmul", &b->run } };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!(*(void **)all[i].to = dlsym(b->library, all[i].name))) return false;
+    return true;
+}
+
+struct blas *blas_open(void)
+{
+    static const char *const names[] = { "libcublasLt.so.13", "libcublasLt.so.12" };
+    struct blas *b = calloc(1, sizeof *b);
+    if (!b) return NULL;
+    for (int i = 0; !b->library && i < 2; i++) b->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    cublasOperation_t turned = CUBLAS_OP_T;
+    bool ok =
+        b->library && find_all(b) && b->create(&b->handle) == CUBLAS_STATUS_SUCCESS &&
+        b->desc_create(&b->product, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
+        b->desc_set(b->product, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned) == CUBLAS_STATUS_SUCCESS;
+    if (ok) return b;
+    blas_close(b);
+    return NULL;
+}
+
+static void forget(struct blas *b, struct plan *p)
+{
+    if (p->w) b->layout_destroy(p->w);
+    if (p->x) b->layout_destroy(p->x);
+    if (p->y) b->layout_destroy(p->y);
+    *p = (struct plan){ 0 };
+}
+
+void blas_close(struct blas *b)
+{
+    if (!b) return;
+    for (int i = 0; i < b->n_plans; i++) forget(b, &b->plans[i]);
+    if (b->product) b->desc_destroy(b->product);
+    if (b->handle) b->destroy(b->handle);
+    if (b->library) dlclose(b->library);
+    free(b);
+}
+
+int blas_version(const struct blas *b)
+{
+    return (int)b->version();
+}
+
+/* Matrices of ours are the library's, transposed. */
+static bool make(struct blas *b, struct plan *p, const struct shape *s)
+{
+    cublasLtMatmulPreference_t wish = NULL;
+    cublasLtMatmulHeuristicResult_t found = { 0 };
+    static const cublasLtMatmulPreferenceAttributes_t sides[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
+    };
+    uint32_t aligned = 16;
+    int n = 0;
+    bool ok = b->layout_create(&p->w, CUDA_R_16BF, (uint64_t)s->cols, (uint64_t)s->rows, s->cols) ==
+                  CUBLAS_STATUS_SUCCESS &&
+              b->layout_create(&p->x, CUDA_R_16BF, (uint64_t)s->cols, (uint64_t)s->n, s->cols) ==
+                  CUBLAS_STATUS_SUCCESS &&
+              b->layout_create(&p->y, CUDA_R_32F, (uint64_t)s->rows, (uint64_t)s->n, s->stride) ==
+                  CUBLAS_STATUS_SUCCESS &&
+              b->wish_create(&wish) == CUBLAS_STATUS_SUCCESS &&
+              b->wish_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &s->bytes, sizeof s->bytes) ==
+                  CUBLAS_STATUS_SUCCESS;
+    for (int i = 0; ok && i < 4; i++)
+        ok = b->wish_set(wish, sides[i], &aligned, sizeof aligned) == CUBLAS_STATUS_SUCCESS;
+    ok = ok &&
+         b->choose(b->handle, b->product, p->w, p->x, p->y, p->y, wish, 1, &found, &n) ==
+             CUBLAS_STATUS_SUCCESS &&
+         n == 1;
+    if (wish) b->wish_destroy(wish);
+    p->algorithm = found.algo;
+    p->shape = *s;
+    if (!ok) forget(b, p);
+    return ok;
+}
+
+static bool same(const struct shape *a, const struct shape *b)
+{
+    return a->n == b->n && a->rows == b->rows && a->cols == b->cols && a->stride == b->stride &&
+           a->bytes == b->bytes;
+}
+
+static const struct plan *plan_of(struct blas *b, const struct shape *s)
+{
+    for (int i = 0; i < b->n_plans; i++)
+        if (same(&b->plans[i].shape, s)) return &b->plans[i];
+    struct plan *p = &b->plans[b->next];
+    forget(b, p);
+    if (!make(b, p, s)) return NULL;
+    b->next = (b->next + 1) % SHAPES;
+    if (b->n_plans < SHAPES) b->n_plans++;
+    return p;
+}
+
+bool blas_product(struct blas *b, cudaStream_t stream, struct mat y, const void *x, const void *w,
+                  int64_t cols, void *work, size_t bytes)
+{
+    const struct plan *p = plan_of(b, &(struct shape){ y.rows, y.cols, cols, y.stride, bytes });
+    float one = 1, zero = 0;
+    return p && b->run(b->handle, b->product, &one, w, p->w, x, p->x, &zero, y.data, p->y, y.data, p->y,
+                       &p->algorithm, work, bytes, stream) == CUBLAS_STATUS_SUCCESS;
+}
+#else
+struct blas *blas_open(void)
+{
+    return NULL;
+}
+
+void blas_close(struct blas *b)
+{
+    (void)b;
+}
+
+int blas_version(const struct blas *b)
+{
+    (void)b;
+    return 0;
+}
+
+bool blas_product(struct blas *b, cudaStream_t stream, struct mat y, const void *x, const void *w,
+                  int64_t cols, void *work, size_t bytes)
+{
+    (void)b, (void)stream, (void)y, (void)x, (void)w, (void)cols, (void)work, (void)bytes;
+    return false;
+}
+#endif

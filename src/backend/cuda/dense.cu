@@ -1,0 +1,248 @@
+/* Dense products of many rows: inputs prepared in one pass, normed on the way where asked for, then one launch for all
+ * matrices that read them. Moves: the weights once for every 128 rows from the second cache, the activations once for
+ * every 128 weight rows. */
+#include "backend/cuda/blas.h"
+#include "backend/cuda/tile.cuh"
+
+namespace {
+
+struct input_args {
+    mat x, up, h; /* as in cuda_products */
+    const float *gain;
+    float eps;
+    int head;
+    __nv_bfloat16 *plain, *straight, *quantized; /* NULL: not wanted; straight: columns in their own order */
+    float *scale;
+    int parts;
+};
+
+/* Heads of a row, normed and gated, by warps. */
+__device__ void load_heads(float *row, const input_args &a, int64_t r)
+{
+    for (int first = threadIdx.x / LANES * a.head; first < a.x.cols; first += WARPS * a.head) {
+        const float *x = a.x.data + r * a.x.stride + first, *z = a.up.data + r * a.up.stride + first;
+        float scale = warp_inverse_rms(x, a.head, a.eps);
+        for (int d = threadIdx.x % LANES; d < a.head; d += LANES) row[first + d] = x[d] * scale * a.gain[d] * silu(z[d]);
+    }
+}
+
+/* A block a row. Shared memory: the row. */
+__global__ void prepare_rows(const __grid_constant__ input_args a)
+{
+    extern __shared__ float row[];
+    __shared__ float part[2 * WARPS];
+    int64_t r = blockIdx.x, n = a.x.cols;
+    const float *x = a.x.data + r * a.x.stride;
+    float top = 0, scale = 1, sum = 0;
+    if (a.head) {
+        load_heads(row, a, r);
+        __syncthreads();
+    }
+    for (int c = threadIdx.x; c < n && !a.head; c += THREADS) {
+        float v = x[c];
+        if (a.up.data) v = silu(v) * a.up.data[r * a.up.stride + c];
+        row[c] = v;
+        sum = fmaf(v, v, sum);
+    }
+    bool norm = a.gain && !a.head;
+    if (norm) scale = 1.0f / sqrtf(block_sum(sum, part) / (float)n + a.eps);
+    for (int c = threadIdx.x; c < n; c += THREADS) {
+        float v = norm ? row[c] * scale * a.gain[c] : row[c];
+        row[c] = v;
+        top = fmaxf(top, fabsf(v));
+        if (a.h.data) a.h.data[r * a.h.stride + c] = v;
+    }
+    float unit = a.quantized ? fp8_input_scale(block_max(top, part + WARPS)) : 1;
+    if (a.quantized && threadIdx.x == 0) a.scale[r] = unit;
+    __syncthreads();
+    for (int c = 2 * threadIdx.x; a.straight && c < n; c += 2 * THREADS)
+        *(__nv_bfloat162 *)(a.straight + r * n + c) = __floats2bfloat162_rn(row[c], row[c + 1]);
+    if (!a.plain && !a.quantized) return;
+    for (int p = 2 * threadIdx.x; p < n; p += 2 * THREADS) { /* p: a place, to which column c comes */
+        int c = tile_column(p);
+        float v[2] = { row[c], row[c + 1] };
+        if (a.quantized) {
+            __nv_bfloat162 q;
+            q.x = __float2bfloat16_rn(e4m3_value(e4m3_code(v[0] / unit)));
+            q.y = __float2bfloat16_rn(e4m3_value(e4m3_code(v[1] / unit)));
+            *(__nv_bfloat162 *)(a.quantized + r * n + p) = q;
+        }
+        for (int i = 0; a.plain && i < a.parts; i++) {
+            __nv_bfloat162 q;
+            q.x = __float2bfloat16_rn(v[0]);
+            q.y = __float2bfloat16_rn(v[1]);
+            *(__nv_bfloat162 *)(a.plain + (r * a.parts + i) * n + p) = q;
+            v[0] -= __bfloat162float(q.x);
+            v[1] -= __bfloat162float(q.y);
+        }
+    }
+}
+
+void prepare(struct queue *q, const input_args &a)
+{
+    launch(q, "matmul", false, prepare_rows, dim3((unsigned)a.x.rows), (size_t)a.x.cols * sizeof(float), a);
+}
+
+struct dense_args {
+    cuda_matrix m[NORM_PRODUCTS_MAX];
+    mat out[NORM_PRODUCTS_MAX], add;
+    int first[NORM_PRODUCTS_MAX + 1]; /* tile of weight rows at which a matrix begins */
+    int n, cols, parts, tokens;
+    const __nv_bfloat16 *plain, *quantized;
+    const float *scale;
+};
+
+/* Grid: tiles of weight rows of all matrices of this format, tiles of rows. */
+template <int FORMAT, int TOKENS>
+__global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
+{
+    extern __shared__ __align__(1024) uint8_t shared[];
+    int k = 0, lane = threadIdx.x % LANES;
+    while ((int)blockIdx.x >= a.first[k + 1]) k++;
+    const cuda_matrix &m = a.m[k];
+    if (m.format != FORMAT) return;
+    int row0 = ((int)blockIdx.x - a.first[k]) * TILE_ROWS, token0 = blockIdx.y * TOKENS;
+    int tokens = a.tokens - token0 < TOKENS ? a.tokens - token0 : TOKENS;
+    bool quantized = m.input == INPUT_FP8_ROW;
+    int parts = quantized ? 1 : a.parts, stride = parts * a.cols;
+    tile_source s = {};
+    s.pitch = tile_pitch(FORMAT, m.cols);
+    s.data[0] = (const uint8_t *)m.data + (int64_t)(FORMAT == WEIGHT_NVFP4 ? row0 / 8 : row0) * s.pitch;
+    s.rows = m.rows - row0;
+    s.split = TILE_ROWS;
+    s.x_stride = stride;
+    s.x = (quantized ? a.quantized : a.plain) + (int64_t)token0 * stride;
+    tile_sums<FORMAT, TOKENS>(shared, s, a.cols / TILE_K, parts, tokens);
+    const float *sums = (const float *)shared;
+    float unit[4];
+    for (int i = 0; i < 4; i++) {
+        int r = row0 + 4 * lane + i;
+        unit[i] = FORMAT != WEIGHT_FP8 ? matrix_unit(FORMAT, m.global) : r < m.rows ? m.scale[r] : 0;
+    }
+    const mat &y = a.out[k];
+    bool adds = a.add.data && k == 0;
+    for (int i = threadIdx.x / LANES; i < tokens; i += WARPS) {
+        float4 v = *(const float4 *)(sums + i * OUT_STRIDE + 4 * lane);
+        float in = quantized ? a.scale[token0 + i] : 1, f[4] = { v.x, v.y, v.z, v.w };
+        float *to = y.data + (int64_t)(token0 + i) * y.stride + row0 + 4 * lane;
+        float *sum = adds ? a.add.data + (int64_t)(token0 + i) * a.add.stride + row0 + 4 * lane : nullptr;
+        for (int j = 0; j < 4; j++) f[j] = f[j] * in * unit[j];
+        bool whole = row0 + 4 * lane + 3 < m.rows;
+        if (whole && (uintptr_t)to % 16 == 0)
+            *(float4 *)to = make_float4(f[0], f[1], f[2], f[3]);
+        else
+            for (int j = 0; j < 4 && row0 + 4 * lane + j < m.rows; j++) to[j] = f[j];
+        if (!adds) continue;
+        for (int j = 0; j < 4 && row0 + 4 * lane + j < m.rows; j++) sum[j] += f[j];
+    }
+}
+
+template <int FORMAT> void start(struct queue *q, const dense_args &a, int64_t n)
+{
+    int tiles = a.first[a.n];
+    bool wide = n > 64 && tiles * blocks(n, 128) >= (unsigned)q->sms;
+    if (wide)
+        launch(q, "matmul", false, dense_tiles<FORMAT, 128>, dim3(tiles, blocks(n, 128)), tile<FORMAT, 128>::SHARED, a);
+    else
+        launch(q, "matmul", false, dense_tiles<FORMAT, 32>, dim3(tiles, blocks(n, 32)), tile<FORMAT, 32>::SHARED, a);
+}
+
+bool takes(const struct queue *q, const cuda_matrix &m)
+{
+    constexpr int ROW_MOST = 12 * 1024; /* columns that prepare_rows keeps */
+    return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
+}
+
+bool is_library(const struct queue *q, const cuda_matrix &m, const mat &y)
+{
+    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+}
+
+/* False: the library refused. */
+bool by_library(struct queue *q, const struct cuda_products *p)
+{
+    size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
+    for (int i = 0; i < p->n; i++)
+        if (is_library(q, p->m[i], p->out[i]) && !queue_failed(q) &&
+            !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
+                          bytes))
+            return false;
+    if (p->add.data && is_library(q, p->m[0], p->out[0])) cuda_add(q, p->add, p->out[0]);
+    return true;
+}
+
+/* The matrices that are not the library's, and what form of inputs all of them read. */
+void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input_args &in)
+{
+    for (int i = 0; i < p->n; i++) {
+        const cuda_matrix &m = p->m[i];
+        if (is_library(q, m, p->out[i])) {
+            in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            continue;
+        }
+        if (i == 0) a.add = p->add;
+        a.m[a.n] = m;
+        a.out[a.n] = p->out[i];
+        a.first[a.n + 1] = a.first[a.n] + (m.rows + TILE_ROWS - 1) / TILE_ROWS;
+        a.n++;
+        if (m.input == INPUT_FP8_ROW)
+            in.quantized = (__nv_bfloat16 *)q->prefill.quantized;
+        else
+            in.plain = (__nv_bfloat16 *)q->prefill.inputs;
+    }
+}
+
+bool has_format(const dense_args &a, int format)
+{
+    for (int i = 0; i < a.n; i++)
+        if (a.m[i].format == format) return true;
+    return false;
+}
+
+} /* namespace */
+
+void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, struct mat up, bool quantized, int parts)
+{
+    input_args a = {};
+    a.x = x;
+    a.up = up;
+    a.scale = scale;
+    a.parts = parts;
+    *(quantized ? &a.quantized : &a.plain) = (__nv_bfloat16 *)to;
+    prepare(q, a);
+}
+
+bool cuda_dense(struct queue *q, const struct cuda_products *p)
+{
+    dense_args a = {};
+    input_args in = {};
+    if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0) return false;
+    for (int i = 0; i < p->n; i++)
+        if (!takes(q, p->m[i])) return false;
+    a.cols = (int)p->x.cols;
+    a.tokens = (int)p->x.rows;
+    a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
+    divide(q, p, a, in);
+    in.x = p->x;
+    in.up = p->up;
+    in.h = p->h;
+    in.gain = p->gain;
+    in.eps = p->eps;
+    in.head = p->head;
+    in.scale = q->prefill.scale;
+    prepare(q, in);
+    if (in.straight && !by_library(q, p)) {
+        struct blas *library = q->blas;
+        q->blas = nullptr;
+        bool done = cuda_dense(q, p);
+        q->blas = library;
+        return done;
+    }
+    a.plain = (const __nv_bfloat16 *)q->prefill.inputs;
+    a.quantized = (const __nv_bfloat16 *)q->prefill.quantized;
+    a.scale = q->prefill.scale;
+    if (has_format(a, WEIGHT_BF16)) start<WEIGHT_BF16>(q, a, p->x.rows);
+    if (has_format(a, WEIGHT_FP8)) start<WEIGHT_FP8>(q, a, p->x.rows);
+    if (has_format(a, WEIGHT_NVFP4)) start<WEIGHT_NVFP4>(q, a, p->x.rows);
+    return true;
+}

@@ -1,0 +1,314 @@
+/* Attention of many rows of a sequence over its tokens, heads of 256. A block takes 128 pairs of a row and a query head of
+ * one kv head, row by row, so that its keys and values are read once for all its heads; a warp takes sixteen of the pairs
+ * over all tokens, 64 at a time, which are one page of the cache. Queries, keys, values and probabilities are BF16, sums,
+ * maxima and the exponential f32. Shared memory: queries, twice keys and values. A cache that is not BF16 is copied
+ * beforehand. */
+#include "backend/cuda/matrices.cuh"
+#include "backend/cuda/prefill.h"
+#include "backend/cuda/wide.cuh"
+
+namespace {
+
+constexpr int DIM = 256, PAIRS = 128, TOKENS = KV_PAGE, KV_BYTES = TOKENS * DIM * 2, Q_BYTES = PAIRS * DIM * 2;
+constexpr int FLASH_SHARED = Q_BYTES + 4 * KV_BYTES;
+
+struct flash_args {
+    mat y, qg;
+    int n_heads, group;
+    kv_cache kv;
+    cuda_rows rows;
+    const __nv_bfloat16 *keys, *values; /* of all spans' tokens, whole pages; NULL: in the cache */
+};
+
+/* Pairs of rows and heads [first, first + PAIRS) of a span. page0: pages of the spans before it. */
+struct flash_tile {
+    cuda_span span;
+    int number, first, page0;
+    bool any;
+};
+
+__device__ int pages_of(const cuda_span &s)
+{
+    return (s.past + s.n + KV_PAGE - 1) / KV_PAGE;
+}
+
+__device__ flash_tile flash_tile_of(const flash_args &a, int number)
+{
+    flash_tile t = {};
+    for (int s = 0; s < a.rows.n_spans; s++) {
+        t.span = a.rows.spans[s];
+        t.number = s;
+        int tiles = (t.span.n * a.group + PAIRS - 1) / PAIRS;
+        if (number < tiles) {
+            t.first = number * PAIRS;
+            t.any = true;
+            return t;
+        }
+        number -= tiles;
+        t.page0 += pages_of(t.span);
+    }
+    return t;
+}
+
+/* Piece of 16 bytes of a row, of a matrix of ROWS rows: panels of 64 columns, in each piece i of row r at i ^ (r % 8). */
+template <int ROWS> __device__ __forceinline__ uint32_t place(int row, int piece)
+{
+    return piece / 8 * (ROWS * 128) + row * 128 + ((piece ^ row) & 7) * 16;
+}
+
+/* Page `number` of the tile's span. */
+__device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, const flash_tile &tile, int number, int kv_head)
+{
+    int64_t line = (int64_t)a.kv.n_kv_heads * DIM;
+    int page = a.keys ? tile.page0 + number : a.rows.pages[(int64_t)tile.number * a.rows.pages_each + number];
+    int64_t at = (int64_t)page * KV_PAGE * line + kv_head * DIM;
+    const __nv_bfloat16 *k = (a.keys ? a.keys : (const __nv_bfloat16 *)a.kv.keys) + at;
+    const __nv_bfloat16 *v = (a.keys ? a.values : (const __nv_bfloat16 *)a.kv.values) + at;
+    int end = tile.span.past + tile.span.n - number * KV_PAGE;
+#pragma unroll
+    for (int i = 0; i < TOKENS * 32 / THREADS; i++) {
+        int row = threadIdx.x / 32 + i * (THREADS / 32), piece = threadIdx.x % 32;
+        bool in = row < end; /* what lies past the last token may be anything: zeros keep it out of the sums */
+        copy_async16(to + place<TOKENS>(row, piece), in ? k + row * line + piece * 8 : k, in);
+        copy_async16(to + KV_BYTES + place<TOKENS>(row, piece), in ? v + row * line + piece * 8 : v, in);
+    }
+}
+
+/* Queries times 1 / sqrt(DIM), a power of two. */
+__device__ __forceinline__ void load_queries(uint8_t *to, const flash_args &a, const flash_tile &tile, int kv_head, int pairs)
+{
+    for (int i = threadIdx.x; i < PAIRS * DIM / 2; i += THREADS) {
+        int pair = i / (DIM / 2), d = i % (DIM / 2) * 2;
+        uint32_t v = 0;
+        if (pair < pairs) {
+            int row = (tile.first + pair) / a.group, head = kv_head * a.group + (tile.first + pair) % a.group;
+            const float *q = a.qg.data + (int64_t)(tile.span.first + row) * a.qg.stride + (int64_t)head * 2 * DIM + d;
+            v = pair_of(q[0] * 0.0625f, q[1] * 0.0625f);
+        }
+        *(uint32_t *)(to + place<PAIRS>(pair, d / 8) + d % 8 * 2) = v;
+    }
+}
+
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
+
+/* A warp's sixteen pairs: s += queries by 64 keys; o += probabilities by 64 values. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void show()
+{
+    wide_show();
+}
+
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+{
+    wide_hold(s);
+    wide_begin();
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+        wide_mma_shared(s, wide_matrix(queries + k / 4 * (PAIRS * 128) + threadIdx.x / 128 * 8192) + k % 4 * WIDE_STEP,
+                        wide_matrix(keys + k / 4 * (TOKENS * 128)) + k % 4 * WIDE_STEP);
+    wide_commit();
+    wide_wait();
+    wide_hold(s);
+}
+
+__device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p)[8][2], uint32_t values)
+{
+    uint32_t a[TOKENS / 16][4];
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++)
+        for (int i = 0; i < 4; i++) a[k][i] = p[2 * k + i / 2][i % 2];
+    wide_hold(o);
+    wide_begin();
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++) wide_mma_turned(o, a[k], wide_turned(values + k * 2048, TOKENS * 128));
+    wide_commit();
+    wide_wait();
+    wide_hold(o);
+}
+#else
+__device__ __forceinline__ void show()
+{
+}
+
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+{
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        uint32_t q[4];
+        matrices(q, queries + place<PAIRS>(warp * 16 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t b[4];
+            matrices(b, keys + place<TOKENS>(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
+            mma(s[2 * n], q[0], q[1], q[2], q[3], b[0], b[1]);
+            mma(s[2 * n + 1], q[0], q[1], q[2], q[3], b[2], b[3]);
+        }
+    }
+}
+
+__device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p)[8][2], uint32_t values)
+{
+    int lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; k++)
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            uint32_t b[4];
+            matrices_turned(b, values + place<TOKENS>(k * 16 + (quarter & 1) * 8 + eighth, 2 * n + quarter / 2));
+            mma(o[2 * n], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[0], b[1]);
+            mma(o[2 * n + 1], p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1], b[2], b[3]);
+        }
+}
+#endif
+
+/* Grid: tiles of all spans, the last first; kv heads. */
+__global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flash_args a)
+{
+    extern __shared__ __align__(1024) uint8_t shared[];
+    constexpr float LOG2E = 1.4426950408889634f;
+    flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);
+    if (!tile.any) return;
+    int kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    int pairs = tile.span.n * a.group - tile.first;
+    if (pairs > PAIRS) pairs = PAIRS;
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), cache = base + Q_BYTES;
+    int last = tile.span.past + (tile.first + pairs - 1) / a.group; /* token of the last row */
+    int pages = last / TOKENS + 1;
+    load_page(cache, a, tile, 0, kv_head);
+    copy_commit();
+    load_queries(shared, a, tile, kv_head, pairs);
+    float o[32][4], top[2] = { -INFINITY, -INFINITY }, sum[2] = { 0, 0 };
+#pragma unroll
+    for (int n = 0; n < 32; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[n][i] = 0;
+    int token[2]; /* of rows g and g + 8 of the warp */
+    for (int h = 0; h < 2; h++) token[h] = tile.span.past + (tile.first + warp * 16 + g + 8 * h) / a.group;
+    int first_token = tile.span.past + (tile.first + warp * 16) / a.group;
+    for (int page = 0; page < pages; page++) {
+        uint32_t keys = cache + page % 2 * 2 * KV_BYTES, values = keys + KV_BYTES;
+        copy_wait<0>();
+        show();
+        __syncthreads();
+        if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, kv_head);
+        copy_commit();
+        float s[8][4];
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[n][i] = 0;
+        scores(s, base, keys);
+        if (page * TOKENS + TOKENS - 1 > first_token) {
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (page * TOKENS + n * 8 + 2 * t + i % 2 > token[i / 2]) s[n][i] = -INFINITY;
+        }
+        uint32_t p[8][2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float most = top[h];
+#pragma unroll
+            for (int n = 0; n < 8; n++) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+            most = quad_max(most); /* finite: a row sees at least the first token */
+            float keep = exp2f((top[h] - most) * LOG2E), base_log = most * LOG2E, part = 0;
+            top[h] = most;
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                float x = exp2f(fmaf(s[n][2 * h], LOG2E, -base_log)), y = exp2f(fmaf(s[n][2 * h + 1], LOG2E, -base_log));
+                p[n][h] = pair_of(x, y);
+                part += x + y;
+            }
+            sum[h] = fmaf(sum[h], keep, part);
+            if (__all_sync(ALL, keep == 1)) continue; /* no row has a new largest */
+#pragma unroll
+            for (int n = 0; n < 32; n++) {
+                o[n][2 * h] *= keep;
+                o[n][2 * h + 1] *= keep;
+            }
+        }
+        add_values(o, p, values);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int pair = warp * 16 + g + 8 * h;
+        float total = sum[h] + __shfl_xor_sync(ALL, sum[h], 1);
+        total += __shfl_xor_sync(ALL, total, 2);
+        if (pair >= pairs) continue;
+        int64_t row = tile.span.first + (tile.first + pair) / a.group, head = kv_head * a.group + (tile.first + pair) % a.group;
+        const float *gate = a.qg.data + row * a.qg.stride + head * 2 * DIM + DIM + 2 * t;
+        float *to = a.y.data + row * a.y.stride + head * DIM + 2 * t, inverse = 1.0f / total;
+#pragma unroll
+        for (int n = 0; n < 32; n++) {
+            to[n * 8] = o[n][2 * h] * inverse * sigmoid(gate[n * 8]);
+            to[n * 8 + 1] = o[n][2 * h + 1] * inverse * sigmoid(gate[n * 8 + 1]);
+        }
+    }
+}
+
+/* A cache of f32 or E4M3 as BF16, span after span. Grid: columns of a line by pairs, pages of the span, spans. */
+__global__ void gather_cache(__nv_bfloat16 *keys, __nv_bfloat16 *values, kv_cache kv, cuda_rows rows)
+{
+    cuda_span span = rows.spans[blockIdx.z];
+    int64_t line = (int64_t)kv.n_kv_heads * kv.head_dim, page0 = 0;
+    for (int s = 0; s < (int)blockIdx.z; s++) page0 += pages_of(rows.spans[s]);
+    if ((int)blockIdx.y >= pages_of(span)) return;
+    int64_t from = (int64_t)rows.pages[(int64_t)blockIdx.z * rows.pages_each + blockIdx.y] * KV_PAGE * line;
+    int64_t to = (page0 + blockIdx.y) * KV_PAGE * line;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < KV_PAGE * line; i += (int64_t)gridDim.x * THREADS) {
+        float k, v;
+        if (kv.dtype == KV_F32) {
+            k = ((const float *)kv.keys)[from + i];
+            v = ((const float *)kv.values)[from + i];
+        } else {
+            k = e4m3_value(((const uint8_t *)kv.keys)[from + i]);
+            v = e4m3_value(((const uint8_t *)kv.values)[from + i]);
+        }
+        keys[to + i] = __float2bfloat16_rn(k);
+        values[to + i] = __float2bfloat16_rn(v);
+    }
+}
+
+} /* namespace */
+
+bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                const struct step_rows *step)
+{
+    int group = n_heads / kv->n_kv_heads;
+    int64_t pages = 0, tiles = 0, most = 0, line = (int64_t)kv->n_kv_heads * kv->head_dim;
+    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 8 * step->n_spans || kv->head_dim != DIM || PAIRS % group ||
+        FLASH_SHARED > q->shared_max)
+        return false;
+    for (int64_t s = 0; s < step->n_spans; s++) {
+        const struct span *span = &step->spans[s];
+        int64_t n = (span->past + span->n + KV_PAGE - 1) / KV_PAGE;
+        pages += n;
+        if (n > most) most = n;
+        tiles += (span->n * group + PAIRS - 1) / PAIRS;
+    }
+    int64_t bytes = pages * KV_PAGE * line * 2;
+    if (kv->dtype != KV_BF16 && 2 * bytes > q->prefill.picked * q->prefill.width * (int64_t)sizeof(float)) return false;
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (!rows) return true;
+    flash_args a = {};
+    a.y = y;
+    a.qg = qg;
+    a.n_heads = n_heads;
+    a.group = group;
+    a.kv = *kv;
+    a.rows = *rows;
+    if (kv->dtype != KV_BF16) {
+        __nv_bfloat16 *keys = (__nv_bfloat16 *)q->prefill.down, *values = keys + pages * KV_PAGE * line;
+        launch(q, "attention", false, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
+        a.keys = keys;
+        a.values = values;
+    }
+    launch(q, "attention", false, flash, dim3((unsigned)tiles, (unsigned)kv->n_kv_heads), FLASH_SHARED, a);
+    return true;
+}

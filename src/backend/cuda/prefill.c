@@ -1,0 +1,92 @@
+/* Steps of many rows: their scratch, and the fused runs as a few launches each. */
+#include "backend/cuda/prefill.h"
+#include "base/arena.h"
+
+enum { BF16_BYTES = 2, UNIT = 64 };
+
+static int64_t whole(int64_t n)
+{
+    return (n + UNIT - 1) / UNIT * UNIT;
+}
+
+void cuda_prefill_layout(struct queue *q, struct arena *a)
+{
+    struct cuda_prefill *p = &q->prefill;
+    const struct step_limits *l = &q->limits;
+    uint64_t parts = q->rounded ? 1 : EXACT_PARTS;
+    p->rows = l->rows > ROWS_EXACT ? l->rows : 0;
+    p->cols = whole(l->cols);
+    p->picked = p->rows * l->picks;
+    p->intermediate = whole(l->intermediate);
+    p->width = l->hidden ? l->hidden : l->cols;
+    p->inputs = arena_take(a, p->rows * p->cols, parts * BF16_BYTES, 64);
+    p->straight = q->blas ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
+    p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
+    p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
+    p->hidden = arena_take(a, p->picked * p->intermediate, parts * BF16_BYTES, 64);
+    p->down = arena_take(a, p->picked * p->width, sizeof *p->down, 64);
+    p->slot_row = arena_take(a, p->picked, sizeof *p->slot_row, 64);
+    p->slot_of = arena_take(a, p->picked, sizeof *p->slot_of, 64);
+    p->tiles = arena_take(a, p->picked + l->n_experts + 1, 4 * sizeof *p->tiles, 64);
+}
+
+bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
+{
+    struct cuda_products p = { .x = r->x, .h = r->h, .gain = r->gain, .eps = r->eps, .n = r->n };
+    for (int i = 0; i < r->n; i++) {
+        p.out[i] = r->out[i];
+        p.m[i] = cuda_matrix_of(r->w[i]);
+    }
+    return cuda_dense(q, &p);
+}
+
+void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct step_rows *rows)
+{
+    struct cuda_products out = { .x = r->raw,
+                                 .up = r->z,
+                                 .h = r->o,
+                                 .add = r->x,
+                                 .gain = r->gain,
+                                 .eps = r->eps,
+                                 .head = r->shape->value_dim,
+                                 .n = 1,
+                                 .out = { r->y },
+                                 .m = { cuda_matrix_of(r->out) } };
+    if (!cuda_scan(q, r, rows)) {
+        cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
+        cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
+    }
+    if (cuda_dense(q, &out)) return;
+    cuda_ops.gated_norm(q, r->o, r->raw, r->z, r->gain, r->shape->value_dim, r->eps);
+    cuda_ops.matmul(q, r->y, r->o, r->out);
+    cuda_ops.add(q, r->x, r->y);
+}
+
+void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    int dim = r->kv->head_dim;
+    cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, rows);
+    cuda_ops.norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, rows);
+    cuda_ops.kv_append(q, r->kv, r->k, r->v, rows);
+    if (!cuda_flash(q, r->att, r->qg, r->n_heads, r->kv, rows))
+        cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, rows);
+    struct cuda_products o = {
+        .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
+    };
+    if (cuda_dense(q, &o)) return;
+    cuda_ops.matmul(q, r->y, r->att, r->o);
+    cuda_ops.add(q, r->x, r->y);
+}
+
+bool cuda_moe_many(struct queue *q, const struct moe_run *r)
+{
+    if (r->h.rows <= ROWS_EXACT) return false;
+    struct cuda_products out = { .x = r->gate,
+                                 .up = r->up,
+                                 .h = r->hidden,
+                                 .n = 1,
+                                 .out = { r->shared },
+                                 .m = { cuda_matrix_of(r->w_down) } };
+    cuda_ops.route(q, r->picks, r->logits);
+    return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
+}
