@@ -55,7 +55,7 @@ static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, in
     int64_t begin = q->begin[e], n = q->begin[e + 1] - begin, words = cpu_words(form, w);
     uint32_t *rounded = q->rounded_rows + begin * q->words_most, *packed = q->packed + begin * q->words_most;
     for (int64_t r = 0; r < n;) {
-        int rows = cpu_block_rows(q->k, n - r);
+        int rows = cpu_block_rows(q->k, form, n, r);
         const uint8_t *row[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) {
             int64_t from = by_row ? q->order[begin + r + i] / m->picks->k : begin + r + i;

@@ -35,7 +35,7 @@ enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
 enum { INT8_WORDS = 6 };
 
 /* y[p * stride + i * 16 ..] = x_i . the 16 rows of panel `panel` + p, for p < panels, i < rows; x: a block of
- * 1, 2, 4, 8 or 16 rows. An output's additions have one order whatever `panels` and `rows`. FP8 is without
+ * 1 to 16 rows, of f32 a power of two. An output's additions have one order whatever `panels` and `rows`. FP8 is without
  * its row scales, INT8 times 128 / w->global stays to be applied. */
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);

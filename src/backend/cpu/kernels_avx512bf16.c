@@ -143,60 +143,81 @@ typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_
     {                                                                                                        \
         tile_##kind(y, stride, x, w, panel, panels, rows);                                                   \
     }
-TILE(bf16, 4, 2)
-TILE(bf16, 4, 4)
-TILE(bf16, 2, 8)
-TILE(bf16, 1, 1)
-TILE(bf16, 1, 2)
-TILE(bf16, 1, 4)
-TILE(bf16, 1, 8)
-TILE(bf16, 1, 16)
+#define EVERY_TILE(kind)                                                                                     \
+    TILE(kind, 4, 2)                                                                                         \
+    TILE(kind, 4, 3)                                                                                         \
+    TILE(kind, 4, 4)                                                                                         \
+    TILE(kind, 2, 5)                                                                                         \
+    TILE(kind, 2, 6)                                                                                         \
+    TILE(kind, 2, 7)                                                                                         \
+    TILE(kind, 1, 1)                                                                                         \
+    TILE(kind, 1, 2)                                                                                         \
+    TILE(kind, 1, 3)                                                                                         \
+    TILE(kind, 1, 4)                                                                                         \
+    TILE(kind, 1, 5)                                                                                         \
+    TILE(kind, 1, 6)                                                                                         \
+    TILE(kind, 1, 7)                                                                                         \
+    TILE(kind, 1, 8)                                                                                         \
+    TILE(kind, 1, 9)                                                                                         \
+    TILE(kind, 1, 10)                                                                                        \
+    TILE(kind, 1, 11)                                                                                        \
+    TILE(kind, 1, 12)                                                                                        \
+    TILE(kind, 1, 13)                                                                                        \
+    TILE(kind, 1, 14)                                                                                        \
+    TILE(kind, 1, 15)                                                                                        \
+    TILE(kind, 1, 16)
+EVERY_TILE(bf16)
+EVERY_TILE(fp8)
 TILE(fp8, 4, 1)
-TILE(fp8, 4, 2)
-TILE(fp8, 4, 4)
-TILE(fp8, 2, 8)
-TILE(fp8, 1, 1)
-TILE(fp8, 1, 2)
-TILE(fp8, 1, 4)
-TILE(fp8, 1, 8)
-TILE(fp8, 1, 16)
 
-/* [log2 rows]: several panels at once, then one. */
+/* [rows - 1]: several panels at once, where more than one is asked for, and one. */
 struct tiles {
     int panels;
     tile_function *wide, *single;
 };
-static const struct tiles BF16_TILES[] = { { 1, bf16_1_1, bf16_1_1 },
-                                           { 4, bf16_4_2, bf16_1_2 },
-                                           { 4, bf16_4_4, bf16_1_4 },
-                                           { 2, bf16_2_8, bf16_1_8 },
-                                           { 1, bf16_1_16, bf16_1_16 } };
-static const struct tiles FP8_TILES[] = { { 4, fp8_4_1, fp8_1_1 },
-                                          { 4, fp8_4_2, fp8_1_2 },
-                                          { 4, fp8_4_4, fp8_1_4 },
-                                          { 2, fp8_2_8, fp8_1_8 },
-                                          { 1, fp8_1_16, fp8_1_16 } };
+#define EVERY_ROWS(kind, alone)                                                                              \
+    { { alone, kind##_##alone##_1, kind##_1_1 }, { 4, kind##_4_2, kind##_1_2 },                              \
+      { 4, kind##_4_3, kind##_1_3 },             { 4, kind##_4_4, kind##_1_4 },                              \
+      { 2, kind##_2_5, kind##_1_5 },             { 2, kind##_2_6, kind##_1_6 },                              \
+      { 2, kind##_2_7, kind##_1_7 },             { 1, kind##_1_8, kind##_1_8 },                              \
+      { 1, kind##_1_9, kind##_1_9 },             { 1, kind##_1_10, kind##_1_10 },                            \
+      { 1, kind##_1_11, kind##_1_11 },           { 1, kind##_1_12, kind##_1_12 },                            \
+      { 1, kind##_1_13, kind##_1_13 },           { 1, kind##_1_14, kind##_1_14 },                            \
+      { 1, kind##_1_15, kind##_1_15 },           { 1, kind##_1_16, kind##_1_16 } }
+static const struct tiles BF16_TILES[] = EVERY_ROWS(bf16, 1), FP8_TILES[] = EVERY_ROWS(fp8, 4);
 
 static void dot_bf16(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows)
 {
-    const struct tiles *t =
-        (w->head.format == WEIGHT_BF16 ? BF16_TILES : FP8_TILES) + __builtin_ctz((unsigned)rows);
+    const struct tiles *t = (w->head.format == WEIGHT_BF16 ? BF16_TILES : FP8_TILES) + rows - 1;
     for (int n; panels > 0; panels -= n, panel += n, y += n * stride) {
         n = panels >= t->panels ? t->panels : 1;
         (n > 1 ? t->wide : t->single)(y, stride, x, w, panel);
     }
 }
 
+#define INT8_ROWS(n)                                                                                         \
+    case n: tile_int8(y, stride, x, w, panel, n); break;
 static void dot_int8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows)
 {
     for (; panels > 0; panels--, panel++, y += stride) switch (rows) {
-        case 1: tile_int8(y, stride, x, w, panel, 1); break;
-        case 2: tile_int8(y, stride, x, w, panel, 2); break;
-        case 4: tile_int8(y, stride, x, w, panel, 4); break;
-        case 8: tile_int8(y, stride, x, w, panel, 8); break;
-        default: tile_int8(y, stride, x, w, panel, 16); break;
+            INT8_ROWS(1)
+            INT8_ROWS(2)
+            INT8_ROWS(3)
+            INT8_ROWS(4)
+            INT8_ROWS(5)
+            INT8_ROWS(6)
+            INT8_ROWS(7)
+            INT8_ROWS(8)
+            INT8_ROWS(9)
+            INT8_ROWS(10)
+            INT8_ROWS(11)
+            INT8_ROWS(12)
+            INT8_ROWS(13)
+            INT8_ROWS(14)
+            INT8_ROWS(15)
+            INT8_ROWS(16)
         }
 }
 

@@ -39,7 +39,7 @@ struct queue {
     int32_t *active;   /* [n_experts] experts with rows */
 };
 
-/* Inputs of a product in blocks of 16, 8, 4, 2 or 1 rows. Block at row r begins at r * words_each. */
+/* Inputs of a product in blocks of rows (cpu_block_rows). Block at row r begins at r * words_each. */
 struct packed {
     const uint32_t *words;
     const float *row_scale; /* INPUT_FP8_ROW: per row; else NULL: 1 */
@@ -47,11 +47,27 @@ struct packed {
     int64_t rows, words_each;
 };
 
-/* Rows of the block that begins with `left` rows to go. */
-static inline int cpu_block_rows(const struct cpu_kernels *k, int64_t left)
+/* n rows come in runs of at most block_rows, packed by one thread each. Where kernels take any number of rows the
+ * runs are as even as can be, and a run is a block; of f32 words only powers of two are. */
+static inline int64_t cpu_runs(const struct cpu_kernels *k, int64_t n)
 {
+    return (n + k->block_rows - 1) / k->block_rows;
+}
+
+static inline int64_t cpu_run_begin(const struct cpu_kernels *k, enum input_form form, int64_t n, int64_t run)
+{
+    int64_t runs = cpu_runs(k, n), longer = n % runs;
+    if (form == FORM_F32) return run * k->block_rows < n ? run * k->block_rows : n;
+    return run * (n / runs) + (run < longer ? run : longer);
+}
+
+/* Rows of the block that begins at row r of n. */
+static inline int cpu_block_rows(const struct cpu_kernels *k, enum input_form form, int64_t n, int64_t r)
+{
+    int64_t runs = cpu_runs(k, n), each = n / runs;
+    if (form != FORM_F32) return (int)(each + (r < n % runs * (each + 1)));
     int rows = k->block_rows;
-    while (rows > left) rows /= 2;
+    while (rows > n - r) rows /= 2;
     return rows;
 }
 
