@@ -29,8 +29,8 @@ struct cpu_weight {
  * words: [word][R].
  *   F32    a column a word
  *   BF16   two columns a word, zeros after the last (of FP8 weights: up to a multiple of 4 columns)
- *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; their
- *          scale, f32; -12 times the sum of the codes */
+ *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; the scale of
+ *          their group of 32, f32; -12 times the sum of the codes */
 enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
 enum { INT8_WORDS = 6 };
 

@@ -95,42 +95,66 @@ INLINE void tile_fp8(float *y, int64_t stride, const uint32_t *x, const struct c
     keep_sums(y, stride, sum, panels, rows);
 }
 
-/* A group's 16 columns of a row: E2M1 codes become 2 * value + 12, unsigned; the record's last word takes the
- * twelves back. The sum is exact, and so is its product with the E4M3 scale; the two roundings are those of
- * the multiply-add with the inputs' scale. */
-INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
-                      const int rows)
+/* 16 columns of a panel: E2M1 codes become 2 * value + 12, unsigned, in the inputs' order of columns. Their E4M3
+ * scales, moved into the fields of f16, are the value / 2^8. */
+struct nvfp4_group {
+    __m512i value[4];
+    __m512 scale;
+};
+
+INLINE struct nvfp4_group nvfp4_group(const uint8_t *codes, const uint8_t *scales)
 {
     const __m512i low4 = _mm512_set1_epi8(15);
     const __m512i value =
         _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes + 64);
+    __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)scales));
+    return (struct nvfp4_group){ { _mm512_shuffle_epi8(value, _mm512_and_si512(a, low4)),
+                                   _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(a, 4), low4)),
+                                   _mm512_shuffle_epi8(value, _mm512_and_si512(b, low4)),
+                                   _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(b, 4), low4)) },
+                                 _mm512_cvtph_ps(_mm256_slli_epi16(half, 7)) };
+}
+
+/* The group times row r of a block; the record's last word takes the twelves back. Exact. */
+INLINE __m512 group_sum(const struct nvfp4_group *g, const uint32_t *x, const int r, const int rows)
+{
+    __m512i dot = _mm512_set1_epi32((int)x[5 * rows + r]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        dot = _mm512_dpbusd_epi32(dot, g->value[i], _mm512_set1_epi32((int)x[i * rows + r]));
+    return _mm512_cvtepi32_ps(dot);
+}
+
+/* Two groups share the inputs' scale. The first one's sum times its E4M3 scale is exact; the two multiply-adds
+ * round. */
+INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
+                      const int rows)
+{
     const uint8_t *in = w->data + panel * w->panel_bytes, *end = in + w->panel_bytes;
-    const uint8_t *group = w->groups + panel * w->head.cols;
+    const uint8_t *scales = w->groups + panel * w->head.cols;
     __m512 sum[4][16];
     no_sums(sum, 1, rows);
-    for (; in < end; in += 128, group += PANEL, x += INT8_WORDS * rows) {
+    for (; end - in >= 256; in += 256, scales += 2 * PANEL, x += 2 * INT8_WORDS * rows) {
         /* past the page: the hardware's prefetch stops there, and a panel's codes are two streams */
-        _mm_prefetch((const char *)in + 4096, _MM_HINT_T0);
-        _mm_prefetch((const char *)in + 4160, _MM_HINT_T0);
-        _mm_prefetch((const char *)group + 512, _MM_HINT_T0);
-        __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + 64);
-        __m512i w0 = _mm512_shuffle_epi8(value, _mm512_and_si512(a, low4));
-        __m512i w1 = _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(a, 4), low4));
-        __m512i w2 = _mm512_shuffle_epi8(value, _mm512_and_si512(b, low4));
-        __m512i w3 = _mm512_shuffle_epi8(value, _mm512_and_si512(_mm512_srli_epi16(b, 4), low4));
-        /* E4M3 moved into the fields of f16 is its value / 2^8 */
-        __m256i half = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)group));
-        __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(half, 7));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) _mm_prefetch((const char *)in + 4096 + 64 * i, _MM_HINT_T0);
+        _mm_prefetch((const char *)scales + 512, _MM_HINT_T0);
+        struct nvfp4_group a = nvfp4_group(in, scales), b = nvfp4_group(in + 128, scales + PANEL);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            __m512i dot = _mm512_set1_epi32((int)x[5 * rows + r]);
-            dot = _mm512_dpbusd_epi32(dot, w0, _mm512_set1_epi32((int)x[r]));
-            dot = _mm512_dpbusd_epi32(dot, w1, _mm512_set1_epi32((int)x[rows + r]));
-            dot = _mm512_dpbusd_epi32(dot, w2, _mm512_set1_epi32((int)x[2 * rows + r]));
-            dot = _mm512_dpbusd_epi32(dot, w3, _mm512_set1_epi32((int)x[3 * rows + r]));
-            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
+            __m512 both = _mm512_mul_ps(group_sum(&a, x, r, rows), a.scale);
+            both = _mm512_fmadd_ps(group_sum(&b, x + INT8_WORDS * rows, r, rows), b.scale, both);
             __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[4 * rows + r]));
-            sum[0][r] = _mm512_fmadd_ps(scaled, input, sum[0][r]);
+            sum[0][r] = _mm512_fmadd_ps(both, input, sum[0][r]);
+        }
+    }
+    if (in < end) {
+        struct nvfp4_group a = nvfp4_group(in, scales);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[4 * rows + r]));
+            sum[0][r] = _mm512_fmadd_ps(_mm512_mul_ps(group_sum(&a, x, r, rows), a.scale), input, sum[0][r]);
         }
     }
     keep_sums(y, stride, sum, 1, rows);
