@@ -15,6 +15,7 @@ const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                 __builtin_cpu_supports("avx512vbmi");
+    if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AMX) && cpu_amx_request()) return &cpu_kernels_amx;
     if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512BF16)) return &cpu_kernels_avx512bf16;
     if (avx512 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512)) return &cpu_kernels_avx512;
     if (avx2 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX2)) return &cpu_kernels_avx2;

@@ -29,16 +29,21 @@ struct cpu_weight {
  * words: [word][R].
  *   F32    a column a word
  *   BF16   two columns a word, zeros after the last (of FP8 weights: up to a multiple of 4 columns)
- *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; the scale of
- *          their group of 32, f32; -12 times the sum of the codes */
+ *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; the
+ * scale of their group of 32, f32; -12 times the sum of the codes */
 enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
 enum { INT8_WORDS = 6 };
 
 /* y[p * stride + i * 16 ..] = x_i . the 16 rows of panel `panel` + p, for p < panels, i < rows; x: a block of
- * 1 to 16 rows, of f32 a power of two. An output's additions have one order whatever `panels` and `rows`. FP8 is without
- * its row scales, INT8 times 128 / w->global stays to be applied. */
+ * 1 to 16 rows, of f32 a power of two. An output's additions have one order whatever `panels` and `rows`. FP8
+ * is without its row scales, INT8 times 128 / w->global stays to be applied. */
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
+
+/* The same for one panel and any number of rows of FORM_BF16 or FORM_INT8 words that lie one after the other,
+ * `words` apart; of INT8 with the bits of cpu_dot. */
+typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
+                      int64_t rows);
 
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */
@@ -81,8 +86,9 @@ struct cpu_kernels {
     cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
-    cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
-    cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_dot *dot_bf16;               /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
+    cpu_dot *dot_int8;               /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_wide *wide_bf16, *wide_int8; /* of steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
@@ -110,6 +116,9 @@ extern const struct cpu_kernels cpu_kernels_generic;
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
 extern const struct cpu_kernels cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_amx;
+/* Asks the system for the tiles' registers, which a process has only on request. False: not to be had. */
+bool cpu_amx_request(void);
 #endif
 /* The best set this machine runs, at most `isa`. */
 const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa);

@@ -309,8 +309,8 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
-/* What every kernels_*.c defines: the table of this ISA. */
-#define CPU_KERNELS(ISA, WIDEST_BLOCK, DOT_BF16, DOT_INT8)                                                   \
+/* What every kernels_*.c defines: the table of this ISA, with the products it has beyond these. */
+#define CPU_KERNELS(ISA, WIDEST_BLOCK, ...)                                                                  \
     const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
         .name = #ISA,                                                                                        \
         .block_rows = WIDEST_BLOCK,                                                                          \
@@ -321,8 +321,7 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
         .stream = stream,                                                                                    \
         .decode = decode,                                                                                    \
         .product = product,                                                                                  \
-        .dot_bf16 = DOT_BF16,                                                                                \
-        .dot_int8 = DOT_INT8,                                                                                \
+        __VA_ARGS__,                                                                                         \
         .rmsnorm = rmsnorm,                                                                                  \
         .gated_norm = gated_norm,                                                                            \
         .silu_mul = silu_mul,                                                                                \

@@ -45,10 +45,11 @@ struct packed {
     const float *row_scale; /* INPUT_FP8_ROW: per row; else NULL: 1 */
     enum input_form form;
     int64_t rows, words_each;
+    bool wide; /* not in blocks: rows one after the other */
 };
 
-/* n rows come in runs of at most block_rows, packed by one thread each. Where kernels take any number of rows the
- * runs are as even as can be, and a run is a block; of f32 words only powers of two are. */
+/* n rows come in runs of at most block_rows, packed by one thread each. Where kernels take any number of rows
+ * the runs are as even as can be, and a run is a block; of f32 words only powers of two are. */
 static inline int64_t cpu_runs(const struct cpu_kernels *k, int64_t n)
 {
     return (n + k->block_rows - 1) / k->block_rows;
@@ -69,6 +70,14 @@ static inline int cpu_block_rows(const struct cpu_kernels *k, enum input_form fo
     int rows = k->block_rows;
     while (rows > n - r) rows /= 2;
     return rows;
+}
+
+/* n of a step's rows meet a weight in words of this form: whether that is a matter for cpu_wide. */
+static inline bool cpu_is_wide(const struct cpu_kernels *k, enum input_form form, int64_t step_rows,
+                               int64_t n)
+{
+    cpu_wide *wide = form == FORM_INT8 ? k->wide_int8 : form == FORM_BF16 ? k->wide_bf16 : NULL;
+    return wide && step_rows > ROWS_EXACT && n >= 4;
 }
 
 /* Panels of an item: with few rows several are in flight, with many one keeps a core busy. */

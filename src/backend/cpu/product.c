@@ -78,9 +78,12 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
                         const struct cpu_weight *w, int64_t panel, int panels)
 {
     int64_t each = in->rows * PANEL;
+    cpu_wide *wide = in->form == FORM_INT8 ? q->k->wide_int8 : q->k->wide_bf16;
+    for (int p = 0; in->wide && p < panels; p++)
+        wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
     cpu_dot *dot = in->form == FORM_INT8 ? q->k->dot_int8 : in->form == FORM_BF16 ? q->k->dot_bf16 : few;
-    for (int64_t r = 0; dot && r < in->rows;) {
+    for (int64_t r = 0; dot && !in->wide && r < in->rows;) {
         int rows = cpu_block_rows(q->k, in->form, in->rows, r);
         dot(sums + r * PANEL, each, in->words + r * in->words_each, w, panel, panels, rows);
         r += rows;
@@ -111,13 +114,13 @@ static void pack_rows(void *ctx, int64_t item, int thread)
         const uint8_t *row[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) {
             const float *x = m->x.data + (r + i) * m->x.stride;
-            uint32_t *to = q->rounded_rows + (r + i) * words;
+            uint32_t *to = (m->in.wide ? q->packed : q->rounded_rows) + (r + i) * words;
             row[i] = m->as_is ? (const uint8_t *)x : (const uint8_t *)to;
             if (!m->as_is)
                 q->row_scale[r + i] =
                     cpu_write_row(q, &m->w->head, m->in.form, to, x, q->threads[thread].quantized);
         }
-        if (m->x.rows > 1) q->k->interleave(q->packed + r * words, row, rows, words);
+        if (m->x.rows > 1 && !m->in.wide) q->k->interleave(q->packed + r * words, row, rows, words);
         r += rows;
     }
 }
@@ -148,9 +151,12 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
     struct matmul m = {
         .q = q, .y = y, .x = x, .w = w, .as_is = as_is, .panels_each = cpu_panels_each(x.rows)
     };
-    m.in = (struct packed){ words, weight->input == INPUT_FP8_ROW ? q->row_scale : NULL, form, x.rows,
-                            cpu_words(form, weight) };
-    if (!as_is || !alone)
-        pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
+    m.in = (struct packed){ words,
+                            weight->input == INPUT_FP8_ROW ? q->row_scale : NULL,
+                            form,
+                            x.rows,
+                            cpu_words(form, weight),
+                            cpu_is_wide(q->k, form, x.rows, x.rows) };
+    if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
     pool_run(q->pool, (w->panels + m.panels_each - 1) / m.panels_each, multiply, &m);
 }
