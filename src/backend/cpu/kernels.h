@@ -47,9 +47,8 @@ typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct c
 
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */
-enum { ATTEND_HEADS_MAX = 8 };
+enum { ATTEND_HEADS_MAX = 8, ATTEND_PARTS_MAX = 16 };
 struct attend_group {
-    float *y; /* [n_heads][dim] */
     const float *qg;
     int n_heads; /* at most ATTEND_HEADS_MAX */
     const struct kv_cache *kv;
@@ -97,9 +96,14 @@ struct cpu_kernels {
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
     double (*divergence)(const float *p, const float *q, int64_t n);     /* sum e^p (p - q) */
 
-    /* A group's query heads against n_tokens keys and values: y = softmax(q.k / sqrt(dim)) v * sigmoid(gate),
-     * head after head. scores: scratch, [n_heads][n_tokens]. */
-    void (*attend)(const struct attend_group *g, int64_t n_tokens, float *scores);
+    /* A group's query heads against tokens [first, end), first % KV_PAGE == 0: out[h][dim + 2] = sum of
+     * e^(s_t - top) v_t with s = q.k / sqrt(dim), top = the largest s, sum of e^(s_t - top). scores: scratch,
+     * [n_heads][end - first].
+     */
+    void (*attend)(const struct attend_group *g, int64_t first, int64_t end, float *out, float *scores);
+    /* y[h][dim] = softmax(s) v * sigmoid(gate) of parts that attend left, `stride` apart. */
+    void (*attend_finish)(float *y, const struct attend_group *g, const float *parts, int64_t stride,
+                          int n_parts);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */

@@ -14,7 +14,8 @@ enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of t
 struct cpu_thread {
     float *panel;     /* [DECODE_COLUMNS][16] */
     float *sums;      /* [PANELS_MAX][rows][16], twice: gate and up */
-    float *scores;    /* [ATTEND_HEADS_MAX][context] */
+    float *scores;    /* [ATTEND_HEADS_MAX][tokens of a part] */
+    float *attended;  /* [ATTEND_PARTS_MAX][ATTEND_HEADS_MAX][head_dim + 2] */
     float *work;      /* of delta_chunk */
     float *quantized; /* one row of inputs */
 };
@@ -34,6 +35,7 @@ struct queue {
     float *row_scale;  /* of quantized inputs, [rows * picks] */
     float *hidden;     /* [rows * picks][intermediate] */
     float *outputs;    /* [rows * picks][cols] */
+    float *attended;   /* [ROWS_EXACT][ATTEND_PARTS_MAX][heads][head_dim + 2] */
     int64_t *order;    /* [rows * picks] pick numbers grouped by expert */
     int64_t *begin;    /* [n_experts + 1] into order */
     int32_t *active;   /* [n_experts] experts with rows */
@@ -95,6 +97,14 @@ float cpu_write_row(struct queue *q, const struct weight *w, enum input_form for
 /* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels);
+
+/* Tokens of each part of a context that attention works through part by part: whole pages, a function of the
+ * context alone, so that a row has the same bits however parts are spread over threads. */
+static inline int64_t cpu_attend_part(int64_t context)
+{
+    const int64_t least = 512, each = (context + ATTEND_PARTS_MAX - 1) / ATTEND_PARTS_MAX;
+    return each > least ? (each + KV_PAGE - 1) / KV_PAGE * KV_PAGE : least;
+}
 
 /* n <= 16 results of a panel; a whole one without a call of memcpy. */
 static inline void cpu_keep(float *to, const float *sums, int64_t n)
