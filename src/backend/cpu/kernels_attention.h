@@ -9,7 +9,7 @@ enum { TILE_TOKENS = 4, TILE_HEADS = 4, TILE_VECTORS = 4 };
 #else
 enum { TILE_TOKENS = 2, TILE_HEADS = 4, TILE_VECTORS = 2 };
 #endif
-enum { TILE = TILE_TOKENS * TILE_HEADS };
+enum { TILE = TILE_TOKENS * TILE_HEADS, FETCH_TOKENS = 8 };
 
 INLINE vec kv_vec(const void *base, const enum kv_dtype dtype, int64_t at)
 {
@@ -106,6 +106,9 @@ INLINE void score_page(float *scores, int64_t n, const struct attend_group *g, c
         int tokens = end - t < TILE_TOKENS ? (int)(end - t) : TILE_TOKENS;
         int64_t at[TILE_TOKENS];
         for (int i = 0; i < TILE_TOKENS; i++) at[i] = kv_at(kv, g->pages, t + (i < tokens ? i : 0), column);
+        int64_t ahead = t + FETCH_TOKENS < end ? t + FETCH_TOKENS : end - 1;
+        for (int i = 0; i < TILE_TOKENS; i++)
+            if (ahead + i < end) kv_fetch(kv->keys, dtype, kv_at(kv, g->pages, ahead + i, column), dim);
         for (int h = 0; h < g->n_heads; h += TILE_HEADS)
             score_tile(scores + h * n + t - first, n, g->qg + (int64_t)2 * dim * h, kv->keys, dtype, at, dim,
                        scale, g->n_heads - h < TILE_HEADS ? g->n_heads - h : TILE_HEADS, tokens);
@@ -135,8 +138,8 @@ INLINE float softmax(float *scores, int64_t n, float *top)
 
 /* y[h * stride + v * VL ..] += scores[h * n + t] * value t, `tokens` values `line` apart. */
 INLINE void mix_tile(float *y, int64_t stride, const float *scores, int64_t n, const void *values,
-                     const enum kv_dtype dtype, int64_t at, int64_t line, int64_t tokens, const int heads,
-                     const int vectors)
+                     const enum kv_dtype dtype, int64_t at, int64_t ahead, int64_t line, int64_t tokens,
+                     const int heads, const int vectors)
 {
     vec sum[TILE_HEADS][TILE_VECTORS];
 #pragma GCC unroll 4
@@ -145,6 +148,7 @@ INLINE void mix_tile(float *y, int64_t stride, const float *scores, int64_t n, c
         for (int v = 0; v < vectors; v++) sum[h][v] = vload(y + h * stride + v * VL);
     for (int64_t t = 0; t < tokens; t++, at += line) {
         vec value[TILE_VECTORS];
+        if (ahead >= 0) kv_fetch(values, dtype, ahead + t * line, vectors * VL);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) value[v] = kv_vec(values, dtype, at + v * VL);
 #pragma GCC unroll 4
@@ -159,14 +163,16 @@ INLINE void mix_tile(float *y, int64_t stride, const float *scores, int64_t n, c
 }
 
 INLINE void mix_heads(float *y, const float *scores, int64_t n, const struct kv_cache *kv,
-                      const enum kv_dtype dtype, int64_t at, int64_t tokens, const int heads)
+                      const enum kv_dtype dtype, int64_t at, int64_t ahead, int64_t tokens, const int heads)
 {
     int dim = kv->head_dim, d = 0;
     int64_t line = (int64_t)kv->n_kv_heads * dim, stride = dim + 2;
     for (; d + TILE_VECTORS * VL <= dim; d += TILE_VECTORS * VL)
-        mix_tile(y + d, stride, scores, n, kv->values, dtype, at + d, line, tokens, heads, TILE_VECTORS);
+        mix_tile(y + d, stride, scores, n, kv->values, dtype, at + d, ahead < 0 ? ahead : ahead + d, line,
+                 tokens, heads, TILE_VECTORS);
     for (; d + VL <= dim; d += VL)
-        mix_tile(y + d, stride, scores, n, kv->values, dtype, at + d, line, tokens, heads, 1);
+        mix_tile(y + d, stride, scores, n, kv->values, dtype, at + d, ahead < 0 ? ahead : ahead + d, line,
+                 tokens, heads, 1);
     for (int h = 0; h < heads; h++)
         for (int i = d; i < dim; i++)
             for (int64_t t = 0; t < tokens; t++)
@@ -190,14 +196,15 @@ INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype
     }
     for (int64_t t = first, stop; t < end; t = stop) {
         stop = end - t < KV_PAGE ? end : t + KV_PAGE;
-        int64_t at = kv_at(kv, g->pages, t, column);
+        int64_t at = kv_at(kv, g->pages, t, column),
+                ahead = stop < end ? kv_at(kv, g->pages, stop, column) : -1;
         int h = 0;
         for (; h + TILE_HEADS <= g->n_heads; h += TILE_HEADS)
-            mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at, stop - t,
-                      TILE_HEADS);
+            mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at,
+                      h ? -1 : ahead, stop - t, TILE_HEADS);
         for (; h < g->n_heads; h++)
-            mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at, stop - t,
-                      1);
+            mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at,
+                      h ? -1 : ahead, stop - t, 1);
     }
 }
 
