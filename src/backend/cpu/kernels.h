@@ -40,8 +40,8 @@ enum { INT8_WORDS = 6 };
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
 
-/* The same for one panel and any number of rows of FORM_BF16 or FORM_INT8 words that lie one after the other,
- * `words` apart; of INT8 with the bits of cpu_dot. */
+/* The same with FORM_BF16 for one panel and any number of rows, whose words lie one row after the other,
+ * `words` apart. */
 typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
                       int64_t rows);
 
@@ -85,9 +85,9 @@ struct cpu_kernels {
     cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
-    cpu_dot *dot_bf16;               /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
-    cpu_dot *dot_int8;               /* FORM_INT8 with NVFP4 weights; NULL: none */
-    cpu_wide *wide_bf16, *wide_int8; /* of steps of more than ROWS_EXACT rows; NULL: none */
+    cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
+    cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);

@@ -78,8 +78,7 @@ static inline int cpu_block_rows(const struct cpu_kernels *k, enum input_form fo
 static inline bool cpu_is_wide(const struct cpu_kernels *k, enum input_form form, int64_t step_rows,
                                int64_t n)
 {
-    cpu_wide *wide = form == FORM_INT8 ? k->wide_int8 : form == FORM_BF16 ? k->wide_bf16 : NULL;
-    return wide && step_rows > ROWS_EXACT && n >= 4;
+    return k->wide && form == FORM_BF16 && step_rows > ROWS_EXACT && n >= 4;
 }
 
 /* Panels of an item: with few rows several are in flight, with many one keeps a core busy. */

@@ -78,9 +78,8 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
                         const struct cpu_weight *w, int64_t panel, int panels)
 {
     int64_t each = in->rows * PANEL;
-    cpu_wide *wide = in->form == FORM_INT8 ? q->k->wide_int8 : q->k->wide_bf16;
     for (int p = 0; in->wide && p < panels; p++)
-        wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
+        q->k->wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
     cpu_dot *dot = in->form == FORM_INT8 ? q->k->dot_int8 : in->form == FORM_BF16 ? q->k->dot_bf16 : few;
     for (int64_t r = 0; dot && !in->wide && r < in->rows;) {
