@@ -1,5 +1,5 @@
 /* The hot operations of the CPU backend against the machine's limits.
- * usage: bench_kernels [THREADS [generic|avx2|avx512|avx512bf16]]
+ * usage: bench_kernels [THREADS [generic|avx2|avx512|avx512bf16|amx]]
  * CSV: operation, format, inputs as they are or rounded, rows, MB of weights, microseconds (best of 9: the
  * machine is shared), GB/s, share of the read bandwidth measured just before, GFLOP/s. The weights of several
  * products rotate, so that none is found in the caches. */
@@ -124,8 +124,8 @@ static void bench_format(struct backend *b, struct pool *pool, const uint64_t *m
 
 static enum cpu_isa isa_of(const char *name)
 {
-    static const char *const isas[] = { "best", "generic", "avx2", "avx512", "avx512bf16" };
-    for (int i = 0; i < 5; i++)
+    static const char *const isas[] = { "best", "generic", "avx2", "avx512", "avx512bf16", "amx" };
+    for (int i = 0; i < 6; i++)
         if (strcmp(name, isas[i]) == 0) return (enum cpu_isa)i;
     fprintf(stderr, "bench_kernels: no instruction set '%s'\n", name);
     exit(2);

@@ -300,8 +300,9 @@ enum cpu_isa {
     CPU_ISA_GENERIC,
     CPU_ISA_AVX2,
     CPU_ISA_AVX512,
-    CPU_ISA_AVX512BF16 /* with VNNI, BF16 and VBMI */
-};                     /* --cpu-mask: at most this one */
+    CPU_ISA_AVX512BF16, /* with VNNI, BF16 and VBMI */
+    CPU_ISA_AMX         /* and tiles of int8 and BF16 */
+};                      /* --cpu-mask: at most this one */
 struct backend_options {
     enum device device;
     int threads; /* 0: this process's share of the machine */

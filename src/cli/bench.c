@@ -267,7 +267,7 @@ int cli_bench(int argc, char **argv)
         COMMON_ACTIVATIONS_FLAGS(s.common),
         { "--device", 0, FLAG_CHOICE, &s.common.device, "auto|cpu|cuda|ref",
           "where to compute (auto: a GPU where there is one)", common_devices },
-        { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512|avx512bf16",
+        { "--cpu-mask", 0, FLAG_CHOICE, &s.common.mask, "best|generic|avx2|avx512|avx512bf16|amx",
           "use at most these instructions", common_masks },
         { "--quiet", 0, FLAG_SWITCH, &s.common.quiet, NULL, "no progress, no notes", NULL },
         { "--json", 0, FLAG_SWITCH, &s.common.json, NULL, "the same as -o json", NULL },

@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 const char *const common_devices[] = { "auto", "cpu", "cuda", "ref", NULL };
-const char *const common_masks[] = { "best", "generic", "avx2", "avx512", "avx512bf16", NULL };
+const char *const common_masks[] = { "best", "generic", "avx2", "avx512", "avx512bf16", "amx", NULL };
 const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
 const char *const common_activations[] = { "bf16", "fp4", NULL };
 const char *const common_inputs[] = { "f32", "int8", NULL };

@@ -29,7 +29,7 @@ extern const char *const common_devices[],
           0,                                                                                                 \
           FLAG_CHOICE,                                                                                       \
           &(c).mask,                                                                                         \
-          "best|generic|avx2|avx512|avx512bf16",                                                             \
+          "best|generic|avx2|avx512|avx512bf16|amx",                                                         \
           "use at most these instructions",                                                                  \
           common_masks },                                                                                    \
         { "--threads",  0,   FLAG_INT,                                                                       \

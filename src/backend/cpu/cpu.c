@@ -15,6 +15,7 @@ const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                 __builtin_cpu_supports("avx512vbmi");
+    if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AMX) && cpu_amx_request()) return &cpu_kernels_amx;
     if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512BF16)) return &cpu_kernels_avx512bf16;
     if (avx512 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512)) return &cpu_kernels_avx512;
     if (avx2 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX2)) return &cpu_kernels_avx2;
@@ -73,7 +74,8 @@ static void layout(struct queue *q, struct arena *a)
         struct cpu_thread *s = &q->threads[t];
         s->panel = arena_take(a, (int64_t)DECODE_COLUMNS * PANEL, sizeof(float), 64);
         s->sums = arena_take(a, 2 * PANELS_MAX * l->rows * PANEL, sizeof(float), 64);
-        s->scores = arena_take(a, ATTEND_HEADS_MAX * l->context, sizeof(float), 64);
+        s->scores = arena_take(a, ATTEND_HEADS_MAX * cpu_attend_part(l->context), sizeof(float), 64);
+        s->attended = arena_take(a, ATTEND_PARTS_MAX * l->cols, sizeof(float), 64);
         s->work = arena_take(a, delta, sizeof(float), 64);
         s->quantized = arena_take(a, wide, sizeof(float), 64);
     }
@@ -82,6 +84,8 @@ static void layout(struct queue *q, struct arena *a)
     q->row_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
     q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
     q->outputs = arena_take(a, picked * l->cols, sizeof(float), 64);
+    /* a row's queries and gates, 2 * heads * head_dim, leave room for head_dim + 2 */
+    q->attended = arena_take(a, (int64_t)ROWS_EXACT * ATTEND_PARTS_MAX * l->cols, sizeof(float), 64);
     q->order = arena_take(a, picked, sizeof *q->order, 64);
     q->begin = arena_take(a, l->n_experts + 1, sizeof *q->begin, 64);
     q->active = arena_take(a, l->n_experts, sizeof *q->active, 64);

@@ -39,12 +39,16 @@ static enum input_form form_of(const struct queue *q, const struct weight *a, co
 }
 
 /* Blocks begin where the widest words of an expert matrix put them: at begin[e] * q->words_most. */
-static struct packed packed_of(const struct queue *q, int32_t e, const struct weight *w, enum input_form form)
+static struct packed packed_of(const struct moe *m, int32_t e, const struct weight *w, enum input_form form)
 {
-    int64_t begin = q->begin[e];
+    const struct queue *q = m->q;
+    int64_t begin = q->begin[e], n = q->begin[e + 1] - begin;
     return (struct packed){ q->packed + begin * q->words_most,
-                            w->input == INPUT_FP8_ROW ? q->row_scale + begin : NULL, form,
-                            q->begin[e + 1] - begin, cpu_words(form, w) };
+                            w->input == INPUT_FP8_ROW ? q->row_scale + begin : NULL,
+                            form,
+                            n,
+                            cpu_words(form, w),
+                            cpu_is_wide(q->k, form, m->x.rows, n) };
 }
 
 /* Packs an expert's inputs: rows of x for gate and up, rows of hidden for down. */
@@ -54,17 +58,18 @@ static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, in
     struct queue *q = m->q;
     int64_t begin = q->begin[e], n = q->begin[e + 1] - begin, words = cpu_words(form, w);
     uint32_t *rounded = q->rounded_rows + begin * q->words_most, *packed = q->packed + begin * q->words_most;
+    bool as_rows = n == 1 || cpu_is_wide(q->k, form, m->x.rows, n);
     for (int64_t r = 0; r < n;) {
-        int rows = cpu_block_rows(q->k, n - r);
+        int rows = cpu_block_rows(q->k, form, n, r);
         const uint8_t *row[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) {
             int64_t from = by_row ? q->order[begin + r + i] / m->picks->k : begin + r + i;
-            uint32_t *to = n == 1 ? packed : rounded + (r + i) * words;
+            uint32_t *to = (as_rows ? packed : rounded) + (r + i) * words;
             row[i] = (const uint8_t *)to;
             q->row_scale[begin + r + i] =
                 cpu_write_row(q, w, form, to, x + from * stride, q->threads[thread].quantized);
         }
-        if (n > 1) q->k->interleave(packed + r * words, row, rows, words);
+        if (!as_rows) q->k->interleave(packed + r * words, row, rows, words);
         r += rows;
     }
 }
@@ -107,7 +112,7 @@ static void gate_up(void *ctx, int64_t item, int thread)
     struct cpu_thread *t = &q->threads[thread];
     struct part part = part_of(m, item, m->experts->gate[q->active[0]]->rows);
     const struct weight *gate = m->experts->gate[part.expert], *up = m->experts->up[part.expert];
-    struct packed in = packed_of(q, part.expert, gate, form_of(q, gate, up));
+    struct packed in = packed_of(m, part.expert, gate, form_of(q, gate, up));
     int64_t each = in.rows * PANEL;
     float *g = t->sums, *u = t->sums + part.panels * each;
     cpu_panels_product(q, t, g, &in, (const struct cpu_weight *)gate, part.panel, part.panels);
@@ -128,7 +133,7 @@ static void down(void *ctx, int64_t item, int thread)
     struct cpu_thread *t = &q->threads[thread];
     struct part part = part_of(m, item, m->experts->down[q->active[0]]->rows);
     const struct weight *w = m->experts->down[part.expert];
-    struct packed in = packed_of(q, part.expert, w, cpu_form(q, w));
+    struct packed in = packed_of(m, part.expert, w, cpu_form(q, w));
     cpu_panels_product(q, t, t->sums, &in, (const struct cpu_weight *)w, part.panel, part.panels);
     for (int p = 0; p < part.panels; p++) {
         int64_t first = (part.panel + p) * PANEL, n = w->rows - first < PANEL ? w->rows - first : PANEL;

@@ -29,22 +29,26 @@ struct cpu_weight {
  * words: [word][R].
  *   F32    a column a word
  *   BF16   two columns a word, zeros after the last (of FP8 weights: up to a multiple of 4 columns)
- *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; their
- *          scale, f32; -12 times the sum of the codes */
+ *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; the
+ * scale of their group of 32, f32; -12 times the sum of the codes */
 enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
 enum { INT8_WORDS = 6 };
 
 /* y[p * stride + i * 16 ..] = x_i . the 16 rows of panel `panel` + p, for p < panels, i < rows; x: a block of
- * 1, 2, 4, 8 or 16 rows. An output's additions have one order whatever `panels` and `rows`. FP8 is without
- * its row scales, INT8 times 128 / w->global stays to be applied. */
+ * 1 to 16 rows, of f32 a power of two. An output's additions have one order whatever `panels` and `rows`. FP8
+ * is without its row scales, INT8 times 128 / w->global stays to be applied. */
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
 
+/* The same with FORM_BF16 for one panel and any number of rows, whose words lie one row after the other,
+ * `words` apart. */
+typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
+                      int64_t rows);
+
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */
-enum { ATTEND_HEADS_MAX = 8 };
+enum { ATTEND_HEADS_MAX = 8, ATTEND_PARTS_MAX = 16 };
 struct attend_group {
-    float *y; /* [n_heads][dim] */
     const float *qg;
     int n_heads; /* at most ATTEND_HEADS_MAX */
     const struct kv_cache *kv;
@@ -83,6 +87,7 @@ struct cpu_kernels {
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
     cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
     cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
@@ -91,9 +96,14 @@ struct cpu_kernels {
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
     double (*divergence)(const float *p, const float *q, int64_t n);     /* sum e^p (p - q) */
 
-    /* A group's query heads against n_tokens keys and values: y = softmax(q.k / sqrt(dim)) v * sigmoid(gate),
-     * head after head. scores: scratch, [n_heads][n_tokens]. */
-    void (*attend)(const struct attend_group *g, int64_t n_tokens, float *scores);
+    /* A group's query heads against tokens [first, end), first % KV_PAGE == 0: out[h][dim + 2] = sum of
+     * e^(s_t - top) v_t with s = q.k / sqrt(dim), top = the largest s, sum of e^(s_t - top). scores: scratch,
+     * [n_heads][end - first].
+     */
+    void (*attend)(const struct attend_group *g, int64_t first, int64_t end, float *out, float *scores);
+    /* y[h][dim] = softmax(s) v * sigmoid(gate) of parts that attend left, `stride` apart. */
+    void (*attend_finish)(float *y, const struct attend_group *g, const float *parts, int64_t stride,
+                          int n_parts);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */
@@ -110,6 +120,9 @@ extern const struct cpu_kernels cpu_kernels_generic;
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
 extern const struct cpu_kernels cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_amx;
+/* Asks the system for the tiles' registers, which a process has only on request. False: not to be had. */
+bool cpu_amx_request(void);
 #endif
 /* The best set this machine runs, at most `isa`. */
 const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa);

@@ -1,135 +1,8 @@
-/* Kernels of one ISA, second part: attention and the gated delta rule. Included by kernels_*.c only. */
+/* Kernels of one ISA, second part: the gated delta rule. Included by kernels_*.c only. */
 #ifndef BACKEND_CPU_KERNELS_SEQUENCE_H
 #define BACKEND_CPU_KERNELS_SEQUENCE_H
-#include "backend/cpu/kernels_dense.h"
+#include "backend/cpu/kernels_attention.h"
 #include "backend/cpu/kernels_input.h"
-
-/* Attention. */
-
-INLINE vec kv_vec(const void *base, const enum kv_dtype dtype, int64_t at)
-{
-    if (dtype == KV_F32) return vload((const float *)base + at);
-    if (dtype == KV_BF16) return vload_bf16((const uint16_t *)base + at);
-    return vfrom_e4m3(vload_u8((const uint8_t *)base + at));
-}
-
-INLINE float kv_one(const void *base, const enum kv_dtype dtype, int64_t at)
-{
-    if (dtype == KV_F32) return ((const float *)base)[at];
-    if (dtype == KV_BF16) return bf16_to_f32(((const bf16 *)base)[at]);
-    return e4m3_to_f32(((const e4m3 *)base)[at]);
-}
-
-INLINE float kv_dot(const float *query, const void *keys, const enum kv_dtype dtype, int64_t at, int dim)
-{
-    vec sum[4] = { { 0 } };
-    int d = 0;
-    for (; d + 4 * VL <= dim; d += 4 * VL)
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++)
-            sum[v] = vload(query + d + v * VL) * kv_vec(keys, dtype, at + d + v * VL) + sum[v];
-    for (; d + VL <= dim; d += VL) sum[0] = vload(query + d) * kv_vec(keys, dtype, at + d) + sum[0];
-    float dot = vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; d < dim; d++) dot += query[d] * kv_one(keys, dtype, at + d);
-    return dot;
-}
-
-/* Where token t's head begins. */
-INLINE int64_t kv_at(const struct kv_cache *kv, const int32_t *pages, int64_t t, int64_t column)
-{
-    return (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * kv->n_kv_heads * kv->head_dim + column;
-}
-
-/* scores[t] = e^(scores[t] - their largest); returns their sum. */
-static float softmax(float *scores, int64_t n)
-{
-    float top = -INFINITY;
-    for (int64_t t = 0; t < n; t++) top = scores[t] > top ? scores[t] : top;
-    vec sum = { 0 };
-    int64_t t = 0;
-    for (; t + VL <= n; t += VL) {
-        vec p = vexp(vload(scores + t) - top);
-        vstore(scores + t, p);
-        sum += p;
-    }
-    for (; t < n; t++) {
-        vec p = vexp(vset(scores[t] - top));
-        scores[t] = p[0];
-        sum[0] += p[0];
-    }
-    return vsum(sum);
-}
-
-/* y[0 .. n * VL) += sum of scores[t] * v_t, tokens [first, end). */
-INLINE void kv_mix(float *y, const float *scores, const struct kv_cache *kv, const enum kv_dtype dtype,
-                   const int32_t *pages, int64_t column, int64_t first, int64_t end, const int n)
-{
-    vec sum[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < n; v++) sum[v] = vload(y + v * VL);
-    for (int64_t t = first; t < end; t++) {
-        int64_t at = kv_at(kv, pages, t, column);
-#pragma GCC unroll 8
-        for (int v = 0; v < n; v++) sum[v] = scores[t] * kv_vec(kv->values, dtype, at + v * VL) + sum[v];
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < n; v++) vstore(y + v * VL, sum[v]);
-}
-
-INLINE void kv_mix_head(float *y, const float *scores, const struct kv_cache *kv, const enum kv_dtype dtype,
-                        const int32_t *pages, int64_t column, int64_t first, int64_t end)
-{
-    int dim = kv->head_dim, d = 0;
-    for (; d + 8 * VL <= dim; d += 8 * VL) kv_mix(y + d, scores, kv, dtype, pages, column + d, first, end, 8);
-    for (; d + VL <= dim; d += VL) kv_mix(y + d, scores, kv, dtype, pages, column + d, first, end, 1);
-    for (; d < dim; d++)
-        for (int64_t t = first; t < end; t++)
-            y[d] += scores[t] * kv_one(kv->values, dtype, kv_at(kv, pages, t, column + d));
-}
-
-/* A page of keys, then of values, meets every head of the group while it is in the caches. */
-INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype, int64_t n_tokens,
-                         float *scores)
-{
-    const struct kv_cache *kv = g->kv;
-    int dim = kv->head_dim;
-    int64_t column = (int64_t)g->kv_head * dim;
-    float scale = 1 / sqrtf((float)dim);
-    for (int64_t first = 0; first < n_tokens; first += KV_PAGE) {
-        int64_t end = first + KV_PAGE < n_tokens ? first + KV_PAGE : n_tokens;
-        for (int h = 0; h < g->n_heads; h++)
-            for (int64_t t = first; t < end; t++)
-                scores[h * n_tokens + t] =
-                    kv_dot(g->qg + 2 * h * dim, kv->keys, dtype, kv_at(kv, g->pages, t, column), dim) * scale;
-    }
-    float r[ATTEND_HEADS_MAX];
-    for (int h = 0; h < g->n_heads; h++) {
-        r[h] = 1 / softmax(scores + h * n_tokens, n_tokens);
-        memset(g->y + h * dim, 0, (size_t)dim * sizeof *g->y);
-    }
-    for (int64_t first = 0; first < n_tokens; first += KV_PAGE) {
-        int64_t end = first + KV_PAGE < n_tokens ? first + KV_PAGE : n_tokens;
-        for (int h = 0; h < g->n_heads; h++)
-            kv_mix_head(g->y + h * dim, scores + h * n_tokens, kv, dtype, g->pages, column, first, end);
-    }
-    for (int h = 0; h < g->n_heads; h++) {
-        const float *gate = g->qg + (2 * h + 1) * dim;
-        float *y = g->y + h * dim;
-        int d = 0;
-        for (; d + VL <= dim; d += VL) vstore(y + d, vload(y + d) * r[h] * vsigmoid(vload(gate + d)));
-        for (; d < dim; d++) y[d] = y[d] * r[h] * vsigmoid(vset(gate[d]))[0];
-    }
-}
-
-static void attend(const struct attend_group *g, int64_t n_tokens, float *scores)
-{
-    if (g->kv->dtype == KV_F32)
-        attend_dtype(g, KV_F32, n_tokens, scores);
-    else if (g->kv->dtype == KV_BF16)
-        attend_dtype(g, KV_BF16, n_tokens, scores);
-    else
-        attend_dtype(g, KV_FP8, n_tokens, scores);
-}
 
 /* The delta rule. */
 
@@ -309,8 +182,8 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
     for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
-/* What every kernels_*.c defines: the table of this ISA. */
-#define CPU_KERNELS(ISA, WIDEST_BLOCK, DOT_BF16, DOT_INT8)                                                   \
+/* What every kernels_*.c defines: the table of this ISA, with the products it has beyond these. */
+#define CPU_KERNELS(ISA, WIDEST_BLOCK, ...)                                                                  \
     const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
         .name = #ISA,                                                                                        \
         .block_rows = WIDEST_BLOCK,                                                                          \
@@ -321,8 +194,7 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
         .stream = stream,                                                                                    \
         .decode = decode,                                                                                    \
         .product = product,                                                                                  \
-        .dot_bf16 = DOT_BF16,                                                                                \
-        .dot_int8 = DOT_INT8,                                                                                \
+        __VA_ARGS__,                                                                                         \
         .rmsnorm = rmsnorm,                                                                                  \
         .gated_norm = gated_norm,                                                                            \
         .silu_mul = silu_mul,                                                                                \
@@ -330,6 +202,7 @@ static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
         .log_softmax = log_softmax,                                                                          \
         .divergence = divergence,                                                                            \
         .attend = attend,                                                                                    \
+        .attend_finish = attend_finish,                                                                      \
         .conv_row = conv_row,                                                                                \
         .l2norm = l2norm,                                                                                    \
         .delta = delta,                                                                                      \

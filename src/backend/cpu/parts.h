@@ -14,7 +14,8 @@ enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of t
 struct cpu_thread {
     float *panel;     /* [DECODE_COLUMNS][16] */
     float *sums;      /* [PANELS_MAX][rows][16], twice: gate and up */
-    float *scores;    /* [ATTEND_HEADS_MAX][context] */
+    float *scores;    /* [ATTEND_HEADS_MAX][tokens of a part] */
+    float *attended;  /* [ATTEND_PARTS_MAX][ATTEND_HEADS_MAX][head_dim + 2] */
     float *work;      /* of delta_chunk */
     float *quantized; /* one row of inputs */
 };
@@ -34,25 +35,50 @@ struct queue {
     float *row_scale;  /* of quantized inputs, [rows * picks] */
     float *hidden;     /* [rows * picks][intermediate] */
     float *outputs;    /* [rows * picks][cols] */
+    float *attended;   /* [ROWS_EXACT][ATTEND_PARTS_MAX][heads][head_dim + 2] */
     int64_t *order;    /* [rows * picks] pick numbers grouped by expert */
     int64_t *begin;    /* [n_experts + 1] into order */
     int32_t *active;   /* [n_experts] experts with rows */
 };
 
-/* Inputs of a product in blocks of 16, 8, 4, 2 or 1 rows. Block at row r begins at r * words_each. */
+/* Inputs of a product in blocks of rows (cpu_block_rows). Block at row r begins at r * words_each. */
 struct packed {
     const uint32_t *words;
     const float *row_scale; /* INPUT_FP8_ROW: per row; else NULL: 1 */
     enum input_form form;
     int64_t rows, words_each;
+    bool wide; /* not in blocks: rows one after the other */
 };
 
-/* Rows of the block that begins with `left` rows to go. */
-static inline int cpu_block_rows(const struct cpu_kernels *k, int64_t left)
+/* n rows come in runs of at most block_rows, packed by one thread each. Where kernels take any number of rows
+ * the runs are as even as can be, and a run is a block; of f32 words only powers of two are. */
+static inline int64_t cpu_runs(const struct cpu_kernels *k, int64_t n)
 {
+    return (n + k->block_rows - 1) / k->block_rows;
+}
+
+static inline int64_t cpu_run_begin(const struct cpu_kernels *k, enum input_form form, int64_t n, int64_t run)
+{
+    int64_t runs = cpu_runs(k, n), longer = n % runs;
+    if (form == FORM_F32) return run * k->block_rows < n ? run * k->block_rows : n;
+    return run * (n / runs) + (run < longer ? run : longer);
+}
+
+/* Rows of the block that begins at row r of n. */
+static inline int cpu_block_rows(const struct cpu_kernels *k, enum input_form form, int64_t n, int64_t r)
+{
+    int64_t runs = cpu_runs(k, n), each = n / runs;
+    if (form != FORM_F32) return (int)(each + (r < n % runs * (each + 1)));
     int rows = k->block_rows;
-    while (rows > left) rows /= 2;
+    while (rows > n - r) rows /= 2;
     return rows;
+}
+
+/* n of a step's rows meet a weight in words of this form: whether that is a matter for cpu_wide. */
+static inline bool cpu_is_wide(const struct cpu_kernels *k, enum input_form form, int64_t step_rows,
+                               int64_t n)
+{
+    return k->wide && form == FORM_BF16 && step_rows > ROWS_EXACT && n >= 4;
 }
 
 /* Panels of an item: with few rows several are in flight, with many one keeps a core busy. */
@@ -70,6 +96,14 @@ float cpu_write_row(struct queue *q, const struct weight *w, enum input_form for
 /* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels);
+
+/* Tokens of each part of a context that attention works through part by part: whole pages, a function of the
+ * context alone, so that a row has the same bits however parts are spread over threads. */
+static inline int64_t cpu_attend_part(int64_t context)
+{
+    const int64_t least = 512, each = (context + ATTEND_PARTS_MAX - 1) / ATTEND_PARTS_MAX;
+    return each > least ? (each + KV_PAGE - 1) / KV_PAGE * KV_PAGE : least;
+}
 
 /* n <= 16 results of a panel; a whole one without a call of memcpy. */
 static inline void cpu_keep(float *to, const float *sums, int64_t n)

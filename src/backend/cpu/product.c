@@ -52,7 +52,7 @@ static void panel_f32(struct queue *q, struct cpu_thread *t, float *sums, const 
         int64_t n = w->head.cols - c < DECODE_COLUMNS ? w->head.cols - c : DECODE_COLUMNS;
         q->k->decode(t->panel, w, panel, c, n);
         for (int64_t r = 0; r < in->rows;) {
-            int rows = cpu_block_rows(q->k, in->rows - r);
+            int rows = cpu_block_rows(q->k, FORM_F32, in->rows, r);
             const float *x = (const float *)(const void *)in->words;
             q->k->product(sums + r * PANEL, x + r * w->head.cols + c * rows, t->panel, n, rows);
             r += rows;
@@ -78,10 +78,12 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
                         const struct cpu_weight *w, int64_t panel, int panels)
 {
     int64_t each = in->rows * PANEL;
+    for (int p = 0; in->wide && p < panels; p++)
+        q->k->wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
     cpu_dot *dot = in->form == FORM_INT8 ? q->k->dot_int8 : in->form == FORM_BF16 ? q->k->dot_bf16 : few;
-    for (int64_t r = 0; dot && r < in->rows;) {
-        int rows = cpu_block_rows(q->k, in->rows - r);
+    for (int64_t r = 0; dot && !in->wide && r < in->rows;) {
+        int rows = cpu_block_rows(q->k, in->form, in->rows, r);
         dot(sums + r * PANEL, each, in->words + r * in->words_each, w, panel, panels, rows);
         r += rows;
     }
@@ -100,25 +102,24 @@ struct matmul {
     int panels_each; /* of an item */
 };
 
-/* An item is a block's rows: written in the product's form, then interleaved. */
+/* An item is a run of rows: written in the product's form, then interleaved. */
 static void pack_rows(void *ctx, int64_t item, int thread)
 {
     struct matmul *m = ctx;
     struct queue *q = m->q;
-    int64_t words = m->in.words_each, end = (item + 1) * q->k->block_rows;
-    if (end > m->x.rows) end = m->x.rows;
-    for (int64_t r = item * q->k->block_rows; r < end;) {
-        int rows = cpu_block_rows(q->k, m->x.rows - r);
+    int64_t words = m->in.words_each, end = cpu_run_begin(q->k, m->in.form, m->x.rows, item + 1);
+    for (int64_t r = cpu_run_begin(q->k, m->in.form, m->x.rows, item); r < end;) {
+        int rows = cpu_block_rows(q->k, m->in.form, m->x.rows, r);
         const uint8_t *row[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++) {
             const float *x = m->x.data + (r + i) * m->x.stride;
-            uint32_t *to = q->rounded_rows + (r + i) * words;
+            uint32_t *to = (m->in.wide ? q->packed : q->rounded_rows) + (r + i) * words;
             row[i] = m->as_is ? (const uint8_t *)x : (const uint8_t *)to;
             if (!m->as_is)
                 q->row_scale[r + i] =
                     cpu_write_row(q, &m->w->head, m->in.form, to, x, q->threads[thread].quantized);
         }
-        if (m->x.rows > 1) q->k->interleave(q->packed + r * words, row, rows, words);
+        if (m->x.rows > 1 && !m->in.wide) q->k->interleave(q->packed + r * words, row, rows, words);
         r += rows;
     }
 }
@@ -149,9 +150,12 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
     struct matmul m = {
         .q = q, .y = y, .x = x, .w = w, .as_is = as_is, .panels_each = cpu_panels_each(x.rows)
     };
-    m.in = (struct packed){ words, weight->input == INPUT_FP8_ROW ? q->row_scale : NULL, form, x.rows,
-                            cpu_words(form, weight) };
-    if (!as_is || !alone)
-        pool_run(q->pool, (x.rows + q->k->block_rows - 1) / q->k->block_rows, pack_rows, &m);
+    m.in = (struct packed){ words,
+                            weight->input == INPUT_FP8_ROW ? q->row_scale : NULL,
+                            form,
+                            x.rows,
+                            cpu_words(form, weight),
+                            cpu_is_wide(q->k, form, x.rows, x.rows) };
+    if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
     pool_run(q->pool, (w->panels + m.panels_each - 1) / m.panels_each, multiply, &m);
 }

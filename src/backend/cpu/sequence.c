@@ -53,24 +53,88 @@ struct attention_job {
     const struct step_rows *rows;
 };
 
-/* Item = one row and one kv head: the query heads that share its keys. Late rows first, they are the longest.
- */
-static void attend_item(void *ctx, int64_t item, int thread)
+/* The query heads from h on that share a kv head, as many as a kernel takes. */
+static struct attend_group group_of(const struct attention_job *j, int64_t row, const struct span *span,
+                                    int kv_head, int h)
+{
+    int group = j->n_heads / j->kv->n_kv_heads, left = (kv_head + 1) * group - h;
+    return (struct attend_group){ j->qg.data + row * j->qg.stride + (int64_t)h * 2 * j->kv->head_dim,
+                                  left < ATTEND_HEADS_MAX ? left : ATTEND_HEADS_MAX, j->kv, span->pages,
+                                  kv_head };
+}
+
+static int64_t context_of(const struct span *span, int64_t row)
+{
+    return span->past + row - span->first + 1;
+}
+
+static int parts_of(int64_t context)
+{
+    return (int)((context + cpu_attend_part(context) - 1) / cpu_attend_part(context));
+}
+
+static void attend_part(const struct attention_job *j, const struct attend_group *g, int64_t context,
+                        int part, float *out, int thread)
+{
+    int64_t first = part * cpu_attend_part(context), end = first + cpu_attend_part(context);
+    j->q->k->attend(g, first, end < context ? end : context, out, j->q->threads[thread].scores);
+}
+
+/* Many rows. Item = one row and one kv head. Late rows first, they are the longest. */
+static void attend_row(void *ctx, int64_t item, int thread)
 {
     struct attention_job *j = ctx;
     int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, dim = j->kv->head_dim,
         kv_head = (int)(item % n_kv);
     int64_t row = j->rows->n - 1 - item / n_kv;
     const struct span *span = span_of(j->rows, row);
-    for (int h = kv_head * group, n; h < (kv_head + 1) * group; h += n) {
-        n = (kv_head + 1) * group - h < ATTEND_HEADS_MAX ? (kv_head + 1) * group - h : ATTEND_HEADS_MAX;
-        struct attend_group g = { j->y.data + row * j->y.stride + (int64_t)h * dim,
-                                  j->qg.data + row * j->qg.stride + (int64_t)h * 2 * dim,
-                                  n,
-                                  j->kv,
-                                  span->pages,
-                                  kv_head };
-        j->q->k->attend(&g, span->past + row - span->first + 1, j->q->threads[thread].scores);
+    int64_t context = context_of(span, row);
+    float *parts = j->q->threads[thread].attended;
+    for (int h = kv_head * group; h < (kv_head + 1) * group;) {
+        struct attend_group g = group_of(j, row, span, kv_head, h);
+        int64_t stride = (int64_t)g.n_heads * (dim + 2);
+        for (int p = 0; p < parts_of(context); p++)
+            attend_part(j, &g, context, p, parts + p * stride, thread);
+        j->q->k->attend_finish(j->y.data + row * j->y.stride + (int64_t)h * dim, &g, parts, stride,
+                               parts_of(context));
+        h += g.n_heads;
+    }
+}
+
+/* Few rows. Item = a part of the context of one row and one kv head: [row][part][head][dim + 2]. */
+static float *part_at(const struct attention_job *j, int64_t row, int part, int h)
+{
+    int64_t each = (int64_t)j->n_heads * (j->kv->head_dim + 2);
+    return j->q->attended + (row * ATTEND_PARTS_MAX + part) * each + (int64_t)h * (j->kv->head_dim + 2);
+}
+
+static void attend_item(void *ctx, int64_t item, int thread)
+{
+    struct attention_job *j = ctx;
+    int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, part = (int)(item / n_kv % ATTEND_PARTS_MAX);
+    int64_t row = item / n_kv / ATTEND_PARTS_MAX;
+    const struct span *span = span_of(j->rows, row);
+    int64_t context = context_of(span, row);
+    if (part >= parts_of(context)) return;
+    for (int kv_head = (int)(item % n_kv), h = kv_head * group; h < (kv_head + 1) * group;) {
+        struct attend_group g = group_of(j, row, span, kv_head, h);
+        attend_part(j, &g, context, part, part_at(j, row, part, h), thread);
+        h += g.n_heads;
+    }
+}
+
+static void finish_item(void *ctx, int64_t item, int thread)
+{
+    struct attention_job *j = ctx;
+    int n_kv = j->kv->n_kv_heads, group = j->n_heads / n_kv, dim = j->kv->head_dim;
+    int64_t row = item / n_kv;
+    const struct span *span = span_of(j->rows, row);
+    (void)thread;
+    for (int kv_head = (int)(item % n_kv), h = kv_head * group; h < (kv_head + 1) * group;) {
+        struct attend_group g = group_of(j, row, span, kv_head, h);
+        j->q->k->attend_finish(j->y.data + row * j->y.stride + (int64_t)h * dim, &g, part_at(j, row, 0, h),
+                               (int64_t)j->n_heads * (dim + 2), parts_of(context_of(span, row)));
+        h += g.n_heads;
     }
 }
 
@@ -78,7 +142,12 @@ void cpu_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, co
                    const struct step_rows *rows)
 {
     struct attention_job j = { q, y, qg, n_heads, kv, rows };
-    pool_run(q->pool, rows->n * kv->n_kv_heads, attend_item, &j);
+    if (rows->n > ROWS_EXACT) {
+        pool_run(q->pool, rows->n * kv->n_kv_heads, attend_row, &j);
+        return;
+    }
+    pool_run(q->pool, rows->n * kv->n_kv_heads * ATTEND_PARTS_MAX, attend_item, &j);
+    pool_run(q->pool, rows->n * kv->n_kv_heads, finish_item, &j);
 }
 
 /* Convolution. */
