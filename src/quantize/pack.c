@@ -13,6 +13,9 @@
 /* Weights of one work item: long enough to hide the hand-over, short enough to balance. */
 enum { ITEM_WEIGHTS = 1 << 12 };
 
+/* Of a matrix that the fast kernel takes: all that a network's weights are. */
+static const float ABSMAX_LEAST = 0x1p-28f, ABSMAX_MOST = 0x1p18f;
+
 struct work {
     struct packer *packer;
     const struct matrix *matrix;
@@ -75,6 +78,21 @@ static bool scales_are_valid(const e4m3 *scale, int64_t n)
     return ok;
 }
 
+/* The nearest values, of a matrix whose magnitudes no kernel minds. */
+static void nearest_item(void *ctx, int64_t item, int thread)
+{
+    struct work *w = ctx;
+    struct packer *p = w->packer;
+    const struct matrix *m = w->matrix;
+    int64_t first = item * w->rows_each, rows = last_row(w, item) - first, groups = m->cols / NVFP4_GROUP;
+    e4m3 *scale = (e4m3 *)p->scales + first * groups;
+    (void)thread;
+    for (int64_t r = first; r < first + rows; r++, scale += groups)
+        p->kernels->nvfp4_nearest(p->codes + r * (m->cols / 2), scale, &p->sums[2 * r],
+                                  m->data + r * m->cols * 2, w->global, m->cols);
+    if (!scales_are_valid(scale - rows * groups, rows * groups)) atomic_store(&w->invalid, true);
+}
+
 static void nvfp4_item(void *ctx, int64_t item, int thread)
 {
     struct work *w = ctx;
@@ -91,7 +109,7 @@ static void nvfp4_item(void *ctx, int64_t item, int thread)
         else if (w->curvature)
             search_row(codes, scale, row, w->curvature->importance, w->global, m->cols);
         else
-            p->kernels->nvfp4_pack(codes, scale, row, w->global, m->cols);
+            nvfp4_pack_row(codes, scale, row, w->global, m->cols);
         p->kernels->nvfp4_unpack(back, codes, scale, w->global, m->cols);
         p->kernels->squares(&p->sums[2 * r], row, back, m->cols);
         valid &= scales_are_valid(scale, m->cols / NVFP4_GROUP);
@@ -220,6 +238,7 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                 const struct curvature *curvature, struct err *e)
 {
     bool nvfp4 = scheme_is_nvfp4(m->scheme), passes_on = nvfp4 && curvature && curvature->factor;
+    bool is_plain = nvfp4 && !curvature && absmax >= ABSMAX_LEAST && absmax <= ABSMAX_MOST;
     uint64_t weights = (uint64_t)m->rows * (uint64_t)m->cols;
     struct work w = { .packer = p,
                       .matrix = m,
@@ -231,6 +250,7 @@ bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, fl
                       .global = nvfp4 ? global_of(absmax, curvature) : 0 };
     for_each_item(p, &w,
                   passes_on                       ? gptq_item
+                  : is_plain                      ? nearest_item
                   : nvfp4                         ? nvfp4_item
                   : m->scheme == SCHEME_FP8       ? fp8_tensor_item
                   : m->scheme == SCHEME_FP8_BLOCK ? fp8_block_item
