@@ -65,7 +65,7 @@ const struct curvature *run_plain(const struct run *r);
 bool run_absmax(struct run *r, float *out, size_t index, struct err *e);
 bool run_prepare_packing(struct run *r, struct err *e);
 uint64_t run_piece_bytes(const struct plan *p); /* of the largest piece's codes, at most */
-/* Packs a matrix of the plan; out->codes is of no use, out->scales borrows from the run until the next. */
+/* Packs a matrix of the plan; its scales are r->scales until the next. */
 bool run_pack(struct run *r, struct packed *out, size_t index, const struct curvature *c,
               const struct outlet *to, struct err *e);
 /* All tensors behind what shards_offset says is there. */
