@@ -7,7 +7,8 @@
 #include <string.h>
 
 enum { QUEUE = 256 };
-static const uint64_t RING_BYTES = 64 << 20;
+/* Enough for what is packed while a sync lasts, and little enough to stay in a cache. */
+static const uint64_t RING_BYTES = 16 << 20;
 
 struct entry {
     const uint8_t *data; /* NULL: a result or a mark */
