@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* Weights of one work item: long enough to hide the hand-over, short enough to balance. */
-enum { ITEM_WEIGHTS = 1 << 14 };
+enum { ITEM_WEIGHTS = 1 << 16 };
 
 /* Of a matrix that the fast kernel takes: all that a network's weights are. */
 static const float ABSMAX_LEAST = 0x1p-28f, ABSMAX_MOST = 0x1p18f;

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLICE_BYTES = 8 << 20, AHEAD_BYTES = 64 << 20, BATCH_WEIGHTS = 1 << 22 };
+enum { SLICE_BYTES = 8 << 20, AHEAD_BYTES = 64 << 20, BATCH_WEIGHTS = 1 << 23 };
 
 uint64_t run_matrix_bytes(const struct matrix *m)
 {
@@ -314,6 +314,21 @@ static bool look_at(struct run *r, size_t first, size_t n, struct err *e)
     return true;
 }
 
+/* Neighbours together: threads that run are interrupted each time. */
+static void release(const struct packing *in, size_t n)
+{
+    const uint8_t *begin = in[0].matrix->data, *end = begin;
+    for (size_t i = 0; i < n; i++) {
+        const struct matrix *m = in[i].matrix;
+        if (m->data != end) {
+            pages_release(begin, (uint64_t)(end - begin));
+            begin = m->data;
+        }
+        end = m->data + run_matrix_bytes(m);
+    }
+    pages_release(begin, (uint64_t)(end - begin));
+}
+
 /* bytes: of the outputs of each. All of them take one room, in their order. */
 static bool pack_batch(struct run *r, struct packed *out, size_t first, size_t n, const uint64_t *bytes,
                        struct err *e)
@@ -334,8 +349,8 @@ static bool pack_batch(struct run *r, struct packed *out, size_t first, size_t n
         uint8_t *end = in[i].scales + out[i].scales_bytes;
         memcpy(end, &out[i].global, sizeof out[i].global);
         input_scale(r, end + sizeof out[i].global, m, largest_input(r, m));
-        pages_release(m->data, run_matrix_bytes(m));
     }
+    release(in, n);
     return writer_put(r->writer, all, e);
 }
 
