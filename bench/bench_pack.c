@@ -22,7 +22,7 @@ struct bench {
     struct packer packer;
     struct tensor tensor;
     uint8_t *data, *copy;
-    uint8_t codes[4 * WEIGHTS], scales[4 * WEIGHTS / NVFP4_GROUP];
+    uint8_t codes[8 * WEIGHTS], scales[8 * WEIGHTS / NVFP4_GROUP];
     const struct curvature *curvature;
     _Alignas(64) uint64_t sums[1024][8];
 };
@@ -58,38 +58,33 @@ static bool run_copy(struct bench *b, struct err *e)
     return true;
 }
 
-/* As many at once as tensors.c takes: an expert, or all parts of one kind. */
-enum { AT_ONCE = 4 };
+/* As many at once as tensors.c takes, and those after them looked at beside them. */
+enum { AT_ONCE = 8 };
 
 static bool run_absmax(struct bench *b, struct err *e)
 {
-    float top[AT_ONCE];
-    const struct matrix *list[AT_ONCE];
-    for (size_t i = 0; i < b->n_used; i += AT_ONCE) {
-        size_t n = b->n_used - i < AT_ONCE ? b->n_used - i : AT_ONCE;
-        for (size_t k = 0; k < n; k++) list[k] = &b->plan.matrices[i + k];
-        if (!packer_absmax(&b->packer, top, list, n, e)) return false;
-    }
+    float top;
+    for (size_t i = 0; i < b->n_used; i++)
+        if (!packer_absmax(&b->packer, &top, &b->plan.matrices[i], e)) return false;
     return true;
 }
 
 static bool pack(struct bench *b, enum scheme scheme, struct err *e)
 {
+    struct packer_look ahead = { .n = 0 };
+    for (size_t i = 0; i < b->n_used; i++) b->plan.matrices[i].scheme = scheme;
     for (size_t i = 0; i < b->n_used; i += AT_ONCE) {
-        size_t n = b->n_used - i < AT_ONCE ? b->n_used - i : AT_ONCE;
         struct packed out[AT_ONCE];
         struct packing in[AT_ONCE];
-        const struct matrix *list[AT_ONCE];
-        float top[AT_ONCE];
-        for (size_t k = 0; k < n; k++) {
-            b->plan.matrices[i + k].scheme = scheme;
-            list[k] = &b->plan.matrices[i + k];
+        size_t n = 0;
+        for (struct matrix *m = &b->plan.matrices[i]; n < AT_ONCE && i + n < b->n_used; m++, n++) {
+            in[n] = (struct packing){ m, ahead.absmax[n], b->codes + n * WEIGHTS,
+                                      b->scales + n * (WEIGHTS / NVFP4_GROUP) };
+            if (i == 0 && !packer_absmax(&b->packer, &in[n].absmax, m, e)) return false;
         }
-        if (!packer_absmax(&b->packer, top, list, n, e)) return false;
-        for (size_t k = 0; k < n; k++)
-            in[k] = (struct packing){ list[k], top[k], b->codes + k * WEIGHTS,
-                                      b->scales + k * (WEIGHTS / NVFP4_GROUP) };
-        if (!packer_run(&b->packer, out, in, n, b->curvature, e)) return false;
+        for (ahead.n = 0; ahead.n < AT_ONCE && i + n + ahead.n < b->n_used; ahead.n++)
+            ahead.matrices[ahead.n] = &b->plan.matrices[i + n + ahead.n];
+        if (!packer_run(&b->packer, out, in, n, b->curvature, &ahead, e)) return false;
     }
     return true;
 }

@@ -71,20 +71,25 @@ static void absmax_item(struct work *w, int64_t item, int thread)
     }
 }
 
-bool packer_absmax(struct packer *p, float *out, const struct matrix *const *list, size_t n, struct err *e)
+static struct work look_of(struct packer *p, const struct matrix *m)
 {
-    struct work works[PACKER_MATRICES];
-    for (size_t i = 0; i < n; i++)
-        works[i] = (struct work){ .packer = p, .matrix = list[i], .body = absmax_item };
-    run_all(p, works, n);
-    for (size_t i = 0; i < n; i++) {
-        unsigned bits = atomic_load(&works[i].top);
-        out[i] = bf16_to_f32((bf16){ (uint16_t)bits });
-        if (bits >= 0x7f80)
-            return err_set(e, ERR_FORMAT, "tensor '%s': module '%s' has a weight that is %s",
-                           list[i]->source->name, list[i]->module, bits > 0x7f80 ? "NaN" : "infinite");
-    }
-    return true;
+    return (struct work){ .packer = p, .matrix = m, .body = absmax_item };
+}
+
+static bool finish_look(float *out, struct work *w, struct err *e)
+{
+    unsigned bits = atomic_load(&w->top);
+    *out = bf16_to_f32((bf16){ (uint16_t)bits });
+    return bits < 0x7f80 ||
+           err_set(e, ERR_FORMAT, "tensor '%s': module '%s' has a weight that is %s", w->matrix->source->name,
+                   w->matrix->module, bits > 0x7f80 ? "NaN" : "infinite");
+}
+
+bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e)
+{
+    struct work w = look_of(p, m);
+    run_all(p, &w, 1);
+    return finish_look(out, &w, e);
 }
 
 static void load_row(const struct packer *p, float *out, const struct matrix *m, int64_t r)
@@ -289,18 +294,22 @@ static bool finish(struct packed *out, struct work *w, struct err *e)
 }
 
 bool packer_run(struct packer *p, struct packed *out, const struct packing *in, size_t n,
-                const struct curvature *curvature, struct err *e)
+                const struct curvature *curvature, struct packer_look *ahead, struct err *e)
 {
-    struct work works[PACKER_MATRICES];
+    struct work works[2 * PACKER_MATRICES];
     double *sums = p->sums;
+    size_t n_looks = ahead ? ahead->n : 0;
     for (size_t i = 0; i < n; i++) {
         works[i] = work_of(p, &in[i], curvature);
         works[i].sums = sums;
         sums += 2 * in[i].matrix->rows;
     }
-    run_all(p, works, n);
+    for (size_t i = 0; i < n_looks; i++) works[n + i] = look_of(p, ahead->matrices[i]);
+    run_all(p, works, n + n_looks);
     for (size_t i = 0; i < n; i++)
         if (!finish(&out[i], &works[i], e)) return false;
+    for (size_t i = 0; i < n_looks; i++)
+        if (!finish_look(&ahead->absmax[i], &works[n + i], e)) return false;
     return true;
 }
 

@@ -47,10 +47,18 @@ void packer_deinit(struct packer *p); /* accepts a zeroed one */
 /* Of several matrices at once: how many, and their rows together. */
 enum { PACKER_MATRICES = 16, PACKER_ROWS = 1 << 14 };
 
-/* The matrices in what follows: one of at most packer_piece_rows rows, or several within the limits. out: one
- * each. max |w|; a weight that is not finite is an error. */
-bool packer_absmax(struct packer *p, float *out, const struct matrix *const *list, size_t n, struct err *e);
-/* curvature: NULL for the nearest values. */
+/* Matrices whose maxima are wanted next. */
+struct packer_look {
+    const struct matrix *matrices[PACKER_MATRICES];
+    float absmax[PACKER_MATRICES];
+    size_t n;
+};
+
+/* A matrix in what follows has at most packer_piece_rows rows, or there are several within the limits. max
+ * |w|; a weight that is not finite is an error. */
+bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
+/* out: [n]. curvature: NULL for the nearest values. ahead: looked at by threads that find nothing more to
+ * pack, NULL for none. */
 bool packer_run(struct packer *p, struct packed *out, const struct packing *in, size_t n,
-                const struct curvature *curvature, struct err *e);
+                const struct curvature *curvature, struct packer_look *ahead, struct err *e);
 #endif

@@ -52,8 +52,7 @@ static bool absmax_of(struct run *r, float *out, size_t index, struct err *e)
     for (int64_t at = 0; r->absmax[index] < 0 && at < m->rows; at += n) {
         struct matrix piece = piece_of(m, at, m->rows - at < n ? m->rows - at : n);
         float top;
-        if (!source_check_at(&r->source, piece.data, e) ||
-            !packer_absmax(&r->packer, &top, &(const struct matrix *){ &piece }, 1, e))
+        if (!source_check_at(&r->source, piece.data, e) || !packer_absmax(&r->packer, &top, &piece, e))
             return false;
         *out = at == 0 || top > *out ? top : *out;
         if (n < m->rows) pages_release(piece.data, run_matrix_bytes(&piece));
@@ -82,7 +81,7 @@ static bool pack_piece(struct run *r, struct packed *sum, const struct matrix *p
     struct packed p;
     struct packing in = { .matrix = piece, .absmax = absmax, .scales = r->packer.scales };
     in.codes = to->room(to->ctx, (uint64_t)piece->rows * (uint64_t)piece->cols, e);
-    if (!in.codes || !packer_run(&r->packer, &p, &in, 1, c, e) || !to->put(to->ctx, p.codes_bytes, e))
+    if (!in.codes || !packer_run(&r->packer, &p, &in, 1, c, NULL, e) || !to->put(to->ctx, p.codes_bytes, e))
         return false;
     bool is_common = piece->scheme == SCHEME_FP8; /* one scale for all pieces */
     if (is_common) sum->scales_bytes = 0;
@@ -292,26 +291,28 @@ static size_t batch_of(const struct run *r, size_t first, size_t end)
     return n;
 }
 
-/* Looks at the weights of a batch and of partners that lie elsewhere, as many as can be at once. */
-static bool look_at(struct run *r, size_t first, size_t n, struct err *e)
+/* What is to be looked at for a batch, partners that lie elsewhere too, as many as can be at once. */
+static bool to_look_at(struct run *r, struct packer_look *look, size_t first, size_t n, struct err *e)
 {
-    const struct matrix *all = r->plan.matrices, *list[PACKER_MATRICES];
-    float top[PACKER_MATRICES];
-    size_t k = 0;
+    const struct matrix *all = r->plan.matrices;
+    look->n = 0;
     for (size_t i = first; i < first + n; i++) {
         size_t j = i;
         do {
-            bool is_new = r->absmax[j] < 0 && is_small(&all[j]);
-            for (size_t x = 0; x < k; x++) is_new = is_new && list[x] != &all[j];
-            if (is_new && k < PACKER_MATRICES) list[k++] = &all[j];
+            bool is_new = r->absmax[j] < 0 && is_small(&all[j]) && look->n < PACKER_MATRICES;
+            for (size_t x = 0; x < look->n; x++) is_new = is_new && look->matrices[x] != &all[j];
+            if (is_new && !source_check_at(&r->source, all[j].data, e)) return false;
+            if (is_new) look->matrices[look->n++] = &all[j];
             j = all[j].partner;
         } while (j != SIZE_MAX && j != i);
     }
-    for (size_t i = 0; i < k; i++)
-        if (!source_check_at(&r->source, list[i]->data, e)) return false;
-    if (!packer_absmax(&r->packer, top, list, k, e)) return false;
-    for (size_t i = 0; i < k; i++) r->absmax[list[i] - all] = top[i];
+    for (size_t i = first; i < first + n; i++) read_ahead(r, all[i].data, run_matrix_bytes(&all[i]));
     return true;
+}
+
+static void keep_absmax(struct run *r, const struct packer_look *look)
+{
+    for (size_t i = 0; i < look->n; i++) r->absmax[look->matrices[i] - r->plan.matrices] = look->absmax[i];
 }
 
 /* Neighbours together: threads that run are interrupted each time. */
@@ -329,9 +330,10 @@ static void release(const struct packing *in, size_t n)
     pages_release(begin, (uint64_t)(end - begin));
 }
 
-/* bytes: of the outputs of each. All of them take one room, in their order. */
+/* bytes: of the outputs of each. All of them take one room, in their order. Maxima that were not looked at
+ * with the batch before, or were too many, are looked at here. */
 static bool pack_batch(struct run *r, struct packed *out, size_t first, size_t n, const uint64_t *bytes,
-                       struct err *e)
+                       struct packer_look *ahead, struct err *e)
 {
     struct packing in[PACKER_MATRICES];
     uint64_t all = 0;
@@ -343,7 +345,8 @@ static bool pack_batch(struct run *r, struct packed *out, size_t first, size_t n
         in[i] = (struct packing){ .matrix = m, .codes = room, .scales = room + m->rows * m->cols / 2 };
         if (!run_absmax(r, &in[i].absmax, first + i, e)) return false;
     }
-    if (!packer_run(&r->packer, out, in, n, run_plain(r), e)) return false;
+    if (!packer_run(&r->packer, out, in, n, run_plain(r), ahead, e)) return false;
+    keep_absmax(r, ahead);
     for (size_t i = 0; i < n; i++) {
         const struct matrix *m = in[i].matrix;
         uint8_t *end = in[i].scales + out[i].scales_bytes;
@@ -354,12 +357,15 @@ static bool pack_batch(struct run *r, struct packed *out, size_t first, size_t n
     return writer_put(r->writer, all, e);
 }
 
-static bool write_batch(struct run *r, size_t first, size_t n, const uint64_t *bytes, struct err *e)
+/* end: of the matrices that may follow. */
+static bool write_batch(struct run *r, size_t first, size_t n, size_t end, const uint64_t *bytes,
+                        struct err *e)
 {
     struct packed out[PACKER_MATRICES];
-    for (size_t i = first; i < first + n; i++)
-        read_ahead(r, r->plan.matrices[i].data, run_matrix_bytes(&r->plan.matrices[i]));
-    if (!look_at(r, first, n, e) || !pack_batch(r, out, first, n, bytes, e)) return false;
+    struct packer_look ahead;
+    if (!to_look_at(r, &ahead, first + n, batch_of(r, first + n, end), e) ||
+        !pack_batch(r, out, first, n, bytes, &ahead, e))
+        return false;
     for (size_t i = 0; i < n; i++) {
         struct matrix_result result = { .difference = out[i].difference,
                                         .total = out[i].total,
@@ -375,11 +381,11 @@ static bool not_this_plan(const struct run *r, struct err *e)
     return err_set(e, ERR_FORMAT, "%s: the journal is that of another plan", r->journal.path);
 }
 
-/* outputs: of the job's first matrix. skip: bytes of output that are there already. */
-static bool write_matrices(struct run *r, const struct job *j, const struct tensor **outputs, uint64_t *skip,
+/* outputs: of the first matrix. skip: bytes of output that are there already. */
+static bool write_matrices(struct run *r, size_t k, size_t end, const struct tensor **outputs, uint64_t *skip,
                            struct err *e)
 {
-    for (size_t k = j->first, end = k + j->n, n; k < end; k += n) {
+    for (size_t n; k < end; k += n) {
         uint64_t bytes[PACKER_MATRICES] = { 0 };
         size_t batch = *skip ? 0 : batch_of(r, k, end);
         n = batch ? batch : 1;
@@ -391,7 +397,7 @@ static bool write_matrices(struct run *r, const struct job *j, const struct tens
             r->done += run_matrix_bytes(&r->plan.matrices[k]);
         } else if (*skip > 0) {
             return not_this_plan(r, e);
-        } else if (!(batch ? write_batch(r, k, n, bytes, e) : write_matrix(r, k, e))) {
+        } else if (!(batch ? write_batch(r, k, n, end, bytes, e) : write_matrix(r, k, e))) {
             return false;
         }
     }
@@ -405,8 +411,12 @@ bool run_write_tensors(struct run *r, struct err *e)
     uint64_t skip = shards_offset(r->shards);
     for (size_t i = 0; i < p->n_jobs; i++) {
         const struct job *j = &p->jobs[i];
+        size_t end = j->first + j->n; /* of the matrices of all jobs up to the next copy */
+        while (j->n > 0 && i + 1 < p->n_jobs && p->jobs[i + 1].n > 0 && p->jobs[i + 1].first == end)
+            end += p->jobs[++i].n;
         if (j->n == 0) outputs++;
-        if (!(j->n == 0 ? copy_tensor(r, j->source, &skip, e) : write_matrices(r, j, &outputs, &skip, e)))
+        if (!(j->n == 0 ? copy_tensor(r, j->source, &skip, e)
+                        : write_matrices(r, j->first, end, &outputs, &skip, e)))
             return false;
     }
     return (skip == 0 || not_this_plan(r, e)) && writer_finish(r->writer, e) && shards_finish(r->shards, e);

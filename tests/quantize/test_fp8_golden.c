@@ -69,9 +69,9 @@ static void check_packed(enum scheme scheme, int threads)
     struct err e = { 0 };
     float absmax;
     must(packer_init(&p, &plan, threads, &e), &e);
-    must(packer_absmax(&p, &absmax, &(const struct matrix *){ &m }, 1, &e), &e);
+    must(packer_absmax(&p, &absmax, &m, &e), &e);
     struct packing in = { .matrix = &m, .absmax = absmax, .codes = codes, .scales = p.scales };
-    must(packer_run(&p, &packed, &in, 1, NULL, &e), &e);
+    must(packer_run(&p, &packed, &in, 1, NULL, NULL, &e), &e);
     assert_int_equal(packed.codes_bytes, ROWS * COLS);
     assert_int_equal(packed.scales_bytes, 2 * n_scales(scheme));
     assert_memory_equal(codes, bytes_of(scheme_name(scheme), ".codes", ROWS * COLS), ROWS * COLS);
