@@ -3,6 +3,7 @@
 #include "base/pages.h"
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -88,6 +89,8 @@ static bool perform(struct writer *w, const struct entry *x, struct err *e)
 static void *run(void *arg)
 {
     struct writer *w = arg;
+    /* It waits for its turn instead of interrupting a thread that packs, for which the others would wait. */
+    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){ 0 });
     pthread_mutex_lock(&w->lock);
     for (;;) {
         while (w->n_in == w->n_out && !w->stop) pthread_cond_wait(&w->filled, &w->lock);
