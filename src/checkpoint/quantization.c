@@ -125,6 +125,7 @@ static bool compile(pcre2_code **out, const struct quantization *q, const char *
     PCRE2_UCHAR why[200];
     *out = pcre2_compile((PCRE2_SPTR)pattern, strlen(pattern),
                          PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C, &code, &at, q->compile);
+    if (*out) pcre2_jit_compile(*out, PCRE2_JIT_COMPLETE); /* where that is not possible it is interpreted */
     if (*out) return true;
     pcre2_get_error_message(code, why, sizeof why);
     return err_set(e, ERR_FORMAT, "pattern '%.200s': %s at byte %zu", pattern, (const char *)why, at);
@@ -291,13 +292,20 @@ static const struct target *find_name(const struct targets *list, const char *na
     return list->n ? bsearch(&key, list->items, list->n, sizeof *list->items, by_text) : NULL;
 }
 
+static bool matches(const struct quantization *q, const pcre2_code *code, const char *name, size_t bytes)
+{
+    int n = pcre2_match(code, (PCRE2_SPTR)name, bytes, 0, 0, q->match, q->limits);
+    if (n == PCRE2_ERROR_JIT_STACKLIMIT)
+        n = pcre2_match(code, (PCRE2_SPTR)name, bytes, 0, PCRE2_NO_JIT, q->match, q->limits);
+    return n >= 0;
+}
+
 static const struct target *find_pattern(const struct quantization *q, const struct targets *list,
                                          const char *name)
 {
     size_t bytes = strlen(name);
     for (size_t i = 0; i < list->n; i++)
-        if (pcre2_match(list->items[i].code, (PCRE2_SPTR)name, bytes, 0, 0, q->match, q->limits) >= 0)
-            return &list->items[i];
+        if (matches(q, list->items[i].code, name, bytes)) return &list->items[i];
     return NULL;
 }
 

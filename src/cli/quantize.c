@@ -253,6 +253,17 @@ static void print_json(const struct settings *s, const struct quantize_result *r
     json_decref(o);
 }
 
+/* The command was repeated after its end. */
+static void print_finished(const struct settings *s)
+{
+    json_t *o = json_pack("{s:o, s:b}", "destination", common_json_path(s->folders[1]), "was_finished", 1);
+    if (s->common.json)
+        json_dumpf(o, stdout, JSON_COMPACT), putchar('\n');
+    else
+        printf("%s: complete, written by an earlier run of this command; nothing was done\n", s->folders[1]);
+    json_decref(o);
+}
+
 static void duration(char out[32], double seconds)
 {
     if (seconds < 90)
@@ -349,6 +360,8 @@ static bool run(const struct settings *s, struct err *e)
     ok = ok && (s->dry_run ? plan(s, &o, e) : quantize_run(&o, &r, e));
     if (!ok || s->dry_run)
         ;
+    else if (r.was_finished)
+        print_finished(s);
     else if (s->common.json)
         print_json(s, &r, &v);
     else

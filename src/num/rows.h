@@ -14,8 +14,12 @@ struct row_kernels {
     uint16_t (*absmax)(const void *bf16s, int64_t n);
     /* out: f32 [n]. bf16s: at any alignment. Exact. */
     void (*widen)(float *out, const void *bf16s, int64_t n);
-    /* nvfp4_pack_row and nvfp4_unpack_row; n % 16 == 0. */
-    void (*nvfp4_pack)(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n);
+    /* nvfp4_pack_row of n finite BF16 numbers at any alignment, n % 16 == 0, 2^-7 <= global <= 2^40, and what
+     * it cost: sums as squares() has them, but in f32 over 512 columns at a time, elements 2i and 2i + 1 as
+     * one to the (i mod 8)-th of eight. */
+    void (*nvfp4_nearest)(uint8_t *codes, e4m3 *scale, double sums[2], const void *bf16s, float global,
+                          int64_t n);
+    /* nvfp4_unpack_row; n % 16 == 0. */
     void (*nvfp4_unpack)(float *out, const uint8_t *codes, const e4m3 *scale, float global, int64_t n);
     /* fp8_pack, and its way back: out[i] = e4m3(codes[i]) * scale. */
     void (*fp8_pack)(e4m3 *codes, const float *x, int64_t n, bf16 scale);

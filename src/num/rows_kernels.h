@@ -23,7 +23,6 @@ typedef uint32_t vecu __attribute__((vector_size(4 * VL)));
 typedef int16_t vecs __attribute__((vector_size(4 * VL)));
 typedef float vech __attribute__((vector_size(2 * VL)));
 typedef double vecd __attribute__((vector_size(4 * VL)));
-typedef int32_t quad __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec vload(const float *p)
@@ -41,11 +40,6 @@ INLINE void vstore(float *p, vec v)
 INLINE vecu vselect(veci mask, vecu yes, vecu no) /* mask lanes are 0 or -1 */
 {
     return ((vecu)mask & yes) | (~(vecu)mask & no);
-}
-
-INLINE vec vabs(vec x)
-{
-    return (vec)((vecu)x & 0x7fffffffu);
 }
 
 /* Lanes of 0..255, a byte each. */
@@ -67,22 +61,6 @@ INLINE vecu vload_bytes(const uint8_t *p)
 #else
     return (vecu){ p[0], p[1], p[2], p[3] };
 #endif
-}
-
-/* Lanes of 0..15, a nibble each. */
-INLINE void vstore_nibbles(uint8_t *p, vecu v)
-{
-    enum { BYTES = VL < 8 ? VL : 8 };
-    uint8_t bytes[VL];
-    vstore_bytes(bytes, v);
-    for (int i = 0; i < VL / BYTES; i++) {
-        uint64_t t = 0;
-        memcpy(&t, bytes + i * BYTES, BYTES);
-        t = (t | t >> 4) & 0x00ff00ff00ff00ffu;
-        t = (t | t >> 8) & 0x0000ffff0000ffffu;
-        t |= t >> 16;
-        memcpy(p + i * BYTES / 2, &t, BYTES / 2);
-    }
 }
 
 /* bf16_round. */
@@ -111,31 +89,6 @@ INLINE vec vfrom_e4m3(vecu code)
     vecu tiny = (vecu)(__builtin_convertvector((veci)rest, vec) * 0x1p-9f);
     vecu magnitude = vselect((veci)rest < 8, tiny, normal);
     return (vec)(vselect((veci)rest == 0x7f, nan, magnitude) | sign);
-}
-
-/* e2m1_from_f32: a comparison that holds is -1. */
-INLINE vecu vto_e2m1(vec x)
-{
-    vec a = vabs(x);
-    veci count =
-        (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-    return (vecu)-count | ((vecu)(x < 0.0f) & 8);
-}
-
-INLINE vec vmax(vec a, vec b) /* b where a is NaN */
-{
-    return (vec)vselect(a > b, (vecu)a, (vecu)b);
-}
-
-/* The largest lane; none is negative or NaN, so that their bits have the same order. */
-INLINE float vmaximum(vec v)
-{
-    quad q[VL / 4];
-    memcpy(q, &v, sizeof q);
-    for (int n = VL / 8; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) q[i] = ((q[i] > q[i + n]) & q[i]) | (~(q[i] > q[i + n]) & q[i + n]);
-    int32_t a = q[0][0] > q[0][1] ? q[0][0] : q[0][1], b = q[0][2] > q[0][3] ? q[0][2] : q[0][3];
-    return f32_from_bits((uint32_t)(a > b ? a : b));
 }
 
 /* Of m and the magnitudes of the numbers at p, as signed integers: they have the same order. */
@@ -175,17 +128,14 @@ static void widen(float *out, const void *bf16s, int64_t n)
     }
 }
 
-INLINE float group_absmax(const float *x)
-{
-    vec m = { 0 };
-    for (int k = 0; k < PARTS; k++) m = vmax(vabs(vload(x + k * VL)), m);
-    return vmaximum(m);
-}
+/* Columns whose errors are summed in f32 before they join a sum in double. */
+enum { BLOCK = 512, BLOCK_GROUPS = BLOCK / GROUP };
 
+#if defined(__AVX2__)
 /* The scales and steps of 16 groups side by side: S = e4m3(global * bf(m / 6)), 0x20 where that is zero. */
 INLINE void group_scales(uint8_t *scale, float *step, const float *absmax_of, float global)
 {
-    for (int i = 0; i < GROUP; i += VL) {
+    for (int i = 0; i < BLOCK_GROUPS; i += VL) {
         vecu s = vto_e4m3(global * vbf16_round(vload(absmax_of + i) / E2M1_MAX));
         s = vselect((veci)s == 0, (vecu){ 0 } + 0x20, s);
         vstore_bytes(scale + i, s);
@@ -193,20 +143,126 @@ INLINE void group_scales(uint8_t *scale, float *step, const float *absmax_of, fl
     }
 }
 
-static void nvfp4_pack(uint8_t *codes, e4m3 *scale, const float *x, float global, int64_t n)
+/* Bits of bf16(step * c), rounded towards zero, of 8 steps. The products are exact. */
+INLINE vecu below(__m256d low, __m256d high, double c)
 {
-    for (int64_t left = n / GROUP; left > 0; left -= GROUP, scale += GROUP) {
-        int64_t groups = left < GROUP ? left : GROUP;
-        float absmax_of[GROUP] = { 0 }, step[GROUP];
-        uint8_t bytes[GROUP];
-        for (int64_t g = 0; g < groups; g++) absmax_of[g] = group_absmax(x + g * GROUP);
-        group_scales(bytes, step, absmax_of, global);
-        memcpy(scale, bytes, (size_t)groups);
-        for (int64_t g = 0; g < groups; g++)
-            for (int k = 0; k < PARTS; k++, x += VL, codes += VL / 2)
-                vstore_nibbles(codes, vto_e2m1(vload(x) / step[g]));
+    __m256i a = _mm256_srli_epi64(_mm256_castpd_si256(_mm256_mul_pd(low, _mm256_set1_pd(c))), 45);
+    __m256i b = _mm256_srli_epi64(_mm256_castpd_si256(_mm256_mul_pd(high, _mm256_set1_pd(c))), 45);
+    __m256 both = _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88);
+    return (vecu)_mm256_permute4x64_epi64(_mm256_castps_si256(both), 0xd8) - ((1023 - 127) << 7);
+}
+
+INLINE void put_limit(uint32_t *to, int k, vecu t)
+{
+    t |= t << 16;
+    vstore((float *)(void *)(to + k * BLOCK_GROUPS), (vec)t);
+}
+
+/* For each step and each of the seven comparisons of e2m1_from_f32 the BF16 number above which it holds for
+ * f32(x / step), as bits in both halves of a word. x / step rounds to more than t where x > step * (t + half
+ * a unit), to t or more where x >= step * (t - half a unit); these products have 25 significant bits or more,
+ * so x, which has 8, is never one of them, and is above one where it is above the next BF16 number below. */
+INLINE void limits(uint32_t to[7 * BLOCK_GROUPS], const float *step)
+{
+    for (int i = 0; i < BLOCK_GROUPS; i += VL) {
+        __m256d low = _mm256_cvtps_pd(_mm_loadu_ps(step + i)),
+                high = _mm256_cvtps_pd(_mm_loadu_ps(step + i + VL / 2));
+        vecu half = ((vecu)vload(step + i) >> 16) - (2 << 7), more = below(low, high, 0.75 - 0x1p-25);
+        vecu second = below(low, high, 1.25 + 0x1p-24), third = below(low, high, 1.75 - 0x1p-24);
+        put_limit(to + i, 0, half);
+        put_limit(to + i, 1, more);
+        put_limit(to + i, 2, second);
+        put_limit(to + i, 3, third);
+        put_limit(to + i, 4, second + (1 << 7));
+        put_limit(to + i, 5, third + (1 << 7));
+        put_limit(to + i, 6, second + (2 << 7));
     }
 }
+
+/* The largest magnitude of a group, as an f32. */
+INLINE float group_top(const uint8_t *bf16s)
+{
+    __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)bf16s);
+    __m256i rest = _mm256_andnot_si256(x, _mm256_set1_epi16(INT16_MAX)); /* 0x7fff - |x| */
+    __m128i least = _mm_min_epu16(_mm256_castsi256_si128(rest), _mm256_extracti128_si256(rest, 1));
+    return f32_from_bits(~(uint32_t)_mm_cvtsi128_si32(_mm_minpos_epu16(least)) << 16 & 0x7fffffffu);
+}
+
+/* Codes of a group, four bits of each 16; adds to the sums of its errors and squares. */
+INLINE void group_codes(uint8_t *codes, vec sums[2], const uint8_t *bf16s, const uint32_t *limit, float step)
+{
+    const __m256i zero = _mm256_setzero_si256(), ends = _mm256_set1_epi32(0x0c080400);
+    __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)bf16s);
+    __m256i a = _mm256_and_si256(x, _mm256_set1_epi16(INT16_MAX));
+    __m256i plus = _mm256_cmpeq_epi16(_mm256_subs_epu16(x, _mm256_set1_epi16(INT16_MIN)), zero);
+    __m256i code = _mm256_andnot_si256(plus, _mm256_set1_epi16(8));
+    for (int k = 0; k < 7; k++)
+        code = _mm256_sub_epi16(code, _mm256_cmpgt_epi16(a, _mm256_set1_epi32((int)limit[k * BLOCK_GROUPS])));
+    __m256i pairs = _mm256_shuffle_epi8(_mm256_madd_epi16(code, _mm256_set1_epi32(0x00100001)), ends);
+    pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    _mm_storel_epi64((__m128i *)(void *)codes, _mm256_castsi256_si128(pairs));
+
+    const vec value = (vec){ 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 } * step;
+    vec even = (vec)((vecu)a << 16), odd = (vec)((vecu)a & 0xffff0000u);
+    vec d = even - _mm256_permutevar8x32_ps(value, code); /* by the low three bits */
+    vec f = odd - _mm256_permutevar8x32_ps(value, _mm256_srli_epi32(code, 16));
+    sums[0] += d * d + f * f;
+    sums[1] += even * even + odd * odd;
+}
+
+static void nvfp4_nearest(uint8_t *codes, e4m3 *scale, double sums[2], const void *bf16s, float global,
+                          int64_t n)
+{
+    const uint8_t *x = bf16s;
+    double all[2][VL] = { { 0 } };
+    for (int64_t left = n / GROUP; left > 0; left -= BLOCK_GROUPS, scale += BLOCK_GROUPS) {
+        int64_t groups = left < BLOCK_GROUPS ? left : BLOCK_GROUPS;
+        float top[BLOCK_GROUPS] = { 0 }, step[BLOCK_GROUPS];
+        uint32_t limit[7 * BLOCK_GROUPS];
+        uint8_t bytes[BLOCK_GROUPS];
+        vec block[2] = { { 0 } };
+        for (int64_t g = 0; g < groups; g++) top[g] = group_top(x + g * GROUP * 2);
+        group_scales(bytes, step, top, global);
+        memcpy(scale, bytes, (size_t)groups);
+        limits(limit, step);
+        for (int64_t g = 0; g < groups; g++, x += GROUP * 2, codes += GROUP / 2)
+            group_codes(codes, block, x, limit + g, step[g]);
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < VL; k++) all[i][k] += (double)block[i][k];
+    }
+    for (int i = 0; i < 2; i++) {
+        sums[i] = 0;
+        for (int k = 0; k < VL; k++) sums[i] += all[i][k];
+    }
+}
+#else
+static void nvfp4_nearest(uint8_t *codes, e4m3 *scale, double sums[2], const void *bf16s, float global,
+                          int64_t n)
+{
+    enum { LANES = 8 };
+    const uint8_t *from = bf16s;
+    double all[2][LANES] = { { 0 } };
+    for (int64_t left = n; left > 0; left -= BLOCK) {
+        int64_t cols = left < BLOCK ? left : BLOCK;
+        float x[BLOCK], back[BLOCK], block[2][LANES] = { { 0 } };
+        widen(x, from, cols);
+        nvfp4_pack_row(codes, scale, x, global, cols);
+        nvfp4_unpack_row(back, codes, scale, global, cols);
+        for (int64_t i = 0; i < cols; i += 2) {
+            float d = x[i] - back[i], f = x[i + 1] - back[i + 1];
+            block[0][i / 2 % LANES] += d * d + f * f;
+            block[1][i / 2 % LANES] += x[i] * x[i] + x[i + 1] * x[i + 1];
+        }
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < LANES; k++) all[i][k] += (double)block[i][k];
+        from += 2 * cols, codes += cols / 2, scale += cols / GROUP;
+    }
+    for (int i = 0; i < 2; i++) {
+        sums[i] = 0;
+        for (int k = 0; k < LANES; k++) sums[i] += all[i][k];
+    }
+}
+#endif
 
 #if defined(__AVX2__)
 /* Each half of a group is 8 nibbles of one word, the lowest first. */
@@ -281,7 +337,7 @@ static void squares(double sums[2], const float *w, const float *packed, int64_t
     const struct row_kernels row_kernels_##isa = { .name = #isa,                                             \
                                                    .absmax = absmax,                                         \
                                                    .widen = widen,                                           \
-                                                   .nvfp4_pack = nvfp4_pack,                                 \
+                                                   .nvfp4_nearest = nvfp4_nearest,                           \
                                                    .nvfp4_unpack = nvfp4_unpack,                             \
                                                    .fp8_pack = fp8_codes,                                    \
                                                    .fp8_unpack = fp8_unpack,                                 \

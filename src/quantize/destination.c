@@ -1,6 +1,7 @@
 /* Names, locks and renames of the folder a run writes. */
 #include "quantize/destination.h"
 #include "base/file.h"
+#include "quantize/record.h"
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -37,9 +38,9 @@ static bool set_names(struct destination *d, const char *path, struct err *e)
     return d->partial || err_memory(e, "path", n);
 }
 
-static bool has_journal(const struct destination *d)
+static bool has_file(const char *folder, const char *name)
 {
-    char *path = file_join(d->work, JOURNAL);
+    char *path = file_join(folder, name);
     bool has = path && file_exists(path);
     free(path);
     return has;
@@ -56,7 +57,7 @@ static bool lies_in(const char *inner, const char *outer)
     return below;
 }
 
-static bool exists(const struct destination *d, struct err *e)
+bool destination_exists(const struct destination *d, struct err *e)
 {
     return err_set(e, ERR_ARGUMENT, "%s: already exists; remove it or name another destination", d->path);
 }
@@ -66,7 +67,7 @@ static bool check_names(const struct destination *d, const char *source, struct 
     if (file_same(d->path, source))
         return err_set(e, ERR_ARGUMENT, "%s: the destination is the source folder; name another one",
                        d->path);
-    if (file_exists(d->path) && !d->is_renamed) return exists(d, e);
+    if (file_exists(d->path) && !d->is_renamed && !d->has_report) return destination_exists(d, e);
     if (!file_is_folder(d->parent))
         return err_set(e, ERR_ARGUMENT, "%s: no folder %s to create it in", d->path, d->parent);
     if (lies_in(d->parent, source))
@@ -82,9 +83,10 @@ bool destination_init(struct destination *d, const char *path, const char *sourc
 {
     *d = (struct destination){ .lock = -1 };
     if (!set_names(d, path, e)) return false;
-    d->is_renamed = file_is_folder(d->path) && has_journal(d) && !file_exists(d->partial);
+    d->is_renamed = file_is_folder(d->path) && has_file(d->work, JOURNAL) && !file_exists(d->partial);
     if (d->is_renamed || !file_exists(d->path)) return check_names(d, source, e);
-    rmdir(d->work); /* empty: a run was killed between its last two steps */
+    rmdir(d->work);
+    d->has_report = has_file(d->path, RECORD_FILE);
     return check_names(d, source, e);
 }
 
@@ -195,7 +197,7 @@ bool destination_prepare(struct destination *d, uint64_t bytes, struct err *e)
 
 bool destination_create(struct destination *d, uint64_t bytes, const struct report *report, struct err *e)
 {
-    if (d->is_renamed) return exists(d, e);
+    if (d->is_renamed || d->has_report) return destination_exists(d, e);
     return destination_lock(d, e) && destination_clear(d, report, e) && destination_prepare(d, bytes, e);
 }
 

@@ -12,10 +12,12 @@ struct destination {
     char *work, *partial; /* DST.quench-partial; the checkpoint in it */
     int lock;             /* work, held with flock: one run at a time. -1: not held */
     bool is_renamed;      /* DST has its name; only the work folder is still to be removed */
+    bool has_report;      /* there is a DST, with a report to say of which run */
 };
 
-/* Checks the names: DST must not exist (but is_renamed), nor lie inside the source, and its parent must be a
- * folder. Changes nothing, but an empty work folder beside a DST goes. */
+/* Checks the names: DST must not exist (but is_renamed and has_report), nor lie inside the source, and its
+ * parent must be a folder. Changes nothing, but an empty work folder beside a DST goes: its run was killed
+ * between its last two steps. */
 bool destination_init(struct destination *d, const char *path, const char *source, struct err *e);
 /* Makes the work folder if there is none, and locks it. */
 bool destination_lock(struct destination *d, struct err *e);
@@ -36,6 +38,7 @@ bool destination_commit(struct destination *d, const struct report *report, stru
 /* Removes the work folder, warns where it cannot: after a failure that repeating the command would meet
  * again, or where is_renamed. */
 void destination_remove(struct destination *d, const struct report *report);
+bool destination_exists(const struct destination *d, struct err *e); /* the error of a DST that is there */
 /* Unlocks; leaves files as they are. */
 void destination_deinit(struct destination *d);
 #endif

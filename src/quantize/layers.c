@@ -59,7 +59,7 @@ static bool pack_expert(struct run *r, size_t index, bool passes_on, struct spoo
         report_warn(r->options.report,
                     "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
     if (!run_pack(r, &packed, index, &curvature, &to, e) ||
-        !spool_append(&r->spool, packed.scales, packed.scales_bytes, e))
+        !spool_append(&r->spool, r->scales, packed.scales_bytes, e))
         return false;
     item.codes_bytes = packed.codes_bytes;
     item.scales_bytes = packed.scales_bytes;

@@ -1,5 +1,6 @@
-/* Packs a matrix, or a piece of some rows, at a time on a pool of threads, measures what it cost, and refuses
- * what no reader should see: weights that are not finite, a scale byte outside 0x01..0x7e, an FP8 NaN. */
+/* Packs a matrix, a piece of some rows, or a few small matrices at a time on a pool of threads, measures what
+ * it cost, and refuses what no reader should see: weights that are not finite, a scale byte outside
+ * 0x01..0x7e, an FP8 NaN. */
 #ifndef QUANTIZE_PACK_H
 #define QUANTIZE_PACK_H
 #include "base/pool.h"
@@ -8,8 +9,13 @@
 #include "num/rows.h"
 #include "quantize/plan.h"
 
+struct packing {
+    const struct matrix *matrix;
+    float absmax;            /* NVFP4's, joint with the partner's; SCHEME_FP8's own; else unused */
+    uint8_t *codes, *scales; /* where they go; at most a byte a weight. FP8's scales are aligned to 2 bytes */
+};
+
 struct packed {
-    const void *codes, *scales; /* borrow from the packer until its next matrix */
     uint64_t codes_bytes, scales_bytes;
     float global;             /* NVFP4: divides the scales */
     double difference, total; /* sums of squares of W - packed W and of W */
@@ -25,11 +31,10 @@ struct curvature {
 struct packer {
     struct pool *pool;
     const struct row_kernels *kernels;
-    uint8_t *codes; /* the caller's: where those of the next piece go, at most a byte a weight */
-    uint8_t *scales;
-    float *rows;   /* [threads][2][cols_max] a row and what it became */
-    double *sums;  /* [rows_max][2] squares of the difference and of the weights */
-    float *blocks; /* [threads][3][cols_max][GPTQ_ROWS] */
+    uint8_t *scales; /* room for those of the largest piece */
+    float *rows;     /* [threads][2][cols_max] a row and what it became */
+    double *sums;    /* [rows_max or PACKER_ROWS][2] squares of the difference and of the weights */
+    float *blocks;   /* [threads][3][cols_max][GPTQ_ROWS] */
     int64_t rows_max, cols_max;
 };
 
@@ -39,11 +44,21 @@ int64_t packer_piece_rows(const struct matrix *m);
 bool packer_init(struct packer *p, const struct plan *plan, int threads, struct err *e);
 void packer_deinit(struct packer *p); /* accepts a zeroed one */
 
-/* m in what follows: a matrix of at most packer_piece_rows rows. max |w|; a weight that is not finite is an
- * error. */
+/* Of several matrices at once: how many, and their rows together. */
+enum { PACKER_MATRICES = 16, PACKER_ROWS = 1 << 14 };
+
+/* Matrices whose maxima are wanted next. */
+struct packer_look {
+    const struct matrix *matrices[PACKER_MATRICES];
+    float absmax[PACKER_MATRICES];
+    size_t n;
+};
+
+/* A matrix in what follows has at most packer_piece_rows rows, or there are several within the limits. max
+ * |w|; a weight that is not finite is an error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
-/* absmax: NVFP4's, joint with the partner's; SCHEME_FP8's own; else unused. curvature: NULL for the nearest
- * values. */
-bool packer_run(struct packer *p, struct packed *out, const struct matrix *m, float absmax,
-                const struct curvature *curvature, struct err *e);
+/* out: [n]. curvature: NULL for the nearest values. ahead: looked at by threads that find nothing more to
+ * pack, NULL for none. */
+bool packer_run(struct packer *p, struct packed *out, const struct packing *in, size_t n,
+                const struct curvature *curvature, struct packer_look *ahead, struct err *e);
 #endif

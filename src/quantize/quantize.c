@@ -158,7 +158,8 @@ static bool summarize(struct run *r, struct summary *s, struct err *e)
                                  .recipe = o->recipe,
                                  .samples = r->result->samples,
                                  .max_seq_length = o->max_seq_length,
-                                 .shards = shards_count(r->shards) };
+                                 .shards = shards_count(r->shards),
+                                 .identity = r->identity };
     r->result->shards = about.shards;
     if (!summary_create(s, &about, e)) return false;
     describe_result(r->result, s);
@@ -261,6 +262,7 @@ static void run_deinit(struct run *r)
     free(r->absmax);
     free(r->scales);
     free(r->results);
+    json_decref(r->identity);
     journal_close(&r->journal);
     destination_deinit(&r->destination);
     calibration_deinit(&r->calibration);
@@ -283,8 +285,9 @@ bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast
     struct quantize_result result = { 0 };
     struct run r = run_of(o, &result);
     *f = (struct quantize_forecast){ 0 };
-    bool ok = prepare(&r, e) && shards_create(&r.shards, r.destination.partial, r.plan.outputs,
-                                              r.plan.n_outputs, r.options.max_shard_bytes, e);
+    bool ok = prepare(&r, e) && (!r.destination.has_report || destination_exists(&r.destination, e)) &&
+              shards_create(&r.shards, r.destination.partial, r.plan.outputs, r.plan.n_outputs,
+                            r.options.max_shard_bytes, e);
     if (ok) {
         for (size_t i = 0; i < r.plan.n_matrices; i++) f->matrices[r.plan.matrices[i].scheme]++;
         f->copied_tensors = result.copied_tensors;
@@ -308,9 +311,13 @@ bool quantize_run(const struct quantize_options *o, struct quantize_result *resu
     if (!e) e = &own;
     *result = (struct quantize_result){ 0 };
     struct run r = run_of(o, result);
-    bool ok =
-        prepare(&r, e) && check_memory(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e);
-    ok = ok && (r.destination.is_renamed ? tidy(&r, e) : work(&r, e));
+    bool ok = prepare(&r, e);
+    result->was_finished = ok && r.destination.has_report;
+    if (result->was_finished)
+        ok = run_is_finished(&r, e);
+    else
+        ok = ok && check_memory(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e) &&
+             (r.destination.is_renamed ? tidy(&r, e) : work(&r, e));
     writer_free(r.writer); /* its thread is done with files before they are judged */
     r.writer = NULL;
     if (!ok) after_failure(&r, e);

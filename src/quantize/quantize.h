@@ -81,6 +81,7 @@ struct quantize_result {
     struct quantize_coverage coverage;
     uint64_t peak_bytes;                                 /* of memory, before the evaluation */
     double seconds, calibrate_seconds, evaluate_seconds; /* the first holds the others */
+    bool was_finished; /* by an earlier run of the same options; nothing else is set but bytes and counts */
 };
 
 /* What a run would do and take. */
@@ -99,6 +100,6 @@ bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast
 /* The destination appears when all is done. An interrupted run, or one that failed for want of memory or by
  * the system (a full disk, an unreadable file), leaves DST.quench-partial; a run with the same options
  * continues from there and writes the same bytes as one that was never interrupted. Other failures leave
- * nothing. */
+ * nothing. Where the destination is what these options give, by its report and a census, nothing is done. */
 bool quantize_run(const struct quantize_options *o, struct quantize_result *result, struct err *e);
 #endif

@@ -2,6 +2,7 @@
 #include "quantize/record.h"
 #include <jansson.h>
 #include <math.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -211,6 +212,7 @@ bool record_text(char **text, size_t *bytes, const struct summary *s, const stru
     FILE *f = open_memstream(text, bytes);
     if (!f) return err_memory(e, "report", 0);
     put(f, "{\n\"quench\": ", json_string(s->run.version));
+    put_key(f, "run", json_incref((json_t *)(uintptr_t)s->run.identity));
     put_key(f, "source", source(s));
     put_key(f, "result", result(s));
     put_key(f, "recipe", recipe(s));

@@ -1,7 +1,9 @@
 /* What the journal of an earlier run says, taken up when that run was this one. */
 #include "base/doc.h"
 #include "base/file.h"
+#include "quantize/census.h"
 #include "quantize/identity.h"
+#include "quantize/record.h"
 #include "quantize/run.h"
 #include <inttypes.h>
 #include <stdlib.h>
@@ -74,14 +76,13 @@ bool run_resume(struct run *r, struct err *e)
 {
     struct journal_record head;
     size_t at = 0;
-    json_t *identity;
     const char *work = r->destination.work;
-    if (!identity_create(&identity, &r->options, &r->source, &r->samples, e)) return false;
+    if (!identity_create(&r->identity, &r->options, &r->source, &r->samples, e)) return false;
     bool ok = journal_open(&r->journal, work, e), has_head = false;
     if (ok) has_head = journal_next(&r->journal, &at, &head) && head.kind == JOURNAL_HEAD;
     /* A checkpoint that was finished and then taken away leaves nothing to continue. */
     if (ok && !r->destination.is_renamed) has_head = has_head && file_exists(r->destination.partial);
-    if (ok && has_head) ok = check_identity(r, &head, identity, e);
+    if (ok && has_head) ok = check_identity(r, &head, r->identity, e);
     if (ok && !has_head) {
         journal_close(&r->journal);
         r->is_ours = true;
@@ -91,9 +92,25 @@ bool run_resume(struct run *r, struct err *e)
          shards_create(&r->shards, r->destination.partial, r->plan.outputs, r->plan.n_outputs,
                        r->options.max_shard_bytes, e) &&
          (!run_measures(r) || spool_init(&r->spool, work, r->plan.n_matrices, e)) &&
-         (has_head ? take_up(r, at, e) : start_anew(r, identity, e));
-    json_decref(identity);
+         (has_head ? take_up(r, at, e) : start_anew(r, r->identity, e));
     r->is_ours = r->is_ours || ok;
     r->is_started = ok;
     return ok;
+}
+
+/* A report of a million matrices has 400 MB. */
+static const size_t REPORT_BYTES_MAX = (size_t)1 << 30;
+
+bool run_is_finished(struct run *r, struct err *e)
+{
+    json_t *report = NULL;
+    char *path = file_join(r->destination.path, RECORD_FILE);
+    if (!path) return err_memory(e, "path", strlen(r->destination.path));
+    bool ok = identity_create(&r->identity, &r->options, &r->source, &r->samples, e);
+    bool same = ok && doc_load(&report, path, REPORT_BYTES_MAX, NULL) &&
+                json_equal(json_object_get(report, "run"), r->identity);
+    json_decref(report);
+    free(path);
+    if (ok && !same) return destination_exists(&r->destination, e);
+    return ok && census(&r->plan, &r->source, r->destination.path, e);
 }

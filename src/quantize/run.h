@@ -24,6 +24,7 @@ struct run {
     uint64_t disk_bytes; /* of all files, work files too, at most */
     struct destination destination;
     struct journal journal;
+    json_t *identity;
     bool is_ours;    /* the work folder: this run's to continue, or to remove */
     bool is_started; /* the journal has this run's identity */
     bool is_proved;  /* the checkpoint is written and its census taken */
@@ -50,6 +51,9 @@ struct outlet {
 
 /* resume.c: opens the journal; takes up what an earlier run of the same identity left, or starts anew. */
 bool run_resume(struct run *r, struct err *e);
+/* The destination is there: whether its report names this very run and its census holds; else it is refused.
+ */
+bool run_is_finished(struct run *r, struct err *e);
 
 /* layers.c */
 bool run_measures(const struct run *r);      /* whether the method has something to learn from samples */
@@ -65,7 +69,7 @@ const struct curvature *run_plain(const struct run *r);
 bool run_absmax(struct run *r, float *out, size_t index, struct err *e);
 bool run_prepare_packing(struct run *r, struct err *e);
 uint64_t run_piece_bytes(const struct plan *p); /* of the largest piece's codes, at most */
-/* Packs a matrix of the plan; out->codes is of no use, out->scales borrows from the run until the next. */
+/* Packs a matrix of the plan; its scales are r->scales until the next. */
 bool run_pack(struct run *r, struct packed *out, size_t index, const struct curvature *c,
               const struct outlet *to, struct err *e);
 /* All tensors behind what shards_offset says is there. */

@@ -129,16 +129,26 @@ static bool step_over_full(struct shards *s, struct err *e)
     return true;
 }
 
-bool shards_append(struct shards *s, const void *data, uint64_t bytes, struct err *e)
+static bool append(struct shards *s, const void *data, uint64_t bytes, struct err *e)
 {
-    if (!step_over_full(s, e)) return false;
-    if (s->tensor == s->n_tensors)
-        return bytes == 0 || err_set(e, ERR_ARGUMENT, "%" PRIu64 " bytes given after the last tensor", bytes);
     if (!s->writer && !open_shard(s, e)) return false;
     if (!safetensors_writer_append(s->writer, data, bytes, e)) return false;
     s->written += bytes;
     s->offset += bytes;
     return step_over_full(s, e);
+}
+
+bool shards_append(struct shards *s, const void *data, uint64_t bytes, struct err *e)
+{
+    if (!step_over_full(s, e)) return false;
+    for (uint64_t n; bytes > 0; data = (const char *)data + n, bytes -= n) {
+        if (s->tensor == s->n_tensors)
+            return err_set(e, ERR_ARGUMENT, "%" PRIu64 " bytes given after the last tensor", bytes);
+        uint64_t left = s->tensors[s->tensor].bytes - s->written;
+        n = bytes < left ? bytes : left;
+        if (!append(s, data, n, e)) return false;
+    }
+    return true;
 }
 
 uint64_t shards_offset(const struct shards *s)

@@ -15,8 +15,7 @@ bool shards_create(struct shards **out, const char *folder, const struct tensor 
 void shards_free(struct shards *s); /* NULL is fine; leaves files as they are */
 int64_t shards_count(const struct shards *s);
 
-/* The next bytes of the current tensor; a call may not cross into the next one. Files are synced as they
- * fill. */
+/* The next bytes, of one tensor or several. Files are synced as they fill. */
 bool shards_append(struct shards *s, const void *data, uint64_t bytes, struct err *e);
 /* Bytes of tensors appended so far, over all files. */
 uint64_t shards_offset(const struct shards *s);

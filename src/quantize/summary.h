@@ -26,6 +26,7 @@ struct summary_run {
     const struct calibration *calibration; /* tokens 0: none ran */
     const struct recipe *recipe;
     int64_t samples, max_seq_length, shards;
+    const json_t *identity; /* identity.h */
 };
 
 /* Of a set of matrices. Relative error: |W - packed W| / |W|, Frobenius norms. */

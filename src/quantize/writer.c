@@ -3,14 +3,16 @@
 #include "base/pages.h"
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { QUEUE = 256 };
-static const uint64_t RING_BYTES = 64 << 20;
+/* Enough for what is packed while a sync lasts, and little enough to stay in a cache. */
+static const uint64_t RING_BYTES = 16 << 20;
 
 struct entry {
-    const uint8_t *data; /* NULL: a mark */
+    const uint8_t *data; /* NULL: a result or a mark */
     uint64_t bytes;
     uint64_t ring_end; /* of these bytes; 0: mapped ones */
     bool has_result;
@@ -80,13 +82,15 @@ static bool perform(struct writer *w, const struct entry *x, struct err *e)
         if (!x->ring_end) pages_release(x->data, x->bytes);
         return ok;
     }
-    if (x->has_result && !add_result(w, &x->result, e)) return false;
+    if (x->has_result) return add_result(w, &x->result, e);
     return shards_offset(w->shards) - w->synced < w->sync_bytes || append_record(w, e);
 }
 
 static void *run(void *arg)
 {
     struct writer *w = arg;
+    /* It waits for its turn instead of interrupting a thread that packs, for which the others would wait. */
+    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){ 0 });
     pthread_mutex_lock(&w->lock);
     for (;;) {
         while (w->n_in == w->n_out && !w->stop) pthread_cond_wait(&w->filled, &w->lock);
@@ -174,11 +178,14 @@ bool writer_put_mapped(struct writer *w, const uint8_t *data, uint64_t bytes, st
     return bytes == 0 || push(w, &(struct entry){ .data = data, .bytes = bytes }, e);
 }
 
-bool writer_mark(struct writer *w, uint64_t index, const struct matrix_result *result, struct err *e)
+bool writer_add(struct writer *w, uint64_t index, const struct matrix_result *result, struct err *e)
 {
-    struct entry x = { .has_result = result != NULL };
-    if (result) x.result = (struct writer_result){ index, *result };
-    return push(w, &x, e);
+    return push(w, &(struct entry){ .has_result = true, .result = { index, *result } }, e);
+}
+
+bool writer_mark(struct writer *w, struct err *e)
+{
+    return push(w, &(struct entry){ 0 }, e);
 }
 
 bool writer_create(struct writer **out, struct shards *shards, struct journal *journal, uint64_t room,

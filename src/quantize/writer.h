@@ -26,13 +26,15 @@ bool writer_create(struct writer **out, struct shards *shards, struct journal *j
 uint64_t writer_memory(uint64_t room); /* bytes that a writer takes */
 /* Memory to fill; waits for it. Valid until writer_put. */
 void *writer_room(struct writer *w, uint64_t bytes, struct err *e);
-/* The first bytes of the last writer_room, which are written in the order of the calls. */
+/* The first bytes of the last writer_room, of one tensor or several; written in the order of the calls. */
 bool writer_put(struct writer *w, uint64_t bytes, struct err *e);
 bool writer_put_copy(struct writer *w, const void *data, uint64_t bytes, struct err *e); /* room and put */
 /* Bytes of a mapped file, written from there; their pages are then released. */
 bool writer_put_mapped(struct writer *w, const uint8_t *data, uint64_t bytes, struct err *e);
-/* A run may continue here; result: NULL, or that of matrix `index`, whose last bytes were put. */
-bool writer_mark(struct writer *w, uint64_t index, const struct matrix_result *result, struct err *e);
+/* The result of matrix `index`, whose last bytes were put. */
+bool writer_add(struct writer *w, uint64_t index, const struct matrix_result *result, struct err *e);
+/* A run may continue here: what was put is whole matrices, and their results were added. */
+bool writer_mark(struct writer *w, struct err *e);
 /* Waits until all is written, synced and journaled. Call writer_free in any case. */
 bool writer_finish(struct writer *w, struct err *e);
 void writer_free(struct writer *w); /* drops what is not written yet; NULL is fine */

@@ -33,13 +33,37 @@ static int find_sets(void **state)
     return 0;
 }
 
+/* As rows.h says, one pair at a time. */
+static void add_blocks(double sums[2], const float *w, const float *packed, int64_t n)
+{
+    double all[2][8] = { { 0 } };
+    for (int64_t first = 0; first < n; first += 512) {
+        float eight[2][8] = { { 0 } };
+        for (int64_t i = first; i < n && i < first + 512; i += 2) {
+            float d = w[i] - packed[i], f = w[i + 1] - packed[i + 1];
+            float dd = d * d, ff = f * f, ww = w[i] * w[i], vv = w[i + 1] * w[i + 1];
+            eight[0][i / 2 % 8] += dd + ff;
+            eight[1][i / 2 % 8] += ww + vv;
+        }
+        for (int k = 0; k < 8; k++) all[0][k] += (double)eight[0][k], all[1][k] += (double)eight[1][k];
+    }
+    sums[0] = sums[1] = 0;
+    for (int k = 0; k < 8; k++) sums[0] += all[0][k], sums[1] += all[1][k];
+}
+
 static void check_nvfp4(const struct row_kernels *k, float global, int64_t n)
 {
     size_t codes = (size_t)n / 2, scales = (size_t)n / NVFP4_GROUP;
+    double sums[2], want_sums[2];
+    for (int64_t i = 0; i < n; i++) {
+        if (!isfinite(t.x[i])) t.x[i] = 0;
+        uint16_t bits = (uint16_t)(f32_bits(t.x[i]) >> 16);
+        memcpy(t.bits + 1 + 2 * i, &bits, 2);
+    }
     memset(t.codes, POISON, codes + SPARE);
     memset(t.scale, POISON, scales + 1);
     nvfp4_pack_row(t.want_codes, t.want_scale, t.x, global, n);
-    k->nvfp4_pack(t.codes, t.scale, t.x, global, n);
+    k->nvfp4_nearest(t.codes, t.scale, sums, t.bits + 1, global, n);
     for (size_t i = 0; i < scales; i++)
         if (t.scale[i].bits != t.want_scale[i].bits)
             fail_msg("%s: global %a: scale %zu of %lld is %02x, wanted %02x", k->name, (double)global, i,
@@ -49,6 +73,8 @@ static void check_nvfp4(const struct row_kernels *k, float global, int64_t n)
             fail_msg("%s: global %a: %a %a became %02x, wanted %02x", k->name, (double)global,
                      (double)t.x[2 * i], (double)t.x[2 * i + 1], t.codes[i], t.want_codes[i]);
     nvfp4_unpack_row(t.want, t.codes, t.scale, global, n);
+    add_blocks(want_sums, t.x, t.want, n);
+    assert_memory_equal(sums, want_sums, sizeof sums);
     memset(t.got, POISON, ((size_t)n + 1) * sizeof *t.got);
     k->nvfp4_unpack(t.got, t.codes, t.scale, global, n);
     assert_memory_equal(t.got, t.want, (size_t)n * sizeof *t.got);
@@ -73,7 +99,7 @@ static void check_fp8(const struct row_kernels *k, int64_t n)
     assert_int_equal(f32_bits(t.got[n]), POISON * 0x01010101u);
 }
 
-/* Every BF16 number, NaN and infinities too, beside numbers near to it, and each beside each exponent's
+/* Every finite BF16 number beside numbers near to it, and each beside each exponent's
  * least: a group's scale is its neighbours' matter, the steps are spread by the global scale. */
 static void test_all_weights(void **state)
 {
@@ -82,9 +108,10 @@ static void test_all_weights(void **state)
     for (int s = 0; s < 4; s++) {
         for (unsigned i = 0; i < ALL; i++) t.x[i] = bf16_to_f32((bf16){ (uint16_t)(i * stride[s]) });
         for (int k = 0; k < t.n_sets; k++)
-            for (int e = -126; e <= 127; e += 11) {
+            for (int e = -7; e <= 39; e += 2) {
                 check_nvfp4(t.sets[k], ldexpf(1, e), ALL);
                 check_nvfp4(t.sets[k], ldexpf(1.6640625f, e), ALL);
+                check_nvfp4(t.sets[k], ldexpf(1.9921875f, e), ALL);
             }
     }
 }
@@ -117,6 +144,27 @@ static void test_ties(void **state)
     }
     for (int k = 0; k < t.n_sets; k++)
         for (int64_t n = 0; n <= 1024; n += 16) check_nvfp4(t.sets[k], 1, n), check_nvfp4(t.sets[k], 2, n);
+}
+
+/* Steps that put a weight a few units of f32 from a threshold, or on it: 8-bit weights over 24-bit steps. */
+static void test_near_ties(void **state)
+{
+    (void)state;
+    static const float threshold[] = { 0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5 };
+    uint64_t seed = 6;
+    for (int round = 0; round < 20000; round++) {
+        float near = bf16_to_f32((bf16){ (uint16_t)(0x3c00 + random_bits(&seed) % 0x100) });
+        float target = threshold[round % 7], global = 16 * target / near;
+        for (int u = (int)(random_bits(&seed) % 5); u > 0; u--) global = nextafterf(global, u % 2 ? 0 : 1e9f);
+        float step = 16 / global;
+        for (int i = 0; i < 16; i++) {
+            float x = bf16_round(threshold[i % 7] * step);
+            uint32_t bits = f32_bits(x) + ((uint32_t)(i % 3) << 16) - (1 << 16);
+            t.x[i] = i == round % 16 ? 6 * step : i % 7 == round % 7 ? near : f32_from_bits(bits);
+            t.x[i] = bf16_round(i % 2 ? -t.x[i] : t.x[i]);
+        }
+        for (int k = 0; k < t.n_sets; k++) check_nvfp4(t.sets[k], global, 16);
+    }
 }
 
 static void test_fp8_rows(void **state)
@@ -212,8 +260,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all_weights), cmocka_unit_test(test_all_scales), cmocka_unit_test(test_ties),
-        cmocka_unit_test(test_fp8_rows),    cmocka_unit_test(test_absmax),     cmocka_unit_test(test_widen),
-        cmocka_unit_test(test_squares),
+        cmocka_unit_test(test_near_ties),   cmocka_unit_test(test_fp8_rows),   cmocka_unit_test(test_absmax),
+        cmocka_unit_test(test_widen),       cmocka_unit_test(test_squares),
     };
     return cmocka_run_group_tests(tests, find_sets, NULL);
 }

@@ -69,13 +69,13 @@ static void check_packed(enum scheme scheme, int threads)
     struct err e = { 0 };
     float absmax;
     must(packer_init(&p, &plan, threads, &e), &e);
-    p.codes = codes;
     must(packer_absmax(&p, &absmax, &m, &e), &e);
-    must(packer_run(&p, &packed, &m, absmax, NULL, &e), &e);
+    struct packing in = { .matrix = &m, .absmax = absmax, .codes = codes, .scales = p.scales };
+    must(packer_run(&p, &packed, &in, 1, NULL, NULL, &e), &e);
     assert_int_equal(packed.codes_bytes, ROWS * COLS);
     assert_int_equal(packed.scales_bytes, 2 * n_scales(scheme));
-    assert_memory_equal(packed.codes, bytes_of(scheme_name(scheme), ".codes", ROWS * COLS), ROWS * COLS);
-    assert_memory_equal(packed.scales, bytes_of(scheme_name(scheme), ".scale", packed.scales_bytes),
+    assert_memory_equal(codes, bytes_of(scheme_name(scheme), ".codes", ROWS * COLS), ROWS * COLS);
+    assert_memory_equal(p.scales, bytes_of(scheme_name(scheme), ".scale", packed.scales_bytes),
                         packed.scales_bytes);
     double error = sqrt(packed.difference / packed.total);
     assert_true(error > 0.01 && error < 0.05);

@@ -258,6 +258,35 @@ static void renamed_is_finished(void **state)
     remove_tree(path);
 }
 
+/* The run fails and leaves the destination where it is, with nothing beside it. */
+static void must_leave(const struct quantize_options *o, enum err_code code, const char *want)
+{
+    struct quantize_result r;
+    struct err e = { 0 };
+    assert_false(quantize_run(o, &r, &e));
+    if (e.code != code || !strstr(e.text, want)) fail_msg("code %d: %s", e.code, e.text);
+    assert_true(file_exists(o->destination) && !has_partial(o->destination));
+}
+
+/* Killed between the last two steps, or repeated after the end; and what only looks like it. */
+static void finished_is_told(void **state)
+{
+    (void)state;
+    const char *path = in(&fixture, "done"), *work = in(&fixture, "done.quench-partial");
+    struct quantize_options o = small_run(&fixture, DEMO, path, QUANTIZE_NEAREST), other = o;
+    assert_false(must_run(&o).was_finished);
+    assert_int_equal(mkdir(work, 0777), 0); /* the journal went, the folder did not */
+    assert_true(must_run(&o).was_finished);
+    assert_false(file_exists(work));
+    assert_true(must_run(&o).was_finished);
+    same_folder(reference(QUANTIZE_NEAREST), path);
+    other.method = QUANTIZE_MSE;
+    must_leave(&other, ERR_ARGUMENT, "already exists");
+    assert_int_equal(truncate(in(&fixture, "done/model-00001-of-00004.safetensors"), 100000), 0);
+    must_leave(&o, ERR_FORMAT, "census");
+    remove_tree(path);
+}
+
 /* --- other runs
  * --------------------------------------------------------------------------------------------------- */
 
@@ -580,17 +609,12 @@ int main(int argc, char **argv)
     if (argc == 7 && strcmp(argv[1], "run") == 0) return child_run(argv + 2);
     if (argc == 4 && strcmp(argv[1], "full") == 0) return child_full_disk(argv[2], argv[3]);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(kill_at_random_moments),
-        cmocka_unit_test(progress_is_kept),
-        cmocka_unit_test(renamed_is_finished),
-        cmocka_unit_test(another_run_is_refused),
-        cmocka_unit_test(two_at_once_exclude_each_other),
-        cmocka_unit_test(torn_tail_is_ignored),
-        cmocka_unit_test(torn_journal_loses_only_time),
-        cmocka_unit_test(lost_work_is_noticed),
-        cmocka_unit_test(failed_writes_can_be_continued),
-        cmocka_unit_test(full_disk_can_be_continued),
-        cmocka_unit_test(cut_source_can_be_restored),
+        cmocka_unit_test(kill_at_random_moments),     cmocka_unit_test(progress_is_kept),
+        cmocka_unit_test(renamed_is_finished),        cmocka_unit_test(finished_is_told),
+        cmocka_unit_test(another_run_is_refused),     cmocka_unit_test(two_at_once_exclude_each_other),
+        cmocka_unit_test(torn_tail_is_ignored),       cmocka_unit_test(torn_journal_loses_only_time),
+        cmocka_unit_test(lost_work_is_noticed),       cmocka_unit_test(failed_writes_can_be_continued),
+        cmocka_unit_test(full_disk_can_be_continued), cmocka_unit_test(cut_source_can_be_restored),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
