@@ -2,8 +2,8 @@
  * usage: bench_kernels [THREADS [generic|avx2|avx512|avx512bf16|amx]]
  * CSV: operation, format, inputs as they are or rounded, rows, MB of weights, microseconds (best of 9: the
  * machine is shared), GB/s, share of the read bandwidth measured just before, GFLOP/s. The weights of several
- * products rotate, so that none is found in the caches. First a line for a loop of the thread pool with
- * nothing to do: rows is the number of threads. */
+ * products rotate, so that none is found in the caches. First a line for what a loop of the
+ * thread pool costs beyond its work, one item of 5 microseconds a thread: rows is the number of threads. */
 #include "backend/ops.h"
 #include "base/clock.h"
 #include "base/pool.h"
@@ -82,6 +82,7 @@ static void bench_pool(struct pool *pool)
     }
     qsort(seconds, LOOPS, sizeof *seconds, compare_seconds);
     printf("pool_run,,,%d,0,%.2f,,,\n", pool_threads(pool), seconds[LOOPS / 2] * 1e6);
+    fflush(stdout);
 }
 
 static struct weight *make(struct backend *b, enum weight_format f, uint32_t seed)
