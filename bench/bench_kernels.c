@@ -2,7 +2,8 @@
  * usage: bench_kernels [THREADS [generic|avx2|avx512|avx512bf16|amx]]
  * CSV: operation, format, inputs as they are or rounded, rows, MB of weights, microseconds (best of 9: the
  * machine is shared), GB/s, share of the read bandwidth measured just before, GFLOP/s. The weights of several
- * products rotate, so that none is found in the caches. */
+ * products rotate, so that none is found in the caches. First a line for what a loop of the
+ * thread pool costs beyond its work, one item of 5 microseconds a thread: rows is the number of threads. */
 #include "backend/ops.h"
 #include "base/clock.h"
 #include "base/pool.h"
@@ -52,6 +53,36 @@ static double read_bandwidth(struct pool *pool, const uint64_t *data)
         least = fmin(least, clock_seconds() - begin);
     }
     return PIECE / least;
+}
+
+static const double BUSY = 5e-6;
+
+static void busy(void *ctx, int64_t item, int thread)
+{
+    double begin = clock_seconds();
+    (void)ctx, (void)item, (void)thread;
+    while (clock_seconds() - begin < BUSY) continue;
+}
+
+/* Median of loops one after the other, as a step has them. */
+static int compare_seconds(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void bench_pool(struct pool *pool)
+{
+    enum { LOOPS = 10001 };
+    static double seconds[LOOPS];
+    for (int i = 0; i < LOOPS; i++) {
+        double begin = clock_seconds();
+        pool_run(pool, pool_threads(pool), busy, NULL);
+        seconds[i] = clock_seconds() - begin - BUSY;
+    }
+    qsort(seconds, LOOPS, sizeof *seconds, compare_seconds);
+    printf("pool_run,,,%d,0,%.2f,,,\n", pool_threads(pool), seconds[LOOPS / 2] * 1e6);
+    fflush(stdout);
 }
 
 static struct weight *make(struct backend *b, enum weight_format f, uint32_t seed)
@@ -157,6 +188,7 @@ int main(int argc, char **argv)
                 "# %s; read bandwidth %.1f GB/s\noperation,format,inputs,rows,MB,us,GB_per_s,share_of_read,"
                 "GFLOP_per_s\n",
                 b.name, read_bandwidth(pool, memory) * 1e-9);
+        if (!rounded) bench_pool(pool);
         for (size_t f = 0; f < sizeof formats / sizeof *formats; f++)
             if (!rounded || formats[f] != WEIGHT_F32)
                 bench_format(&b, pool, memory, formats[f], rounded ? "rounded" : "f32", mat_of(y, 512, OUT),

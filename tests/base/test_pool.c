@@ -1,6 +1,8 @@
 /* The thread pool: every item exactly once, by a thread of the pool, and all of it done when pool_run
  * returns. Items write plain memory, so that a thread sanitizer sees a missing happens-before. */
 #include "base/pool.h"
+#include <sched.h>
+#include <time.h>
 #include <unistd.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -12,14 +14,14 @@
 #include <string.h>
 #include <cmocka.h>
 
-enum { ITEMS_MAX = 5000, THREADS_MAX = 8 };
+enum { ITEMS_MAX = 5000, THREADS_MOST = 256, THREADS_MAX = 8 };
 
 struct job {
     struct pool *pool;
     int64_t n_items;
-    unsigned mark;                 /* what an item leaves in done[] */
-    unsigned done[ITEMS_MAX + 1];  /* one more, never touched */
-    int64_t taken[THREADS_MAX][8]; /* per thread, a cache line each */
+    unsigned mark;                  /* what an item leaves in done[] */
+    unsigned done[ITEMS_MAX + 1];   /* one more, never touched */
+    int64_t taken[THREADS_MOST][8]; /* per thread, a cache line each */
     bool is_out_of_range;
 };
 
@@ -50,7 +52,7 @@ static void run(int64_t n_items, unsigned mark)
         job.done[i] = 0;
     }
     assert_int_equal(job.done[expected], 0);
-    for (int t = 0; t < THREADS_MAX; t++) taken += job.taken[t][0];
+    for (int t = 0; t < THREADS_MOST; t++) taken += job.taken[t][0];
     assert_int_equal(taken, expected);
 }
 
@@ -132,18 +134,59 @@ static void test_all_threads_work(void **state)
     pool_free(job.pool);
 }
 
+static void test_more_threads_than_cores(void **state)
+{
+    (void)state;
+    open_pool(THREADS_MOST);
+    for (unsigned i = 1; i <= 20; i++) run(ITEMS_MAX / (int64_t)i, i);
+    pool_free(job.pool);
+}
+
+static double cpu_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void test_idle_threads_use_no_time(void **state)
+{
+    (void)state;
+    open_pool(8);
+    run(1000, 1);
+    usleep(50000);
+    double before = cpu_seconds();
+    usleep(300000);
+    double used = cpu_seconds() - before;
+    if (used > 0.02) fail_msg("8 idle threads used %.3f s of 0.3", used);
+    pool_free(job.pool);
+}
+
 static void test_default_threads(void **state)
 {
     (void)state;
     assert_in_range(pool_default_threads(), 1, sysconf(_SC_NPROCESSORS_CONF));
+    cpu_set_t all, one;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    CPU_ZERO(&one);
+    for (int i = 0; CPU_COUNT(&one) == 0; i++)
+        if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+    assert_int_equal(pool_default_threads(), 1);
+    sched_setaffinity(0, sizeof all, &all);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_item_once),  cmocka_unit_test(test_many_small_runs),
-        cmocka_unit_test(test_after_sleep),      cmocka_unit_test(test_create_and_free),
-        cmocka_unit_test(test_all_threads_work), cmocka_unit_test(test_default_threads),
+        cmocka_unit_test(test_every_item_once),
+        cmocka_unit_test(test_many_small_runs),
+        cmocka_unit_test(test_after_sleep),
+        cmocka_unit_test(test_create_and_free),
+        cmocka_unit_test(test_all_threads_work),
+        cmocka_unit_test(test_more_threads_than_cores),
+        cmocka_unit_test(test_idle_threads_use_no_time),
+        cmocka_unit_test(test_default_threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

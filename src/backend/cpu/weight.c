@@ -70,6 +70,13 @@ static bool has_nan(const uint8_t *codes, int64_t n)
     return found;
 }
 
+static bool has_sign(const uint8_t *codes, int64_t n)
+{
+    unsigned char found = 0;
+    for (int64_t i = 0; i < n; i++) found |= codes[i];
+    return found & 0x80;
+}
+
 /* Where the NaN is: element + 1, by the stored order. `each` columns stand behind a code. */
 static void note_nan(struct laying *l, const uint8_t *codes, int64_t first, int64_t rows, int64_t cols,
                      int64_t each)
@@ -92,6 +99,7 @@ static void lay_scales(struct laying *l, int64_t panel, int64_t rows)
     for (int64_t i = 0; i < words; i++)
         for (int64_t g = 4 * i; g < 4 * i + 4 && g < groups; g++)
             for (int64_t r = 0; r < PANEL; r++) out[g * PANEL + r] = r < rows ? stored[r * groups + g] : 0;
+    if (!has_sign(out, groups * PANEL)) return;
     for (int64_t i = 0; i < groups * PANEL; i++) {
         if (!(out[i] & 0x80)) continue;
         out[i] &= 0x7f;
