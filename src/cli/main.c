@@ -1,8 +1,8 @@
 /* The program: finds the subcommand and runs it. Only cli/ reads argv and the environment, prints, and exits.
  */
 #include "cli/commands.h"
+#include "cli/fault.h"
 #include <fcntl.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdbool.h>
 #include <string.h>
@@ -39,23 +39,10 @@ static void hold_standard_streams(void)
     if (fd >= 0) close(fd);
 }
 
-/* Checkpoints are read through maps: a page that a disk does not give back, or that a shortened file no
- * longer has, arrives as a signal. Whatever was running stops here as by a kill. */
-static void fail_reading(int number)
-{
-    static const char text[] = "quench: a file of the checkpoint could not be read: it was cut short, or its "
-                               "disk or network failed. "
-                               "Check it, then repeat the command\n";
-    (void)number;
-    ssize_t n = write(STDERR_FILENO, text, sizeof text - 1);
-    (void)n;
-    _exit(1);
-}
-
 int main(int argc, char **argv)
 {
     hold_standard_streams();
-    signal(SIGBUS, fail_reading);
+    fault_name_files();
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_COMMANDS; i++)
         if (strcmp(name, commands[i].name) == 0) {

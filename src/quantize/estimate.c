@@ -29,6 +29,22 @@ static uint64_t moments_bytes(const struct config *c)
     return 4 * (h * h + (uint64_t)c->n_experts * inner * inner);
 }
 
+/* f32 beside each other in a step's row, at most. */
+static uint64_t step_widths(const struct config *c)
+{
+    return 8 * (uint64_t)c->hidden_size + 6 * (uint64_t)c->n_heads * c->head_dim +
+           8 * (uint64_t)c->linear_value_heads * c->linear_value_dim + 4 * (uint64_t)c->n_experts;
+}
+
+/* Source and result in memory, and for each a chunk's step, logits and keys. */
+static uint64_t evaluation_memory(const struct run *r)
+{
+    const struct config *c = &r->source.config;
+    uint64_t row = 4 * (step_widths(c) + 2 * (uint64_t)c->vocab_size) +
+                   8 * (uint64_t)c->n_kv_heads * c->head_dim * (uint64_t)c->n_layers;
+    return (r->result->bytes_in + r->result->bytes_out) * 17 / 16 + 2 * STEP_ROWS * row;
+}
+
 static uint64_t calibration_memory(const struct run *r)
 {
     const struct config *c = &r->source.config;
@@ -37,12 +53,10 @@ static uint64_t calibration_memory(const struct run *r)
         uint64_t n = 2 * layer_weights(c, c->layer_kinds[i]) * 17 / 16; /* padding */
         layer = n > layer ? n : layer;
     }
-    uint64_t widths = 8 * (uint64_t)c->hidden_size + 6 * (uint64_t)c->n_heads * c->head_dim +
-                      8 * (uint64_t)c->linear_value_heads * c->linear_value_dim + 4 * (uint64_t)c->n_experts;
     uint64_t kv = 8 * (uint64_t)c->n_kv_heads * c->head_dim * (uint64_t)r->samples.longest;
     uint64_t row = 2 * (uint64_t)c->hidden_size, looked_up = tokens < vocab ? tokens : vocab;
     uint64_t table = looked_up * (row > 4096 ? row : 4096);
-    return (table > 2 * layer ? table : 2 * layer) + 4 * widths * STEP_ROWS + kv + 16 * tokens +
+    return (table > 2 * layer ? table : 2 * layer) + 4 * step_widths(c) * STEP_ROWS + kv + 16 * tokens +
            (run_measures(r) ? moments_bytes(c) : 0) * (r->options.method == QUANTIZE_AUTO ? 3 : 1);
 }
 
@@ -59,7 +73,9 @@ uint64_t estimate_memory(const struct run *r)
     uint64_t n = BASE_BYTES + NAME_BYTES * (p->n_outputs + r->source.n_tensors);
     n += writer_memory(piece) + 8 * piece + 2 * largest_scales;
     n += (uint64_t)r->options.threads * 200 * cols;
-    return n + (r->samples.n && !run_is_calibrated(r) ? calibration_memory(r) : 0);
+    uint64_t calibration = r->samples.n && !run_is_calibrated(r) ? calibration_memory(r) : 0;
+    uint64_t evaluation = r->options.evaluate ? evaluation_memory(r) : 0;
+    return n + (calibration > evaluation ? calibration : evaluation);
 }
 
 /* Bytes a second, by touching the pages of the largest tensor. */

@@ -217,12 +217,16 @@ static bool prepare(struct run *r, struct err *e)
 
 static bool check_memory(const struct run *r, struct err *e)
 {
+    struct run alone = *r;
+    alone.options.evaluate = NULL;
     uint64_t need = estimate_memory(r), most = r->options.max_memory;
+    const char *advice = estimate_memory(&alone) <= most
+                             ? "do without --evaluate, which holds source and result in memory"
+                             : "take fewer and shorter calibration samples";
     return need <= most || err_set(e, ERR_LIMIT,
                                    "up to %.1f GB of memory may be needed, the limit is %.1f GB; raise the "
-                                   "limit (--max-memory), or take fewer "
-                                   "and shorter calibration samples",
-                                   (double)need / 1e9, (double)most / 1e9);
+                                   "limit (--max-memory), or %s",
+                                   (double)need / 1e9, (double)most / 1e9, advice);
 }
 
 static bool work(struct run *r, struct err *e)

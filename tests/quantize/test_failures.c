@@ -308,6 +308,28 @@ static void memory_has_a_limit(void **state)
     must_fail(&o, ERR_LIMIT, "GB of memory may be needed, the limit is 0.1 GB; raise the limit");
 }
 
+static bool not_reached(void *ctx, struct evaluation *out, const char *folder, struct err *e)
+{
+    (void)ctx, (void)out, (void)folder;
+    return err_set(e, ERR_ARGUMENT, "evaluated");
+}
+
+/* Enough for the run alone is not enough for both models in memory. */
+static void memory_of_an_evaluation_counts(void **state)
+{
+    (void)state;
+    struct quantize_options o = fixture_options(&fixture, DEMO, in(&fixture, "scored"));
+    struct quantize_forecast alone, both;
+    o.recipe = recipe_builtin("nvfp4a16");
+    o.calibration = NULL;
+    assert_true(quantize_dry_run(&o, &alone, NULL));
+    o.evaluate = not_reached;
+    assert_true(quantize_dry_run(&o, &both, NULL));
+    assert_true(both.memory_bytes > alone.memory_bytes + alone.bytes_in + alone.bytes_out);
+    o.max_memory = alone.memory_bytes;
+    must_fail(&o, ERR_LIMIT, "or do without --evaluate");
+}
+
 static void die_midway(void *ctx, const char *what, uint64_t done, uint64_t total)
 {
     (void)ctx;
@@ -415,6 +437,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(calibration_must_be_there),
         cmocka_unit_test(plan_is_what_happens),
         cmocka_unit_test(memory_has_a_limit),
+        cmocka_unit_test(memory_of_an_evaluation_counts),
         cmocka_unit_test(foreign_leftover_is_removed),
         cmocka_unit_test(killed_run_is_no_checkpoint),
         cmocka_unit_test(running_run_is_left_alone),
