@@ -101,6 +101,7 @@ struct queue {
     cudaStream_t stream;
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
     char name[128];
