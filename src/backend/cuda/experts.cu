@@ -16,6 +16,7 @@ struct up_args {
     picks p;
     mat logits;    /* data NULL: the picks are given */
     float *hidden; /* [rows][k][intermediate] */
+    mat gate, up, made; /* the shared expert's products, and what becomes of them; made.data NULL: no shared expert */
 };
 
 struct down_args {
@@ -25,7 +26,7 @@ struct down_args {
     mat y, add; /* add.data NULL: no residual */
     mat logits;
     cuda_matrix w; /* shared down; rows 0: none */
-    mat gate, up, made, shared_gate;
+    mat made, shared_gate;
 };
 
 constexpr int TEAM = CREW / 2, UP_ITEMS = 16, DOWN_TILES = 4; /* of a block at most */
@@ -92,10 +93,24 @@ __global__ void route_rows(picks p, mat logits)
            (int)logits.cols, p.k);
 }
 
+/* N pairs of columns of a row into slots, pairs first, first + step, ...; returns the largest magnitude. */
+template <int N>
+__device__ __forceinline__ float place_pairs(__nv_bfloat16 *slots, int stride, const float *x, int cols, int first, int step)
+{
+    float2 v[N];
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = 2 * (first + i * step) < cols ? load_pair(x, 2 * (first + i * step)) : float2{};
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (2 * (first + i * step) < cols) top = fmaxf(top, put_parts(slots, stride, 2 * (first + i * step), v[i]));
+    return top;
+}
+
 /* A warp's part of expert `number` of e, a tile of which begins at row 8 * tile. */
 __device__ __forceinline__ part expert_part(const cuda_matrix &m, int number, int tile, int w, int crew)
 {
-    return part_of(m, (const uint8_t *)m.data + number * matrix_bytes(m) + tile * tile_bytes(m), w, crew);
+    return part_of(m, tile_at(m, number, tile), w, crew);
 }
 
 __device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, int number, int row)
@@ -131,25 +146,9 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
         else
             for (int j = lane; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
     } else {
-        constexpr int EACH = 5;
-#pragma unroll 1
-        for (int first = threadIdx.x - LANES; first < cols; first += EACH * (BLOCK - LANES)) {
-            float v[EACH];
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                int c = first + i * (BLOCK - LANES);
-                v[i] = c < cols ? __ldcg(x + c) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                int c = first + i * (BLOCK - LANES);
-                if (c >= cols) break;
-                put_parts(slots, stride, c, v[i]);
-                top = fmaxf(top, fabsf(v[i]));
-            }
-        }
-        for (int c = cols + threadIdx.x - LANES; c < stride; c += BLOCK - LANES)
-            for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+        for (int first = threadIdx.x - LANES; 2 * first < cols; first += 3 * (BLOCK - LANES))
+            top = fmaxf(top, place_pairs<3>(slots, stride, x, cols, first, BLOCK - LANES));
+        put_padding(slots, stride, cols, threadIdx.x - LANES, BLOCK - LANES);
     }
     __syncthreads();
     part list = {};
@@ -160,9 +159,15 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
     weights.fill(list, items);
     if (gate.input == INPUT_FP8_ROW) {
         input_scale = fp8_input_scale(block_max<CREW>(top, scratch));
-        for (int c = threadIdx.x; c < cols; c += BLOCK) put_quantized(slots, stride, c, parts_sum(slots, stride, c), input_scale);
+#pragma unroll 1
+        for (int c = 2 * threadIdx.x; c < cols; c += 2 * BLOCK)
+            put_quantized(slots, stride, c, parts_sum(slots, stride, c), input_scale, 1.0f / input_scale);
         __syncthreads();
     }
+    if (a.made.data && blockIdx.x == gridDim.x - 1)
+        for (int c = threadIdx.x; c < a.made.cols; c += BLOCK)
+            a.made.data[row * a.made.stride + c] =
+                silu(__ldcg(a.gate.data + row * a.gate.stride + c)) * __ldcg(a.up.data + row * a.up.stride + c);
     if (a.logits.data && blockIdx.x == 0 && warp == 0)
         for (int j = lane; j < a.p.k; j += LANES) {
             a.p.expert[row * a.p.k + j] = expert[j];
@@ -191,38 +196,21 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
 
 /* ---- down ---- */
 
-/* A hidden row into slots by a warp, a pick's or, with up, the shared expert's; returns its scale. */
-__device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x,
-                                              const float *up, float *made)
+/* A hidden row into slots by a warp; returns its scale. */
+__device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x)
 {
-    constexpr int EACH = 4;
+    constexpr int EACH = 8;
     int lane = threadIdx.x % LANES;
     float top = 0;
 #pragma unroll 1
-    for (int first = lane; first < w.cols; first += EACH * LANES) {
-        float v[EACH], u[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int c = first + i * LANES;
-            v[i] = c < w.cols ? __ldcg(x + c) : 0;
-            u[i] = up && c < w.cols ? __ldcg(up + c) : 1;
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int c = first + i * LANES;
-            if (c >= w.cols) break;
-            if (up) v[i] = silu(v[i]) * u[i];
-            if (made) made[c] = v[i];
-            put_parts(slots, stride, c, v[i]);
-            top = fmaxf(top, fabsf(v[i]));
-        }
-    }
-    for (int c = w.cols + lane; c < stride; c += LANES)
-        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    for (int first = lane; 2 * first < w.cols; first += EACH * LANES)
+        top = fmaxf(top, place_pairs<EACH>(slots, stride, x, w.cols, first, LANES));
+    put_padding(slots, stride, w.cols, lane, LANES);
     if (w.input != INPUT_FP8_ROW) return 1;
-    float scale = fp8_input_scale(warp_max(top));
+    float scale = fp8_input_scale(warp_max(top)), inverse = 1.0f / scale;
 #pragma unroll 1
-    for (int c = lane; c < w.cols; c += LANES) put_quantized(slots, stride, c, parts_sum(slots, stride, c), scale);
+    for (int c = 2 * lane; c < w.cols; c += 2 * LANES)
+        put_quantized(slots, stride, c, parts_sum(slots, stride, c), scale, inverse);
     return scale;
 }
 
@@ -274,9 +262,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     for (int s = warp; s < k + (a.w.rows ? 1 : 0); s += CREW) {
         bool last = s == k;
         float scale = place_hidden(last ? a.w : w, slots + (size_t)s * SLOTS * stride, last ? slot_stride(a.w.cols) : stride,
-                                   last ? a.gate.data + row * a.gate.stride : a.hidden + (row * k + s) * w.cols,
-                                   last ? a.up.data + row * a.up.stride : nullptr,
-                                   last && blockIdx.x == 0 ? a.made.data + row * a.made.stride : nullptr);
+                                   last ? a.made.data + row * a.made.stride : a.hidden + (row * k + s) * w.cols);
         if (lane == 0) input_scale[s] = scale;
     }
     int tile = threadIdx.x / 8, r = (blockIdx.x + tile * gridDim.x) * 8 + threadIdx.x % 8;
@@ -347,9 +333,9 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         d.w = cuda_matrix_of(run->w_down);
         if (!cuda_streams(q, &d.w) || e->n > EXPERTS_MAX) return false;
         u.logits = d.logits = run->logits;
-        d.gate = run->gate;
-        d.up = run->up;
-        d.made = run->hidden;
+        u.gate = run->gate;
+        u.up = run->up;
+        u.made = d.made = run->hidden;
         d.shared_gate = run->shared_gate;
         d.add = run->x;
     }

@@ -53,53 +53,56 @@ __device__ __forceinline__ part product_part(const product_args &p, int i)
     if (number >= p.first[p.n]) return part{};
     int k = matrix_of(p, number);
     const cuda_matrix &m = p.m[k];
-    return part_of(m, (const uint8_t *)m.data + (number - p.first[k]) * tile_bytes(m), threadIdx.x / LANES, CREW);
+    return part_of(m, tile_at(m, 0, number - p.first[k]), threadIdx.x / LANES, CREW);
 }
 
-/* One input value into its slots; returns its magnitude. */
-__device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float v)
+/* Two input values into their slots; returns the larger magnitude. */
+__device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float2 v)
 {
-    put_parts(slots, stride, c, v);
-    if (p.made.data && blockIdx.x == 0) p.made.data[row * p.made.stride + c] = v;
-    return fabsf(v);
+    if (p.made.data && blockIdx.x == 0) {
+        float *made = p.made.data + row * p.made.stride + c;
+        made[0] = v.x;
+        made[1] = v.y;
+    }
+    return put_parts(slots, stride, c, v);
 }
 
-/* A row as it is, or normed: EACH columns of a thread at a time, so that it waits for memory once. gain: of the first of
- * them. */
-constexpr int EACH = 4;
+/* A row as it is, or normed: two pairs of columns of a thread at a time. gain: of the first of them. */
+constexpr int EACH = 2;
 __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float (&gain)[EACH], float *part)
+                                           const float2 (&gain)[EACH], float *part)
 {
     const float *x = p.x.data + row * p.x.stride;
-    float v[EACH], scale = 1, top = 0;
+    float2 v[EACH];
+    float scale = 1, top = 0;
     bool normed = p.kind == INPUT_NORMED;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = threadIdx.x + i * BLOCK;
-        v[i] = c < p.cols ? __ldcg(x + c) : 0;
+        int c = 2 * (threadIdx.x + i * BLOCK);
+        v[i] = c < p.cols ? load_pair(x, c) : float2{};
     }
     if (normed) {
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
-        for (int c = threadIdx.x + EACH * BLOCK; c < p.cols; c += BLOCK) sum = fmaf(__ldcg(x + c), __ldcg(x + c), sum);
-        scale = 1.0f / sqrtf(block_sum<CREW>(sum, part) / (float)p.cols + p.eps);
+        for (int i = 0; i < EACH; i++) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
+#pragma unroll 1
+        for (int c = 2 * (threadIdx.x + EACH * BLOCK); c < p.cols; c += 2 * BLOCK) {
+            float2 y = load_pair(x, c);
+            sum = fmaf(y.x, y.x, fmaf(y.y, y.y, sum));
+        }
+        scale = rsqrtf(block_sum<CREW>(sum, part) / (float)p.cols + p.eps);
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = threadIdx.x + i * BLOCK;
-        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * gain[i] : v[i]));
+        int c = 2 * (threadIdx.x + i * BLOCK);
+        if (normed) v[i] = make_float2(v[i].x * scale * gain[i].x, v[i].y * scale * gain[i].y);
+        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, v[i]));
     }
 #pragma unroll 1
-    for (int first = threadIdx.x + EACH * BLOCK; first < p.cols; first += EACH * BLOCK) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) v[i] = first + i * BLOCK < p.cols ? __ldcg(x + first + i * BLOCK) : 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int c = first + i * BLOCK;
-            if (c >= p.cols) break;
-            top = fmaxf(top, place(p, slots, stride, row, c, normed ? v[i] * scale * p.gain[c] : v[i]));
-        }
+    for (int c = 2 * (threadIdx.x + EACH * BLOCK); c < p.cols; c += 2 * BLOCK) {
+        float2 y = load_pair(x, c);
+        if (normed) y = make_float2(y.x * scale * p.gain[c], y.y * scale * p.gain[c + 1]);
+        top = fmaxf(top, place(p, slots, stride, row, c, y));
     }
     return top;
 }
@@ -107,53 +110,53 @@ __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 
 /* Heads, each normed and gated by a warp. */
 __device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row)
 {
-    constexpr int HEADS = 2, MOST = 4; /* heads at once, columns of a head a lane */
+    constexpr int HEADS = 2, PAIRS = 2; /* heads at once, pairs of columns of a head a lane */
     const float *x = p.x.data + row * p.x.stride, *z = p.z.data + row * p.z.stride;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float top = 0;
 #pragma unroll 1
     for (int first = warp; first * p.dim < p.cols; first += HEADS * CREW) {
-        float v[HEADS][MOST], gate[HEADS][MOST], scale[HEADS];
+        float2 v[HEADS][PAIRS], gate[HEADS][PAIRS];
 #pragma unroll
         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-            for (int i = 0; i < MOST; i++) {
-                int d = lane + i * LANES, c = (first + h * CREW) * p.dim + d;
+            for (int i = 0; i < PAIRS; i++) {
+                int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
                 bool in = c < p.cols && d < p.dim;
-                v[h][i] = in ? __ldcg(x + c) : 0;
-                gate[h][i] = in ? __ldcg(z + c) : 0;
+                v[h][i] = in ? load_pair(x, c) : float2{};
+                gate[h][i] = in ? load_pair(z, c) : float2{};
             }
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < MOST; i++) sum = fmaf(v[h][i], v[h][i], sum);
-            scale[h] = 1.0f / sqrtf(warp_sum(sum) / (float)p.dim + p.eps);
-        }
+            for (int i = 0; i < PAIRS; i++) sum = fmaf(v[h][i].x, v[h][i].x, fmaf(v[h][i].y, v[h][i].y, sum));
+            float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
 #pragma unroll
-        for (int h = 0; h < HEADS; h++)
-#pragma unroll
-            for (int i = 0; i < MOST; i++) {
-                int d = lane + i * LANES, c = (first + h * CREW) * p.dim + d;
-                if (c < p.cols && d < p.dim)
-                    top = fmaxf(top, place(p, slots, stride, row, c, v[h][i] * scale[h] * p.gain[d] * silu(gate[h][i])));
+            for (int i = 0; i < PAIRS; i++) {
+                int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
+                if (c >= p.cols || d >= p.dim) continue;
+                float2 y = make_float2(v[h][i].x * scale * p.gain[d] * silu(gate[h][i].x),
+                                       v[h][i].y * scale * p.gain[d + 1] * silu(gate[h][i].y));
+                top = fmaxf(top, place(p, slots, stride, row, c, y));
             }
+        }
     }
     return top;
 }
 
 /* Row `row` into four slots; what it is quantized by goes to *input_scale. */
 __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float (&gain)[EACH], float *part, float *input_scale)
+                                           const float2 (&gain)[EACH], float *part, float *input_scale)
 {
     float top = p.kind == INPUT_GATED ? place_heads(p, slots, stride, row) : place_row(p, slots, stride, row, gain, part);
-    for (int c = p.cols + threadIdx.x; c < stride; c += BLOCK)
-        for (int s = 0; s < SLOTS; s++) slots[s * stride + c] = __float2bfloat16_rn(0);
+    put_padding(slots, stride, p.cols, threadIdx.x, BLOCK);
     if (!p.quantize) return;
-    float s = fp8_input_scale(block_max<CREW>(top, part + CREW));
+    float scale = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / scale;
 #pragma unroll 1
-    for (int c = threadIdx.x; c < p.cols; c += BLOCK) put_quantized(slots, stride, c, parts_sum(slots, stride, c), s);
-    if (threadIdx.x == 0) *input_scale = s;
+    for (int c = 2 * threadIdx.x; c < p.cols; c += 2 * BLOCK)
+        put_quantized(slots, stride, c, parts_sum(slots, stride, c), scale, inverse);
+    if (threadIdx.x == 0) *input_scale = scale;
 }
 
 __device__ void advance_conv(const product_args &p)
@@ -221,11 +224,11 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const
     part list = product_part(p, lane);
     weights.fill(list, tiles < LANES ? tiles : LANES);
     prefetch_scales(p);
-    float gain[EACH];
+    float2 gain[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = threadIdx.x + i * BLOCK;
-        gain[i] = p.kind == INPUT_NORMED && c < p.cols ? p.gain[c] : 0;
+        int c = 2 * (threadIdx.x + i * BLOCK);
+        gain[i] = p.kind == INPUT_NORMED && c < p.cols ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
     }
     wait_for_previous();
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */

@@ -26,26 +26,66 @@ __host__ __device__ inline int slot_stride(int cols)
     return (cols + SLOT_UNIT - 1) / SLOT_UNIT * SLOT_UNIT + SLOT_PAD;
 }
 
-__device__ __forceinline__ void put_parts(__nv_bfloat16 *slots, int stride, int c, float x)
+__device__ __forceinline__ float2 unpack(uint32_t pair)
 {
-    __nv_bfloat16 high = __float2bfloat16_rn(x);
-    float rest = x - __bfloat162float(high);
-    __nv_bfloat16 middle = __float2bfloat16_rn(rest);
-    slots[c] = high;
-    slots[stride + c] = middle;
-    slots[2 * stride + c] = __float2bfloat16_rn(rest - __bfloat162float(middle));
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-__device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, int c, float x, float scale)
+__device__ __forceinline__ uint32_t pack(float x, float y)
 {
-    slots[3 * stride + c] = __float2bfloat16_rn(e4m3_value(e4m3_code(x / scale)));
+    __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<uint32_t *>(&pair);
 }
 
-/* A column whose parts have been put. */
-__device__ __forceinline__ float parts_sum(const __nv_bfloat16 *slots, int stride, int c)
+/* Two columns, the first of them even; returns the larger magnitude. */
+__device__ __forceinline__ float put_parts(__nv_bfloat16 *slots, int stride, int c, float2 x)
 {
-    float x = __bfloat162float(slots[c]) + __bfloat162float(slots[stride + c]);
-    return x + __bfloat162float(slots[2 * stride + c]);
+    uint32_t high = pack(x.x, x.y);
+    float2 h = unpack(high), rest = make_float2(x.x - h.x, x.y - h.y);
+    uint32_t middle = pack(rest.x, rest.y);
+    float2 m = unpack(middle);
+    *(uint32_t *)(slots + c) = high;
+    *(uint32_t *)(slots + stride + c) = middle;
+    *(uint32_t *)(slots + 2 * stride + c) = pack(rest.x - m.x, rest.y - m.y);
+    return fmaxf(fabsf(x.x), fabsf(x.y));
+}
+
+/* Two columns whose parts have been put. */
+__device__ __forceinline__ float2 parts_sum(const __nv_bfloat16 *slots, int stride, int c)
+{
+    float2 h = unpack(*(const uint32_t *)(slots + c)), m = unpack(*(const uint32_t *)(slots + stride + c));
+    float2 l = unpack(*(const uint32_t *)(slots + 2 * stride + c));
+    return make_float2(h.x + m.x + l.x, h.y + m.y + l.y);
+}
+
+/* x / scale, its correctly rounded quotient for what a scale of fp8_input_scale leaves. */
+__device__ __forceinline__ float divided(float x, float scale, float inverse)
+{
+    float q = x * inverse;
+    return fmaf(fmaf(-q, scale, x), inverse, q);
+}
+
+__device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale, float inverse)
+{
+    float2 q = make_float2(divided(x.x, scale, inverse), divided(x.y, scale, inverse));
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3), __NV_E4M3);
+    float2 y = __half22float2(*reinterpret_cast<__half2 *>(&h));
+    *(uint32_t *)(slots + 3 * stride + c) = pack(y.x, y.y);
+}
+
+/* Zeros from column `cols` on, by threads first, first + step, ... */
+__device__ __forceinline__ void put_padding(__nv_bfloat16 *slots, int stride, int cols, int first, int step)
+{
+#pragma unroll 1
+    for (int c = cols + 2 * first; c < stride; c += 2 * step)
+        for (int s = 0; s < SLOTS; s++) *(uint32_t *)(slots + s * stride + c) = 0;
+}
+
+/* Columns c and c + 1 of a row that an earlier kernel wrote. */
+__device__ __forceinline__ float2 load_pair(const float *x, int c)
+{
+    if (((size_t)x & 7) == 0) return __ldcg((const float2 *)(x + c));
+    return make_float2(__ldcg(x + c), __ldcg(x + c + 1));
 }
 
 /* ---- weights ---- */
@@ -71,14 +111,20 @@ __host__ __device__ inline int row_bytes_of(const cuda_matrix &m)
 }
 
 /* Bytes of a tile, and of a matrix of those that lie below one another. */
-__device__ __forceinline__ int64_t tile_bytes(const cuda_matrix &m)
+__device__ __forceinline__ unsigned tile_bytes(const cuda_matrix &m)
 {
-    return m.format == WEIGHT_NVFP4 ? (int64_t)units_of(m.format, m.cols) * FP4_UNIT_BYTES : (int64_t)8 * row_bytes_of(m);
+    return m.format == WEIGHT_NVFP4 ? (unsigned)(units_of(m.format, m.cols) * FP4_UNIT_BYTES) : 8u * row_bytes_of(m);
 }
 
-__device__ __forceinline__ int64_t matrix_bytes(const cuda_matrix &m)
+__device__ __forceinline__ unsigned matrix_bytes(const cuda_matrix &m)
 {
-    return m.format == WEIGHT_NVFP4 ? tiles_of(m.rows) * tile_bytes(m) : (int64_t)m.rows * row_bytes_of(m);
+    return m.format == WEIGHT_NVFP4 ? tiles_of(m.rows) * tile_bytes(m) : (unsigned)m.rows * row_bytes_of(m);
+}
+
+/* Where a tile begins, of the matrix `number` of those that follow m. */
+__device__ __forceinline__ const uint8_t *tile_at(const cuda_matrix &m, unsigned number, unsigned tile)
+{
+    return (const uint8_t *)m.data + (uint64_t)number * matrix_bytes(m) + (uint64_t)tile * tile_bytes(m);
 }
 
 /* Part of a tile: units [first, first + n). n 0: none. */
@@ -117,52 +163,57 @@ template <int N> __device__ __forceinline__ void copy_wait()
 /* A warp's stream. Its list: lane i holds part i. */
 struct stream {
     uint8_t *ring; /* this lane's place in the warp's ring */
+    uint32_t ring_at;
     /* asked for next */
     const uint8_t *at;
     int from, row_bytes; /* byte of the row; of NVFP4 0 and 0 */
-    int left, next, slot;
+    int left, next, slot; /* units of the part, part, bytes from the ring's begin */
 
     __device__ stream(uint8_t *shared)
     {
         ring = shared + (size_t)(threadIdx.x / LANES) * RING * SLOT_BYTES + threadIdx.x % LANES * 16;
-        left = next = slot = 0;
+        ring_at = (uint32_t)__cvta_generic_to_shared(ring);
+        left = next = slot = from = row_bytes = 0;
         at = nullptr;
-        from = row_bytes = 0;
+    }
+
+    __device__ __forceinline__ void begin(const part &mine, int n)
+    {
+        int lane = threadIdx.x % LANES, first;
+        do {
+            left = __shfl_sync(ALL, mine.n, next++);
+        } while (left == 0 && next < n);
+        unsigned long long p = __shfl_sync(ALL, (unsigned long long)mine.data, next - 1);
+        first = __shfl_sync(ALL, mine.first, next - 1);
+        row_bytes = __shfl_sync(ALL, mine.row_bytes, next - 1);
+        from = first * UNIT_BYTES + lane % 4 * 16;
+        at = (const uint8_t *)p + (row_bytes ? lane / 4 * row_bytes + from : first * FP4_UNIT_BYTES + lane * 16);
     }
 
     /* The next unit of parts [next, n), nothing where there is none. */
     __device__ __forceinline__ void ask(const part &mine, int n)
     {
-        int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-        while (left == 0 && next < n) {
-            unsigned long long p = __shfl_sync(ALL, (unsigned long long)mine.data, next);
-            int first = __shfl_sync(ALL, mine.first, next);
-            left = __shfl_sync(ALL, mine.n, next);
-            row_bytes = __shfl_sync(ALL, mine.row_bytes, next);
-            next++;
-            from = first * UNIT_BYTES + t * 16;
-            at = (const uint8_t *)p + (row_bytes ? g * row_bytes + from : first * FP4_UNIT_BYTES + lane * 16);
-        }
+        if (left == 0 && next < n) begin(mine, n);
         if (left > 0) {
-            uint32_t to = (uint32_t)__cvta_generic_to_shared(ring) + slot * SLOT_BYTES;
+            uint32_t to = ring_at + slot;
+            left--;
             if (row_bytes) {
                 copy_async16(to, at, from < row_bytes);
                 copy_async16(to + 512, at + PIECE, from + PIECE < row_bytes);
                 at += UNIT_BYTES;
                 from += UNIT_BYTES;
             } else {
+                int lane = threadIdx.x % LANES;
                 copy_async16(to, at, true);
                 copy_async16(to + 512, at + 512, true);
                 copy_async8(to + 1024 - 8 * lane, at + 1024 - lane * 16 + lane / 2 * 8);
                 at += FP4_UNIT_BYTES;
             }
-            left--;
         }
         copy_commit();
-        slot = slot + 1 == RING ? 0 : slot + 1;
+        slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
     }
 
-    /* As long as the ring is not full. */
     __device__ __forceinline__ void fill(const part &mine, int n)
     {
 #pragma unroll 1
@@ -213,7 +264,7 @@ struct stream {
 #pragma unroll 1
         for (int u = 0; u < units; u++, x += COLS) {
             copy_wait<RING - 1>();
-            const uint8_t *from_ring = ring + slot * SLOT_BYTES;
+            const uint8_t *from_ring = ring + slot;
             uint4 low = *(const uint4 *)from_ring, high = *(const uint4 *)(from_ring + 512);
             uint2 scale = uint2{};
             if (FORMAT == WEIGHT_NVFP4) scale = *(const uint2 *)(from_ring + 1024 - 8 * (threadIdx.x % LANES));
