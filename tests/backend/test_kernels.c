@@ -979,8 +979,8 @@ static void many_rows(void)
                          128 * (1 + random_below(3)), 128 * (1 + random_below(2)), 8, i < 2 ? 1 : 4);
 }
 
-static void (*const families[])(void) = { products,  experts,    fp4_experts,    rows,    sequences,
-                                          many_rows, delta_runs, attention_runs, moe_runs };
+static void (*const families[])(void) = { attention_runs, moe_runs,    many_rows, delta_runs, products,
+                                          experts,        fp4_experts, rows,      sequences };
 
 static void backends(int threads, enum cpu_isa isa)
 {

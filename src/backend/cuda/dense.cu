@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int ROW_MOST = 12 * 1024, HEAD = 128; /* columns of a row, of a head */
+
 struct input_args {
     mat x, up, h; /* as in cuda_products */
     const float *gain;
@@ -16,71 +18,99 @@ struct input_args {
     int parts;
 };
 
-/* Heads of a row, normed and gated, by warps. */
-__device__ void load_heads(float *row, const input_args &a, int64_t r)
+__device__ __forceinline__ void load4(float (&v)[4], const float *from)
 {
-    for (int first = threadIdx.x / LANES * a.head; first < a.x.cols; first += WARPS * a.head) {
-        const float *x = a.x.data + r * a.x.stride + first, *z = a.up.data + r * a.up.stride + first;
-        float scale = warp_inverse_rms(x, a.head, a.eps);
-        for (int d = threadIdx.x % LANES; d < a.head; d += LANES) row[first + d] = x[d] * scale * a.gain[d] * silu(z[d]);
+    if ((uintptr_t)from % 16 == 0) {
+        float4 x = *(const float4 *)from;
+        v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else {
+        for (int i = 0; i < 4; i++) v[i] = from[i];
     }
 }
 
-/* A block a row. Shared memory: the row. */
-__global__ void prepare_rows(const __grid_constant__ input_args a)
+/* Four columns from c on, a multiple of 4, in the order of tiles. */
+__device__ __forceinline__ void store4(__nv_bfloat16 *row, int c, const float (&v)[4])
 {
-    extern __shared__ float row[];
+    *(uint32_t *)(row + tile_place(c)) = pair_of(v[0], v[1]);
+    *(uint32_t *)(row + tile_place(c + 2)) = pair_of(v[2], v[3]);
+}
+
+/* A block a row; a thread EACH times four neighbouring columns, a warp 128 of them: a head. */
+template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_args a)
+{
     __shared__ float part[2 * WARPS];
-    int64_t r = blockIdx.x, n = a.x.cols;
-    const float *x = a.x.data + r * a.x.stride;
-    float top = 0, scale = 1, sum = 0;
-    if (a.head) {
-        load_heads(row, a, r);
-        __syncthreads();
-    }
-    for (int c = threadIdx.x; c < n && !a.head; c += THREADS) {
-        float v = x[c];
-        if (a.up.data) v = silu(v) * a.up.data[r * a.up.stride + c];
-        row[c] = v;
-        sum = fmaf(v, v, sum);
-    }
-    bool norm = a.gain && !a.head;
-    if (norm) scale = 1.0f / sqrtf(block_sum(sum, part) / (float)n + a.eps);
-    for (int c = threadIdx.x; c < n; c += THREADS) {
-        float v = norm ? row[c] * scale * a.gain[c] : row[c];
-        row[c] = v;
-        top = fmaxf(top, fabsf(v));
-        if (a.h.data) a.h.data[r * a.h.stride + c] = v;
-    }
-    float unit = a.quantized ? fp8_input_scale(block_max(top, part + WARPS)) : 1;
-    if (a.quantized && threadIdx.x == 0) a.scale[r] = unit;
-    __syncthreads();
-    for (int c = 2 * threadIdx.x; a.straight && c < n; c += 2 * THREADS)
-        *(__nv_bfloat162 *)(a.straight + r * n + c) = __floats2bfloat162_rn(row[c], row[c + 1]);
-    if (!a.plain && !a.quantized) return;
-    for (int p = 2 * threadIdx.x; p < n; p += 2 * THREADS) { /* p: a place, to which column c comes */
-        int c = tile_column(p);
-        float v[2] = { row[c], row[c + 1] };
-        if (a.quantized) {
-            __nv_bfloat162 q;
-            q.x = __float2bfloat16_rn(e4m3_value(e4m3_code(v[0] / unit)));
-            q.y = __float2bfloat16_rn(e4m3_value(e4m3_code(v[1] / unit)));
-            *(__nv_bfloat162 *)(a.quantized + r * n + p) = q;
+    int64_t r = blockIdx.x;
+    int n = (int)a.x.cols;
+    const float *x = a.x.data + r * a.x.stride, *up = a.up.data + r * a.up.stride;
+    float v[EACH][4], top = 0, sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int c = 4 * (threadIdx.x + i * THREADS);
+        float z[4] = {}, own = 0;
+        for (int k = 0; k < 4; k++) v[i][k] = 0;
+        if (c < n) load4(v[i], x + c);
+        if (c < n && a.up.data) load4(z, up + c);
+        for (int k = 0; k < 4; k++) own = fmaf(v[i][k], v[i][k], own);
+        if (a.head) {
+            float scale = 1.0f / sqrtf(warp_sum(own) / (float)HEAD + a.eps);
+            for (int k = 0; k < 4; k++) v[i][k] = v[i][k] * scale * a.gain[c % HEAD + k] * silu(z[k]);
+        } else if (a.up.data) {
+            for (int k = 0; k < 4; k++) v[i][k] = silu(v[i][k]) * z[k];
         }
-        for (int i = 0; a.plain && i < a.parts; i++) {
-            __nv_bfloat162 q;
-            q.x = __float2bfloat16_rn(v[0]);
-            q.y = __float2bfloat16_rn(v[1]);
-            *(__nv_bfloat162 *)(a.plain + (r * a.parts + i) * n + p) = q;
-            v[0] -= __bfloat162float(q.x);
-            v[1] -= __bfloat162float(q.y);
+        sum += own;
+    }
+    if (a.gain && !a.head) {
+        float scale = 1.0f / sqrtf(block_sum(sum, part) / (float)n + a.eps);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int c = 4 * (threadIdx.x + i * THREADS);
+            for (int k = 0; k < 4 && c < n; k++) v[i][k] = v[i][k] * scale * a.gain[c + k];
+        }
+    }
+    float unit = 1;
+    if (a.quantized) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            for (int k = 0; k < 4; k++) top = fmaxf(top, fabsf(v[i][k]));
+        unit = fp8_input_scale(block_max(top, part + WARPS));
+        if (threadIdx.x == 0) a.scale[r] = unit;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int c = 4 * (threadIdx.x + i * THREADS);
+        if (c >= n) break;
+        if (a.h.data) {
+            float *to = a.h.data + r * a.h.stride + c;
+            if ((uintptr_t)to % 16 == 0)
+                *(float4 *)to = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+            else
+                for (int k = 0; k < 4; k++) to[k] = v[i][k];
+        }
+        if (a.straight)
+            *(uint2 *)(a.straight + r * n + c) = make_uint2(pair_of(v[i][0], v[i][1]), pair_of(v[i][2], v[i][3]));
+        if (a.quantized) {
+            float code[4];
+            for (int k = 0; k < 4; k++) code[k] = e4m3_value(e4m3_code(v[i][k] / unit));
+            store4(a.quantized + r * n, c, code);
+        }
+        for (int p = 0; a.plain && p < a.parts; p++) {
+            store4(a.plain + (r * a.parts + p) * n, c, v[i]);
+            for (int k = 0; k < 4; k++) v[i][k] -= __bfloat162float(__float2bfloat16_rn(v[i][k]));
         }
     }
 }
 
 void prepare(struct queue *q, const input_args &a)
 {
-    launch(q, "matmul", false, prepare_rows, dim3((unsigned)a.x.rows), (size_t)a.x.cols * sizeof(float), a);
+    dim3 grid((unsigned)a.x.rows);
+    if (a.x.cols <= 4 * THREADS)
+        launch(q, "matmul", false, prepare_rows<1>, grid, 0, a);
+    else if (a.x.cols <= 8 * THREADS)
+        launch(q, "matmul", false, prepare_rows<2>, grid, 0, a);
+    else if (a.x.cols <= 16 * THREADS)
+        launch(q, "matmul", false, prepare_rows<4>, grid, 0, a);
+    else
+        launch(q, "matmul", false, prepare_rows<ROW_MOST / THREADS / 4>, grid, 0, a);
 }
 
 struct dense_args {
@@ -149,7 +179,6 @@ template <int FORMAT> void start(struct queue *q, const dense_args &a, int64_t n
 
 bool takes(const struct queue *q, const cuda_matrix &m)
 {
-    constexpr int ROW_MOST = 12 * 1024; /* columns that prepare_rows keeps */
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
@@ -216,7 +245,8 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
 {
     dense_args a = {};
     input_args in = {};
-    if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0) return false;
+    if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD))
+        return false;
     for (int i = 0; i < p->n; i++)
         if (!takes(q, p->m[i])) return false;
     a.cols = (int)p->x.cols;
@@ -230,6 +260,9 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     in.eps = p->eps;
     in.head = p->head;
     in.scale = q->prefill.scale;
+    bool normed = p->gain && !p->head && p->h.data; /* experts may read it next */
+    if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
+    if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;
     prepare(q, in);
     if (in.straight && !by_library(q, p)) {
         struct blas *library = q->blas;

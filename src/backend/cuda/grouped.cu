@@ -1,12 +1,14 @@
-/* The routed experts of many rows. Picks are put in the order of their experts, on the device: a pick's place is its
- * slot. Tiles of up to 32 or 128 slots of one expert then meet tiles of weight rows (tile.cuh): 64 gate and the same 64
- * up rows, whose sums become SiLU(gate) up, and 128 down rows. In the end each row adds what its picks gave, in their
- * order. The order of slots within an expert changes nothing: a slot's numbers are its own. */
+/* The routed experts of many rows. Picks are put in the order of their experts, on the device: a pick's place
+ * is its slot. Tiles of up to 32 or 128 slots of one expert then meet tiles of weight rows (tile.cuh): 64
+ * gate and the same 64 up rows, whose sums become SiLU(gate) up, and 128 down rows. In the end each row adds
+ * what its picks gave, in their order. The order of slots within an expert changes nothing: a slot's numbers
+ * are its own. */
 #include "backend/cuda/tile.cuh"
 
-namespace {
+namespace
+{
 
-constexpr int SORTERS = 1024, ENTRY = 4;
+constexpr int SORTERS = 1024, ENTRY = 4, AHEAD = 16;
 
 /* Sum of x over the threads before this one. part: [SORTERS / LANES] */
 __device__ int before(int x, int *part)
@@ -24,13 +26,21 @@ __device__ int before(int x, int *part)
 }
 
 /* One block: counts, places, tiles. Thread e is expert e's. */
-__global__ void __launch_bounds__(SORTERS) sort_picks(cuda_prefill s, picks p, int picked, int n_experts, int most)
+__global__ void __launch_bounds__(SORTERS)
+    sort_picks(cuda_prefill s, picks p, int picked, int n_experts, int most)
 {
     __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], next[EXPERTS_MAX];
     int e = threadIdx.x;
     count[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < picked; i += SORTERS) atomicAdd(&count[p.expert[i]], 1);
+    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
+        int expert[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
+    }
     __syncthreads();
     int n = count[e], tiles = (n + most - 1) / most, each = tiles ? ((n + tiles - 1) / tiles + 7) / 8 * 8 : 8;
     tiles = (n + each - 1) / each;
@@ -44,10 +54,17 @@ __global__ void __launch_bounds__(SORTERS) sort_picks(cuda_prefill s, picks p, i
     }
     if (e == SORTERS - 1) s.tiles[0] = tile + tiles;
     __syncthreads();
-    for (int i = threadIdx.x; i < picked; i += SORTERS) {
-        int slot = atomicAdd(&next[p.expert[i]], 1);
-        s.slot_row[slot] = i / p.k;
-        s.slot_of[i] = slot;
+    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
+        int expert[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (expert[i] < 0) continue;
+            int pick = first + i * SORTERS, slot = atomicAdd(&next[expert[i]], 1);
+            s.slot_row[slot] = pick / p.k;
+            s.slot_of[pick] = slot;
+        }
     }
 }
 
@@ -57,12 +74,14 @@ struct grouped_args {
     const __nv_bfloat16 *x; /* inputs of gate and up, by row; of down, by slot */
     const float *scale;     /* of quantized ones, likewise */
     int parts;
+    bool rounded;          /* what picks give is kept in BF16 */
     __nv_bfloat16 *hidden; /* SiLU(gate) up in BF16, or NULL: */
     float *hidden_f32;
 };
 
 /* Of an expert, from row0 (a multiple of 8) on. */
-template <int FORMAT> __device__ const uint8_t *expert_rows(const cuda_matrix &m, int expert, int row0, int pitch)
+template <int FORMAT>
+__device__ const uint8_t *expert_rows(const cuda_matrix &m, int expert, int row0, int pitch)
 {
     return (const uint8_t *)m.data + expert * tile_matrix_bytes(FORMAT, m.rows, m.cols) +
            (int64_t)(FORMAT == WEIGHT_NVFP4 ? row0 / 8 : row0) * pitch;
@@ -75,7 +94,8 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     extern __shared__ __align__(1024) uint8_t shared[];
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
-    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * UP_ROWS, lane = threadIdx.x % LANES;
+    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * UP_ROWS,
+        lane = threadIdx.x % LANES;
     const cuda_matrix &m = a.e.m[GATE];
     tile_source s = {};
     s.rows = m.rows - row0;
@@ -92,12 +112,14 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     if (row0 + c >= m.rows) return;
     for (int i = 0; i < 4; i++) {
         const cuda_matrix &w = a.e.m[GATE + i / 2];
-        unit[i / 2][i % 2] = FORMAT == WEIGHT_FP8 ? w.scale[(int64_t)expert * m.rows + row0 + c + i % 2]
-                                                  : matrix_unit(FORMAT, a.e.globals[(GATE + i / 2) * a.e.n + expert]);
+        unit[i / 2][i % 2] = FORMAT == WEIGHT_FP8
+                                 ? w.scale[(int64_t)expert * m.rows + row0 + c + i % 2]
+                                 : matrix_unit(FORMAT, a.e.globals[(GATE + i / 2) * a.e.n + expert]);
     }
     bool quantized = m.input == INPUT_FP8_ROW;
     for (int i = threadIdx.x / LANES; i < tokens; i += WARPS) {
-        float2 g = *(const float2 *)(sums + i * OUT_STRIDE + c), u = *(const float2 *)(sums + i * OUT_STRIDE + UP_ROWS + c);
+        float2 g = *(const float2 *)(sums + i * OUT_STRIDE + c),
+               u = *(const float2 *)(sums + i * OUT_STRIDE + UP_ROWS + c);
         float in = quantized ? a.scale[s.index[i]] : 1;
         float h0 = silu(g.x * in * unit[0][0]) * (u.x * in * unit[1][0]);
         float h1 = silu(g.y * in * unit[0][1]) * (u.y * in * unit[1][1]);
@@ -109,6 +131,112 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     }
 }
 
+/* up_tiles for NVFP4 by the wide instruction with 128 gate and 128 up rows, so that activations are read half as often: a
+ * group of four warps has 64 of both, and of every sum its own partner. Grid: tiles of 128 rows, tiles of slots. */
+constexpr int WIDE_ROWS = 2 * TILE_ROWS, WIDE_STRIDE = TILE_ROWS + 8;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <int N>
+__device__ __forceinline__ void wide_up(uint8_t *shared, const tile_source &source, int steps, int tokens, const float unit[2])
+{
+    using T = tile<WEIGHT_NVFP4, 128, WIDE_ROWS>;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    tile_loader<WEIGHT_NVFP4, 128, WIDE_ROWS> load(base, source, steps, 1, tokens);
+    float gate[N / 8][4], up[N / 8][4];
+#pragma unroll
+    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) gate[n][i] = up[n][i] = 0;
+    for (int s = 0; s < T::STAGES - 1; s++) load.request();
+    int x_slot = 0, w_slot = 0;
+    auto decode = [&](uint32_t (&a)[4][4], int row, int odd) {
+        weight_rows<WEIGHT_NVFP4> w;
+        w.load(shared + T::W_AT + w_slot * T::W, shared + T::S_AT + w_slot * T::S, row + warp * 16, lane, odd);
+        w.template decode<0>(a[0]);
+        w.template decode<1>(a[1]);
+        w.template decode<2>(a[2]);
+        w.template decode<3>(a[3]);
+    };
+    auto multiply = [&](float (&sum)[N / 8][4], const uint32_t (&a)[4][4]) {
+        uint64_t x = wide_matrix(base + x_slot * T::X);
+        wide_hold(sum);
+        wide_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++) wide_mma<N>(sum, a[k], x + k * WIDE_STEP);
+        wide_commit();
+    };
+    uint32_t a[4][4], b[4][4];
+    copy_wait<T::STAGES - 2>();
+    wide_show();
+    __syncthreads();
+    decode(a, 0, 0);
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+        multiply(gate, a);
+        decode(b, TILE_ROWS, s % 2);
+        multiply(up, b);
+        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
+        if (s % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
+        wide_wait<1>();
+        wide_hold(gate);
+        if (s + 1 < steps) {
+            copy_wait<T::STAGES - 3>();
+            wide_show();
+            __syncthreads();
+            load.request();
+            decode(a, 0, (s + 1) % 2);
+        }
+        wide_wait<0>();
+        wide_hold(up);
+    }
+    copy_wait<0>();
+    __syncthreads();
+    __nv_bfloat16 *out = (__nv_bfloat16 *)shared;
+#pragma unroll
+    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            out[(n * 8 + 2 * t + i % 2) * WIDE_STRIDE + warp * 16 + g + i / 2 * 8] =
+                __float2bfloat16_rn(silu(gate[n][i] * unit[0]) * (up[n][i] * unit[1]));
+    __syncthreads();
+}
+#endif
+
+__global__ void __launch_bounds__(THREADS, 1) up_tiles_wide(const __grid_constant__ grouped_args a)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) uint8_t shared[];
+    if ((int)blockIdx.y >= a.s.tiles[0]) return;
+    const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
+    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS, lane = threadIdx.x % LANES;
+    const cuda_matrix &m = a.e.m[GATE];
+    tile_source s = {};
+    float unit[2];
+    s.rows = m.rows - row0;
+    s.split = TILE_ROWS;
+    s.pitch = tile_pitch(WEIGHT_NVFP4, m.cols);
+    s.x = a.x;
+    s.x_stride = m.cols;
+    s.index = a.s.slot_row + first;
+    for (int i = 0; i < 2; i++) {
+        s.data[i] = expert_rows<WEIGHT_NVFP4>(a.e.m[GATE + i], expert, row0, s.pitch);
+        unit[i] = matrix_unit(WEIGHT_NVFP4, a.e.globals[(GATE + i) * a.e.n + expert]);
+    }
+    if (tokens > 96)
+        wide_up<128>(shared, s, m.cols / TILE_K, tokens, unit);
+    else if (tokens > 64)
+        wide_up<96>(shared, s, m.cols / TILE_K, tokens, unit);
+    else
+        wide_up<64>(shared, s, m.cols / TILE_K, tokens, unit);
+    const __nv_bfloat16 *out = (const __nv_bfloat16 *)shared;
+    for (int i = threadIdx.x / LANES; i < tokens; i += WARPS)
+        for (int c = 2 * lane; c < TILE_ROWS && c < s.rows; c += 2 * LANES)
+            *(uint32_t *)(a.hidden + (int64_t)(first + i) * m.rows + row0 + tile_place(c)) =
+                *(const uint32_t *)(out + i * WIDE_STRIDE + c);
+#endif
+}
+
 /* Grid: tiles of rows of down, tiles of slots. */
 template <int FORMAT, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__ grouped_args a)
@@ -116,7 +244,8 @@ __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__
     extern __shared__ __align__(1024) uint8_t shared[];
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
-    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS, lane = threadIdx.x % LANES;
+    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS,
+        lane = threadIdx.x % LANES;
     const cuda_matrix &m = a.e.m[DOWN];
     tile_source s = {};
     s.rows = m.rows - row0;
@@ -131,26 +260,53 @@ __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__
     int c = 4 * lane;
     if (row0 + c >= m.rows) return;
     for (int i = 0; i < 4; i++)
-        unit[i] = FORMAT == WEIGHT_FP8 ? m.scale[(int64_t)expert * m.rows + row0 + c + i] : matrix_unit(FORMAT, a.e.globals[DOWN * a.e.n + expert]);
+        unit[i] = FORMAT == WEIGHT_FP8 ? m.scale[(int64_t)expert * m.rows + row0 + c + i]
+                                       : matrix_unit(FORMAT, a.e.globals[DOWN * a.e.n + expert]);
     bool quantized = m.input == INPUT_FP8_ROW;
     for (int i = threadIdx.x / LANES; i < tokens; i += WARPS) {
         float4 v = *(const float4 *)(sums + i * OUT_STRIDE + c);
         float in = quantized ? a.scale[first + i] : 1;
-        *(float4 *)(a.s.down + (int64_t)(first + i) * m.rows + row0 + c) =
+        float4 y =
             make_float4(v.x * in * unit[0], v.y * in * unit[1], v.z * in * unit[2], v.w * in * unit[3]);
+        int64_t to = (int64_t)(first + i) * m.rows + row0 + c;
+        if (a.rounded)
+            *(uint2 *)((__nv_bfloat16 *)a.s.down + to) = make_uint2(pair_of(y.x, y.y), pair_of(y.z, y.w));
+        else
+            *(float4 *)(a.s.down + to) = y;
     }
 }
 
-/* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. Grid: columns, rows. */
+/* Four numbers of what a pick gave, in BF16 or f32. */
+template <bool ROUNDED> __device__ __forceinline__ float4 pick_values(const float *down, int64_t at)
+{
+    if (!ROUNDED) return *(const float4 *)(down + at);
+    uint2 v = *(const uint2 *)((const __nv_bfloat16 *)down + at);
+    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
+                       __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+}
+
+/* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. Grid:
+ * columns by fours, rows. */
+template <bool ROUNDED>
 __global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
 {
-    int64_t row = blockIdx.y, c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    int64_t row = blockIdx.y, c = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     if (c >= y.cols) return;
-    float sum = 0;
-    for (int j = 0; j < p.k; j++) sum += p.weight[row * p.k + j] * s.down[(int64_t)s.slot_of[row * p.k + j] * y.cols + c];
-    if (shared.data) sum += sigmoid(gate.data[row * gate.stride]) * shared.data[row * shared.stride + c];
-    y.data[row * y.stride + c] = sum;
-    if (add.data) add.data[row * add.stride + c] += sum;
+    float sum[4] = {};
+    for (int j = 0; j < p.k; j++) {
+        float4 v = pick_values<ROUNDED>(s.down, (int64_t)s.slot_of[row * p.k + j] * y.cols + c);
+        float weight = p.weight[row * p.k + j];
+        sum[0] += weight * v.x;
+        sum[1] += weight * v.y;
+        sum[2] += weight * v.z;
+        sum[3] += weight * v.w;
+    }
+    float open = shared.data ? sigmoid(gate.data[row * gate.stride]) : 0;
+    for (int i = 0; i < 4; i++) {
+        if (shared.data) sum[i] += open * shared.data[row * shared.stride + c + i];
+        y.data[row * y.stride + c + i] = sum[i];
+        if (add.data) add.data[row * add.stride + c + i] += sum[i];
+    }
 }
 
 template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int64_t n, const picks &p)
@@ -163,10 +319,15 @@ template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int
         sort_picks<<<1, SORTERS, 0, q->stream>>>(a.s, p, (int)picked, a.e.n, TOKENS);
         queue_check(q, cudaGetLastError(), "experts");
     }
-    launch(q, "experts", false, up_tiles<FORMAT, TOKENS>, dim3(blocks(up.rows, UP_ROWS), most), tile<FORMAT, TOKENS>::SHARED, a);
+    if (FORMAT == WEIGHT_NVFP4 && TOKENS == 128 && q->has_wide && a.hidden)
+        launch(q, "experts", false, up_tiles_wide, dim3(blocks(up.rows, TILE_ROWS), most),
+               tile<WEIGHT_NVFP4, 128, WIDE_ROWS>::SHARED, a);
+    else
+        launch(q, "experts", false, up_tiles<FORMAT, TOKENS>, dim3(blocks(up.rows, UP_ROWS), most), tile<FORMAT, TOKENS>::SHARED, a);
     bool quantized = down.input == INPUT_FP8_ROW;
     a.parts = q->rounded || quantized ? 1 : EXACT_PARTS;
-    if (!a.hidden) cuda_dense_inputs(q, q->prefill.hidden, q->prefill.scale, hidden, none, quantized, a.parts);
+    if (!a.hidden)
+        cuda_dense_inputs(q, q->prefill.hidden, q->prefill.scale, hidden, none, quantized, a.parts);
     a.x = (const __nv_bfloat16 *)q->prefill.hidden;
     launch(q, "experts", false, down_tiles<FORMAT, TOKENS>, dim3(blocks(down.rows, TILE_ROWS), most),
            tile<FORMAT, TOKENS>::SHARED, a);
@@ -186,14 +347,15 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
     const cuda_matrix &up = e.m[GATE], &down = e.m[DOWN];
     if (n <= ROWS_EXACT || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
     for (int i = 0; i < 3; i++)
-        if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols)) return false;
+        if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols))
+            return false;
     return e.m[UP].input == up.input && down.rows <= s.width && down.rows % 4 == 0;
 }
 
 } /* namespace */
 
-bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p, const struct cuda_experts *e,
-                  const struct moe_run *run)
+bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                  const struct cuda_experts *e, const struct moe_run *run)
 {
     grouped_args a = {};
     mat none = {};
@@ -202,9 +364,13 @@ bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct pick
     bool quantized = up.input == INPUT_FP8_ROW;
     a.e = *e;
     a.s = q->prefill;
+    a.rounded = q->rounded;
     a.scale = q->prefill.scale;
     int parts = q->rounded ? 1 : EXACT_PARTS;
-    cuda_dense_inputs(q, q->prefill.inputs, q->prefill.scale, x, none, quantized, parts);
+    if (!run || quantized || q->prefill.known != x.data) {
+        cuda_dense_inputs(q, q->prefill.inputs, q->prefill.scale, x, none, quantized, parts);
+        q->prefill.known = nullptr;
+    }
     a.x = (const __nv_bfloat16 *)q->prefill.inputs;
     if (q->rounded && down.input == INPUT_AS_IS)
         a.hidden = (__nv_bfloat16 *)q->prefill.hidden;
@@ -217,7 +383,8 @@ bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct pick
         run_any<WEIGHT_FP8>(q, a, x.rows, *p);
     else
         run_any<WEIGHT_NVFP4>(q, a, x.rows, *p);
-    launch(q, "experts", false, sum_picks, dim3(blocks(y.cols), (unsigned)x.rows), 0, y, run ? run->x : none,
+    launch(q, "experts", false, q->rounded ? sum_picks<true> : sum_picks<false>,
+           dim3(blocks(y.cols, 4 * THREADS), (unsigned)x.rows), 0, y, run ? run->x : none,
            run ? run->shared : none, run ? run->shared_gate : none, q->prefill, *p);
     return true;
 }

@@ -82,10 +82,11 @@ struct cuda_prefill {
     void *quantized; /* BF16 [rows][cols], E4M3 values */
     float *scale;    /* [rows * picks] */
     void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
-    float *down;     /* [rows * picks][width]: what each pick's expert gives */
-    int *slot_row;   /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
-    int *slot_of;    /* [rows * picks]: slot of a pick */
-    int *tiles;      /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    float *down;   /* [rows * picks][width]: what each pick's expert gives; BF16 where the queue may round */
+    int *slot_row; /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
+    int *slot_of;  /* [rows * picks]: slot of a pick */
+    int *tiles;    /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    const float *known; /* the matrix whose rows lie in inputs, where a norm has left them; or NULL */
     int64_t rows, cols, picked, intermediate, width;
 };
 
@@ -100,6 +101,7 @@ struct queue {
     cudaStream_t stream;
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
     char name[128];

@@ -41,6 +41,7 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
+    q->has_wide = p.major == 9 && version == 90;
     if (q->rounded) q->blas = blas_open();
     snprintf(q->name, sizeof q->name, "cuda %.70s, sm_%d%d, kernels for sm_%d%s", p.name, p.major, p.minor,
              version, q->blas ? ", cuBLASLt" : "");

@@ -43,14 +43,15 @@ __host__ __device__ inline int64_t tile_matrix_bytes(int format, int rows, int c
 
 /* TOKENS: rows of activations of a tile. Shared memory: stages of activations, then of weights, which for NVFP4 hold 128
  * columns and serve two of the former, then of group scales; in the end f32 [TOKENS][OUT_STRIDE]. */
-template <int FORMAT, int TOKENS> struct tile {
+template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile {
     static constexpr bool FP4 = FORMAT == WEIGHT_NVFP4;
     static constexpr int ROW = FORMAT == WEIGHT_BF16 ? 128 : 64; /* bytes of 64 columns, of NVFP4 of 128 */
     static constexpr int PACE = FP4 && TOKENS == 32 ? 2 : 1; /* steps of 64 columns from meeting to meeting */
     static constexpr int EVERY = FP4 ? 2 / PACE : 1;          /* stages of activations to one of weights */
-    static constexpr int X1 = TOKENS * TILE_K * 2, X = X1 * PACE, W = TILE_ROWS * ROW, S = FP4 ? TILE_ROWS * 8 : 0;
-    static constexpr int STAGES = TOKENS > 32 ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
-                                : FORMAT == WEIGHT_FP8 ? 6 : 4;
+    static constexpr int X1 = TOKENS * TILE_K * 2, X = X1 * PACE, W = ROWS * ROW, S = FP4 ? ROWS * 8 : 0;
+    static constexpr int STAGES = ROWS > TILE_ROWS ? 6
+                                : TOKENS > 32      ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
+                                                   : (FORMAT == WEIGHT_FP8 ? 6 : 4);
     static constexpr int WSTAGES = (STAGES - 1 + EVERY - 1) / EVERY + 1;
     static constexpr int W_AT = X * STAGES, S_AT = W_AT + W * WSTAGES;
     static constexpr int SIDES = TOKENS > 32 ? 2 : 1; /* warps side by side along the activations */
@@ -132,11 +133,12 @@ template <int FORMAT> struct weight_rows {
 };
 
 /* What a thread copies: 16-byte pieces of activations and of weights, and four scales. */
-template <int FORMAT, int TOKENS> struct tile_loader {
-    using T = tile<FORMAT, TOKENS>;
-    const uint8_t *w[T::WN], *x[T::XN], *groups;
+template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile_loader {
+    using T = tile<FORMAT, TOKENS, ROWS>;
+    static constexpr int GN = ROWS / TILE_ROWS; /* copies of four scales */
+    const uint8_t *w[T::WN], *x[T::XN], *groups[GN];
     unsigned w_valid, x_valid;
-    bool group_valid;
+    bool group_valid[GN];
     uint32_t base, w_to, x_to, groups_to;
     int steps, k, part, x_slot, w_slot, left; /* k: step of 64 columns of the part asked for next */
 
@@ -158,12 +160,13 @@ template <int FORMAT, int TOKENS> struct tile_loader {
         }
 #pragma unroll
         for (int i = 0; i < T::WN; i++) w[i] = weight(s, tid + i * THREADS, i);
-        groups = s.data[0];
-        group_valid = false;
-        if (T::FP4) {
-            int r = tid / 16 * 8;
-            group_valid = r % s.split < s.rows;
-            if (group_valid) groups = (r < s.split ? s.data[0] : s.data[1]) + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
+#pragma unroll
+        for (int i = 0; i < GN; i++) {
+            int r = (tid + i * THREADS) / 16 * 8;
+            group_valid[i] = T::FP4 && r % s.split < s.rows;
+            groups[i] = s.data[0];
+            if (group_valid[i])
+                groups[i] = (r < s.split ? s.data[0] : s.data[1]) + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
         }
         groups_to = tid * 4;
     }
@@ -204,9 +207,10 @@ template <int FORMAT, int TOKENS> struct tile_loader {
 #pragma unroll
                 for (int i = 0; i < T::WN; i++)
                     copy_async16(at + i * 4096, w[i] + (w_valid >> i & 1 ? from : 0), w_valid >> i & 1);
-                if (T::FP4)
-                    copy_async4(base + T::S_AT + w_slot * T::S + groups_to,
-                               groups + (group_valid ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid);
+#pragma unroll
+                for (int i = 0; i < GN && T::FP4; i++)
+                    copy_async4(base + T::S_AT + w_slot * T::S + groups_to + i * (THREADS * 4),
+                                groups[i] + (group_valid[i] ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid[i]);
                 w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
             }
             k += T::PACE;

@@ -161,9 +161,10 @@ __device__ __forceinline__ void wide_commit()
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void wide_wait()
+/* Until no more than PENDING groups are under way. */
+template <int PENDING = 0> __device__ __forceinline__ void wide_wait()
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
 /* What this thread wrote to shared memory is seen by wide_mma after the next meeting. */
