@@ -51,13 +51,18 @@ __global__ void add_gated_rows(mat y, mat x, mat gate)
     if (c < y.cols) y.data[r * y.stride + c] += sigmoid(gate.data[r * gate.stride]) * x.data[r * x.stride + c];
 }
 
-/* A warp a head; grid: heads, rows. */
+/* A warp a head, to the bit as streaming products make their gated inputs (product.cu: place_heads); grid: heads, rows. */
 __global__ void gated_norm_heads(mat y, mat x, mat z, const float *gain, int dim, float eps)
 {
     int64_t head = ((int64_t)blockIdx.x * WARPS + threadIdx.x / LANES) * dim, r = blockIdx.y;
     if (head >= x.cols) return;
     const float *in = x.data + r * x.stride + head, *gate = z.data + r * z.stride + head;
-    float scale = warp_inverse_rms(in, dim, eps);
+    float sum = 0;
+    for (int d = 2 * (threadIdx.x % LANES); d < dim; d += 2 * LANES) {
+        float second = d + 1 < dim ? in[d + 1] : 0;
+        sum = fmaf(in[d], in[d], fmaf(second, second, sum));
+    }
+    float scale = rsqrtf(warp_sum(sum) / (float)dim + eps);
     for (int d = threadIdx.x % LANES; d < dim; d += LANES)
         y.data[r * y.stride + head + d] = in[d] * scale * gain[d] * silu(gate[d]);
 }
