@@ -69,7 +69,7 @@ static void layout(struct queue *q, struct arena *a)
     int n_threads = pool_threads(q->pool);
     int64_t picked = l->rows * l->picks, wide = largest(l->cols, l->intermediate);
     q->words_most = wide + 4;
-    int64_t delta = DELTA_CHUNK * (l->cols + 2 * DELTA_CHUNK + l->cols); /* a head is no wider than a row */
+    int64_t delta = DELTA_CHUNK * (3 * l->cols + 2 * DELTA_CHUNK); /* a row holds a head's q, k and v */
     for (int t = 0; t < n_threads; t++) {
         struct cpu_thread *s = &q->threads[t];
         s->panel = arena_take(a, (int64_t)DECODE_COLUMNS * PANEL, sizeof(float), 64);

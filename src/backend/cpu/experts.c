@@ -90,6 +90,51 @@ static void pack_down(void *ctx, int64_t item, int thread)
     pack_expert(m, e, thread, m->q->hidden, down->cols, false, down, cpu_form(m->q, down));
 }
 
+/* Where every expert takes int8, which has no scale of the weight's, a row is rounded once for all of its
+ * picks. */
+static bool is_shared(const struct moe *m)
+{
+    for (int i = 0; i < m->n_active; i++) {
+        int32_t e = m->q->active[i];
+        if (form_of(m->q, m->experts->gate[e], m->experts->up[e]) != FORM_INT8) return false;
+    }
+    return true;
+}
+
+static uint32_t *shared_row(const struct moe *m, int64_t row)
+{
+    return m->q->rounded_rows + row * cpu_words(FORM_INT8, m->experts->gate[m->q->active[0]]);
+}
+
+static void round_shared(void *ctx, int64_t row, int thread)
+{
+    struct moe *m = ctx;
+    (void)thread;
+    m->q->k->round_int8(shared_row(m, row), m->x.data + row * m->x.stride, m->x.cols);
+}
+
+static void pack_shared(void *ctx, int64_t item, int thread)
+{
+    struct moe *m = ctx;
+    struct queue *q = m->q;
+    int32_t e = q->active[item];
+    int64_t begin = q->begin[e], n = q->begin[e + 1] - begin,
+            words = cpu_words(FORM_INT8, m->experts->gate[e]);
+    uint32_t *packed = q->packed + begin * q->words_most;
+    (void)thread;
+    for (int64_t r = 0; r < n;) {
+        int rows = cpu_block_rows(q->k, FORM_INT8, n, r);
+        const uint8_t *row[BLOCK_ROWS_MAX];
+        for (int i = 0; i < rows; i++)
+            row[i] = (const uint8_t *)shared_row(m, q->order[begin + r + i] / m->picks->k);
+        if (rows == 1)
+            memcpy(packed + r * words, row[0], (size_t)words * sizeof *packed);
+        else
+            q->k->interleave(packed + r * words, row, rows, words);
+        r += rows;
+    }
+}
+
 /* What an item is: an expert and some panels of its matrix. */
 struct part {
     int32_t expert;
@@ -167,7 +212,9 @@ void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks
     m.n_active = group_picks(q, picks, x.rows, experts->n_experts);
     m.panels_each = cpu_panels_each(x.rows * picks->k / m.n_active);
     int32_t first = q->active[0];
-    pool_run(q->pool, m.n_active, pack_gate_up, &m);
+    bool shared = is_shared(&m);
+    if (shared) pool_run(q->pool, x.rows, round_shared, &m);
+    pool_run(q->pool, m.n_active, shared ? pack_shared : pack_gate_up, &m);
     run_panels(&m, experts->gate[first]->rows, gate_up);
     pool_run(q->pool, m.n_active, pack_down, &m);
     run_panels(&m, experts->down[first]->rows, down);

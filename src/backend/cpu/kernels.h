@@ -110,8 +110,8 @@ struct cpu_kernels {
     void (*l2norm)(float *x, int64_t n, float scale);
     /* The gated delta rule over n_tokens of one value head, token after token. */
     void (*delta)(const struct delta_head *h, int64_t n_tokens);
-    /* The same for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (dk + 2 * DELTA_CHUNK + dv)
-     * floats. */
+    /* The same for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (3 * dk + 3 * dv + 2 *
+     * DELTA_CHUNK) floats. */
     void (*delta_chunk)(const struct delta_head *h, int64_t n_tokens, float *work);
 };
 

@@ -115,19 +115,25 @@ static void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a
     for (; i < m; i++) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 1);
 }
 
-/* With c_i the running sum of log decays, M_ij = (x_i . k_j) e^(c_i - c_j) for j <= i (j < i when strict),
- * times row_scale[i] if given; zero elsewhere. The exponent is only formed where it is <= 0: above the
- * diagonal it overflows. */
-static void masked_products(float *M, const float *x, int64_t stride, const float *kT, const float *c,
-                            const float *row_scale, int64_t gate_stride, int64_t n, int dk, bool strict)
+/* With c_i the running sum of log decays, A_ij = beta_i (k_i . k_j) e^(c_i - c_j) for j < i and P_ij = (q_i .
+ * k_j) e^(c_i
+ * - c_j) for j <= i; zero elsewhere, where the exponent may overflow. */
+static void masked_products(float *A, float *P, const struct delta_head *h, const float *kT, const float *c,
+                            int64_t n)
 {
-    memset(M, 0, (size_t)n * DELTA_CHUNK * sizeof *M);
-    tile(M, DELTA_CHUNK, x, stride, 1, kT, DELTA_CHUNK, dk, n, DELTA_CHUNK);
+    memset(A, 0, (size_t)n * DELTA_CHUNK * sizeof *A);
+    memset(P, 0, (size_t)n * DELTA_CHUNK * sizeof *P);
+    tile(A, DELTA_CHUNK, h->k, h->stride, 1, kT, DELTA_CHUNK, h->dk, n, DELTA_CHUNK);
+    tile(P, DELTA_CHUNK, h->q, h->stride, 1, kT, DELTA_CHUNK, h->dk, n, DELTA_CHUNK);
     for (int64_t i = 0; i < n; i++) {
-        float scale = row_scale ? row_scale[i * gate_stride] : 1;
-        int64_t last = strict ? i : i + 1;
-        for (int64_t j = 0; j < last; j++) M[i * DELTA_CHUNK + j] *= expf(c[i] - c[j]) * scale;
-        for (int64_t j = last; j < DELTA_CHUNK; j++) M[i * DELTA_CHUNK + j] = 0;
+        float *a = A + i * DELTA_CHUNK, *p = P + i * DELTA_CHUNK, beta = h->beta[i * h->gate_stride];
+        for (int64_t j = 0; j < DELTA_CHUNK; j += VL) {
+            vec decay = vexp(c[i] - vload(c + j));
+            vstore(a + j, vload(a + j) * decay * beta);
+            vstore(p + j, vload(p + j) * decay);
+        }
+        for (int64_t j = i; j < DELTA_CHUNK; j++) a[j] = 0;
+        for (int64_t j = i + 1; j < DELTA_CHUNK; j++) p[j] = 0;
     }
 }
 
@@ -158,21 +164,35 @@ static void chunk_outputs(const struct delta_head *h, const float *P, const floa
     tile(h->o, h->o_stride, P, DELTA_CHUNK, 1, N, h->dv, n, n, h->dv);
 }
 
-static void delta_chunk(const struct delta_head *h, int64_t n, float *work)
+/* A head's rows are a power of two apart, which is one set of the caches: they are worked on side by side. */
+static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
 {
-    float *kT = work, *A = kT + (int64_t)h->dk * DELTA_CHUNK, *P = A + DELTA_CHUNK * DELTA_CHUNK;
-    float *N = P + DELTA_CHUNK * DELTA_CHUNK, c[DELTA_CHUNK] = { 0 };
-    float sum = 0;
-    assert(n >= 1 && n <= DELTA_CHUNK && h->dk > 0 && h->dv > 0);
-    memset(kT, 0, (size_t)h->dk * DELTA_CHUNK * sizeof *kT);
+    float *kT = work, *A = kT + (int64_t)head->dk * DELTA_CHUNK, *P = A + DELTA_CHUNK * DELTA_CHUNK;
+    float *N = P + DELTA_CHUNK * DELTA_CHUNK, *rows = N + (int64_t)head->dv * DELTA_CHUNK,
+          c[DELTA_CHUNK] = { 0 };
+    int64_t dk = head->dk, dv = head->dv, stride = 2 * dk + dv;
+    float *o = rows + DELTA_CHUNK * stride, sum = 0;
+    assert(n >= 1 && n <= DELTA_CHUNK && head->dk > 0 && head->dv > 0);
+    memset(kT, 0, (size_t)dk * DELTA_CHUNK * sizeof *kT);
     for (int64_t i = 0; i < n; i++) {
-        c[i] = sum += h->log_decay[i * h->gate_stride];
-        for (int r = 0; r < h->dk; r++) kT[(int64_t)r * DELTA_CHUNK + i] = h->k[i * h->stride + r];
+        float *row = rows + i * stride;
+        memcpy(row, head->q + i * head->stride, (size_t)dk * sizeof *row);
+        memcpy(row + dk, head->k + i * head->stride, (size_t)dk * sizeof *row);
+        memcpy(row + 2 * dk, head->v + i * head->stride, (size_t)dv * sizeof *row);
+        c[i] = sum += head->log_decay[i * head->gate_stride];
+        for (int64_t r = 0; r < dk; r++) kT[r * DELTA_CHUNK + i] = row[dk + r];
     }
-    masked_products(A, h->k, h->stride, kT, c, h->beta, h->gate_stride, n, h->dk, true);
-    masked_products(P, h->q, h->stride, kT, c, NULL, 0, n, h->dk, false);
+    struct delta_head close = *head, *h = &close;
+    h->q = rows;
+    h->k = rows + dk;
+    h->v = rows + 2 * dk;
+    h->stride = stride;
+    h->o = o;
+    h->o_stride = dv;
+    masked_products(A, P, h, kT, c, n);
     chunk_updates(N, A, h, c, n);
     chunk_outputs(h, P, N, c, n);
+    for (int64_t i = 0; i < n; i++) memcpy(head->o + i * head->o_stride, o + i * dv, (size_t)dv * sizeof *o);
     /* S <- e^(c_last) S + (diag(e^(c_last - c_i)) K)^T N: the factors go into N, which is done with. */
     for (int64_t i = 0; i < n; i++) {
         float decay = expf(c[n - 1] - c[i]);
