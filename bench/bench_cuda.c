@@ -10,8 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-double read_bandwidth(size_t bytes);
-
 enum {
     RUNS = 5,
     STEPS = 20,
@@ -474,7 +472,7 @@ int main(int argc, char **argv)
     of_expert = bf16 ? WEIGHT_BF16 : WEIGHT_NVFP4;
     check(backend_create(&backend, &(struct backend_options){ .device = DEVICE_CUDA, .rounded = true }, &e),
           &e);
-    bandwidth = read_bandwidth((size_t)8 << 30);
+    bandwidth = backend.ops->read_speed(backend.queue);
     double begin = clock_seconds();
     make_pool();
     make_model(n_layers);

@@ -211,6 +211,8 @@ struct ops {
     /* Waits until all that was queued is done. False: an operation failed, which is named; the queue stays
      * failed. download, and operations that write to host memory, wait too. */
     bool (*wait)(struct queue *q, struct err *e);
+    /* Bytes a second at which the device reads memory of its own, measured now; 0: it works in the host's. */
+    double (*read_speed)(struct queue *q);
 
     /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands
      * for: the same key means the same operations on the same memory. True: the backend kept them from an
@@ -292,6 +294,7 @@ struct backend {
     struct queue *queue;
     char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
+    int64_t step_rows;    /* of a prompt at once, enough to keep it busy */
 };
 
 enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU, DEVICE_CUDA }; /* AUTO: a GPU where there is one */

@@ -14,6 +14,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
     b->ops = &cuda_ops;
     if (cuda_queue_create(&b->queue, options, e)) {
         snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
+        b->step_rows = 4096;
         return true;
     }
     b->ops = NULL;
@@ -26,7 +27,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
 
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e)
 {
-    *b = (struct backend){ .fp4_activations = options->fp4_activations };
+    *b = (struct backend){ .fp4_activations = options->fp4_activations, .step_rows = 512 };
     if (options->device == DEVICE_REF) {
         b->ops = &ref_ops;
         snprintf(b->name, sizeof b->name, "ref, 1 thread");

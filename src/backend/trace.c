@@ -235,6 +235,11 @@ static bool wait(struct queue *q, struct err *e)
     return trace_of(q)->op->wait(trace_of(q)->q, e);
 }
 
+static double read_speed(struct queue *q)
+{
+    return trace_of(q)->op->read_speed(trace_of(q)->q);
+}
+
 /* A recorded step would not be counted. */
 static bool step_begin(struct queue *q, const void *key, const struct step_rows *rows)
 {
@@ -503,6 +508,7 @@ static const struct ops trace_ops = {
     .experts_bind = experts_bind,
     .experts_unbind = experts_unbind,
     .wait = wait,
+    .read_speed = read_speed,
     .step_begin = step_begin,
     .step_end = step_end,
     .embed = embed,

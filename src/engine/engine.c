@@ -27,11 +27,11 @@ struct engine {
     float *host_logits; /* [logits_rows][vocab] */
 };
 
-static void set_defaults(struct engine_options *o, const struct config *c)
+static void set_defaults(struct engine_options *o, const struct config *c, const struct backend *backend)
 {
     if (o->context == 0) o->context = c->max_position_embeddings < 4096 ? c->max_position_embeddings : 4096;
     if (o->sequences == 0) o->sequences = 1;
-    if (o->step_rows == 0) o->step_rows = 512;
+    if (o->step_rows == 0) o->step_rows = backend->step_rows;
     if (o->step_rows > o->context * o->sequences) o->step_rows = o->context * o->sequences;
 }
 
@@ -69,7 +69,7 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
     if (!g) return err_memory(e, "engine", sizeof *g);
     g->model = m;
     g->o = *o;
-    set_defaults(&g->o, m->config);
+    set_defaults(&g->o, m->config, m->backend);
     g->pages_each = (g->o.context + KV_PAGE - 1) / KV_PAGE;
     g->logits_rows = LOGITS_BYTES / (m->config->vocab_size * (int64_t)sizeof(float));
     if (g->logits_rows > g->o.step_rows) g->logits_rows = g->o.step_rows;

@@ -7,7 +7,7 @@
 struct engine_options {
     int64_t context;   /* most tokens of one sequence; 0: 4096, or the model's maximum if less */
     int sequences;     /* at a time; 0: 1 */
-    int64_t step_rows; /* most rows of a step; 0: 512 */
+    int64_t step_rows; /* most rows of a step; 0: as the backend likes */
     enum kv_dtype kv;
 };
 

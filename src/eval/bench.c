@@ -185,7 +185,9 @@ static bool take_profile(struct bench_result *r, const struct backend *b, struct
 
 static double best_speed(const struct bench_options *o, double so_far)
 {
-    double speed = read_speed_measure(o->speed);
+    const struct backend *b = o->model->backend;
+    double speed = b->ops->read_speed(b->queue);
+    if (speed == 0) speed = read_speed_measure(o->speed);
     return speed > so_far ? speed : so_far;
 }
 

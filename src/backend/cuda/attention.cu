@@ -215,11 +215,11 @@ __global__ void __launch_bounds__(THREADS) attention_parts(const __grid_constant
     int64_t row = blockIdx.z;
     float *queries = shared_f, *own = queries + group * dim, *meeting = own + dim;
     let_next_start();
-    wait_for_previous();
     int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
     int length = part_length(token + 1, a.splits), begin = blockIdx.x * length;
     int end = begin + length < token + 1 ? begin + length : token + 1;
     if (begin >= end) return;
+    wait_for_previous();
     for (int h = warp; h < group; h += WARPS) {
         const float *from = a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + h) * 2 * dim;
         if (a.q_gain)
@@ -245,9 +245,9 @@ __global__ void attention_whole(mat y, const __grid_constant__ attention_args a)
     int dim = a.kv.head_dim, head = blockIdx.x, size = dim + 2;
     int64_t row = blockIdx.y;
     let_next_start();
-    wait_for_previous();
     int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
     int length = part_length(token + 1, a.splits), parts = (token + length) / length;
+    wait_for_previous();
     const float *from = a.parts + (row * a.n_heads + head) * a.splits * size;
     if (threadIdx.x < LANES) {
         float top = -INFINITY, sum = 0;

@@ -179,6 +179,8 @@ void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scal
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                          const struct cuda_experts *experts, const struct moe_run *run);
 void cuda_route(struct queue *q, const struct picks *picks, struct mat logits);
+/* plain.cu: what a kernel that only reads reaches, of 2 GiB, the median of seven; 0: failed */
+double cuda_read_speed(struct queue *q);
 /* rows.cu */
 void cuda_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
 void cuda_add(struct queue *q, struct mat y, struct mat x);

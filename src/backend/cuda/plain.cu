@@ -1,6 +1,7 @@
 /* Products of every format and shape, element by element: what the streaming kernels do not take (odd column counts,
  * F16 and F32 weights, FP8 in blocks, FP4 activations). And the little that loading does on the device. */
 #include "backend/cuda/device.cuh"
+#include <algorithm>
 
 namespace {
 
@@ -163,7 +164,46 @@ __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales
     if (c % 16 == 0) unit[at.scale] = in ? scales[((int64_t)r * cols + c) / 16] : 0;
 }
 
+__global__ void read_all(const uint4 *p, size_t n, unsigned *out)
+{
+    uint4 a = {};
+    size_t stride = (size_t)gridDim.x * blockDim.x, i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (; i + 3 * stride < n; i += 4 * stride)
+        for (int k = 0; k < 4; k++) {
+            uint4 b = __ldcs(p + i + k * stride);
+            a.x ^= b.x, a.y ^= b.y, a.z ^= b.z, a.w ^= b.w;
+        }
+    if ((a.x ^ a.y ^ a.z ^ a.w) == 0x12345678) *out = 1;
+}
+
 } /* namespace */
+
+double cuda_read_speed(struct queue *q)
+{
+    constexpr size_t BYTES = (size_t)2 << 30;
+    constexpr int TIMES = 7;
+    uint4 *data;
+    cudaEvent_t begin, end;
+    float ms[TIMES];
+    if (cudaMallocAsync(&data, BYTES + 64, q->stream) != cudaSuccess) return cudaGetLastError(), 0;
+    cudaMemsetAsync(data, 0x5a, BYTES + 64, q->stream);
+    cudaEventCreate(&begin);
+    cudaEventCreate(&end);
+    for (int i = -2; i < TIMES; i++) {
+        cudaEventRecord(begin, q->stream);
+        launch<1024>(q, "read", false, read_all, dim3((unsigned)q->sms), 0, (const uint4 *)data, BYTES / 16,
+                     (unsigned *)(data + BYTES / 16));
+        cudaEventRecord(end, q->stream);
+        queue_check(q, cudaEventSynchronize(end), "read");
+        if (i >= 0) cudaEventElapsedTime(&ms[i], begin, end);
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    queue_give(q, data);
+    if (queue_failed(q)) return 0;
+    std::sort(ms, ms + TIMES);
+    return (double)BYTES / ms[TIMES / 2] * 1e3;
+}
 
 /* Inputs a product with m wants: x itself, or its rows quantized into the queue's scratch. */
 static mat quantized(struct queue *q, struct mat x, const struct cuda_matrix *m)

@@ -252,6 +252,7 @@ const struct ops cuda_ops = {
     .experts_bind = cuda_experts_bind,
     .experts_unbind = cuda_experts_unbind,
     .wait = wait,
+    .read_speed = cuda_read_speed,
     .step_begin = cuda_step_begin,
     .step_end = cuda_step_end,
     .embed = cuda_embed,
