@@ -3,6 +3,7 @@
 #ifndef BACKEND_CPU_KERNELS_PACKED_H
 #define BACKEND_CPU_KERNELS_PACKED_H
 #include "backend/cpu/kernels_sequence.h"
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
 /* Accumulators of `rows` rows by `panels` panels: at most 16 of the 32 registers. */
 
@@ -269,4 +270,5 @@ static void dot_int8(float *y, int64_t stride, const uint32_t *x, const struct c
             INT8_ROWS(16)
         }
 }
+#endif
 #endif
