@@ -3,7 +3,7 @@
 #ifndef BACKEND_CPU_KERNELS_PACKED_H
 #define BACKEND_CPU_KERNELS_PACKED_H
 #include "backend/cpu/kernels_sequence.h"
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
 /* Accumulators of `rows` rows by `panels` panels: at most 16 of the 32 registers. */
 
