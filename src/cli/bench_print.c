@@ -157,8 +157,8 @@ static json_t *llama_part(const struct bench_setting *s, const struct bench_test
         "{s:o, s:i, s:o, s:s, s:s, s:o, s:s, s:I, s:I, s:I, s:I, s:i, s:s, s:b, s:i, s:s, s:s, s:i, s:s, s:i,"
         " s:b, s:b, s:s, s:b, s:b}",
         "build_commit", commit(), "build_number", 0, "cpu_info", cpu_info(), "gpu_info",
-        strcmp(device_of(s->backend), "CUDA") == 0 ? s->backend->name : "", "backends",
-        device_of(s->backend), "model_filename", common_json_path(s->model), "model_type", s->type, "model_size",
+        strcmp(device_of(s->backend), "CUDA") == 0 ? s->backend->name : "", "backends", device_of(s->backend),
+        "model_filename", common_json_path(s->model), "model_type", s->type, "model_size",
         (json_int_t)s->bytes, "model_n_params", (json_int_t)s->parameters, "n_batch", rows, "n_ubatch", rows,
         "n_threads", s->threads, "cpu_mask", "0x0", "cpu_strict", 0, "poll", 0, "type_k", s->kv, "type_v",
         s->kv, "n_gpu_layers", 0, "split_mode", "none", "main_gpu", 0, "no_kv_offload", 0, "flash_attn", 0,
@@ -254,7 +254,8 @@ static void md_line(const struct bench_setting *s, const struct bench_test *t, c
     snprintf(parameters, sizeof parameters, "%.2f B", (double)s->parameters * 1e-9);
     snprintf(speed, sizeof speed, "%.2f ± %.2f", ts.mean, ts.deviation);
     printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %21s | %10.1f | %10.1f |\n", s->type, size,
-           parameters, device_of(s->backend), s->threads, test_name(test, t), speed, r->total_bytes * 1e-6, pct_of_bound(r));
+           parameters, device_of(s->backend), s->threads, test_name(test, t), speed, r->total_bytes * 1e-6,
+           pct_of_bound(r));
     fflush(stdout);
 }
 
