@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
 
 /* up_tiles for NVFP4 by the wide instruction with 128 gate and 128 up rows, so that activations are read half as often: a
  * group of four warps has 64 of both, and of every sum its own partner. Grid: tiles of 128 rows, tiles of slots. */
-constexpr int WIDE_ROWS = 2 * TILE_ROWS, WIDE_STRIDE = TILE_ROWS + 8;
+constexpr int WIDE_ROWS = 2 * TILE_ROWS;
+[[maybe_unused]] constexpr int WIDE_STRIDE = TILE_ROWS + 8;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <int N>
