@@ -199,6 +199,7 @@ static const struct ops null_ops = {
     .experts_bind = host_experts_bind,
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,
+    .read_speed = host_read_speed,
     .step_begin = host_step_begin,
     .step_end = host_step_end,
     .norm_products = null_norm_products,
