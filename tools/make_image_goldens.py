@@ -102,6 +102,7 @@ with open(f"{OUT}/resize.bin", "wb") as f:
                          (7, 5, 96, 64)]:
         a = picture(w, h)
         a = np.clip(a.astype(int) + RNG.integers(-60, 60, a.shape), 0, 255).astype(np.uint8)
-        b = np.asarray(Image.fromarray(a).resize((nw, nh), Image.BICUBIC))
+        # one axis after the other: newer versions of PIL may begin with the columns
+        b = np.asarray(Image.fromarray(a).resize((nw, h), Image.BICUBIC).resize((nw, nh), Image.BICUBIC))
         f.write(struct.pack("<4i", h, w, nh, nw) + a.tobytes() + b.tobytes())
 print(len(os.listdir(OUT)), "files,", sum(os.path.getsize(f"{OUT}/{n}") for n in os.listdir(OUT)), "bytes")
