@@ -199,6 +199,12 @@ void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* vision.cu */
+void cuda_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                     float eps);
+void cuda_add_bias(struct queue *q, struct mat y, const float *bias, enum activation f);
+void cuda_rotate(struct queue *q, struct mat x, int n_heads, struct mat angle);
+void cuda_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads);
 /* attention.cu */
 void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
                     const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
