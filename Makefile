@@ -79,6 +79,7 @@ $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mav
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
 # A new commit is a new version, and nothing else.
 $(BUILD)/commit: always
 	@mkdir -p $(@D)
