@@ -119,7 +119,7 @@ extern const struct cpu_kernels cpu_kernels_generic;
 #if defined(__x86_64__)
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
-extern const struct cpu_kernels cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_avx512bf16, cpu_kernels_zen5;
 extern const struct cpu_kernels cpu_kernels_amx;
 /* Asks the system for the tiles' registers, which a process has only on request. False: not to be had. */
 bool cpu_amx_request(void);

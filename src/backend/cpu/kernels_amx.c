@@ -1,7 +1,7 @@
 /* The kernels for AVX-512 as in kernels_avx512bf16.c, with products of many rows by AMX tiles of 16 x 64
  * bytes: of inputs 16 rows, of weights the lines of a panel, which have the order that the instructions want.
  */
-enum { FETCH_AHEAD = 2048 };
+enum { BF16_ALONE = 1, BF16_FEW = 4, BF16_AHEAD = 2048, FP8_ALONE = 4, FP8_FEW = 4, FP8_AHEAD = 2048 };
 #include "backend/cpu/kernels_packed.h"
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -116,4 +116,4 @@ static void wide(float *y, const uint32_t *x, int64_t words, const struct cpu_we
     _tile_release();
 }
 
-CPU_KERNELS(amx, 16, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide = wide);
+CPU_KERNELS(amx, "amx", 16, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide = wide);
