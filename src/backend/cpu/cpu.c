@@ -149,6 +149,7 @@ const struct ops cpu_ops = {
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,
     .read_speed = host_read_speed,
+    .product_speed = cpu_product_speed,
     .step_begin = host_step_begin,
     .step_end = host_step_end,
     .embed = cpu_embed,

@@ -85,6 +85,8 @@ struct cpu_kernels {
     cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
+    /* n times the instructions of a form's products on registers alone; the flops that were done. */
+    double (*spin)(enum input_form form, int64_t n);
     cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
     cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
     cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */

@@ -3,4 +3,4 @@
 enum { BF16_ALONE = 1, BF16_FEW = 4, BF16_AHEAD = 0, FP8_ALONE = 4, FP8_FEW = 4, FP8_AHEAD = 0 };
 #include "backend/cpu/kernels_packed.h"
 
-CPU_KERNELS(avx512bf16, "avx512bf16", 16, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8);
+CPU_KERNELS(avx512bf16, "avx512bf16", 16, .spin = spin_packed, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8);

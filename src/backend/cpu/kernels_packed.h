@@ -187,6 +187,25 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
     keep_sums(y, stride, sum, 1, rows);
 }
 
+static double spin_packed(enum input_form form, int64_t n)
+{
+    enum { SUMS = 16 };
+    const __m512i ones = _mm512_set1_epi16(form == FORM_BF16 ? 0x3f80 : 0x0101); /* 1.0 or bytes of 1 */
+    __m512i sum[SUMS], all = _mm512_setzero_si512();
+    if (form == FORM_F32) return spin(form, n);
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_set1_epi32(i);
+    for (int64_t k = 0; k < n && form == FORM_INT8; k++)
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], ones, ones);
+    for (int64_t k = 0; k < n && form == FORM_BF16; k++)
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++)
+            sum[i] = (__m512i)_mm512_dpbf16_ps((__m512)sum[i], (__m512bh)ones, (__m512bh)ones);
+    for (int i = 0; i < SUMS; i++) all = _mm512_or_si512(all, sum[i]);
+    return _mm512_test_epi32_mask(all, all) ? SUMS * 16.0 * (form == FORM_INT8 ? 8 : 4) * (double)n : 0;
+}
+
 typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_weight *, int64_t);
 #define TILE(kind, panels, rows)                                                                             \
     static void kind##_##panels##_##rows(float *y, int64_t stride, const uint32_t *x,                        \

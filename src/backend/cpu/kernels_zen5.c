@@ -4,4 +4,4 @@
 enum { BF16_ALONE = 1, BF16_FEW = 1, BF16_AHEAD = 4096, FP8_ALONE = 2, FP8_FEW = 2, FP8_AHEAD = 6144 };
 #include "backend/cpu/kernels_packed.h"
 
-CPU_KERNELS(zen5, "avx512bf16", 16, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8);
+CPU_KERNELS(zen5, "avx512bf16", 16, .spin = spin_packed, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8);
