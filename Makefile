@@ -1,8 +1,8 @@
 # make                release build, the program is build/quench
 # make check          unit tests, kernels, layers, every header alone
-# make asan|ubsan|tsan   the tests in a build folder of their own
+# make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
-# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=
+# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
@@ -79,6 +79,7 @@ $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mav
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
 # A new commit is a new version, and nothing else.
 $(BUILD)/commit: always
 	@mkdir -p $(@D)
@@ -129,7 +130,8 @@ THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_gol
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
-asan ubsan tsan:
+SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+asan ubsan tsan sanitize:
 	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
 tsan-threads:
 	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%)
@@ -143,6 +145,12 @@ fuzz-%: tests/fuzz/fuzz_%.c
 	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(FUZZ_ALSO_$*) $(LDLIBS)
 	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ $(FUZZ_ARGS) \
 	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
+
+fuzz: $(patsubst tests/fuzz/fuzz_%.c,fuzz-log-%,$(wildcard tests/fuzz/fuzz_*.c))
+fuzz-log-%:
+	@mkdir -p build-fuzz
+	@$(MAKE) fuzz-$* >build-fuzz/$*.log 2>&1 || { tail -n 40 build-fuzz/$*.log; exit 1; }
+	@echo "fuzz-$*: $$(grep -E 'executed_units|peak_rss' build-fuzz/$*.log | tr -s ' \n' ' ')"
 
 bench: $(BENCHES)
 
@@ -159,5 +167,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

@@ -74,6 +74,7 @@ static bool encode_question(struct token_list *list, const struct opened *o, int
     static const struct chat_options options = { .add_generation_prompt = true,
                                                  .thinking = CHAT_THINKING_OFF };
     json_t *string = json_stringn(text, bytes), *parts = json_array();
+    struct chat_template *template = NULL;
     char *rendered = NULL;
     size_t n = 0;
     if (!string) {
@@ -83,8 +84,10 @@ static bool encode_question(struct token_list *list, const struct opened *o, int
     for (int i = 0; i < n_images; i++) json_array_append_new(parts, json_pack("{s:s}", "type", "image"));
     json_array_append_new(parts, json_pack("{s:s, s:o}", "type", "text", "text", string));
     json_t *messages = json_pack("[{s:s, s:o}]", "role", "user", "content", parts);
-    bool ok = chat_render(&rendered, &n, messages, NULL, &options, e) &&
+    bool ok = chat_template_load(&template, o->checkpoint.path, e) &&
+              chat_render(&rendered, &n, template, messages, NULL, &options, e) &&
               tokenizer_encode(o->tokenizer, list, rendered, n, 0, e);
+    chat_template_free(template);
     json_decref(messages);
     free(rendered);
     return ok;
