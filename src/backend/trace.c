@@ -20,6 +20,10 @@ enum op {
     OP_CONV,
     OP_DELTA,
     OP_GATED_NORM,
+    OP_LAYER_NORM,
+    OP_ADD_BIAS,
+    OP_ROTATE,
+    OP_ATTENTION_ALL,
     OP_ROUTE,
     OP_EXPERTS,
     OP_LOG_SOFTMAX,
@@ -29,9 +33,10 @@ enum op {
     N_OPS
 };
 static const char *const op_names[N_OPS] = {
-    "matmul",    "embed",       "add",        "rmsnorm", "gather", "silu_mul",   "add_gated",
-    "norm_rope", "kv_append",   "attention",  "conv",    "delta",  "gated_norm", "route",
-    "experts",   "log_softmax", "divergence", "pick",    "argmax",
+    "matmul",     "embed",       "add",        "rmsnorm",   "gather",        "silu_mul",
+    "add_gated",  "norm_rope",   "kv_append",  "attention", "conv",          "delta",
+    "gated_norm", "layer_norm",  "add_bias",   "rotate",    "attention_all", "route",
+    "experts",    "log_softmax", "divergence", "pick",      "argmax",
 };
 enum { ENTRIES_MAX = 128 };
 
@@ -381,6 +386,39 @@ static void gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z
     end(t, OP_GATED_NORM, start, 0, 0);
 }
 
+static void layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                       float eps)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->layer_norm(t->q, y, x, gain, bias, eps);
+    end(t, OP_LAYER_NORM, start, 0, 0);
+}
+
+static void add_bias(struct queue *q, struct mat y, const float *bias, enum activation f)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->add_bias(t->q, y, bias, f);
+    end(t, OP_ADD_BIAS, start, 0, 0);
+}
+
+static void rotate(struct queue *q, struct mat x, int n_heads, struct mat angle)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->rotate(t->q, x, n_heads, angle);
+    end(t, OP_ROTATE, start, 0, 0);
+}
+
+static void attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->attention_all(t->q, y, qkv, n_heads);
+    end(t, OP_ATTENTION_ALL, start, 0, 4 * (uint64_t)y.rows * (uint64_t)y.rows * (uint64_t)y.cols);
+}
+
 static void route(struct queue *q, const struct picks *picks, struct mat logits)
 {
     struct trace *t = trace_of(q);
@@ -524,6 +562,10 @@ static const struct ops trace_ops = {
     .conv = conv,
     .delta = delta,
     .gated_norm = gated_norm,
+    .layer_norm = layer_norm,
+    .add_bias = add_bias,
+    .rotate = rotate,
+    .attention_all = attention_all,
     .route = route,
     .experts = experts,
     .log_softmax = log_softmax,

@@ -91,6 +91,8 @@ struct cpu_kernels {
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *gain, const float *bias, int64_t n, float eps);
+    void (*gelu_tanh)(float *x, int64_t n); /* in place */
     void (*silu_mul)(float *y, const float *gate, const float *up, int64_t n);
     void (*scale_add)(float *y, const float *x, float scale, int64_t n); /* y += scale * x */
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
@@ -104,6 +106,10 @@ struct cpu_kernels {
     /* y[h][dim] = softmax(s) v * sigmoid(gate) of parts that attend left, `stride` apart. */
     void (*attend_finish)(float *y, const struct attend_group *g, const float *parts, int64_t stride,
                           int n_parts);
+    /* Scores of n keys with 16 queries, [n][16], become p = e^(s * scale - top), where top, [16], grows to
+     * what the scores need. sum and factor, [16]: sum = sum * factor + what is new, factor = e^(old top -
+     * top). */
+    void (*attend_weights)(float *scores, int64_t n, float scale, float *top, float *sum, float *factor);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */

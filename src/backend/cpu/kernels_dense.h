@@ -258,6 +258,38 @@ static void rmsnorm(float *y, const float *x, const float *gain, int64_t n, floa
     for (; i < n; i++) y[i] = x[i] * r * gain[i];
 }
 
+static void layer_norm(float *y, const float *x, const float *gain, const float *bias, int64_t n, float eps)
+{
+    vec sum = { 0 }, square = { 0 };
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) sum += vload(x + i);
+    if (k > 0) sum += vload_part(x + i, k);
+    float mean = vsum(sum) / (float)n;
+    for (i = 0; i + VL <= n; i += VL) {
+        vec d = vload(x + i) - mean;
+        square = d * d + square;
+    }
+    float rest = 0;
+    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    float r = 1 / sqrtf((vsum(square) + rest) / (float)n + eps);
+    for (i = 0; i + VL <= n; i += VL)
+        vstore(y + i, (vload(x + i) - mean) * r * vload(gain + i) + vload(bias + i));
+    for (; i < n; i++) y[i] = (x[i] - mean) * r * gain[i] + bias[i];
+}
+
+/* 1 + tanh(u) = 2 sigmoid(2u) */
+INLINE vec vgelu_tanh(vec x)
+{
+    return x * vsigmoid(0x1.988454p0f * (x + 0.044715f * x * x * x));
+}
+
+static void gelu_tanh(float *x, int64_t n)
+{
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) vstore(x + i, vgelu_tanh(vload(x + i)));
+    if (k > 0) vstore_part(x + i, vgelu_tanh(vload_part(x + i, k)), k);
+}
+
 static void gated_norm(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps)
 {
     float r = 1 / sqrtf(sum_of_squares(x, n) / (float)n + eps);

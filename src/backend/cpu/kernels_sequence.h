@@ -217,11 +217,14 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
         __VA_ARGS__,                                                                                         \
         .rmsnorm = rmsnorm,                                                                                  \
         .gated_norm = gated_norm,                                                                            \
+        .layer_norm = layer_norm,                                                                            \
+        .gelu_tanh = gelu_tanh,                                                                              \
         .silu_mul = silu_mul,                                                                                \
         .scale_add = scale_add,                                                                              \
         .log_softmax = log_softmax,                                                                          \
         .divergence = divergence,                                                                            \
         .attend = attend,                                                                                    \
+        .attend_weights = attend_weights,                                                                    \
         .attend_finish = attend_finish,                                                                      \
         .conv_row = conv_row,                                                                                \
         .l2norm = l2norm,                                                                                    \
