@@ -3,6 +3,7 @@
 #include "cli/common.h"
 #include "cli/line.h"
 #include "engine/session.h"
+#include "engine/picture.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/reply.h"
 #include "tokenizer/utf8.h"
@@ -21,7 +22,8 @@ static const struct command command = {
     1,
 };
 
-static const char help[] = "/system TEXT   the system message from now on; without TEXT none\n"
+static const char help[] = "/image PATH    a picture for the next message (PNG, JPEG, WebP, GIF, data: URL)\n"
+                           "/system TEXT   the system message from now on; without TEXT none\n"
                            "/think on|off  whether the model thinks before it answers\n"
                            "/stats         tokens, reuse and speed of the last answer\n"
                            "/reset         forget the conversation, keep the system message\n"
@@ -55,8 +57,11 @@ struct chat {
     struct session *session;
     struct session_options options;
     struct line *line;
-    json_t *messages; /* without the system message */
-    char *system;     /* NULL: none */
+    json_t *messages;              /* without the system message */
+    struct picture_reader *reader; /* made at the first picture */
+    struct picture *pictures;      /* of all messages, in order; the last n_waiting are for the next one */
+    int n_pictures, n_waiting;
+    char *system; /* NULL: none */
     enum chat_thinking thinking;
     bool is_coloured;
     struct answer answer;
@@ -171,18 +176,25 @@ static bool generate_answer(struct chat *c, const char *text, size_t bytes, stru
     struct reply_options ro = { .in_reasoning = bytes >= n && memcmp(text + bytes - n, think, n) == 0,
                                 .event = take_event,
                                 .ctx = c };
-    struct token_list prompt = { 0 };
+    struct token_list tokens = { 0 };
+    struct prompt prompt = { 0 };
+    /* Typed into a message, the token stays an ordinary one where no pictures are. */
+    int64_t image_token = c->n_pictures ? c->o->checkpoint.config.image_token : -1;
     begin_answer(&c->answer);
     bool ok = (c->answer.reasoning_to && c->answer.content_to) || err_errno(e, "an answer");
-    ok = ok && tokenizer_encode(c->o->tokenizer, &prompt, text, bytes, 0, e) &&
-         check_ids(&prompt, &c->o->checkpoint.config, e) && reply_create(&c->reply, &ro, e);
+    ok = ok && tokenizer_encode(c->o->tokenizer, &tokens, text, bytes, 0, e) &&
+         check_ids(&tokens, &c->o->checkpoint.config, e) &&
+         prompt_create(&prompt, tokens.ids, (int64_t)tokens.n, image_token, c->pictures, c->n_pictures, 0,
+                       e) &&
+         reply_create(&c->reply, &ro, e);
     catch_interrupts(c, true);
     ok = ok && session_answer(c->session, &c->last, &prompt, &c->options, e) && reply_finish(c->reply, e);
     catch_interrupts(c, false);
     reply_free(c->reply);
     c->reply = NULL;
     end_answer(&c->answer);
-    free(prompt.ids);
+    prompt_free(&prompt);
+    free(tokens.ids);
     return ok;
 }
 
@@ -228,17 +240,28 @@ static void keep_answer(struct chat *c)
     json_array_append_new(c->messages, m);
 }
 
-/* One turn. A turn that fails is taken back. */
+/* A user's message: its pictures, then its text. */
+static json_t *user_message(const struct chat *c, const char *text)
+{
+    if (c->n_waiting == 0) return json_pack("{s:s, s:s}", "role", "user", "content", text);
+    json_t *parts = json_array();
+    for (int i = 0; i < c->n_waiting; i++) json_array_append_new(parts, json_pack("{s:s}", "type", "image"));
+    json_array_append_new(parts, json_pack("{s:s, s:s}", "type", "text", "text", text));
+    return json_pack("{s:s, s:o}", "role", "user", "content", parts);
+}
+
+/* One turn. A turn that fails is taken back, its pictures wait for the next. */
 static bool say(struct chat *c, const char *message, struct err *e)
 {
     char *text = NULL;
     size_t bytes, valid = utf8_valid_prefix(message, strlen(message));
     if (message[valid]) return err_set(e, ERR_FORMAT, "the message is not UTF-8 at byte %zu", valid);
-    json_array_append_new(c->messages, json_pack("{s:s, s:s}", "role", "user", "content", message));
+    json_array_append_new(c->messages, user_message(c, message));
     bool ok = render(&text, &bytes, c, e) && generate_answer(c, text, bytes, e);
     free(text);
     if (ok) {
         keep_answer(c);
+        c->n_waiting = 0;
         if (c->s->common.json)
             print_json(c);
         else
@@ -263,6 +286,29 @@ static void print_stats(const struct chat *c)
            r->tokens ? (double)r->tokens / r->decode_seconds : 0, finish_name(r->finish));
     printf("context      %lld of %lld tokens\n", (long long)(r->prompt_tokens + r->tokens),
            (long long)c->s->context);
+}
+
+static bool add_picture(struct chat *c, const char *path, struct err *e)
+{
+    if (!*path) return err_set(e, ERR_ARGUMENT, "/image: the path of a picture is missing");
+    if (!c->reader && !picture_reader_create(&c->reader, &c->o->model, e)) return false;
+    struct picture *grown = realloc(c->pictures, (size_t)(c->n_pictures + 1) * sizeof *grown);
+    if (!grown) return err_memory(e, "pictures", sizeof *grown);
+    c->pictures = grown;
+    grown[c->n_pictures] = (struct picture){ 0 };
+    if (!picture_read(c->reader, &grown[c->n_pictures], path, NULL, e)) return false;
+    c->n_pictures++;
+    c->n_waiting++;
+    return true;
+}
+
+static void forget(struct chat *c)
+{
+    session_reset(c->session);
+    json_array_clear(c->messages);
+    for (int i = 0; i < c->n_pictures; i++) picture_free(&c->pictures[i]);
+    c->n_pictures = c->n_waiting = 0;
+    c->last = (struct session_result){ 0 };
 }
 
 static bool set_system(struct chat *c, const char *text, struct err *e)
@@ -299,8 +345,10 @@ static bool run_command(struct chat *c, const char *line, struct err *e)
     } else if (n == 6 && strncmp(line, "/stats", n) == 0) {
         print_stats(c);
     } else if (n == 6 && strncmp(line, "/reset", n) == 0) {
-        json_array_clear(c->messages);
-        c->last = (struct session_result){ 0 };
+        forget(c);
+    } else if (n == 6 && strncmp(line, "/image", n) == 0) {
+        takes_text = true;
+        ok = add_picture(c, rest, e);
     } else if (n == 5 && strncmp(line, "/help", n) == 0) {
         fputs(help, stdout);
     } else {
@@ -358,6 +406,9 @@ static bool open_chat(struct chat *c, struct engine **engine, const struct setti
 
 static void close_chat(struct chat *c, struct engine *engine)
 {
+    for (int i = 0; i < c->n_pictures; i++) picture_free(&c->pictures[i]);
+    free(c->pictures);
+    picture_reader_free(c->reader);
     line_close(c->line);
     session_free(c->session);
     engine_free(engine);

@@ -7,8 +7,9 @@ struct session {
     struct engine *engine;
     const struct tokenizer *tokenizer;
     int handle;
-    struct token_list held; /* what the sequence has computed; room for the engine's context */
-    uint64_t draws;         /* of the sampler, over all answers */
+    struct row *held; /* what the sequence has computed; room for the engine's context */
+    int64_t n_held;
+    uint64_t draws; /* of the sampler, over all answers */
     struct candidate *work;
     char *text; /* of one token */
     size_t text_size;
@@ -22,25 +23,25 @@ bool session_create(struct session **out, struct engine *g, const struct tokeniz
     if (!s) return err_memory(e, "a session", sizeof *s);
     *s = (struct session){ .engine = g, .tokenizer = t, .handle = -1 };
     s->work = malloc(vocab * sizeof *s->work);
-    s->held = (struct token_list){ .ids = malloc(context * sizeof(int32_t)), .capacity = context };
-    if (s->work && s->held.ids) return true;
+    s->held = malloc(context * sizeof *s->held);
+    if (s->work && s->held) return true;
     session_free(s);
     *out = NULL;
-    return err_memory(e, "a session", context * sizeof(int32_t) + vocab * sizeof *s->work);
+    return err_memory(e, "a session", context * sizeof *s->held + vocab * sizeof *s->work);
 }
 
-static void empty(struct session *s)
+void session_reset(struct session *s)
 {
     if (s->handle >= 0) engine_close(s->engine, s->handle);
     s->handle = -1;
-    s->held.n = 0;
+    s->n_held = 0;
 }
 
 void session_free(struct session *s)
 {
     if (!s) return;
-    empty(s);
-    free(s->held.ids);
+    session_reset(s);
+    free(s->held);
     free(s->work);
     free(s->text);
     free(s);
@@ -67,37 +68,47 @@ static bool is_cancelled(const struct session *s)
 }
 
 /* The sequence must hold less than the prompt, and nothing else. */
-static bool keeps(const struct session *s, const struct token_list *prompt)
+static bool keeps(const struct session *s, const struct prompt *prompt)
 {
-    return s->handle >= 0 && s->held.n < prompt->n &&
-           memcmp(s->held.ids, prompt->ids, s->held.n * sizeof *prompt->ids) == 0;
-}
-
-static bool append(struct session *s, const int32_t *ids, int64_t n, const float **logits, struct err *e)
-{
-    if (!engine_prefill(s->engine, s->handle, ids, n, logits, NULL, e)) return false;
-    memcpy(s->held.ids + s->held.n, ids, (size_t)n * sizeof *ids);
-    s->held.n += (size_t)n;
+    if (s->handle < 0 || s->n_held >= prompt->n) return false;
+    for (int64_t i = 0; i < s->n_held; i++)
+        if (s->held[i].token != prompt->rows[i].token || s->held[i].embedding != prompt->rows[i].embedding)
+            return false;
     return true;
 }
 
-/* The prompt's new tokens, a step at a time, so that it can be cancelled. */
-static bool prefill(struct session *s, struct session_result *out, const struct token_list *prompt,
+static bool append(struct session *s, const struct row *rows, int64_t n, const float **logits, struct err *e)
+{
+    if (!engine_prefill_rows(s->engine, s->handle, rows, n, logits, NULL, e)) return false;
+    memcpy(s->held + s->n_held, rows, (size_t)n * sizeof *rows);
+    s->n_held += n;
+    return true;
+}
+
+static bool append_token(struct session *s, int32_t id, const float **logits, struct err *e)
+{
+    struct row row;
+    engine_text_rows(&row, &id, 1, engine_position(s->engine, s->handle));
+    return append(s, &row, 1, logits, e);
+}
+
+/* The prompt's new rows, a step at a time, so that it can be cancelled. */
+static bool prefill(struct session *s, struct session_result *out, const struct prompt *prompt,
                     const float **logits, struct err *e)
 {
     if (!keeps(s, prompt)) {
-        empty(s);
+        session_reset(s);
         if (!engine_open(s->engine, &s->handle, e)) return false;
     }
-    out->reused_tokens = (int64_t)s->held.n;
-    int64_t total = (int64_t)(prompt->n - s->held.n), step = engine_step_rows(s->engine);
+    out->reused_tokens = s->n_held;
+    int64_t total = prompt->n - s->n_held, step = engine_step_rows(s->engine);
     for (int64_t done = 0; done < total;) {
         int64_t n = total - done < step ? total - done : step;
         if (is_cancelled(s)) {
             out->finish = SESSION_CANCELLED;
             return true;
         }
-        if (!append(s, prompt->ids + s->held.n, n, logits, e)) return false;
+        if (!append(s, prompt->rows + s->n_held, n, logits, e)) return false;
         done += n;
         report_progress(s->o->report, "prompt", (uint64_t)done, (uint64_t)total);
     }
@@ -124,7 +135,7 @@ static bool decode(struct session *s, struct session_result *out, const float *l
 {
     struct detokenizer d = { 0 };
     char rest[DETOKENIZER_ROOM];
-    int64_t room = engine_context(s->engine) - (int64_t)s->held.n;
+    int64_t room = engine_context(s->engine) - s->n_held;
     int64_t most = s->o->max_tokens < room ? s->o->max_tokens : room;
     out->finish = SESSION_LENGTH;
     while (out->tokens < most) {
@@ -140,18 +151,18 @@ static bool decode(struct session *s, struct session_result *out, const float *l
             out->finish = SESSION_CANCELLED;
             break;
         }
-        if (out->tokens < most && !append(s, &id, 1, &logits, e)) return false;
+        if (out->tokens < most && !append_token(s, id, &logits, e)) return false;
     }
     size_t n = detokenizer_finish(&d, rest);
     if (n) s->o->text(s->o->ctx, rest, n);
     return true;
 }
 
-bool session_answer(struct session *s, struct session_result *out, const struct token_list *prompt,
+bool session_answer(struct session *s, struct session_result *out, const struct prompt *prompt,
                     const struct session_options *o, struct err *e)
 {
     const float *logits = NULL;
-    int64_t n = (int64_t)prompt->n, context = engine_context(s->engine);
+    int64_t n = prompt->n, context = engine_context(s->engine);
     *out = (struct session_result){ .prompt_tokens = n };
     s->o = o;
     if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
@@ -164,6 +175,6 @@ bool session_answer(struct session *s, struct session_result *out, const struct 
     ok = ok && (out->finish == SESSION_CANCELLED || decode(s, out, logits, e));
     out->prefill_seconds = middle - begin;
     out->decode_seconds = clock_seconds() - middle;
-    if (!ok) empty(s);
+    if (!ok) session_reset(s);
     return ok;
 }

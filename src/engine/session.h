@@ -3,6 +3,7 @@
 #ifndef ENGINE_SESSION_H
 #define ENGINE_SESSION_H
 #include "engine/engine.h"
+#include "engine/prompt.h"
 #include "engine/sample.h"
 #include "tokenizer/tokenizer.h"
 
@@ -30,7 +31,10 @@ struct session;
 /* The engine and the tokenizer are borrowed; the session holds one of the engine's sequences. */
 bool session_create(struct session **out, struct engine *g, const struct tokenizer *t, struct err *e);
 void session_free(struct session *s); /* NULL is fine */
-/* ERR_LIMIT: the prompt leaves no room in the engine's context. After an error the sequence is empty. */
-bool session_answer(struct session *s, struct session_result *out, const struct token_list *prompt,
+/* The prompt's rows begin at position 0; pictures are the same when their rows lie at the same address, so
+ * they stay where they are until session_reset. ERR_LIMIT: the prompt leaves no room in the engine's context.
+ * After an error the sequence is empty. */
+bool session_answer(struct session *s, struct session_result *out, const struct prompt *prompt,
                     const struct session_options *o, struct err *e);
+void session_reset(struct session *s); /* forgets everything */
 #endif
