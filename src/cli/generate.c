@@ -68,13 +68,12 @@ static bool check(const struct settings *s, const struct sampling *sampling, str
 }
 
 /* A user's turn, images before the text, and the opening of an answer. */
-static bool encode_question(struct token_list *list, const struct opened *o, const char *model, int n_images,
-                            const char *text, size_t bytes, struct err *e)
+static bool encode_question(struct token_list *list, const struct opened *o, int n_images, const char *text,
+                            size_t bytes, struct err *e)
 {
     static const struct chat_options options = { .add_generation_prompt = true,
                                                  .thinking = CHAT_THINKING_OFF };
     json_t *string = json_stringn(text, bytes), *parts = json_array();
-    struct chat_template *template = NULL;
     char *rendered = NULL;
     size_t n = 0;
     if (!string) {
@@ -84,7 +83,8 @@ static bool encode_question(struct token_list *list, const struct opened *o, con
     for (int i = 0; i < n_images; i++) json_array_append_new(parts, json_pack("{s:s}", "type", "image"));
     json_array_append_new(parts, json_pack("{s:s, s:o}", "type", "text", "text", string));
     json_t *messages = json_pack("[{s:s, s:o}]", "role", "user", "content", parts);
-    bool ok = chat_template_load(&template, model, e) &&
+    struct chat_template *template = NULL;
+    bool ok = chat_template_load(&template, o->checkpoint.path, e) &&
               chat_render(&rendered, &n, template, messages, NULL, &options, e) &&
               tokenizer_encode(o->tokenizer, list, rendered, n, 0, e);
     json_decref(messages);
@@ -100,7 +100,7 @@ static bool encode_prompt(struct token_list *list, const struct opened *o, const
     if (s->prompt_file && !file_map_open(&map, s->prompt_file, e)) return false;
     const char *text = s->prompt ? s->prompt : (const char *)map.data;
     size_t bytes = s->prompt ? strlen(s->prompt) : (size_t)map.bytes;
-    bool ok = (s->images.n ? encode_question(list, o, s->model, s->images.n, text, bytes, e)
+    bool ok = (s->images.n ? encode_question(list, o, s->images.n, text, bytes, e)
                            : tokenizer_encode(o->tokenizer, list, text, bytes, 0, e)) ||
               err_note(e, "%s", s->prompt ? "--prompt" : s->prompt_file);
     file_map_close(&map);
