@@ -1,9 +1,10 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [prefill [TOKENS]]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. prefill: one sequence's first 512 and 8,192 tokens as one step, 3 runs of 2 steps. */
+ * other. one: one sequence only. prefill: one sequence's first 512 and 8,192 tokens as one step, 3 runs of 2
+ * steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -405,6 +406,38 @@ static void moe(const struct step_rows *rows)
     }
 }
 
+static void seen(void *ctx, const char *name, int layer, struct mat x)
+{
+    (void)ctx, (void)name, (void)layer, (void)x;
+}
+
+/* A recorded step has the bits of the same operations one by one: the first tokens of a sequence, both ways.
+ */
+static void check_recorded(void)
+{
+    enum { TOKENS = 8 };
+    static float hidden[2][TOKENS][HIDDEN];
+    for (int way = 0; way < 2; way++) {
+        for (int i = 0; i < config.n_layers; i++) layer_state_reset(&states[i], &model, i, 0);
+        step_set_tap(step, (struct tap){ .call = way == 0 ? seen : NULL });
+        seed = 1;
+        for (int t = 0; t < TOKENS; t++) {
+            struct step_rows rows = rows_at(1, t);
+            struct mat h = step_run(step, &rows, states);
+            backend.ops->download(backend.queue, hidden[way][t], h.data, sizeof hidden[way][t]);
+        }
+    }
+    wait();
+    for (int t = 0; t < TOKENS; t++)
+        if (memcmp(hidden[0][t], hidden[1][t], sizeof hidden[0][t]) != 0) {
+            fprintf(stderr, "bench_cuda: token %d: a recorded step gives other bits than its operations\n",
+                    t);
+            exit(1);
+        }
+    printf("# recorded steps have the bits of their operations: %d tokens, h[0] %g\n", TOKENS,
+           (double)hidden[1][TOKENS - 1][0]);
+}
+
 /* Bytes that must move, experts of different rows taken as different ones with even odds. */
 struct bytes {
     double delta_in, delta_mix, attention_in, attention_mix, router, moe, head;
@@ -465,7 +498,7 @@ int main(int argc, char **argv)
     const char *mix = argc > 1 ? argv[1] : "card";
     bool bf16 = strcmp(mix, "bf16") == 0, fast = strcmp(mix, "fast") == 0;
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
-    bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0;
+    bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0, one = argc > 3 && strcmp(argv[3], "one") == 0;
     struct err e = { 0 };
     of_delta = of_head = fast ? WEIGHT_FP8 : WEIGHT_BF16;
     of_dense = bf16 ? WEIGHT_BF16 : WEIGHT_FP8;
@@ -483,6 +516,7 @@ int main(int argc, char **argv)
     check(step_create(&step, &model, prefill ? PROMPT : 256, ROWS, CONTEXT, &e), &e);
     printf("# %s; mix %s, %d layers; read bandwidth %.3f TB/s; weights made and loaded in %.1f s\n",
            backend.name, mix, n_layers, bandwidth * 1e-12, clock_seconds() - begin);
+    if (!prefill) check_recorded();
     printf("what,rows,depth,us,us_low,us_high,MB,GB_per_s,share_of_read\n");
     if (prefill) {
         if (argc > 4)
@@ -493,6 +527,7 @@ int main(int argc, char **argv)
     }
     measure_all(1, 0, true);
     measure_all(1, 32768, false);
+    if (one) return 0;
     measure_all(4, 0, false);
     measure_all(8, 0, false);
     measure_all(32, 0, true);
