@@ -1,4 +1,4 @@
-/* Scratch of steps of 2 to ROWS_BATCH rows, or ROWS_PICKED for the experts. */
+/* Scratch of steps of more than ROWS_FEW, up to ROWS_BATCH rows. */
 #include "backend/cuda/batch.h"
 #include "base/arena.h"
 
@@ -15,18 +15,11 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* Rows for which there are panels: groups of eight rows are a power of two. */
-static int64_t panel_rows(int64_t rows)
-{
-    int64_t n = ROWS_BATCH;
-    while (n < rows) n *= 2;
-    return rows > 0 ? n : 0;
-}
-
 /* Products; three parts of ROWS_EXACT rows are less than one of ROWS_BATCH. */
 static void layout_products(struct cuda_batch *b, struct arena *a)
 {
     int64_t numbers = b->rows ? ROWS_BATCH * b->cols : 0;
+    b->parts = arena_take(a, numbers, BF16_BYTES, ALIGNED);
     b->quantized = arena_take(a, numbers, BF16_BYTES, ALIGNED);
     b->shared_parts = arena_take(a, numbers, BF16_BYTES, ALIGNED);
     b->shared_quantized = arena_take(a, numbers, BF16_BYTES, ALIGNED);
@@ -37,12 +30,11 @@ static void layout_products(struct cuda_batch *b, struct arena *a)
 /* Experts; most chunks have all the rows they can, but for one of each expert. */
 static void layout_experts(struct cuda_batch *b, const struct step_limits *l, struct arena *a)
 {
-    int64_t few = least(b->rows, ROWS_EXACT) * l->picks, many = b->rows_picked * l->picks;
+    int64_t few = least(b->rows, ROWS_EXACT) * l->picks, many = b->rows * l->picks;
     int64_t a_few = few / CHUNK_FEW + least(few, l->n_experts),
             a_many = many / SLOTS + least(many, l->n_experts);
     b->picked = many;
     b->chunks_most = a_few > a_many ? a_few : a_many;
-    b->parts = arena_take(a, panel_rows(b->rows_picked) * b->cols, BF16_BYTES, ALIGNED);
     b->chunks = arena_take(a, b->chunks_most + 1, ENTRY * sizeof *b->chunks, 64);
     b->hidden = arena_take(a, b->chunks_most * b->intermediate, SLOTS * BF16_BYTES, ALIGNED);
     b->down = arena_take(a, b->picked * b->width, sizeof *b->down, 64);
@@ -53,10 +45,8 @@ void cuda_batch_layout(struct queue *q, struct arena *a)
 {
     struct cuda_batch *b = &q->batch;
     const struct step_limits *l = &q->limits;
-    int64_t rows = !q->has_wide || l->rows < 2 ? 0 : l->rows > ROWS_EXACT ? l->rows : ROWS_EXACT;
     b->known = NULL;
-    b->rows = least(rows, ROWS_BATCH);
-    b->rows_picked = least(rows, ROWS_PICKED);
+    b->rows = !q->has_wide || l->rows <= ROWS_FEW ? 0 : least(l->rows, ROWS_BATCH);
     b->cols = whole(l->cols);
     b->intermediate = whole(l->intermediate);
     b->width = l->hidden ? l->hidden : l->cols;

@@ -31,7 +31,7 @@ struct batch_args {
 /* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
 template <int G> struct batch_size {
     static constexpr bool EXACT = 8 * G <= ROWS_EXACT;
-    static constexpr int SLOTS_IN = G > 8 ? 4 : 8, LEAD = SLOTS_IN - 2; /* of the ring of inputs; panels asked for ahead */
+    static constexpr int SLOTS_IN = G > 8 ? 4 : 8; /* of the ring of inputs */
 };
 
 template <int FORMAT, int G> struct batch_form {
@@ -51,7 +51,7 @@ struct batch_range {
     }
 };
 
-__device__ __forceinline__ int batch_matrix(const batch_args &p, int item)
+[[maybe_unused]] __device__ __forceinline__ int batch_matrix(const batch_args &p, int item)
 {
     int m = 0;
 #pragma unroll
@@ -277,7 +277,7 @@ __device__ __forceinline__ void batch_item(const batch_args &p, uint8_t *shared,
     wait_for_previous();
     if (threadIdx.x == 0)
 #pragma unroll 1
-        for (int i = 0; i < batch_size<G>::LEAD; i++) flow.inputs.ask();
+        for (int i = 0; i < SLOTS_IN - 2; i++) flow.inputs.ask(); /* the last two are still read when one more is asked for */
     __syncwarp();
 #pragma unroll 1
     for (int round = 0; round < p.rounds; round++, tile0 += p.each) {
@@ -340,7 +340,8 @@ __global__ void __launch_bounds__(BLOCK) prepare_inputs(const __grid_constant__ 
 bool takes(const struct queue *q, const cuda_matrix *m, int n, int64_t rows)
 {
     int64_t cols = m[0].cols;
-    if (!q->has_wide || rows < 2 || rows > q->batch.rows || cols > q->batch.cols || (rows > ROWS_EXACT && !q->rounded)) return false;
+    if (!q->has_wide || rows <= ROWS_FEW || rows > q->batch.rows || cols > q->batch.cols) return false;
+    if (rows > ROWS_EXACT && !q->rounded) return false;
     for (int i = 0; i < n; i++) {
         bool quantized = m[i].input == INPUT_FP8_ROW;
         if (m[i].cols != cols || !cuda_streams(q, &m[i]) || cols % unit_cols(m[i].format) != 0) return false;
@@ -406,7 +407,8 @@ template <int G, int DEPTH> bool start(struct queue *q, const char *operation, b
     size_t bytes = batch_shared<G, DEPTH>(a);
     if (bytes + 2048 > (size_t)q->shared_max) return false;
     if (!ask)
-        launch_clusters<BATCH_BLOCK>(q, operation, batch_products<G, DEPTH>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes, a);
+        launch_clusters<BATCH_BLOCK>(q, operation, batch_products<G, DEPTH>, (unsigned)(a.first[a.n] * a.splits),
+                                     (unsigned)a.splits, bytes, a);
     return true;
 }
 
@@ -442,7 +444,8 @@ bool product(struct queue *q, const char *operation, batch_args &a, prepare_args
         else
             in.parts = (uint8_t *)b.parts;
     if (in.parts) b.known = in.kind == PREPARE_NORMED ? in.made.data : nullptr;
-    launch<BLOCK>(q, operation, true, prepare_inputs, dim3((unsigned)a.rows, in.conv ? 1 + ADVANCERS : 1), prepare_shared(in.cols), in);
+    launch<BLOCK>(q, operation, true, prepare_inputs, dim3((unsigned)a.rows, in.conv ? 1 + ADVANCERS : 1),
+                  prepare_shared(in.cols), in);
     return run(q, operation, a, false);
 }
 
@@ -476,16 +479,14 @@ bool cuda_batch_norm_products(struct queue *q, const struct norm_products *r)
 {
     batch_args a = {};
     prepare_args in = {};
-    bool quantized = false;
     a.n = r->n;
     for (int i = 0; i < r->n; i++) {
         a.m[i] = cuda_matrix_of(r->w[i]);
         a.out[i] = r->out[i];
-        quantized = quantized || a.m[i].input == INPUT_FP8_ROW;
     }
     /* whatever is done now, h will be another */
     q->batch.known = q->prefill.known = nullptr;
-    if (r->x.rows > ROWS_EXACT && !quantized && !is_few(q, a.m, a.n)) return false; /* the library is faster */
+    if (r->x.rows > ROWS_EXACT && !is_few(q, a.m, a.n)) return false; /* dense.cu is faster */
     in.kind = PREPARE_NORMED;
     in.x = r->x;
     in.made = r->h;

@@ -108,7 +108,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
 /* Arrives, and lets the barrier wait for bytes that are copied. */
 __device__ __forceinline__ void barrier_expect(uint64_t *b, int bytes)
 {
-    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_at(b)), "r"(bytes) : "memory");
+    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_at(b)), "r"(bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint64_t *b)

@@ -1,14 +1,15 @@
-/* Products of 2 to ROWS_BATCH rows with one pass over the weights, for compute capability 9.0a. The functions
- * return false, having done nothing, where shapes or formats are not theirs. Up to ROWS_EXACT rows they give
- * the bits that product.cu and experts.cu do; more take their inputs in BF16, where the queue may round. */
+/* Products of more than ROWS_FEW, up to ROWS_BATCH rows with one pass over the weights, for compute
+ * capability 9.0a. The functions return false, having done nothing, where shapes or formats are not theirs.
+ * Up to ROWS_EXACT rows they give the bits that product.cu and experts.cu do; more take their inputs in BF16,
+ * where the queue may round. */
 #ifndef BACKEND_CUDA_BATCH_H
 #define BACKEND_CUDA_BATCH_H
 #ifdef __cplusplus
 extern "C" {
 #endif
 #include "backend/cuda/parts.h"
-/* ROWS_PICKED: of the mixture of experts */
-enum { ROWS_BATCH = 128, ROWS_PICKED = 512 };
+/* ROWS_FEW: product.cu too reads the weights once for them. */
+enum { ROWS_FEW = 4, ROWS_BATCH = 128 };
 struct arena;
 void cuda_batch_layout(struct queue *q, struct arena *a);
 /* batch.cu */

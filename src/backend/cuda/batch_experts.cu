@@ -9,7 +9,6 @@
  * A chunk's inputs are sixteen slots. Of up to ROWS_EXACT rows four are a chunk, with the sums of experts.cu to the bit: of row t
  * slots 2 t and 2 t + 1 have the high and middle parts, 8 + 2 t the low ones, so that the lane that gets a row's sums gets all
  * three. Of more rows, whose inputs are BF16, sixteen are. */
-#include "backend/cuda/prefill.h"
 #include "backend/cuda/prepare.cuh"
 #include "backend/cuda/route.cuh"
 
@@ -17,7 +16,8 @@ namespace {
 
 constexpr int ENTRY = 20, CHUNK_PANEL = 2 * PANEL_BYTES, TEAMS = 4;
 constexpr int CHUNK_WORKERS = TEAMS * TEAM_WARPS, CHUNK_BLOCK = (CHUNK_WORKERS + 1) * LANES;
-constexpr int UP_ROWS = 32, DOWN_ROWS = 64, CHUNKS_MOST = 32; /* of a block */
+[[maybe_unused]] constexpr int UP_ROWS = 32;
+constexpr int DOWN_ROWS = 64, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
 
 /* Rows of a chunk; of them, those whose sums a lane gets. */
 template <bool EXACT> constexpr int CHUNK = EXACT ? 4 : 16;
@@ -90,7 +90,8 @@ __device__ void make_chunks(const route_args &a, int picked)
     }
 }
 
-__global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ route_args a, const __grid_constant__ prepare_args shared_row)
+__global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ route_args a,
+                                                     const __grid_constant__ prepare_args shared_row)
 {
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ int expert[PICKS_MAX], last;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ rou
     let_next_start();
     wait_for_previous();
     if (threadIdx.x < LANES) choose(expert, weight, keys, a.logits.data + (int64_t)row * a.logits.stride, a.n_experts, k);
-    if (shared_row.kind != PREPARE_NOTHING) prepare_row(shared_row, row);
+    prepare_row(shared_row, row);
     __syncthreads();
     for (int j = threadIdx.x; j < k; j += BLOCK) {
         a.p.expert[row * k + j] = expert[j];
@@ -166,7 +167,8 @@ template <int DEPTH, class FIND> struct chunk_weights {
 
 /* Panels 0..3 of a unit. */
 template <int Q>
-__device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w, uint32_t panels)
+__device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w,
+                                             uint32_t panels)
 {
     w.template decode<Q>(f);
     acc.add(f, panels + Q * CHUNK_PANEL);
@@ -205,7 +207,10 @@ template <int BUFFERS> struct chunk_buffers {
     uint64_t *full, *empty;
     int current; /* chunk of the run a warp is in */
 
-    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers) : full(barriers), empty(barriers + BUFFERS), current(-1) {}
+    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers)
+        : full(barriers), empty(barriers + BUFFERS), current(-1)
+    {
+    }
     /* A worker: out of all chunks before c. */
     __device__ __forceinline__ void leave(int c)
     {
@@ -229,13 +234,17 @@ template <int BUFFERS> struct chunk_buffers {
 template <int BUFFERS> __device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers)
 {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < BUFFERS; i++) barrier_init(&barriers[i], copiers), barrier_init(&barriers[BUFFERS + i], CHUNK_WORKERS);
+        for (int i = 0; i < BUFFERS; i++) {
+            barrier_init(&barriers[i], copiers);
+            barrier_init(&barriers[BUFFERS + i], CHUNK_WORKERS);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 }
 
 /* Rows of a chunk from the panels of all rows, by a warp. */
-template <bool EXACT> __device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels)
+template <bool EXACT>
+__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels)
 {
     constexpr int N = EXACT ? PARTS : 1;
     int lane = threadIdx.x % LANES;
@@ -276,7 +285,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     __shared__ float2 meeting[TEAMS][OWN<EXACT>][2][LANES];
     const cuda_matrix &gate = a.e.m[GATE];
-    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, panels = gate.cols / PANEL, each = gate.rows / UP_ROWS;
+    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
+    int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS;
     int team = warp / TEAM_WARPS, member = warp % TEAM_WARPS, side = member / 2;
     uint32_t buffers = shared_at(shared);
     chunk_barriers<UP_BUFFERS>(barriers, LANES);
@@ -329,12 +339,14 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
             float2 up = meeting[team][i][member][lane];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                int r = (unit - chunk * each) * UP_ROWS + member * 16 + lane / 4 + h * 8, place = panel_place(r % PANEL, false);
+                int r = (unit - chunk * each) * UP_ROWS + member * 16 + lane / 4 + h * 8;
+                int place = panel_place(r % PANEL, false);
                 float x = silu((h ? total[i].y : total[i].x) * unit_gate) * ((h ? up.y : up.x) * unit_up);
                 uint8_t *to = a.hidden + ((int64_t)chunk * (gate.rows / PANEL) + r / PANEL) * CHUNK_PANEL;
                 split_pair s(make_float2(x, 0));
 #pragma unroll
-                for (int p = 0; p < (EXACT ? PARTS : 1); p++) *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
+                for (int p = 0; p < (EXACT ? PARTS : 1); p++)
+                    *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
             }
         }
         asm volatile("bar.sync %0, 128;" ::"r"(1 + team) : "memory");
@@ -351,7 +363,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
     __shared__ uint64_t barriers[2 * DOWN_BUFFERS];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     const cuda_matrix &m = a.e.m[DOWN];
-    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * CHUNK_PANEL;
+    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
+    int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * CHUNK_PANEL;
     int team = warp / TEAM_WARPS, member = warp % TEAM_WARPS, units = m.cols / FP4_UNIT_COLS;
     uint32_t buffers = shared_at(shared);
     chunk_barriers<DOWN_BUFFERS>(barriers, 1);
@@ -363,7 +376,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
         for (int c = 0; lane == 0 && c < run.n; c++) {
             inputs.reserve(c);
             barrier_expect(&barriers[c % DOWN_BUFFERS], bytes);
-            copy_bulk(buffers + c % DOWN_BUFFERS * bytes, a.hidden + (int64_t)(run.first + c) * bytes, bytes, &barriers[c % DOWN_BUFFERS]);
+            copy_bulk(buffers + c % DOWN_BUFFERS * bytes, a.hidden + (int64_t)(run.first + c) * bytes, bytes,
+                      &barriers[c % DOWN_BUFFERS]);
         }
         return;
     }
@@ -393,7 +407,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
         for (int i = 0; i < OWN<EXACT>; i++) {
             int t = own_row<EXACT>(i);
             if (t >= entries[c][1]) continue;
-            float *to = a.down + (int64_t)entries[c][2 + t] * m.rows + (unit - chunk * each) * DOWN_ROWS + member * 16 + lane / 4;
+            int r = (unit - chunk * each) * DOWN_ROWS + member * 16 + lane / 4;
+            float *to = a.down + (int64_t)entries[c][2 + t] * m.rows + r;
             to[0] = total[i].x;
             to[8] = total[i].y;
         }
@@ -403,19 +418,6 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
 #endif
 }
 
-/* What cuda_batch_shared_down does, where it does not. Grid: columns, rows. */
-__global__ void __launch_bounds__(THREADS) sum_chunks(mat y, mat add, mat shared, mat gate, const float *down, const float *factor, int k)
-{
-    int64_t row = blockIdx.y, c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (c >= y.cols) return;
-    float sum = 0, open = sigmoid(gate.data[row * gate.stride]);
-#pragma unroll 8
-    for (int j = 0; j < k; j++) sum = fmaf(factor[row * k + j], down[(row * k + j) * y.cols + c], sum);
-    sum = fmaf(open, shared.data[row * shared.stride + c], sum);
-    y.data[row * y.stride + c] = sum;
-    add.data[row * add.stride + c] += sum;
-}
-
 bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
 {
     const cuda_matrix &up = e.m[GATE], &down = e.m[DOWN];
@@ -423,28 +425,15 @@ bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
     const struct cuda_batch &b = q->batch;
     int64_t picked = n * r->picks->k, chunk = n > ROWS_EXACT ? CHUNK<false> : CHUNK<true>;
     int64_t chunks = picked / chunk + (picked < e.n ? picked : e.n);
-    if (!q->has_wide || n < 2 || n > b.rows_picked || (n > ROWS_EXACT && !q->rounded)) return false;
+    if (!q->has_wide || n <= ROWS_FEW || n > b.rows || (n > ROWS_EXACT && !q->rounded)) return false;
     if (e.n > EXPERTS_MAX || r->picks->k > PICKS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != WEIGHT_NVFP4 || e.m[i].input != INPUT_AS_IS || e.m[i].cols % FP4_UNIT_COLS != 0) return false;
-    if (down.rows % DOWN_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width || picked > b.picked || chunks > b.chunks_most)
-        return false;
-    if (chunks / q->sms + 3 > CHUNKS_MOST || up_bytes(up.cols) > (size_t)q->shared_max || down_bytes(down.cols) > (size_t)q->shared_max)
-        return false;
-    return n > b.rows || cuda_batch_shared_down(q, r, true);
-}
-
-/* The shared expert of more rows. */
-bool shared_down_dense(struct queue *q, const struct moe_run *r)
-{
-    cuda_products p = {};
-    p.x = r->gate;
-    p.up = r->up;
-    p.h = r->hidden;
-    p.n = 1;
-    p.out[0] = r->shared;
-    p.m[0] = cuda_matrix_of(r->w_down);
-    return cuda_dense(q, &p);
+    if (down.rows % DOWN_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
+    if (picked > b.picked || chunks > b.chunks_most || chunks / q->sms + 3 > CHUNKS_MOST) return false;
+    size_t most = (size_t)q->shared_max - sizeof(int[CHUNKS_MOST][ENTRY]) - sizeof(float2[TEAMS][OWN<false>][2][LANES]) - 1024;
+    if (up_bytes(up.cols) > most || down_bytes(down.cols) > most) return false;
+    return cuda_batch_shared_down(q, r, true);
 }
 
 } /* namespace */
@@ -455,11 +444,11 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
     if (!takes(q, e, r)) return false;
     struct cuda_batch &b = q->batch;
     cuda_matrix shared = cuda_matrix_of(r->w_down);
-    bool exact = r->h.rows <= ROWS_EXACT, few = r->h.rows <= b.rows;
+    bool exact = r->h.rows <= ROWS_EXACT;
     unsigned blocks = (unsigned)q->sms;
-    if (!few && !shared_down_dense(q, r)) return false;
     if (b.known != r->h.data) cuda_batch_prepare(q, r->h);
-    route_args route = { r->logits, *r->picks, e.n, e.globals + DOWN * e.n, b.factor, b.chunks, exact ? CHUNK<true> : CHUNK<false> };
+    int chunk = exact ? CHUNK<true> : CHUNK<false>;
+    route_args route = { r->logits, *r->picks, e.n, e.globals + DOWN * e.n, b.factor, b.chunks, chunk };
     prepare_args in = {};
     in.kind = PREPARE_SILU;
     in.x = r->gate;
@@ -471,14 +460,10 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
         in.quantized = (uint8_t *)b.shared_quantized, in.scale = b.shared_scale;
     else
         in.parts = (uint8_t *)b.shared_parts;
-    if (!few) in.kind = PREPARE_NOTHING;
     launch<BLOCK>(q, "experts", true, batch_route, dim3((unsigned)r->h.rows), prepare_shared(in.cols), route, in);
     chunk_args a = { e, b.chunks, (const uint8_t *)b.parts, in.groups, r->picks->k, (uint8_t *)b.hidden, b.down };
     size_t up = up_bytes(e.m[GATE].cols), down = down_bytes(e.m[DOWN].cols);
     launch<CHUNK_BLOCK>(q, "experts", true, exact ? batch_up<true> : batch_up<false>, dim3(blocks), up, a);
     launch<CHUNK_BLOCK>(q, "experts", true, exact ? batch_down<true> : batch_down<false>, dim3(blocks), down, a);
-    if (few) return cuda_batch_shared_down(q, r, false);
-    launch(q, "experts", false, sum_chunks, dim3((unsigned)((r->y.cols + THREADS - 1) / THREADS), (unsigned)r->y.rows), 0, r->y, r->x,
-           r->shared, r->shared_gate, b.down, b.factor, r->picks->k);
-    return true;
+    return cuda_batch_shared_down(q, r, false);
 }

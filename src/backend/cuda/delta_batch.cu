@@ -18,7 +18,8 @@ struct delta_batch_args {
 
 /* q, k and v of the head, convolved. */
 constexpr int ITEMS_ALL = 2 * HEAD + COLUMNS;
-__device__ __forceinline__ void convolve(float (&t)[ITEMS_ALL], const delta_batch_args &p, const cuda_span &span, int head, int first)
+__device__ __forceinline__ void convolve(float (&t)[ITEMS_ALL], const delta_batch_args &p, const cuda_span &span, int head,
+                                         int first)
 {
     constexpr int ITEMS = 2;
     int channels = (int)p.u.cols, key = head / (p.value_heads / p.key_heads), keys = p.key_heads * HEAD;
@@ -28,7 +29,9 @@ __device__ __forceinline__ void convolve(float (&t)[ITEMS_ALL], const delta_batc
     for (int n = 0; n < ITEMS; n++) {
         int i = threadIdx.x + n * THREADS;
         if (i >= ITEMS_ALL) break;
-        int at = i < HEAD ? key * HEAD + i : i < 2 * HEAD ? keys + key * HEAD + i - HEAD : 2 * keys + head * HEAD + first + i - 2 * HEAD;
+        int at = i < HEAD       ? key * HEAD + i
+                 : i < 2 * HEAD ? keys + key * HEAD + i - HEAD
+                                : 2 * keys + head * HEAD + first + i - 2 * HEAD;
         x[n] = __ldcg(u + at);
 #pragma unroll
         for (int j = 0; j <= TAPS; j++) w[n][j] = p.weight[j * channels + at];
@@ -130,11 +133,12 @@ __global__ void __launch_bounds__(THREADS) advance_sequences(float *conv, mat u,
 bool cuda_batch_delta(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance)
 {
     const struct delta_shape *s = r->shape;
-    if (rows->n_spans < 2 || s->key_dim != HEAD || s->value_dim != HEAD || s->kernel != TAPS + 1) return false;
+    if (rows->n_spans <= ROWS_FEW || s->key_dim != HEAD || s->value_dim != HEAD || s->kernel != TAPS + 1) return false;
     delta_batch_args a = { r->raw, r->u, r->a, r->b, r->A_log, r->dt_bias, r->conv_weight, r->state->matrix, r->state->conv,
                            s->key_heads, s->value_heads, *rows };
     launch(q, "delta", true, delta_sequences, dim3((unsigned)s->value_heads * 2, (unsigned)rows->n_spans), 0, a);
     if (advance)
-        launch(q, "delta", true, advance_sequences, dim3(blocks(r->u.cols), (unsigned)rows->n_spans), 0, r->state->conv, r->u, *rows);
+        launch(q, "delta", true, advance_sequences, dim3(blocks(r->u.cols), (unsigned)rows->n_spans), 0, r->state->conv, r->u,
+               *rows);
     return true;
 }

@@ -90,7 +90,7 @@ struct cuda_prefill {
     int64_t rows, cols, picked, intermediate, width;
 };
 
-/* Scratch of steps of 2 to ROWS_BATCH rows (batch.h), device memory. Panels of inputs: batch.cuh. */
+/* Scratch of steps of several rows (batch.h), device memory. Panels of inputs: batch.cuh. */
 struct cuda_batch {
     void *parts, *quantized;               /* of products */
     void *shared_parts, *shared_quantized; /* of the shared expert's second product */
@@ -100,7 +100,7 @@ struct cuda_batch {
     float *down;                           /* [rows * picks][width]: what each pick's expert gives */
     float *factor;                         /* [rows * picks]: weight, and what FP4 sums are multiplied by */
     const float *known;                    /* the matrix whose rows lie in parts, or NULL */
-    int64_t rows, rows_picked, cols, picked, chunks_most, intermediate, width;
+    int64_t rows, cols, picked, chunks_most, intermediate, width;
 };
 
 /* A recorded step: `rows` sequences of one row each. */

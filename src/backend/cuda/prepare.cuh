@@ -6,7 +6,7 @@
 namespace {
 
 /* PREPARE_SILU: SiLU(x) z */
-enum prepare_kind { PREPARE_NOTHING, PREPARE_RAW, PREPARE_NORMED, PREPARE_GATED, PREPARE_SILU };
+enum prepare_kind { PREPARE_RAW, PREPARE_NORMED, PREPARE_GATED, PREPARE_SILU };
 
 struct prepare_args {
     prepare_kind kind;
@@ -131,7 +131,8 @@ __device__ __forceinline__ float prepare_heads(const prepare_args &p, float2 *ke
         for (int i = 0; i < PAIRS; i++) {
             int d = 2 * (lane + i * LANES), c = head * p.dim + d;
             if (d >= p.dim) continue;
-            float2 y = make_float2(v[i].x * scale * p.gain[d] * silu(gate[i].x), v[i].y * scale * p.gain[d + 1] * silu(gate[i].y));
+            float2 y = make_float2(v[i].x * scale * p.gain[d] * silu(gate[i].x),
+                                   v[i].y * scale * p.gain[d + 1] * silu(gate[i].y));
             top = fmaxf(top, prepare_pair(p, kept, row, c, y));
         }
     }
