@@ -1,8 +1,8 @@
 # make                release build, the program is build/quench
 # make check          unit tests, kernels, layers, every header alone
-# make asan|ubsan|tsan   the tests in a build folder of their own
+# make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
-# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=
+# make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
@@ -13,7 +13,7 @@ CC      := gcc
 endif
 BUILD   ?= build
 OPT     ?= -O3
-PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1
+PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp
 COMMIT  := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 WARN    := -Wall -Wextra -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
@@ -26,9 +26,9 @@ override CFLAGS += -std=c17 -D_GNU_SOURCE -Isrc $(WARN) $(SAN) -MMD -MP -fno-mat
                    -ffp-contract=off $(shell pkg-config --cflags $(PKGS))
 LDFLAGS += $(SAN) -pthread
 ifeq ($(STATIC),1)
-LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -Wl,-Bdynamic -lm
+LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -Wl,-Bdynamic -lm
 else
-LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lm
+LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lgif -lm
 endif
 
 NVCC    ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -74,11 +74,12 @@ X86     := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 $(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
 $(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma -mf16c
 $(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-$(BUILD)/src/backend/cpu/kernels_avx512bf16.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx512bf16.o $(BUILD)/src/backend/cpu/kernels_zen5.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
 $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mamx-tile -mamx-int8 -mamx-bf16 -mprefer-vector-width=512
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
-$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
 # A new commit is a new version, and nothing else.
 $(BUILD)/commit: always
 	@mkdir -p $(@D)
@@ -129,7 +130,8 @@ THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_gol
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
-asan ubsan tsan:
+SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+asan ubsan tsan sanitize:
 	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
 tsan-threads:
 	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%)
@@ -143,6 +145,12 @@ fuzz-%: tests/fuzz/fuzz_%.c
 	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(FUZZ_ALSO_$*) $(LDLIBS)
 	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ $(FUZZ_ARGS) \
 	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
+
+fuzz: $(patsubst tests/fuzz/fuzz_%.c,fuzz-log-%,$(wildcard tests/fuzz/fuzz_*.c))
+fuzz-log-%:
+	@mkdir -p build-fuzz
+	@$(MAKE) fuzz-$* >build-fuzz/$*.log 2>&1 || { tail -n 40 build-fuzz/$*.log; exit 1; }
+	@echo "fuzz-$*: $$(grep -E 'executed_units|peak_rss' build-fuzz/$*.log | tr -s ' \n' ' ')"
 
 bench: $(BENCHES)
 
@@ -159,5 +167,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

@@ -33,6 +33,7 @@ static inline struct mat mat_of(float *data, int64_t rows, int64_t cols)
 /* Weights. */
 
 enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4, WEIGHT_FP8_BLOCK };
+enum { WEIGHT_FORMATS = WEIGHT_FP8_BLOCK + 1 };
 
 /* What becomes of a product's inputs before they meet the weights. */
 enum weight_input {
@@ -133,6 +134,10 @@ struct picks {
     int k;
 };
 
+/* What follows a product with a bias. GELU: x times the normal distribution's integral up to x. GELU_TANH:
+ * its usual approximation, x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))). */
+enum activation { ACTIVATION_NONE, ACTIVATION_GELU, ACTIVATION_GELU_TANH };
+
 struct step_limits {
     int64_t rows;         /* of a step */
     int64_t cols;         /* widest activation, the vocabulary's logits aside */
@@ -140,7 +145,8 @@ struct step_limits {
     int64_t intermediate; /* of a routed expert */
     int picks;            /* experts a token */
     int n_experts;
-    int64_t hidden; /* width of what experts read and give; 0: cols */
+    int64_t hidden;   /* width of what experts read and give; 0: cols */
+    int64_t together; /* rows of attention_all */
 };
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
@@ -213,6 +219,9 @@ struct ops {
     bool (*wait)(struct queue *q, struct err *e);
     /* Bytes a second at which the device reads memory of its own, measured now; 0: it works in the host's. */
     double (*read_speed)(struct queue *q);
+    /* Flops a second, two for a weight and row, at which the instruction of products with this format works
+     * on registers alone, all threads together, measured now. NULL: not known. */
+    double (*product_speed)(struct queue *q, enum weight_format f);
 
     /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands
      * for: the same key means the same operations on the same memory. True: the backend kept them from an
@@ -266,6 +275,21 @@ struct ops {
     /* Per head of `dim` columns: y = x / sqrt(mean(x^2) + eps) * gain * SiLU(z). gain: [dim]. y may be x. */
     void (*gated_norm)(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
                        float eps);
+
+    /* What a vision tower needs besides products. Their rows are not bound to a step's limit. */
+
+    /* y = (x - mean) / sqrt(variance + eps) * gain + bias, mean and variance of the row. y may be x. */
+    void (*layer_norm)(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                       float eps);
+    /* y[i] = f(y[i] + bias). bias: [cols]. */
+    void (*add_bias)(struct queue *q, struct mat y, const float *bias, enum activation f);
+    /* In place, for each of n_heads heads at x[i][h * 2 * angle.cols ..]: rotation of the pairs (j, j +
+     * angle.cols) by angle[i][j], cos and sin in f32. */
+    void (*rotate)(struct queue *q, struct mat x, int n_heads, struct mat angle);
+    /* Attention of every row to every row, at most limits.together; qkv.cols <= limits.cols. qkv: [n, 3 *
+     * n_heads * dim], queries, keys, values, each head after head. y[i][h * dim + d] = softmax(q.k /
+     * sqrt(dim)) v. */
+    void (*attention_all)(struct queue *q, struct mat y, struct mat qkv, int n_heads);
 
     /* Softmax over the logits' columns, the k largest (ties: lower index first), renormalised to sum 1. */
     void (*route)(struct queue *q, const struct picks *picks, struct mat logits);

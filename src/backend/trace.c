@@ -20,6 +20,10 @@ enum op {
     OP_CONV,
     OP_DELTA,
     OP_GATED_NORM,
+    OP_LAYER_NORM,
+    OP_ADD_BIAS,
+    OP_ROTATE,
+    OP_ATTENTION_ALL,
     OP_ROUTE,
     OP_EXPERTS,
     OP_LOG_SOFTMAX,
@@ -29,9 +33,10 @@ enum op {
     N_OPS
 };
 static const char *const op_names[N_OPS] = {
-    "matmul",    "embed",       "add",        "rmsnorm", "gather", "silu_mul",   "add_gated",
-    "norm_rope", "kv_append",   "attention",  "conv",    "delta",  "gated_norm", "route",
-    "experts",   "log_softmax", "divergence", "pick",    "argmax",
+    "matmul",     "embed",       "add",        "rmsnorm",   "gather",        "silu_mul",
+    "add_gated",  "norm_rope",   "kv_append",  "attention", "conv",          "delta",
+    "gated_norm", "layer_norm",  "add_bias",   "rotate",    "attention_all", "route",
+    "experts",    "log_softmax", "divergence", "pick",      "argmax",
 };
 enum { ENTRIES_MAX = 128 };
 
@@ -235,6 +240,12 @@ static bool wait(struct queue *q, struct err *e)
     return trace_of(q)->op->wait(trace_of(q)->q, e);
 }
 
+static double product_speed(struct queue *q, enum weight_format f)
+{
+    const struct trace *t = trace_of(q);
+    return t->op->product_speed ? t->op->product_speed(t->q, f) : 0;
+}
+
 static double read_speed(struct queue *q)
 {
     return trace_of(q)->op->read_speed(trace_of(q)->q);
@@ -381,6 +392,39 @@ static void gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z
     end(t, OP_GATED_NORM, start, 0, 0);
 }
 
+static void layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                       float eps)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->layer_norm(t->q, y, x, gain, bias, eps);
+    end(t, OP_LAYER_NORM, start, 0, 0);
+}
+
+static void add_bias(struct queue *q, struct mat y, const float *bias, enum activation f)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->add_bias(t->q, y, bias, f);
+    end(t, OP_ADD_BIAS, start, 0, 0);
+}
+
+static void rotate(struct queue *q, struct mat x, int n_heads, struct mat angle)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->rotate(t->q, x, n_heads, angle);
+    end(t, OP_ROTATE, start, 0, 0);
+}
+
+static void attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->attention_all(t->q, y, qkv, n_heads);
+    end(t, OP_ATTENTION_ALL, start, 0, 4 * (uint64_t)y.rows * (uint64_t)y.rows * (uint64_t)y.cols);
+}
+
 static void route(struct queue *q, const struct picks *picks, struct mat logits)
 {
     struct trace *t = trace_of(q);
@@ -420,6 +464,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
     end(t, OP_EXPERTS, start, 0, 0);
     const struct weight *w = weights->gate[0];
     t->entries[OP_EXPERTS].bytes += picked_bytes(t, picks, x.rows, weights);
+    t->entries[OP_EXPERTS].format = w->format;
     t->entries[OP_EXPERTS].flops += 6 * (uint64_t)(x.rows * picks->k) * (uint64_t)w->rows * (uint64_t)w->cols;
 }
 
@@ -509,6 +554,7 @@ static const struct ops trace_ops = {
     .experts_unbind = experts_unbind,
     .wait = wait,
     .read_speed = read_speed,
+    .product_speed = product_speed,
     .step_begin = step_begin,
     .step_end = step_end,
     .embed = embed,
@@ -524,6 +570,10 @@ static const struct ops trace_ops = {
     .conv = conv,
     .delta = delta,
     .gated_norm = gated_norm,
+    .layer_norm = layer_norm,
+    .add_bias = add_bias,
+    .rotate = rotate,
+    .attention_all = attention_all,
     .route = route,
     .experts = experts,
     .log_softmax = log_softmax,

@@ -10,5 +10,7 @@ int cli_verify(int argc, char **argv);
 int cli_merge_mtp(int argc, char **argv);
 int cli_synth(int argc, char **argv);
 int cli_bench(int argc, char **argv);
+int cli_chat(int argc, char **argv);
+int cli_eval(int argc, char **argv);
 extern const char cli_version[];
 #endif

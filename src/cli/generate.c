@@ -3,6 +3,8 @@
 #include "cli/common.h"
 #include "base/file.h"
 #include "engine/generate.h"
+#include "engine/prompt.h"
+#include "tokenizer/chat.h"
 #include "tokenizer/utf8.h"
 #include <jansson.h>
 #include <stdio.h>
@@ -13,6 +15,9 @@ static const struct command command = {
     "generate",
     "MODEL -p TEXT",
     "Continues a prompt. The prompt is raw text: control tokens such as <|im_start|> in it are recognised.\n"
+    "With --image the text is a question about images instead: both are put into the model's chat format, "
+    "the\n"
+    "images first, for an answer without thinking.\n"
     "Without --temperature the most likely token is taken each time.",
     1,
 };
@@ -22,7 +27,7 @@ struct settings {
     const char *model, *prompt, *prompt_file;
     int64_t max_tokens, seed, top_k;
     double temperature, top_p, min_p;
-    struct text_list stops;
+    struct text_list stops, images;
     bool ignore_eos, keep_special;
 };
 
@@ -62,6 +67,32 @@ static bool check(const struct settings *s, const struct sampling *sampling, str
     return sampling_check(sampling, e);
 }
 
+/* A user's turn, images before the text, and the opening of an answer. */
+static bool encode_question(struct token_list *list, const struct opened *o, int n_images, const char *text,
+                            size_t bytes, struct err *e)
+{
+    static const struct chat_options options = { .add_generation_prompt = true,
+                                                 .thinking = CHAT_THINKING_OFF };
+    json_t *string = json_stringn(text, bytes), *parts = json_array();
+    char *rendered = NULL;
+    size_t n = 0;
+    if (!string) {
+        json_decref(parts);
+        return err_set(e, ERR_FORMAT, "not UTF-8");
+    }
+    for (int i = 0; i < n_images; i++) json_array_append_new(parts, json_pack("{s:s}", "type", "image"));
+    json_array_append_new(parts, json_pack("{s:s, s:o}", "type", "text", "text", string));
+    json_t *messages = json_pack("[{s:s, s:o}]", "role", "user", "content", parts);
+    struct chat_template *template = NULL;
+    bool ok = chat_template_load(&template, o->checkpoint.path, e) &&
+              chat_render(&rendered, &n, template, messages, NULL, &options, e) &&
+              tokenizer_encode(o->tokenizer, list, rendered, n, 0, e);
+    json_decref(messages);
+    chat_template_free(template);
+    free(rendered);
+    return ok;
+}
+
 static bool encode_prompt(struct token_list *list, const struct opened *o, const struct settings *s,
                           struct err *e)
 {
@@ -69,20 +100,36 @@ static bool encode_prompt(struct token_list *list, const struct opened *o, const
     if (s->prompt_file && !file_map_open(&map, s->prompt_file, e)) return false;
     const char *text = s->prompt ? s->prompt : (const char *)map.data;
     size_t bytes = s->prompt ? strlen(s->prompt) : (size_t)map.bytes;
-    bool ok = tokenizer_encode(o->tokenizer, list, text, bytes, 0, e) ||
+    bool ok = (s->images.n ? encode_question(list, o, s->images.n, text, bytes, e)
+                           : tokenizer_encode(o->tokenizer, list, text, bytes, 0, e)) ||
               err_note(e, "%s", s->prompt ? "--prompt" : s->prompt_file);
     file_map_close(&map);
     if (!ok) return false;
     if (list->n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
-    int64_t most = o->checkpoint.config.max_position_embeddings, n = (int64_t)list->n;
-    if (n >= most)
-        return err_set(e, ERR_LIMIT, "the prompt has %lld tokens, the model allows %lld with the answer",
-                       (long long)n, (long long)most);
     for (size_t i = 0; i < list->n; i++)
         if (list->ids[i] >= o->checkpoint.config.vocab_size)
             return err_set(e, ERR_FORMAT, "the tokenizer gives token %d, the model has %lld", list->ids[i],
                            (long long)o->checkpoint.config.vocab_size);
     return true;
+}
+
+/* The prompt's tokens, with pictures where their places are. */
+static bool lay_prompt(struct prompt *out, struct opened *o, const struct token_list *tokens,
+                       struct picture *pictures, const struct settings *s, struct err *e)
+{
+    struct picture_reader *reader = NULL;
+    bool ok = s->images.n == 0 || picture_reader_create(&reader, &o->model, e);
+    for (int i = 0; ok && i < s->images.n; i++)
+        ok = picture_read(reader, &pictures[i], s->images.items[i], NULL, e);
+    picture_reader_free(reader);
+    /* typed into a prompt without --image, the token stays an ordinary one */
+    int64_t image_token = s->images.n ? o->checkpoint.config.image_token : -1;
+    if (!ok || !prompt_create(out, tokens->ids, (int64_t)tokens->n, image_token, pictures, s->images.n, 0, e))
+        return false;
+    int64_t most = o->checkpoint.config.max_position_embeddings;
+    return out->n < most ||
+           err_set(e, ERR_LIMIT, "the prompt has %lld tokens, the model allows %lld with the answer",
+                   (long long)out->n, (long long)most);
 }
 
 static const char *finish_name(enum finish f)
@@ -111,7 +158,7 @@ static void print_speed(const struct generated *g, size_t n_prompt)
             g->tokens.n ? (double)g->tokens.n / g->decode_seconds : 0, finish_name(g->finish));
 }
 
-static bool answer(const struct settings *s, struct opened *o, const struct token_list *prompt,
+static bool answer(const struct settings *s, struct opened *o, const struct prompt *prompt,
                    const struct sampling *sampling, const struct report *report, struct err *e)
 {
     int32_t eos[16];
@@ -119,7 +166,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     if (!s->ignore_eos && !checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e)) return false;
     const struct config *c = &o->checkpoint.config;
     int32_t pictures[] = { (int32_t)c->image_token, (int32_t)c->video_token };
-    int64_t most = c->max_position_embeddings, n = (int64_t)prompt->n;
+    int64_t most = c->max_position_embeddings, n = prompt->n;
     int64_t max_tokens = s->max_tokens < most - n ? s->max_tokens : most - n;
     struct collected text = { 0 };
     struct generation g = { .sampling = *sampling,
@@ -140,13 +187,13 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     if (!engine_create(&engine, &o->model, &eo, e)) return false;
     if (s->common.json) text.stream = open_memstream(&text.text, &text.n);
     bool ok = (!s->common.json || text.stream || err_errno(e, "text")) &&
-              generate(&out, engine, o->tokenizer, prompt->ids, n, &g, e);
+              generate_rows(&out, engine, o->tokenizer, prompt->rows, n, &g, e);
     if (text.stream) fclose(text.stream);
     if (ok && s->common.json)
-        print_json(s, &out, text.text, text.n, prompt->n);
+        print_json(s, &out, text.text, text.n, (size_t)n);
     else if (ok)
         putchar('\n');
-    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, prompt->n);
+    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, (size_t)n);
     free(text.text);
     free(out.tokens.ids);
     engine_free(engine);
@@ -160,11 +207,16 @@ static bool run(const struct settings *s, struct err *e)
                                  (uint64_t)s->seed };
     struct backend b = { 0 };
     struct opened o = { 0 };
-    struct token_list prompt = { 0 };
+    struct token_list tokens = { 0 };
+    struct picture pictures[TEXT_LIST_MAX] = { 0 };
+    struct prompt prompt = { 0 };
     bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) &&
-              common_open(&o, s->model, &b, &report, e) && encode_prompt(&prompt, &o, s, e) &&
+              common_open(&o, s->model, &b, &report, e) && encode_prompt(&tokens, &o, s, e) &&
+              lay_prompt(&prompt, &o, &tokens, pictures, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
-    free(prompt.ids);
+    prompt_free(&prompt);
+    for (int i = 0; i < s->images.n; i++) picture_free(&pictures[i]);
+    free(tokens.ids);
     common_close(&o);
     backend_destroy(&b);
     return ok;
@@ -176,6 +228,8 @@ int cli_generate(int argc, char **argv)
     const struct flag flags[] = {
         { "--prompt", 'p', FLAG_TEXT, &s.prompt, "TEXT", "the prompt", NULL },
         { "--prompt-file", 0, FLAG_TEXT, &s.prompt_file, "FILE", "the prompt, from a UTF-8 file", NULL },
+        { "--image", 0, FLAG_LIST, &s.images, "FILE",
+          "PNG, JPEG, WebP or GIF the prompt is about, or a data: URL (may be repeated)", NULL },
         { "--max-tokens", 'n', FLAG_INT, &s.max_tokens, "N", "most tokens to generate (default 256)", NULL },
         { "--temperature", 0, FLAG_NUMBER, &s.temperature, "T", "0: greedy (default)", NULL },
         { "--top-k", 0, FLAG_INT, &s.top_k, "K", "sample from the K most likely", NULL },

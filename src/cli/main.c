@@ -15,6 +15,8 @@ static const struct {
     { "quantize", "write the card's NVFP4 + FP8 checkpoint from a BF16 one", cli_quantize },
     { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
     { "generate", "continue a prompt", cli_generate },
+    { "chat", "hold a conversation", cli_chat },
+    { "eval", "put questions with known answers to a model", cli_eval },
     { "bench", "measure speed against what the memory allows", cli_bench },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },

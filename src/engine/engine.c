@@ -9,6 +9,7 @@ enum { LOGITS_BYTES = 64 << 20 }; /* of one batch of logits: bounds memory for l
 struct sequence {
     bool open;
     int64_t length;
+    int64_t shift; /* of the next token's position against `length`: pictures take more rows than positions */
     int64_t n_pages;
     int32_t *pages; /* [pages_each] */
 };
@@ -126,12 +127,26 @@ int64_t engine_length(const struct engine *g, int handle)
     return g->sequences[handle].length;
 }
 
+int64_t engine_position(const struct engine *g, int handle)
+{
+    return g->sequences[handle].length + g->sequences[handle].shift;
+}
+
+/* Past the largest position so far, `before` among them. */
+static int64_t next_position(const struct row *rows, int64_t n, int64_t before)
+{
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < 3; k++)
+            if (rows[i].position[k] >= before) before = rows[i].position[k] + (int64_t)1;
+    return before;
+}
+
 bool engine_open(struct engine *g, int *handle, struct err *e)
 {
     for (int i = 0; i < g->o.sequences; i++) {
         if (g->sequences[i].open) continue;
         g->sequences[i].open = true;
-        g->sequences[i].length = 0;
+        g->sequences[i].length = g->sequences[i].shift = 0;
         for (int l = 0; l < g->model->config->n_layers; l++) layer_state_reset(&g->states[l], g->model, l, i);
         *handle = i;
         return true;
@@ -188,7 +203,9 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
         memcpy(g->rows + first, runs[i].rows, (size_t)runs[i].n * sizeof *g->rows);
         take_pages(g, s, s->length + runs[i].n);
         g->spans[i] = (struct span){ first, runs[i].n, s->length, s->pages, runs[i].handle };
+        int64_t next = next_position(runs[i].rows, runs[i].n, s->length + s->shift);
         s->length += runs[i].n;
+        s->shift = next - s->length;
         first += runs[i].n;
     }
     *hidden = step_run(g->step, &step, g->states);
@@ -216,24 +233,29 @@ void engine_text_rows(struct row *rows, const int32_t *tokens, int64_t n, int64_
     }
 }
 
+bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, int64_t n, const float **last,
+                         const struct report *progress, struct err *e)
+{
+    struct mat hidden = { 0 };
+    int64_t past = g->sequences[handle].length;
+    if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
+    for (int64_t done = 0, count; done < n; done += count) {
+        count = n - done < g->o.step_rows ? n - done : g->o.step_rows;
+        if (!engine_step(g, &(struct engine_run){ handle, rows + done, count }, 1, &hidden, e)) return false;
+        report_progress(progress, "prompt", (uint64_t)(done + count), (uint64_t)n);
+    }
+    if (last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);
+    const struct backend *b = g->model->backend;
+    return b->ops->wait(b->queue, e);
+}
+
 bool engine_prefill(struct engine *g, int handle, const int32_t *tokens, int64_t n, const float **last,
                     const struct report *progress, struct err *e)
 {
-    struct mat hidden = { 0 };
-    int64_t rows_max = g->o.step_rows, done = 0, past = g->sequences[handle].length;
-    if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
-    struct row *rows = malloc((size_t)rows_max * sizeof *rows);
-    if (!rows) return err_memory(e, "prompt", (uint64_t)rows_max * sizeof *rows);
-    bool ok = true;
-    while (ok && done < n) {
-        int64_t count = n - done < rows_max ? n - done : rows_max;
-        engine_text_rows(rows, tokens + done, count, past + done);
-        ok = engine_step(g, &(struct engine_run){ handle, rows, count }, 1, &hidden, e);
-        done += count;
-        if (ok) report_progress(progress, "prompt", (uint64_t)done, (uint64_t)n);
-    }
+    struct row *rows = malloc((size_t)n * sizeof *rows + 1);
+    if (!rows) return err_memory(e, "prompt", (uint64_t)n * sizeof *rows);
+    engine_text_rows(rows, tokens, n, engine_position(g, handle));
+    bool ok = engine_prefill_rows(g, handle, rows, n, last, progress, e);
     free(rows);
-    if (ok && last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);
-    const struct backend *b = g->model->backend;
-    return ok && b->ops->wait(b->queue, e);
+    return ok;
 }

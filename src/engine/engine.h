@@ -23,6 +23,8 @@ int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_l
 bool engine_open(struct engine *g, int *handle, struct err *e);
 void engine_close(struct engine *g, int handle);
 int64_t engine_length(const struct engine *g, int handle);
+/* Of the next token, if it is text: the length, less what pictures save. */
+int64_t engine_position(const struct engine *g, int handle);
 
 /* Rows to append to one sequence. */
 struct engine_run {
@@ -45,10 +47,13 @@ const float *engine_logits_host(struct engine *g, struct mat hidden, const int64
  * runs at a depth. ERR_LIMIT past the context. */
 bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e);
 
+/* Appends n rows to a sequence in steps of at most step_rows; *last gets the host logits after the last one.
+ * progress may be NULL. */
+bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, int64_t n, const float **last,
+                         const struct report *progress, struct err *e);
 /* Text rows: tokens at consecutive positions from `first`. */
 void engine_text_rows(struct row *rows, const int32_t *tokens, int64_t n, int64_t first);
-/* Appends n text tokens to a sequence in steps of at most step_rows; *last gets the host logits after the
- * last one. progress may be NULL. */
+/* The same for text, at the positions that are next. */
 bool engine_prefill(struct engine *g, int handle, const int32_t *tokens, int64_t n, const float **last,
                     const struct report *progress, struct err *e);
 #endif

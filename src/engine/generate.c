@@ -134,8 +134,8 @@ static bool decode(struct decoding *d, struct generated *out, int handle, const 
     return true;
 }
 
-bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
-              int64_t n, const struct generation *o, struct err *e)
+bool generate_rows(struct generated *out, struct engine *g, const struct tokenizer *t,
+                   const struct row *prompt, int64_t n, const struct generation *o, struct err *e)
 {
     *out = (struct generated){ 0 };
     struct decoding d = { .engine = g, .tokenizer = t, .o = o };
@@ -147,7 +147,7 @@ bool generate(struct generated *out, struct engine *g, const struct tokenizer *t
     d.work = malloc((size_t)vocab * sizeof *d.work);
     bool ok = d.work || err_memory(e, "sampling", (uint64_t)vocab * sizeof *d.work);
     double begin = clock_seconds();
-    ok = ok && engine_prefill(g, handle, prompt, n, &logits, o->report, e);
+    ok = ok && engine_prefill_rows(g, handle, prompt, n, &logits, o->report, e);
     out->prefill_seconds = clock_seconds() - begin;
     begin = clock_seconds();
     ok = ok && decode(&d, out, handle, logits, vocab, e);
@@ -155,5 +155,17 @@ bool generate(struct generated *out, struct engine *g, const struct tokenizer *t
     engine_close(g, handle);
     free(d.work);
     free(d.pending.bytes);
+    return ok;
+}
+
+bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
+              int64_t n, const struct generation *o, struct err *e)
+{
+    struct row *rows = malloc((size_t)n * sizeof *rows + 1);
+    *out = (struct generated){ 0 };
+    if (!rows) return err_memory(e, "prompt", (uint64_t)n * sizeof *rows);
+    engine_text_rows(rows, prompt, n, 0);
+    bool ok = generate_rows(out, g, t, rows, n, o, e);
+    free(rows);
     return ok;
 }

@@ -33,4 +33,7 @@ struct generated {
 /* The engine needs room for the prompt and max_tokens. */
 bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
               int64_t n, const struct generation *o, struct err *e);
+/* The same for a prompt with pictures in it (engine/prompt.h). */
+bool generate_rows(struct generated *out, struct engine *g, const struct tokenizer *t,
+                   const struct row *prompt, int64_t n, const struct generation *o, struct err *e);
 #endif

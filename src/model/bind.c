@@ -251,6 +251,18 @@ bool bind_plain(struct model *m, struct weight **out, const char *name, int64_t 
     return t ? bind_dense(m, out, t, rows, cols, e) : missing(name, e);
 }
 
+bool bind_patches(struct model *m, struct weight **out, const char *name, int64_t rows, int channels,
+                  int frames, int side, struct err *e)
+{
+    const struct tensor *t = checkpoint_find(m->checkpoint, name);
+    if (!t) return missing(name, e);
+    struct weight_source src = { .rows = rows,
+                                 .cols = (int64_t)channels * frames * side * side,
+                                 .data = t->data };
+    return check_shape(t, 5, (int64_t[]){ rows, channels, frames, side, side }, e) &&
+           dense_format(&src.format, t, e) && create(m, out, &src, t->name, e);
+}
+
 bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,
                 int64_t all_rows, int64_t first, int64_t rows, int64_t cols, struct err *e)
 {
@@ -324,4 +336,13 @@ bool bind_conv(struct model *m, float **out, const char *name, int64_t channels,
     free(host);
     free(turned);
     return ok;
+}
+
+bool bind_host_table(const struct model *m, float **out, const char *name, int64_t rows, int64_t cols,
+                     struct err *e)
+{
+    const struct tensor *t = checkpoint_find(m->checkpoint, name);
+    *out = NULL;
+    if (!t) return missing(name, e);
+    return check_shape(t, 2, (int64_t[]){ rows, cols }, e) && widened(out, m, name, rows * cols, e);
 }

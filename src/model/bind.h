@@ -30,6 +30,13 @@ bool bind_table(struct model *m, struct weight **out, const char *name, int64_t 
 /* A small tensor of exactly n elements, widened to f32, in the backend's memory; `plus` is added to each
  * element. */
 bool bind_vector(struct model *m, float **out, const char *name, int64_t n, float plus, struct err *e);
+/* patch_embed.proj.weight [rows, channels, frames, side, side], each patch a row of inputs; never quantized.
+ */
+bool bind_patches(struct model *m, struct weight **out, const char *name, int64_t rows, int channels,
+                  int frames, int side, struct err *e);
+/* The table `name` ([rows x cols]) widened to f32, in the host's memory: malloc'd. */
+bool bind_host_table(const struct model *m, float **out, const char *name, int64_t rows, int64_t cols,
+                     struct err *e);
 /* conv1d.weight [channels, 1, kernel] as [kernel][channels]. */
 bool bind_conv(struct model *m, float **out, const char *name, int64_t channels, int kernel, struct err *e);
 #endif

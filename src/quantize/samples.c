@@ -15,8 +15,9 @@ enum { LINE_BYTES_MAX = 256 << 20 };
 struct loader {
     struct samples *samples;
     const struct samples_options *options;
-    struct tokenizer *tokenizer; /* made at the first line that needs it */
-    struct token_list list;      /* of the current line */
+    struct tokenizer *tokenizer; /* made at the first line that needs it, as is the template */
+    struct chat_template *template;
+    struct token_list list; /* of the current line */
     int64_t empty;
 };
 
@@ -31,7 +32,9 @@ static bool add_messages(struct loader *l, const json_t *messages, const json_t 
     char *text;
     size_t bytes;
     struct chat_options options = { .add_generation_prompt = false };
-    if (!chat_render(&text, &bytes, messages, tools, &options, e)) return err_note(e, "messages");
+    if (!l->template && !chat_template_load(&l->template, l->options->model, e)) return false;
+    if (!chat_render(&text, &bytes, l->template, messages, tools, &options, e))
+        return err_note(e, "messages");
     bool ok = add_text(l, text, bytes, e);
     free(text);
     return ok;
@@ -155,6 +158,7 @@ bool samples_load(struct samples *s, const struct samples_options *o, struct err
                 : err_errno(e, o->path);
     if (f) fclose(f);
     tokenizer_free(l.tokenizer);
+    chat_template_free(l.template);
     free(l.list.ids);
     if (!ok) samples_deinit(s);
     return ok;

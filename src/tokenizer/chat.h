@@ -1,11 +1,20 @@
-/* The chat format of the Qwen3.5/3.6 family: messages and tools in, the prompt's text out. Renders what the
- * model's own chat_template.jinja renders, byte for byte, errors included. */
+/* Conversations to prompts: a checkpoint's own chat template, rendered as Hugging Face's apply_chat_template
+ * renders it, byte for byte, errors included. */
 #ifndef TOKENIZER_CHAT_H
 #define TOKENIZER_CHAT_H
 #include "base/err.h"
 #include <jansson.h>
 #include <stdbool.h>
 #include <stddef.h>
+
+struct chat_template; /* immutable: may be shared by threads */
+
+/* dir/chat_template.jinja; without it, chat_template of dir/tokenizer_config.json: a text, or a list of named
+ * ones of which "default" is taken; without that, the built-in template of the Qwen3.6 family. Errors name
+ * the file and the line of what the template asks for and jinja.h does not do. */
+bool chat_template_load(struct chat_template **out, const char *dir, struct err *e);
+void chat_template_free(struct chat_template *t); /* NULL is fine */
+bool chat_template_is_built_in(const struct chat_template *t);
 
 enum chat_thinking {
     CHAT_THINKING_DEFAULT, /* what the template does when nobody says: on */
@@ -22,10 +31,11 @@ struct chat_options {
 
 /* messages: array of objects with role, content, and for assistants reasoning_content and tool_calls, whose
  * arguments are objects, not strings. tools: array of {"type": "function", ...}; NULL, null or [] for none.
- * Both stay unchanged. *text is malloc'd, NUL-terminated, `bytes` long without the NUL, and the caller's.
- * Values of tools and arguments are written as Python's json.dumps(ensure_ascii=False) writes them, but for
- * integers over 64 bits, which are an error already when the document is parsed. Errors are ERR_ARGUMENT with
- * the template's own words, or ERR_MEMORY. */
-bool chat_render(char **text, size_t *bytes, const json_t *messages, const json_t *tools,
-                 const struct chat_options *o, struct err *e);
+ * Both stay unchanged. The template sees messages, tools, documents (none), the options under their names,
+ * and the special tokens of tokenizer_config.json (bos_token, eos_token, ...). *text is malloc'd,
+ * NUL-terminated, `bytes` long without the NUL, and the caller's. Integers over 64 bits are an error already
+ * when a document is parsed. Errors are ERR_ARGUMENT (the template's own words where it raises one),
+ * ERR_LIMIT or ERR_MEMORY. */
+bool chat_render(char **text, size_t *bytes, const struct chat_template *t, const json_t *messages,
+                 const json_t *tools, const struct chat_options *o, struct err *e);
 #endif

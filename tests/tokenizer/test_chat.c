@@ -11,6 +11,23 @@
 #include <string.h>
 #include <cmocka.h>
 
+static struct chat_template *template;
+
+static int load_template(void **state)
+{
+    struct err e = { 0 };
+    (void)state;
+    if (!chat_template_load(&template, "models/demo", &e)) fail_msg("%s", e.text);
+    return 0;
+}
+
+static int free_template(void **state)
+{
+    (void)state;
+    chat_template_free(template);
+    return 0;
+}
+
 static json_t *parse(const char *text)
 {
     json_t *v;
@@ -48,12 +65,14 @@ static void check_case(const json_t *c)
     struct err e = { 0 };
     char *got;
     size_t bytes;
-    bool ok =
-        chat_render(&got, &bytes, json_object_get(c, "messages"), json_object_get(kwargs, "tools"), &o, &e);
+    bool ok = chat_render(&got, &bytes, template, json_object_get(c, "messages"),
+                          json_object_get(kwargs, "tools"), &o, &e);
     want = json_string_value(json_object_get(c, "rendered"));
     want_error = json_string_value(json_object_get(c, "error"));
-    if (ok != (want != NULL) || (!ok && strcmp(e.text, want_error) != 0))
-        fail_msg("%s: %s", name, ok ? "no error" : e.text);
+    /* What raise_exception says stands alone; Jinja2's own errors come with their line. */
+    bool same_error = !ok && want_error && strlen(e.text) >= strlen(want_error) &&
+                      strcmp(e.text + strlen(e.text) - strlen(want_error), want_error) == 0;
+    if (ok != (want != NULL) || (!ok && !same_error)) fail_msg("%s: %s", name, ok ? "no error" : e.text);
     if (ok && strcmp(got, want) != 0) fail_msg("%s:\n%s\nwanted:\n%s", name, got, want);
     if (ok)
         assert_int_equal(bytes, strlen(want));
@@ -87,7 +106,8 @@ static char *as_tool(const char *value)
     struct err e = { 0 };
     assert_true(asprintf(&tools_text, "[{\"v\":%s}]", value) > 0);
     json_t *tools = parse(tools_text), *messages = parse("[{\"role\":\"user\",\"content\":\"q\"}]");
-    if (!chat_render(&text, &bytes, messages, tools, &(struct chat_options){ 0 }, &e)) fail_msg("%s", e.text);
+    if (!chat_render(&text, &bytes, template, messages, tools, &(struct chat_options){ 0 }, &e))
+        fail_msg("%s", e.text);
     char *begin = strstr(text, open), *end = strstr(text, close);
     assert_true(begin && end);
     char *out = strndup(begin + strlen(open), (size_t)(end - begin) - strlen(open));
@@ -174,7 +194,7 @@ static void check_content(const char *content, const char *want)
     assert_true(asprintf(&messages_text, "[{\"role\":\"user\",\"content\":%s}]", content) > 0);
     assert_true(asprintf(&wanted, "<|im_start|>user\n%s<|im_end|>\n", want) > 0);
     json_t *messages = parse(messages_text);
-    bool ok = chat_render(&text, &bytes, messages, NULL, &(struct chat_options){ 0 }, &e);
+    bool ok = chat_render(&text, &bytes, template, messages, NULL, &(struct chat_options){ 0 }, &e);
     assert_string_equal(ok ? text : e.text, ok ? wanted : want);
     json_decref(messages);
     free(messages_text);
@@ -217,8 +237,8 @@ static void test_content_forms(void **state)
     check_content("[{\"text\":\" a\"},{\"text\":\"b \"}]", "ab");
     check_content("[{\"video\":1},{\"text\":\"x\"}]", "<|vision_start|><|video_pad|><|vision_end|>x");
     check_content("[{\"type\":\"text\"}]", "Unexpected item type in content.");
-    check_content("[{\"text\":null}]", "Unexpected item type in content.");
-    check_content("[7]", "Unexpected item type in content.");
+    check_content("[{\"text\":null}]", "None"); /* as the template has it */
+    check_content("[7]", "line 14: argument of type 'int' is not iterable");
     check_content("[\"words\"]", "Unexpected item type in content.");
     check_content("true", "Unexpected content type.");
     check_content("5", "Unexpected content type.");
@@ -230,7 +250,7 @@ static void check_messages(const char *messages_text, const char *tools_text, co
     size_t bytes;
     struct err e = { 0 };
     json_t *messages = parse(messages_text), *tools = parse(tools_text);
-    bool ok = chat_render(&text, &bytes, messages, tools, &(struct chat_options){ 0 }, &e);
+    bool ok = chat_render(&text, &bytes, template, messages, tools, &(struct chat_options){ 0 }, &e);
     assert_string_equal(ok ? text : e.text, want);
     json_decref(messages);
     json_decref(tools);
@@ -248,10 +268,8 @@ static void test_errors(void **state)
     check_messages("[{\"role\":\"system\",\"content\":[{\"type\":\"video\"}]}," USER "]", "null",
                    "System message cannot contain videos.");
     check_messages("[{\"role\":\"system\"}]", "[]", "No user query found in messages.");
-    check_messages("[" USER ",{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{}}]}]", "null",
-                   "A tool call needs a function name.");
     check_messages("[" USER ",{\"role\":\"assistant\",\"tool_calls\":[{\"name\":\"f\",\"arguments\":null}]}]",
-                   "null", "Can only get item pairs from a mapping.");
+                   "null", "line 39: Can only get item pairs from a mapping.");
 }
 
 static void test_reasoning_forms(void **state)
@@ -281,7 +299,7 @@ static void test_nul_inside(void **state)
     size_t bytes;
     static const char want[] = "<|im_start|>user\na\0b<|im_end|>\n";
     json_t *messages = parse("[{\"role\":\"user\",\"content\":\"a\\u0000b\"}]");
-    assert_true(chat_render(&text, &bytes, messages, NULL, &(struct chat_options){ 0 }, NULL));
+    assert_true(chat_render(&text, &bytes, template, messages, NULL, &(struct chat_options){ 0 }, NULL));
     assert_int_equal(bytes, sizeof want - 1);
     assert_memory_equal(text, want, sizeof want);
     json_decref(messages);
@@ -298,7 +316,7 @@ static void test_long_content(void **state)
     memset(big, 'x', n);
     big[n] = 0;
     json_t *messages = json_pack("[{s:s,s:s}]", "role", "user", "content", big);
-    assert_true(chat_render(&text, &bytes, messages, NULL,
+    assert_true(chat_render(&text, &bytes, template, messages, NULL,
                             &(struct chat_options){ .add_generation_prompt = true }, NULL));
     assert_int_equal(bytes, n + strlen("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n"));
     json_decref(messages);
@@ -321,5 +339,5 @@ int main(void)
         cmocka_unit_test(test_nul_inside),
         cmocka_unit_test(test_long_content),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, load_template, free_template);
 }

@@ -85,12 +85,16 @@ struct cpu_kernels {
     cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
+    /* n times the instructions of a form's products on registers alone; the flops that were done. */
+    double (*spin)(enum input_form form, int64_t n);
     cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
     cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
     cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *gain, const float *bias, int64_t n, float eps);
+    void (*gelu_tanh)(float *x, int64_t n); /* in place */
     void (*silu_mul)(float *y, const float *gate, const float *up, int64_t n);
     void (*scale_add)(float *y, const float *x, float scale, int64_t n); /* y += scale * x */
     void (*log_softmax)(float *x, int64_t n);                            /* in place */
@@ -104,6 +108,10 @@ struct cpu_kernels {
     /* y[h][dim] = softmax(s) v * sigmoid(gate) of parts that attend left, `stride` apart. */
     void (*attend_finish)(float *y, const struct attend_group *g, const float *parts, int64_t stride,
                           int n_parts);
+    /* Scores of n keys with 16 queries, [n][16], become p = e^(s * scale - top), where top, [16], grows to
+     * what the scores need. sum and factor, [16]: sum = sum * factor + what is new, factor = e^(old top -
+     * top). */
+    void (*attend_weights)(float *scores, int64_t n, float scale, float *top, float *sum, float *factor);
     /* y[c] = SiLU(sum_j w[j * n + c] * rows[j][c]) for n channels, j < kernel. */
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */
@@ -119,7 +127,7 @@ extern const struct cpu_kernels cpu_kernels_generic;
 #if defined(__x86_64__)
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
-extern const struct cpu_kernels cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_avx512bf16, cpu_kernels_zen5;
 extern const struct cpu_kernels cpu_kernels_amx;
 /* Asks the system for the tiles' registers, which a process has only on request. False: not to be had. */
 bool cpu_amx_request(void);

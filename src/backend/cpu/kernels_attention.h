@@ -218,6 +218,24 @@ static void attend(const struct attend_group *g, int64_t first, int64_t end, flo
         attend_dtype(g, KV_FP8, first, end, out, scores);
 }
 
+static void attend_weights(float *scores, int64_t n, float scale, float *top, float *sum, float *factor)
+{
+    for (int i = 0; i < PANEL; i += VL) {
+        vec old = vload(top + i), most = vload(scores + i), add = { 0 };
+        for (int64_t t = 1; t < n; t++) most = vmax(most, vload(scores + t * PANEL + i));
+        most = vmax(old, most * scale);
+        vec shrink = vexp(old - most);
+        for (int64_t t = 0; t < n; t++) {
+            vec p = vexp(vload(scores + t * PANEL + i) * scale - most);
+            vstore(scores + t * PANEL + i, p);
+            add += p;
+        }
+        vstore(top + i, most);
+        vstore(factor + i, shrink);
+        vstore(sum + i, vload(sum + i) * shrink + add);
+    }
+}
+
 static void attend_finish(float *y, const struct attend_group *g, const float *parts, int64_t stride,
                           int n_parts)
 {

@@ -236,6 +236,25 @@ static void product(float *y, const float *x, const float *w, int64_t cols, int 
     }
 }
 
+/* The sums are used, so that they are made; 12 hide the instruction's latency. */
+static double spin_f32(int64_t n)
+{
+    vec sum[12], all = { 0 };
+    const vec half = vset(0.5f);
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) sum[i] = vset((float)i);
+    for (int64_t k = 0; k < n; k++)
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) sum[i] = half * sum[i] + half;
+    for (int i = 0; i < 12; i++) all += sum[i];
+    return vsum(all) > 0 ? 12.0 * VL * 2 * (double)n : 0;
+}
+
+static double spin(enum input_form form, int64_t n)
+{
+    return form == FORM_F32 ? spin_f32(n) : 0;
+}
+
 /* Rows. */
 
 static float sum_of_squares(const float *x, int64_t n)
@@ -256,6 +275,38 @@ static void rmsnorm(float *y, const float *x, const float *gain, int64_t n, floa
     int64_t i = 0;
     for (; i + VL <= n; i += VL) vstore(y + i, vload(x + i) * r * vload(gain + i));
     for (; i < n; i++) y[i] = x[i] * r * gain[i];
+}
+
+static void layer_norm(float *y, const float *x, const float *gain, const float *bias, int64_t n, float eps)
+{
+    vec sum = { 0 }, square = { 0 };
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) sum += vload(x + i);
+    if (k > 0) sum += vload_part(x + i, k);
+    float mean = vsum(sum) / (float)n;
+    for (i = 0; i + VL <= n; i += VL) {
+        vec d = vload(x + i) - mean;
+        square = d * d + square;
+    }
+    float rest = 0;
+    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    float r = 1 / sqrtf((vsum(square) + rest) / (float)n + eps);
+    for (i = 0; i + VL <= n; i += VL)
+        vstore(y + i, (vload(x + i) - mean) * r * vload(gain + i) + vload(bias + i));
+    for (; i < n; i++) y[i] = (x[i] - mean) * r * gain[i] + bias[i];
+}
+
+/* 1 + tanh(u) = 2 sigmoid(2u) */
+INLINE vec vgelu_tanh(vec x)
+{
+    return x * vsigmoid(0x1.988454p0f * (x + 0.044715f * x * x * x));
+}
+
+static void gelu_tanh(float *x, int64_t n)
+{
+    int64_t i = 0, k = n % VL;
+    for (; i + VL <= n; i += VL) vstore(x + i, vgelu_tanh(vload(x + i)));
+    if (k > 0) vstore_part(x + i, vgelu_tanh(vload_part(x + i, k)), k);
 }
 
 static void gated_norm(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps)

@@ -118,6 +118,7 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
 void cpu_weight_free(struct queue *q, struct weight *w);
 
 void cpu_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
+double cpu_product_speed(struct queue *q, enum weight_format f);
 void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w);
 void cpu_add(struct queue *q, struct mat y, struct mat x);
 void cpu_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps);
@@ -137,6 +138,11 @@ void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
                const struct step_rows *rows);
 void cpu_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
                     float eps);
+void cpu_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                    float eps);
+void cpu_add_bias(struct queue *q, struct mat y, const float *bias, enum activation f);
+void cpu_rotate(struct queue *q, struct mat x, int n_heads, struct mat angle);
+void cpu_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads);
 void cpu_route(struct queue *q, const struct picks *picks, struct mat logits);
 void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                  const struct experts *experts);

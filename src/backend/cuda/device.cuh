@@ -155,20 +155,24 @@ __device__ __forceinline__ float fp8_input_scale(float absmax)
     return fmaxf(absmax / 448.0f, 1.0f / (448.0f * 512.0f));
 }
 
-/* Where code `position` (0..7) of an FP4 word lies, as a value. */
-__device__ __forceinline__ float fp4_value(uint32_t word, int position)
+__device__ __forceinline__ float e2m1_value(uint32_t code)
 {
-    uint32_t half = position & 1 ? word >> 16 : word & 0xffff, code;
-    switch (position / 2) {
-    case 0: code = (half >> 12 & 8) | (half >> 6 & 7); break;
-    case 1: code = (half >> 9 & 8) | (half >> 3 & 7); break;
-    case 2: code = (half >> 6 & 8) | (half & 7); break;
-    default: code = (half >> 7 & 8) | (half >> 12 & 6) | (half >> 11 & 1); break;
-    }
     const float value = code & 4 ? __uint_as_float((127 + (code >> 1 & 3) - 1) << 23 | (code & 1) << 22)
                         : code & 2 ? (code & 1 ? 1.5f : 1.0f)
                                    : (code & 1 ? 0.5f : 0.0f);
     return code & 8 ? -value : value;
+}
+
+/* Code `position` (0..7) of an FP4 word. */
+__device__ __forceinline__ uint32_t fp4_code(uint32_t word, int position)
+{
+    uint32_t half = position & 1 ? word >> 16 : word & 0xffff;
+    switch (position / 2) {
+    case 0: return (half >> 12 & 8) | (half >> 6 & 7);
+    case 1: return (half >> 9 & 8) | (half >> 3 & 7);
+    case 2: return (half >> 6 & 8) | (half & 7);
+    default: return (half >> 7 & 8) | (half >> 12 & 6) | (half >> 11 & 1);
+    }
 }
 
 __device__ __forceinline__ uint32_t bf16_pair_product(uint32_t a, __nv_bfloat162 b)

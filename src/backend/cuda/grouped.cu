@@ -316,10 +316,7 @@ template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int
     int64_t picked = n * p.k;
     unsigned most = (unsigned)(picked / TOKENS + (a.e.n < picked ? a.e.n : picked));
     mat none = {}, hidden = { q->hidden, picked, up.rows, up.rows };
-    if (!queue_failed(q)) {
-        sort_picks<<<1, SORTERS, 0, q->stream>>>(a.s, p, (int)picked, a.e.n, TOKENS);
-        queue_check(q, cudaGetLastError(), "experts");
-    }
+    cuda_sort_picks(q, &p, n, a.e.n, TOKENS);
     if (FORMAT == WEIGHT_NVFP4 && TOKENS == 128 && q->has_wide && a.hidden)
         launch(q, "experts", false, up_tiles_wide, dim3(blocks(up.rows, TILE_ROWS), most),
                tile<WEIGHT_NVFP4, 128, WIDE_ROWS>::SHARED, a);
@@ -354,6 +351,18 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 }
 
 } /* namespace */
+
+void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int n_experts, int most)
+{
+    launch<SORTERS>(q, "experts", false, sort_picks, dim3(1), 0, q->prefill, *p, (int)(rows * p->k), n_experts, most);
+}
+
+void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p)
+{
+    mat none = {};
+    launch(q, "experts", false, sum_picks<false>, dim3(blocks(y.cols, 4 * THREADS), (unsigned)y.rows), 0, y, none, none,
+           none, q->prefill, *p);
+}
 
 bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                   const struct cuda_experts *e, const struct moe_run *run)

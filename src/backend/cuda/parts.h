@@ -20,8 +20,8 @@ enum {
 
 /* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
  * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
- * words of columns 32 i + 8 t + 0..7, i = 0..3. Then 8 scales for each two lanes, of both halves and every i:
- * those of columns 16 (2 i + t / 2) + 0..15. */
+ * words of columns 32 i + 8 t + 0..7, i = 0..3 (for INPUT_NVFP4 with the first code in the low bits). Then 8
+ * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15. */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -74,8 +74,8 @@ struct cuda_rows {
     int n, n_spans, pages_each;
 };
 
-/* Scratch of a step of more than ROWS_EXACT rows, device memory. BF16 inputs of products are in the order of
- * tile.cuh. */
+/* Scratch of a step of more than ROWS_EXACT rows, and of fp4.cu, device memory. BF16 inputs of products are
+ * in the order of tile.cuh. */
 struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
     void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
@@ -185,9 +185,14 @@ void cuda_attention_out(struct queue *q, const struct attention_run *r);
 void cuda_product_plain(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
 void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                         const struct cuda_experts *experts);
-/* codes [rows][cols / 2], scales [rows][cols / 16] in device memory */
+/* codes [rows][cols / 2], scales [rows][cols / 16] in device memory. straight: words hold the codes in
+ * columns' order, as FP4 tensor cores take them, and scales' signs are in the codes; so for INPUT_NVFP4 */
 void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows,
-                  int64_t cols);
+                  int64_t cols, bool straight);
+/* fp4.cu: weights whose inputs are quantized too (INPUT_NVFP4). False: not for these */
+bool cuda_fp4_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
+bool cuda_fp4_experts(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                      const struct cuda_experts *e);
 /* experts.cu. run: NULL, or the whole block with routing, shared expert and residual. False: not for these
  * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
@@ -208,6 +213,12 @@ void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* vision.cu */
+void cuda_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                     float eps);
+void cuda_add_bias(struct queue *q, struct mat y, const float *bias, enum activation f);
+void cuda_rotate(struct queue *q, struct mat x, int n_heads, struct mat angle);
+void cuda_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads);
 /* attention.cu */
 void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
                     const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);

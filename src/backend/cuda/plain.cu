@@ -1,5 +1,5 @@
 /* Products of every format and shape, element by element: what the streaming kernels do not take (odd column counts,
- * F16 and F32 weights, FP8 in blocks, FP4 activations). And the little that loading does on the device. */
+ * F16 and F32 weights, FP8 in blocks). And the little that loading does on the device. */
 #include "backend/cuda/device.cuh"
 #include <algorithm>
 
@@ -30,7 +30,9 @@ __device__ float element(const cuda_matrix &m, int64_t r, int c)
     case WEIGHT_NVFP4: {
         fp4_place at = fp4_place_of((int)r, c, m.cols);
         const uint8_t *unit = (const uint8_t *)m.data + at.unit * FP4_UNIT_BYTES;
-        return fp4_value(((const uint32_t *)unit)[at.word], c % 8) * (e4m3_value(unit[at.scale]) / m.global);
+        uint32_t word = ((const uint32_t *)unit)[at.word];
+        uint32_t code = m.input == INPUT_NVFP4 ? word >> c % 8 * 4 : fp4_code(word, c % 8);
+        return e2m1_value(code & 15) * (e4m3_value(unit[at.scale]) / m.global);
     }
     case WEIGHT_FP8_BLOCK: {
         int across = (m.cols + FP8_BLOCK_SIDE - 1) / FP8_BLOCK_SIDE;
@@ -140,16 +142,21 @@ __global__ void experts_down_rows(mat y, const float *hidden, const float *input
     if (threadIdx.x % LANES == 0) y.data[row * y.stride + r] = sum;
 }
 
-/* A thread eight columns of a row, padding too. */
-__global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int wide)
+/* A thread eight columns of a row, padding too. straight: for FP4 tensor cores, whose scales have no sign. */
+__global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int wide, bool straight)
 {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     int r = (int)(i / (wide / 8)), c = (int)(i % (wide / 8)) * 8;
     bool in = r < rows && c < cols;
     if (r >= (rows + 7) / 8 * 8) return;
     uint32_t word = 0;
+    uint8_t scale = in ? scales[((int64_t)r * cols + c) / 16] : 0;
     for (int k = 0; k < 8 && in; k++) {
         uint32_t code = codes[((int64_t)r * cols + c + k) / 2] >> (k % 2 * 4) & 15, s = code >> 3, rest = code & 7, half;
+        if (straight) {
+            word |= (code ^ (scale >> 4 & 8)) << 4 * k;
+            continue;
+        }
         switch (k / 2) {
         case 0: half = s << 15 | rest << 6; break;
         case 1: half = s << 12 | rest << 3; break;
@@ -161,7 +168,7 @@ __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales
     fp4_place at = fp4_place_of(r, c, cols);
     uint8_t *unit = to + at.unit * FP4_UNIT_BYTES;
     ((uint32_t *)unit)[at.word] = word;
-    if (c % 16 == 0) unit[at.scale] = in ? scales[((int64_t)r * cols + c) / 16] : 0;
+    if (c % 16 == 0) unit[at.scale] = straight ? scale & 0x7f : scale;
 }
 
 __global__ void read_all(const uint4 *p, size_t n, unsigned *out)
@@ -233,11 +240,11 @@ void cuda_experts_plain(struct queue *q, struct mat y, struct mat x, const struc
            q->input_scale, *p, *e);
 }
 
-void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols)
+void cuda_lay_fp4(struct queue *q, void *to, const void *codes, const void *scales, int64_t rows, int64_t cols, bool straight)
 {
     int64_t wide = (cols + FP4_UNIT_COLS - 1) / FP4_UNIT_COLS * FP4_UNIT_COLS;
     launch(q, "weights", false, lay_fp4, dim3(blocks((rows + 7) / 8 * wide)), 0, (uint8_t *)to, (const uint8_t *)codes,
-           (const uint8_t *)scales, (int)rows, (int)cols, (int)wide);
+           (const uint8_t *)scales, (int)rows, (int)cols, (int)wide, straight);
 }
 
 bool cuda_has_kernels(int *version)

@@ -16,7 +16,7 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     const struct step_limits *l = &q->limits;
     uint64_t parts = q->rounded ? 1 : EXACT_PARTS;
     p->known = NULL;
-    p->rows = l->rows > ROWS_EXACT ? l->rows : 0;
+    p->rows = l->rows;
     p->cols = whole(l->cols);
     p->picked = p->rows * l->picks;
     p->intermediate = whole(l->intermediate);

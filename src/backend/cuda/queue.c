@@ -176,6 +176,7 @@ static bool wait(struct queue *q, struct err *e)
 static void matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w)
 {
     struct cuda_matrix m = cuda_matrix_of(w);
+    if (cuda_fp4_product(q, y, x, &m)) return;
     if (cuda_dense(q, &(struct cuda_products){ .x = x, .n = 1, .out = { y }, .m = { m } })) return;
     if (cuda_batch_product(q, y, x, &m)) return;
     if (cuda_streams(q, &m))
@@ -188,7 +189,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
                     const struct experts *list)
 {
     const struct cuda_experts *e = list->bound;
-    if (cuda_grouped(q, y, x, p, e, NULL)) return;
+    if (cuda_fp4_experts(q, y, x, p, e) || cuda_grouped(q, y, x, p, e, NULL)) return;
     if (!cuda_experts_stream(q, y, x, p, e, NULL)) cuda_experts_plain(q, y, x, p, e);
 }
 
@@ -270,6 +271,10 @@ const struct ops cuda_ops = {
     .conv = cuda_conv,
     .delta = cuda_delta,
     .gated_norm = cuda_gated_norm,
+    .layer_norm = cuda_layer_norm,
+    .add_bias = cuda_add_bias,
+    .rotate = cuda_rotate,
+    .attention_all = cuda_attention_all,
     .route = cuda_route,
     .experts = experts,
     .log_softmax = cuda_log_softmax,

@@ -34,7 +34,8 @@ static void layout(struct queue *q, struct arena *a)
 {
     const struct step_limits *l = &q->limits;
     int64_t picked = l->rows * l->picks, rows = largest(l->rows, ROWS_EXACT);
-    int64_t quantized = largest(l->rows * l->cols, picked * l->intermediate);
+    /* f32, or records of FP4, padded: no longer from 64 columns on */
+    int64_t quantized = largest(l->rows * largest(l->cols, 64), picked * largest(l->intermediate, 64));
     q->quantized = arena_take(a, quantized, sizeof(float), 64);
     q->quantized_bytes = (size_t)quantized * sizeof(float);
     q->input_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);

@@ -87,7 +87,7 @@ static bool fill_fp4(struct queue *q, struct cuda_weight *w, const struct weight
     if (!queue_take(q, &staged, codes + scales, "weights", e)) return false;
     copy(q, staged, s->data, codes);
     copy(q, (char *)staged + codes, s->scale, scales);
-    cuda_lay_fp4(q, w->data, staged, (char *)staged + codes, s->rows, s->cols);
+    cuda_lay_fp4(q, w->data, staged, (char *)staged + codes, s->rows, s->cols, s->input == INPUT_NVFP4);
     queue_give(q, staged);
     return true;
 }

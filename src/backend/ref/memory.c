@@ -97,7 +97,8 @@ static bool grow(float **buffer, int64_t *room, int64_t want, struct err *e)
 
 static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
 {
-    return grow(&q->scratch, &q->room, 2 * l->cols > l->context ? 2 * l->cols : l->context, e) &&
+    int64_t scores = l->context > l->together ? l->context : l->together;
+    return grow(&q->scratch, &q->room, 2 * l->cols > scores ? 2 * l->cols : scores, e) &&
            grow(&q->row, &q->row_room, 3 * l->cols, e);
 }
 
@@ -166,6 +167,10 @@ const struct ops ref_ops = {
     .conv = ref_conv,
     .delta = ref_delta,
     .gated_norm = ref_gated_norm,
+    .layer_norm = ref_layer_norm,
+    .add_bias = ref_add_bias,
+    .rotate = ref_rotate,
+    .attention_all = ref_attention_all,
     .route = ref_route,
     .experts = ref_experts,
     .log_softmax = ref_log_softmax,

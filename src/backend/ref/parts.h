@@ -50,6 +50,11 @@ void ref_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
                const struct step_rows *rows);
 void ref_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, const float *gain, int dim,
                     float eps);
+void ref_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
+                    float eps);
+void ref_add_bias(struct queue *q, struct mat y, const float *bias, enum activation f);
+void ref_rotate(struct queue *q, struct mat x, int n_heads, struct mat angle);
+void ref_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_heads);
 void ref_route(struct queue *q, const struct picks *picks, struct mat logits);
 void ref_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                  const struct experts *experts);

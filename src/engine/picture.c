@@ -1,0 +1,70 @@
+#include "engine/picture.h"
+#include "image/patches.h"
+#include "model/vision.h"
+#include <stdlib.h>
+
+struct picture_reader {
+    struct model *model;
+    struct vision *vision;
+    struct patch_rule rule;
+};
+
+static bool load_rule(struct picture_reader *r, struct err *e)
+{
+    const struct config *c = r->model->config;
+    if (c->vision.channels != 3)
+        return err_set(e, ERR_UNSUPPORTED, "vision_config.in_channels is %d, only 3 is supported",
+                       c->vision.channels);
+    return patch_rule_load(&r->rule, r->model->checkpoint->path, c->vision.patch, c->vision.temporal_patch,
+                           c->vision.merge, e);
+}
+
+bool picture_reader_create(struct picture_reader **out, struct model *m, struct err *e)
+{
+    struct picture_reader *r = calloc(1, sizeof *r);
+    *out = r;
+    if (!r) return err_memory(e, "vision tower", sizeof *r);
+    r->model = m;
+    if (vision_create(&r->vision, m, e) && load_rule(r, e)) return true;
+    picture_reader_free(r);
+    *out = NULL;
+    return false;
+}
+
+void picture_reader_free(struct picture_reader *r)
+{
+    if (!r) return;
+    vision_free(r->vision);
+    free(r);
+}
+
+static bool see(struct picture_reader *r, struct picture *out, const struct patches *p, struct err *e)
+{
+    const struct config *c = r->model->config;
+    *out = (struct picture){ p->height / c->vision.merge, p->width / c->vision.merge, c->hidden_size, NULL };
+    uint64_t bytes = (uint64_t)(out->height * out->width * out->cols) * sizeof *out->rows;
+    out->rows = malloc(bytes);
+    if (!out->rows) return err_memory(e, "image", bytes);
+    if (vision_run(r->vision, out->rows, p->values, p->height, p->width, e)) return true;
+    picture_free(out);
+    return false;
+}
+
+bool picture_read(struct picture_reader *r, struct picture *out, const char *source,
+                  const struct image_limits *limits, struct err *e)
+{
+    struct image image;
+    struct patches patches = { 0 };
+    *out = (struct picture){ 0 };
+    bool ok = image_load(&image, source, limits, e) && patches_make(&patches, &image, &r->rule, e) &&
+              see(r, out, &patches, e);
+    patches_free(&patches);
+    image_free(&image);
+    return ok;
+}
+
+void picture_free(struct picture *p)
+{
+    free(p->rows);
+    *p = (struct picture){ 0 };
+}

@@ -1,0 +1,23 @@
+/* Pictures on their way into prompts: from a file or URL to the rows that the language model reads. */
+#ifndef ENGINE_PICTURE_H
+#define ENGINE_PICTURE_H
+#include "image/image.h"
+#include "model/model.h"
+
+struct picture {
+    int64_t height, width; /* in rows of the language model */
+    int64_t cols;          /* the model's hidden_size */
+    float *rows;           /* [height * width][cols], owned */
+};
+
+/* The vision tower and how it wants its pictures. */
+struct picture_reader;
+/* m: borrow. ERR_UNSUPPORTED for a model that does not see. */
+bool picture_reader_create(struct picture_reader **out, struct model *m, struct err *e);
+void picture_reader_free(struct picture_reader *r); /* NULL is fine */
+
+/* source and limits as image_load takes them. */
+bool picture_read(struct picture_reader *r, struct picture *out, const char *source,
+                  const struct image_limits *limits, struct err *e);
+void picture_free(struct picture *p); /* accepts a zeroed one */
+#endif

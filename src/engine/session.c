@@ -1,0 +1,180 @@
+#include "engine/session.h"
+#include "base/clock.h"
+#include <stdlib.h>
+#include <string.h>
+
+struct session {
+    struct engine *engine;
+    const struct tokenizer *tokenizer;
+    int handle;
+    struct row *held; /* what the sequence has computed; room for the engine's context */
+    int64_t n_held;
+    uint64_t draws; /* of the sampler, over all answers */
+    struct candidate *work;
+    char *text; /* of one token */
+    size_t text_size;
+    const struct session_options *o; /* of the answer under way */
+};
+
+bool session_create(struct session **out, struct engine *g, const struct tokenizer *t, struct err *e)
+{
+    struct session *s = *out = calloc(1, sizeof *s);
+    size_t vocab = (size_t)engine_vocab(g), context = (size_t)engine_context(g);
+    if (!s) return err_memory(e, "a session", sizeof *s);
+    *s = (struct session){ .engine = g, .tokenizer = t, .handle = -1 };
+    s->work = malloc(vocab * sizeof *s->work);
+    s->held = malloc(context * sizeof *s->held);
+    if (s->work && s->held) return true;
+    session_free(s);
+    *out = NULL;
+    return err_memory(e, "a session", context * sizeof *s->held + vocab * sizeof *s->work);
+}
+
+void session_reset(struct session *s)
+{
+    if (s->handle >= 0) engine_close(s->engine, s->handle);
+    s->handle = -1;
+    s->n_held = 0;
+}
+
+void session_free(struct session *s)
+{
+    if (!s) return;
+    session_reset(s);
+    free(s->held);
+    free(s->work);
+    free(s->text);
+    free(s);
+}
+
+static bool is_one_of(const int32_t *ids, int n, int32_t id)
+{
+    for (int i = 0; i < n; i++)
+        if (ids[i] == id) return true;
+    return false;
+}
+
+static bool never_sampled(void *ctx, int32_t id)
+{
+    const struct session *s = ctx;
+    size_t n;
+    tokenizer_bytes(s->tokenizer, id, &n);
+    return n == 0 || is_one_of(s->o->never, s->o->n_never, id);
+}
+
+static bool is_cancelled(const struct session *s)
+{
+    return s->o->cancelled && s->o->cancelled(s->o->ctx);
+}
+
+/* The sequence must hold less than the prompt, and nothing else. */
+static bool keeps(const struct session *s, const struct prompt *prompt)
+{
+    if (s->handle < 0 || s->n_held >= prompt->n) return false;
+    for (int64_t i = 0; i < s->n_held; i++)
+        if (s->held[i].token != prompt->rows[i].token || s->held[i].embedding != prompt->rows[i].embedding)
+            return false;
+    return true;
+}
+
+static bool append(struct session *s, const struct row *rows, int64_t n, const float **logits, struct err *e)
+{
+    if (!engine_prefill_rows(s->engine, s->handle, rows, n, logits, NULL, e)) return false;
+    memcpy(s->held + s->n_held, rows, (size_t)n * sizeof *rows);
+    s->n_held += n;
+    return true;
+}
+
+static bool append_token(struct session *s, int32_t id, const float **logits, struct err *e)
+{
+    struct row row;
+    engine_text_rows(&row, &id, 1, engine_position(s->engine, s->handle));
+    return append(s, &row, 1, logits, e);
+}
+
+/* The prompt's new rows, a step at a time, so that it can be cancelled. */
+static bool prefill(struct session *s, struct session_result *out, const struct prompt *prompt,
+                    const float **logits, struct err *e)
+{
+    if (!keeps(s, prompt)) {
+        session_reset(s);
+        if (!engine_open(s->engine, &s->handle, e)) return false;
+    }
+    out->reused_tokens = s->n_held;
+    int64_t total = prompt->n - s->n_held, step = engine_step_rows(s->engine);
+    for (int64_t done = 0; done < total;) {
+        int64_t n = total - done < step ? total - done : step;
+        if (is_cancelled(s)) {
+            out->finish = SESSION_CANCELLED;
+            return true;
+        }
+        if (!append(s, prompt->rows + s->n_held, n, logits, e)) return false;
+        done += n;
+        report_progress(s->o->report, "prompt", (uint64_t)done, (uint64_t)total);
+    }
+    return true;
+}
+
+static bool hand_out(struct session *s, struct detokenizer *d, int32_t id, struct err *e)
+{
+    size_t n;
+    tokenizer_bytes(s->tokenizer, id, &n);
+    if (s->text_size < 3 * n + DETOKENIZER_ROOM) {
+        size_t size = 2 * (3 * n + DETOKENIZER_ROOM);
+        char *grown = realloc(s->text, size);
+        if (!grown) return err_memory(e, "text", size);
+        s->text = grown;
+        s->text_size = size;
+    }
+    n = detokenizer_push(d, s->tokenizer, id, true, s->text);
+    if (n) s->o->text(s->o->ctx, s->text, n);
+    return true;
+}
+
+static bool decode(struct session *s, struct session_result *out, const float *logits, struct err *e)
+{
+    struct detokenizer d = { 0 };
+    char rest[DETOKENIZER_ROOM];
+    int64_t room = engine_context(s->engine) - s->n_held;
+    int64_t most = s->o->max_tokens < room ? s->o->max_tokens : room;
+    out->finish = SESSION_LENGTH;
+    while (out->tokens < most) {
+        int32_t id = sample_token(&s->o->sampling, logits, engine_vocab(s->engine), s->draws++, s->work,
+                                  never_sampled, s);
+        if (is_one_of(s->o->stop_tokens, s->o->n_stop_tokens, id)) {
+            out->finish = SESSION_STOP;
+            break;
+        }
+        out->tokens++;
+        if (!hand_out(s, &d, id, e)) return false;
+        if (is_cancelled(s)) {
+            out->finish = SESSION_CANCELLED;
+            break;
+        }
+        if (out->tokens < most && !append_token(s, id, &logits, e)) return false;
+    }
+    size_t n = detokenizer_finish(&d, rest);
+    if (n) s->o->text(s->o->ctx, rest, n);
+    return true;
+}
+
+bool session_answer(struct session *s, struct session_result *out, const struct prompt *prompt,
+                    const struct session_options *o, struct err *e)
+{
+    const float *logits = NULL;
+    int64_t n = prompt->n, context = engine_context(s->engine);
+    *out = (struct session_result){ .prompt_tokens = n };
+    s->o = o;
+    if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
+    if (n >= context)
+        return err_set(e, ERR_LIMIT, "the conversation has %lld tokens, the context is %lld with the answer",
+                       (long long)n, (long long)context);
+    double begin = clock_seconds();
+    bool ok = prefill(s, out, prompt, &logits, e);
+    double middle = clock_seconds();
+    ok = ok && (out->finish == SESSION_CANCELLED || decode(s, out, logits, e));
+    out->prefill_seconds = middle - begin;
+    out->decode_seconds = clock_seconds() - middle;
+    if (!ok) session_reset(s);
+    return ok;
+}

@@ -1,0 +1,62 @@
+#include "image/data_url.h"
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+static int digit(char c)
+{
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+static bool is_space(char c)
+{
+    return c == ' ' || c == '\n' || c == '\r' || c == '\t';
+}
+
+/* text[0 .. n) without the padding at its end. */
+static bool decode(uint8_t *out, size_t *bytes, const char *text, size_t n, size_t offset, struct err *e)
+{
+    uint32_t held = 0;
+    int n_held = 0;
+    *bytes = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (is_space(text[i])) continue;
+        int d = digit(text[i]);
+        if (d < 0) return err_set(e, ERR_FORMAT, "byte %zu is not a base64 digit", offset + i);
+        held = held << 6 | (uint32_t)d;
+        if (++n_held < 4) continue;
+        out[(*bytes)++] = (uint8_t)(held >> 16);
+        out[(*bytes)++] = (uint8_t)(held >> 8);
+        out[(*bytes)++] = (uint8_t)held;
+        held = 0;
+        n_held = 0;
+    }
+    if (n_held == 1) return err_set(e, ERR_FORMAT, "one base64 digit too many, or some are missing");
+    if (n_held > 1) out[(*bytes)++] = (uint8_t)(held >> (n_held == 2 ? 4 : 10));
+    if (n_held > 2) out[(*bytes)++] = (uint8_t)(held >> 2);
+    return true;
+}
+
+bool data_url_decode(uint8_t **data, size_t *bytes, const char *url, uint64_t bytes_max, struct err *e)
+{
+    static const char mark[] = ";base64";
+    const size_t mark_bytes = sizeof mark - 1;
+    const char *comma = strchr(url, ',');
+    *data = NULL;
+    *bytes = 0;
+    if (!comma || (size_t)(comma - url) < mark_bytes ||
+        strncasecmp(comma - mark_bytes, mark, mark_bytes) != 0)
+        return err_set(e, ERR_FORMAT, "expected data:TYPE;base64,DIGITS");
+    const char *text = comma + 1;
+    size_t n = strlen(text);
+    while (n > 0 && (text[n - 1] == '=' || is_space(text[n - 1]))) n--;
+    if (n / 4 > bytes_max / 3)
+        return err_set(e, ERR_LIMIT, "%zu base64 digits hold more than %" PRIu64 " bytes", n, bytes_max);
+    *data = malloc(n / 4 * 3 + 3);
+    if (!*data) return err_memory(e, "base64", n / 4 * 3 + 3);
+    return decode(*data, bytes, text, n, (size_t)(text - url), e);
+}

@@ -1,0 +1,272 @@
+/* A picture's way into a prompt, against Hugging Face transformers in float32 (tests/golden/README.md): pixel
+ * values, positions, logits; the rule of positions on the vectors; several pictures; any split into steps. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include "engine/prompt.h"
+#include "image/patches.h"
+#include "support/models.h"
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct backend_options tested = { .device = DEVICE_CPU };
+
+static const void *values(const struct safetensors *f, const char *name, int64_t *n)
+{
+    const struct tensor *t = safetensors_find(f, name);
+    assert_non_null(t);
+    if (n) *n = t->shape[0];
+    return t->data;
+}
+
+static int64_t argmax(const float *x, int64_t n)
+{
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* The golden's token list has the placeholder once a row; a prompt before pictures has it once a picture. */
+static int64_t collapse(int32_t *out, const int32_t *ids, int64_t n, int64_t image_token)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (ids[i] != image_token || i == 0 || ids[i - 1] != image_token) out[kept++] = ids[i];
+    return kept;
+}
+
+static void check_pixels(const struct safetensors *f, const char *image, const struct model *m)
+{
+    struct patch_rule rule;
+    struct image picture;
+    struct patches p;
+    struct err e = { 0 };
+    const struct config *c = m->config;
+    int64_t n;
+    const float *want = values(f, "pixel_values", &n);
+    const int32_t *grid = values(f, "grid_thw", NULL);
+    must(patch_rule_load(&rule, m->checkpoint->path, c->vision.patch, c->vision.temporal_patch,
+                         c->vision.merge, &e),
+         &e);
+    must(image_load(&picture, image, NULL, &e), &e);
+    must(patches_make(&p, &picture, &rule, &e), &e);
+    assert_int_equal(p.height, grid[1]);
+    assert_int_equal(p.width, grid[2]);
+    assert_int_equal(p.cols, 1536);
+    float worst = 0;
+    for (int64_t i = 0; i < n * p.cols; i++) worst = fmaxf(worst, fabsf(p.values[i] - want[i]));
+    printf("note: %s: pixel values differ by %g at most\n", image, (double)worst);
+    assert_true(worst <= 1e-6f); /* one step of a sample would be 2 / 255 */
+    patches_free(&p);
+    image_free(&picture);
+}
+
+struct logits_check {
+    const float *want;
+    int64_t vocab;
+    double worst;
+    int differ;
+};
+
+static void check_logits(struct logits_check *c, int64_t at, const float *logits)
+{
+    const float *want = c->want + at * c->vocab;
+    double d = 0, w = 0;
+    for (int64_t i = 0; i < c->vocab; i++) {
+        d += ((double)logits[i] - want[i]) * ((double)logits[i] - want[i]);
+        w += (double)want[i] * want[i];
+    }
+    double error = sqrt(d / w);
+    if (!(error <= c->worst)) c->worst = error;
+    c->differ += argmax(logits, c->vocab) != argmax(want, c->vocab);
+}
+
+static void check_split(struct model *m, const struct prompt *p, int64_t step, struct logits_check *c)
+{
+    struct engine *g;
+    struct err e = { 0 };
+    int handle;
+    must(engine_create(&g, m, &(struct engine_options){ .context = 128, .kv = KV_F32 }, &e), &e);
+    must(engine_open(g, &handle, &e), &e);
+    for (int64_t at = 0, n; at < p->n; at += n) {
+        struct mat hidden;
+        n = p->n - at < step ? p->n - at : step;
+        must(engine_step(g, &(struct engine_run){ handle, p->rows + at, n }, 1, &hidden, &e), &e);
+        for (int64_t i = 0; i < n; i++) check_logits(c, at + i, engine_logits_host(g, hidden, &i, 1));
+    }
+    assert_int_equal(engine_length(g, handle), p->n);
+    assert_int_equal(engine_position(g, handle), p->rows[p->n - 1].position[0] + 1);
+    engine_free(g);
+}
+
+/* The rows up to the picture and a little on, then plain tokens: their positions are the engine's to know. */
+static void check_tokens_after(struct model *m, const struct prompt *p, struct logits_check *c)
+{
+    enum { LAST = 5 };
+    struct engine *g;
+    struct err e = { 0 };
+    int handle;
+    const float *logits;
+    must(engine_create(&g, m, &(struct engine_options){ .context = 128, .kv = KV_F32 }, &e), &e);
+    must(engine_open(g, &handle, &e), &e);
+    must(engine_prefill_rows(g, handle, p->rows, p->n - LAST, &logits, NULL, &e), &e);
+    check_logits(c, p->n - LAST - 1, logits);
+    for (int64_t i = p->n - LAST; i < p->n; i++) {
+        must(engine_prefill(g, handle, &p->rows[i].token, 1, &logits, NULL, &e), &e);
+        check_logits(c, i, logits);
+    }
+    engine_free(g);
+}
+
+static void check_model(const char *model, const char *golden, const char *image)
+{
+    struct loaded l;
+    struct safetensors f;
+    struct picture_reader *reader;
+    struct picture picture;
+    struct prompt p;
+    struct err e = { 0 };
+    int32_t tokens[64];
+    int64_t n;
+    must(safetensors_open(&f, golden, &e), &e);
+    load_model(&l, model, &tested);
+    check_pixels(&f, image, &l.model);
+    must(picture_reader_create(&reader, &l.model, &e), &e);
+    must(picture_read(reader, &picture, image, NULL, &e), &e);
+    const int32_t *ids = values(&f, "ids", &n), *positions = values(&f, "position_ids", NULL);
+    int64_t image_token = l.model.config->image_token;
+    must(prompt_create(&p, tokens, collapse(tokens, ids, n, image_token), image_token, &picture, 1, 0, &e),
+         &e);
+    assert_int_equal(p.n, n);
+    for (int64_t i = 0; i < n; i++) {
+        assert_int_equal(p.rows[i].token, ids[i]);
+        assert_int_equal(!p.rows[i].embedding, ids[i] != image_token);
+        for (int k = 0; k < 3; k++) assert_int_equal(p.rows[i].position[k], positions[k * n + i]);
+    }
+    static const int64_t steps[] = { 64, 1, 7 };
+    for (int i = 0; i < 3; i++) {
+        struct logits_check c = { .want = values(&f, "logits", NULL), .vocab = l.model.config->vocab_size };
+        check_split(&l.model, &p, steps[i], &c);
+        if (i == 0) check_tokens_after(&l.model, &p, &c);
+        printf("note: %s on %s, %d rows a step: logits of a picture's prompt %.1e\n", model, l.backend.name,
+               (int)steps[i], c.worst);
+        assert_true(c.worst <= 2e-3);
+        assert_int_equal(c.differ, 0);
+    }
+    prompt_free(&p);
+    picture_free(&picture);
+    picture_reader_free(reader);
+    unload_model(&l);
+    safetensors_close(&f);
+}
+
+static void demo_matches_its_golden(void **state)
+{
+    (void)state;
+    check_model("models/demo", "tests/golden/demo/golden_image.safetensors",
+                "tests/golden/demo/golden_image.png");
+}
+
+static void study_matches_its_golden(void **state)
+{
+    (void)state;
+    const char *shared = shared_folder("an image for the study model");
+    char model[512], golden[512], image[512];
+    if (!shared) skip();
+    snprintf(model, sizeof model, "%s/models/study", shared);
+    snprintf(golden, sizeof golden, "%s/models/study-golden/golden_image.safetensors", shared);
+    snprintf(image, sizeof image, "%s/models/study-golden/golden_image.png", shared);
+    check_model(model, golden, image);
+}
+
+/* The worked case of model_vectors.json. */
+static void positions_follow_the_vectors(void **state)
+{
+    (void)state;
+    enum { IMAGE = 99 };
+    static const char *const axes[] = { "T", "H", "W" };
+    static const int32_t tokens[] = { 1, 2, 3, IMAGE, 4, 5 };
+    float rows[6 * 4] = { 0 };
+    struct picture picture = { 2, 3, 4, rows };
+    struct prompt p;
+    struct err e = { 0 };
+    json_t *root = json_load_file("tests/golden/model_vectors.json", JSON_DECODE_INT_AS_REAL, NULL);
+    assert_non_null(root);
+    const json_t *want = json_object_get(json_object_get(root, "mrope"), "positions_case");
+    must(prompt_create(&p, tokens, 6, IMAGE, &picture, 1, 0, &e), &e);
+    assert_int_equal(p.n, 11);
+    for (int64_t i = 0; i < p.n; i++)
+        for (int k = 0; k < 3; k++)
+            assert_int_equal(p.rows[i].position[k],
+                             (int)json_real_value(json_array_get(json_object_get(want, axes[k]), (size_t)i)));
+    assert_ptr_equal(p.rows[8].embedding, rows + 5 * 4);
+    prompt_free(&p);
+    json_decref(root);
+}
+
+static void several_pictures_and_what_is_refused(void **state)
+{
+    (void)state;
+    enum { IMAGE = 99 };
+    static const int32_t tokens[] = { IMAGE, 1, IMAGE, IMAGE };
+    float rows[8] = { 0 };
+    struct picture pictures[] = { { 1, 1, 1, rows }, { 3, 1, 1, rows + 1 }, { 2, 2, 1, rows + 4 } };
+    struct prompt p;
+    struct err e = { 0 };
+    must(prompt_create(&p, tokens, 4, IMAGE, pictures, 3, 10, &e), &e);
+    static const int32_t want[][3] = { { 10, 10, 10 }, { 11, 11, 11 }, { 12, 12, 12 },
+                                       { 12, 13, 12 }, { 12, 14, 12 }, { 15, 15, 15 },
+                                       { 15, 15, 16 }, { 15, 16, 15 }, { 15, 16, 16 } };
+    assert_int_equal(p.n, 9);
+    for (int i = 0; i < 9; i++) assert_memory_equal(p.rows[i].position, want[i], sizeof want[i]);
+    assert_ptr_equal(p.rows[8].embedding, rows + 7);
+    prompt_free(&p);
+    assert_false(prompt_create(&p, tokens, 4, IMAGE, pictures, 2, 0, &e));
+    assert_int_equal(e.code, ERR_ARGUMENT);
+    assert_string_equal(e.text, "the prompt has places for 3 images, 2 given");
+}
+
+/* Two pictures see nothing of each other before the language model: the second's rows are those it has alone.
+ */
+static void a_picture_after_another(void **state)
+{
+    (void)state;
+    struct loaded l;
+    struct picture_reader *reader;
+    struct picture a, b;
+    struct err e = { 0 };
+    load_model(&l, "models/demo", &tested);
+    must(picture_reader_create(&reader, &l.model, &e), &e);
+    must(picture_read(reader, &a, "tests/golden/demo/golden_image.png", NULL, &e), &e);
+    must(picture_read(reader, &b, "tests/golden/demo/golden_image.png", NULL, &e), &e);
+    assert_int_equal(a.height, 3);
+    assert_int_equal(a.width, 5);
+    assert_memory_equal(a.rows, b.rows, (size_t)(a.height * a.width * a.cols) * sizeof *a.rows);
+    picture_free(&a);
+    picture_free(&b);
+    assert_false(picture_read(reader, &a, "tests/golden/demo/reference.json", NULL, &e));
+    assert_null(a.rows);
+    picture_reader_free(reader);
+    unload_model(&l);
+}
+
+int main(void)
+{
+    const char *device = getenv("QUENCH_DEVICE");
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(demo_matches_its_golden),
+        cmocka_unit_test(study_matches_its_golden),
+        cmocka_unit_test(positions_follow_the_vectors),
+        cmocka_unit_test(several_pictures_and_what_is_refused),
+        cmocka_unit_test(a_picture_after_another),
+    };
+    if (device && strcmp(device, "cuda") == 0)
+        tested = (struct backend_options){ .device = DEVICE_CUDA, .shared_memory = true };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
