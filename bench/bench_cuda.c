@@ -1,10 +1,10 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | prefill [TOKENS]]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | batch | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only. prefill: one sequence's first 512 and 8,192 tokens as one step, 3 runs of 2
- * steps. */
+ * other. one: one sequence only. batch: 8, 32 and 128 only. prefill: one sequence's first 512 and 8,192
+ * tokens as one step, 5 runs of 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -14,7 +14,7 @@
 enum {
     RUNS = 5,
     STEPS = 20,
-    ROWS = 32,
+    ROWS = 128, /* most sequences */
     PROMPT = 8192,
     PROMPT_STEPS = 2,
     CONTEXT = 33024,
@@ -238,7 +238,7 @@ static int by_value(const void *a, const void *b)
 static void measure(const char *what, work *w, bool recorded, int n, int64_t depth, double bytes)
 {
     double t[RUNS];
-    static char keys[64];
+    static char keys[128];
     static int key;
     int steps = n > ROWS ? PROMPT_STEPS : STEPS;
     key++;
@@ -499,6 +499,7 @@ int main(int argc, char **argv)
     bool bf16 = strcmp(mix, "bf16") == 0, fast = strcmp(mix, "fast") == 0;
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
     bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0, one = argc > 3 && strcmp(argv[3], "one") == 0;
+    bool batch = argc > 3 && strcmp(argv[3], "batch") == 0;
     struct err e = { 0 };
     of_delta = of_head = fast ? WEIGHT_FP8 : WEIGHT_BF16;
     of_dense = bf16 ? WEIGHT_BF16 : WEIGHT_FP8;
@@ -525,11 +526,14 @@ int main(int argc, char **argv)
             measure_prompt(512), measure_prompt(PROMPT);
         return 0;
     }
-    measure_all(1, 0, true);
-    measure_all(1, 32768, false);
+    if (!batch) {
+        measure_all(1, 0, true);
+        measure_all(1, 32768, false);
+    }
     if (one) return 0;
-    measure_all(4, 0, false);
-    measure_all(8, 0, false);
-    measure_all(32, 0, true);
+    if (!batch) measure_all(4, 0, false);
+    measure_all(8, 0, batch);
+    measure_all(32, 0, batch);
+    measure_all(128, 0, batch);
     return 0;
 }

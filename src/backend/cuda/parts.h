@@ -90,6 +90,19 @@ struct cuda_prefill {
     int64_t rows, cols, picked, intermediate, width;
 };
 
+/* Scratch of steps of several rows (batch.h), device memory. Panels of inputs: batch.cuh. */
+struct cuda_batch {
+    void *parts, *quantized;               /* of products */
+    void *shared_parts, *shared_quantized; /* of the shared expert's second product */
+    float *scale, *shared_scale;           /* [rows]: of quantized ones */
+    int *chunks;                           /* picks by expert: batch_experts.cu */
+    void *hidden;                          /* panels, a chunk after the other */
+    float *down;                           /* [rows * picks][width]: what each pick's expert gives */
+    float *factor;                         /* [rows * picks]: weight, and what FP4 sums are multiplied by */
+    const float *known;                    /* the matrix whose rows lie in parts, or NULL */
+    int64_t rows, cols, picked, chunks_most, intermediate, width;
+};
+
 /* A recorded step: `rows` sequences of one row each. */
 struct cuda_graph {
     const void *key;
@@ -115,6 +128,7 @@ struct queue {
     float *hidden;      /* [rows * picks][intermediate] */
     float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
     struct cuda_prefill prefill;
+    struct cuda_batch batch;
     struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */

@@ -1,5 +1,6 @@
 /* Steps of many rows: their scratch, and the fused runs as a few launches each. */
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/batch.h"
 #include "base/arena.h"
 
 enum { BF16_BYTES = 2, UNIT = 64 };
@@ -53,24 +54,40 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
                                  .n = 1,
                                  .out = { r->y },
                                  .m = { cuda_matrix_of(r->out) } };
-    if (!cuda_scan(q, r, rows)) {
+    const struct cuda_rows *device_rows = queue_rows(q, rows);
+    if (!device_rows) return;
+    bool decoded = rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
+    if (!decoded && !cuda_scan(q, r, rows)) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
+    if (r->x.rows > ROWS_EXACT && cuda_batch_delta_out(q, r, device_rows, false)) return;
     if (cuda_dense(q, &out)) return;
     cuda_ops.gated_norm(q, r->o, r->raw, r->z, r->gain, r->shape->value_dim, r->eps);
     cuda_ops.matmul(q, r->y, r->o, r->out);
     cuda_ops.add(q, r->x, r->y);
 }
 
-void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+static void attend(struct queue *q, const struct attention_run *r, const struct step_rows *step)
 {
     int dim = r->kv->head_dim;
-    cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, rows);
-    cuda_ops.norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, rows);
-    cuda_ops.kv_append(q, r->kv, r->k, r->v, rows);
-    if (!cuda_flash(q, r->att, r->qg, r->n_heads, r->kv, rows))
-        cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, rows);
+    const struct cuda_rows *rows = queue_rows(q, step);
+    if (!rows) return;
+    if (step->n_spans == step->n && step->n <= ROWS_BATCH) {
+        cuda_attention_decode(q, r, rows);
+        return;
+    }
+    cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, step);
+    cuda_ops.norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, step);
+    cuda_ops.kv_append(q, r->kv, r->k, r->v, step);
+    if (!cuda_flash(q, r->att, r->qg, r->n_heads, r->kv, step))
+        cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, step);
+}
+
+void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
+{
+    attend(q, r, rows);
+    if (r->x.rows > ROWS_EXACT && cuda_batch_attention_out(q, r)) return;
     struct cuda_products o = {
         .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
     };

@@ -1,4 +1,5 @@
 /* The queue of the CUDA backend: the device, its stream, failures, memory. */
+#include "backend/cuda/batch.h"
 #include "backend/cuda/blas.h"
 #include "backend/cuda/prefill.h"
 #include "backend/fused.h"
@@ -177,6 +178,7 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
     struct cuda_matrix m = cuda_matrix_of(w);
     if (cuda_fp4_product(q, y, x, &m)) return;
     if (cuda_dense(q, &(struct cuda_products){ .x = x, .n = 1, .out = { y }, .m = { m } })) return;
+    if (cuda_batch_product(q, y, x, &m)) return;
     if (cuda_streams(q, &m))
         cuda_product(q, y, x, &m);
     else
@@ -196,7 +198,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
     bool streams = r->x.rows <= ROWS_EXACT;
-    if (cuda_norm_products_many(q, r)) return;
+    if (cuda_batch_norm_products(q, r) || cuda_norm_products_many(q, r)) return;
     for (int i = 0; streams && i < r->n; i++) {
         struct cuda_matrix m = cuda_matrix_of(r->w[i]);
         streams = cuda_streams(q, &m);
@@ -216,8 +218,8 @@ static void delta_run(struct queue *q, const struct delta_run *r, const struct s
         cuda_delta_many(q, r, step);
         return;
     }
-    cuda_delta_decode(q, r, rows);
-    cuda_delta_out(q, r, rows, true);
+    if (!cuda_batch_delta(q, r, rows, false)) cuda_delta_decode(q, r, rows);
+    if (!cuda_batch_delta_out(q, r, rows, true)) cuda_delta_out(q, r, rows, true);
 }
 
 static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *step)
@@ -230,12 +232,12 @@ static void attention_run(struct queue *q, const struct attention_run *r, const 
         return;
     }
     cuda_attention_decode(q, r, rows);
-    cuda_attention_out(q, r);
+    if (!cuda_batch_attention_out(q, r)) cuda_attention_out(q, r);
 }
 
 static void moe_run(struct queue *q, const struct moe_run *r)
 {
-    if (cuda_moe_many(q, r)) return;
+    if (cuda_batch_moe(q, r) || cuda_moe_many(q, r)) return;
     if (r->h.rows > ROWS_EXACT || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
         fused_moe(&cuda_ops, q, r);
 }

@@ -1,5 +1,5 @@
 /* What a step needs on the device besides weights: scratch, its rows, and steps recorded as CUDA graphs. */
-#include "backend/cuda/parts.h"
+#include "backend/cuda/batch.h"
 #include "base/arena.h"
 #include <stdlib.h>
 #include <string.h>
@@ -45,6 +45,7 @@ static void layout(struct queue *q, struct arena *a)
     q->answers = arena_take(a, rows, sizeof *q->answers, 64);
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
     cuda_prefill_layout(q, a);
+    cuda_batch_layout(q, a);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 
@@ -76,7 +77,9 @@ bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
     if (!queue_take(q, &q->memory, a.used, "scratch of a step", e)) return false;
     a = (struct arena){ .memory = q->memory, .size = a.used };
     layout(q, &a);
-    return true;
+    return queue_check(q, cudaMemsetAsync(q->batch.chunks, 0, 2 * sizeof *q->batch.chunks, q->stream),
+                       "reserve") ||
+           err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
 }
 
 static bool fill_spans(struct queue *q, struct cuda_row *rows, struct cuda_span *spans, int *pages,
@@ -166,7 +169,7 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *s
     q->current = NULL;
     if (!queue_rows(q, step)) return false;
     q->current = step;
-    if (!queue_decodes(step) || has_embeddings(step)) return false;
+    if (step->n_spans != step->n || step->n > ROWS_BATCH || has_embeddings(step)) return false;
     for (int i = 0; i < GRAPHS; i++)
         if (q->graphs[i].exec && q->graphs[i].key == key && q->graphs[i].rows == step->n)
             return queue_check(q, cudaGraphLaunch(q->graphs[i].exec, q->stream), "step");

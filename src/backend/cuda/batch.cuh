@@ -1,0 +1,269 @@
+/* Several rows at once past weights that are read once, with the sums of stream.cuh to the bit, for up to ROWS_EXACT rows on
+ * compute capability 9.0a.
+ *
+ * A group of four warps multiplies 64 weight rows, sixteen a warp, decoded in registers, with all rows' inputs in shared
+ * memory (wide.cuh). An output of that instruction is the same function of its weight row and its input as that of mma();
+ * two accumulators take the columns that stream.cuh gives to each of its two, over the same share of the columns.
+ *
+ * Inputs. A panel is 64 columns of eight input rows, 1024 bytes, swizzled as wide_matrix says. An f32 row is in three panels,
+ * as the three BF16 numbers it is the sum of; one rounded to E4M3 is in one. Columns lie in the order in which weights of a
+ * format meet them: panel_place. */
+#ifndef BACKEND_CUDA_BATCH_CUH
+#define BACKEND_CUDA_BATCH_CUH
+#include "backend/cuda/batch.h"
+#include "backend/cuda/stream.cuh"
+#include "backend/cuda/wide.cuh"
+
+namespace {
+
+/* As launch(), on blocks in clusters. */
+template <int SIZE, class... P, class... A>
+void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid, unsigned cluster,
+                     size_t shared, A... arguments)
+{
+    cudaLaunchConfig_t c = {};
+    cudaLaunchAttribute attributes[2];
+    if (queue_failed(q) || grid == 0) return;
+    c.gridDim = dim3(grid);
+    c.blockDim = dim3(SIZE);
+    c.dynamicSmemBytes = shared;
+    c.stream = q->stream;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    c.attrs = attributes;
+    c.numAttrs = cluster > 1 ? 2 : 1;
+    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), operation) &&
+        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
+        queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
+}
+
+inline int groups_of(int64_t rows)
+{
+    int groups = 1;
+    while (8 * groups < rows) groups *= 2;
+    return groups;
+}
+
+constexpr int PANEL = 64, PANEL_BYTES = 1024, PARTS = 3, TEAM_WARPS = 4;
+
+/* by16: as FP8 lies, 16 columns of 64 a lane; else 8 of 32. */
+__device__ __forceinline__ int panel_place(int c, bool by16)
+{
+    int inner = c % 8 / 4 * 16 + c % 4 / 2 * 8 + c % 2;
+    return by16 ? inner + c % 16 / 8 * 32 + c / 16 * 2 : inner + c / 32 * 32 + c % 32 / 8 * 2;
+}
+
+/* Byte of row r of a panel's eight, at a place. */
+__device__ __forceinline__ int panel_byte(int r, int place)
+{
+    return r * 128 + (place / 8 ^ r) * 16 + place % 8 * 2;
+}
+
+/* Two neighbouring numbers as three pairs whose sum they are. */
+struct split_pair {
+    uint32_t part[PARTS];
+    __device__ __forceinline__ explicit split_pair(float2 x)
+    {
+        part[0] = pack(x.x, x.y);
+        float2 h = unpack(part[0]), rest = make_float2(x.x - h.x, x.y - h.y);
+        part[1] = pack(rest.x, rest.y);
+        float2 m = unpack(part[1]);
+        part[2] = pack(rest.x - m.x, rest.y - m.y);
+    }
+    __device__ __forceinline__ float2 sum() const
+    {
+        float2 h = unpack(part[0]), m = unpack(part[1]), l = unpack(part[2]);
+        return make_float2(h.x + m.x + l.x, h.y + m.y + l.y);
+    }
+};
+
+/* ---- barriers in shared memory ---- */
+
+__device__ __forceinline__ uint32_t shared_at(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t *b, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_at(b)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *b)
+{
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_at(b)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
+{
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" ::"r"(shared_at(b)), "r"(phase) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+/* Arrives, and lets the barrier wait for bytes that are copied. */
+__device__ __forceinline__ void barrier_expect(uint64_t *b, int bytes)
+{
+    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_at(b)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint64_t *b)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(shared_at(b))
+                 : "memory");
+}
+#endif
+
+/* A place in a ring, and how often it has come round. */
+struct ring_place {
+    int slot, phase;
+    __device__ __forceinline__ void advance(int slots)
+    {
+        if (++slot == slots) slot = 0, phase ^= 1;
+    }
+};
+
+/* ---- weights ---- */
+
+/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane reads what it
+ * copied itself. */
+constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
+
+struct tile16 {
+    const uint8_t *at; /* this lane's, of the unit asked for next */
+    unsigned half;     /* bytes to the second tile */
+    int halves;        /* tiles that exist: 0, 1 or 2 */
+
+    /* Tiles `tile` and `tile` + 1 of the matrix `number` of those that follow m, from unit `first` on. */
+    __device__ __forceinline__ tile16(const cuda_matrix &m, int number, int tile, int first)
+    {
+        int lane = threadIdx.x % LANES, left = tiles_of(m.rows) - tile, row_bytes = row_bytes_of(m);
+        half = tile_bytes(m);
+        halves = left < 0 ? 0 : left < 2 ? left : 2;
+        at = tile_at(m, number, halves ? tile : 0) +
+             (m.format == WEIGHT_NVFP4 ? first * FP4_UNIT_BYTES + lane * 16
+                                       : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
+    }
+    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0) {}
+};
+
+/* Asks for a unit; a group of copies, of nothing if none. */
+template <bool FP4> __device__ __forceinline__ void ask16(uint32_t to, tile16 &w, bool any)
+{
+    int lane = threadIdx.x % LANES;
+    to += lane * 16;
+    if (any && w.halves) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            bool in = h < w.halves;
+            const uint8_t *from = in && h ? w.at + w.half : w.at;
+            copy_async16(to + h * 1024, from, in);
+            copy_async16(to + h * 1024 + 512, from + (FP4 ? 512 : PIECE), in);
+            if (FP4 && in) copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
+        }
+        w.at += FP4 ? FP4_UNIT_BYTES : UNIT_BYTES;
+    }
+    copy_commit();
+}
+
+template <int FORMAT> struct words16 {
+    uint4 w[2][2];
+    uint2 scale[2];
+
+    __device__ __forceinline__ void load(const uint8_t *slot)
+    {
+        int lane = threadIdx.x % LANES;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            w[h][0] = *(const uint4 *)(slot + h * 1024 + lane * 16);
+            w[h][1] = *(const uint4 *)(slot + h * 1024 + 512 + lane * 16);
+            if (FORMAT == WEIGHT_NVFP4) scale[h] = *(const uint2 *)(slot + 2048 + h * 8 * LANES + lane * 8);
+        }
+    }
+
+    /* Panel Q of the unit: f[2 i], f[2 i + 1] for the first and the second accumulator. */
+    template <int Q> __device__ __forceinline__ void decode(uint32_t (&f)[4][4]) const
+    {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if constexpr (FORMAT == WEIGHT_BF16) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    f[2 * i][h] = w[h][i].x;
+                    f[2 * i][2 + h] = w[h][i].y;
+                    f[2 * i + 1][h] = w[h][i].z;
+                    f[2 * i + 1][2 + h] = w[h][i].w;
+                }
+            } else if constexpr (FORMAT == WEIGHT_FP8) {
+                uint32_t v[4] = { w[h][Q].x, w[h][Q].y, w[h][Q].z, w[h][Q].w };
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    f[i][h] = fp8_pair(v[i], 0);
+                    f[i][2 + h] = fp8_pair(v[i], 2);
+                }
+            } else {
+                const uint4 &u = w[h][Q / 2];
+                uint32_t v[2] = { Q % 2 ? u.z : u.x, Q % 2 ? u.w : u.y };
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    __nv_bfloat162 s = fp4_scale(Q / 2 ? scale[h].y : scale[h].x, Q % 2 * 2 + i);
+                    f[2 * i][h] = bf16_pair_product(fp4_pair<0>(v[i]), s);
+                    f[2 * i][2 + h] = bf16_pair_product(fp4_pair<1>(v[i]), s);
+                    f[2 * i + 1][h] = bf16_pair_product(fp4_pair<2>(v[i]), s);
+                    f[2 * i + 1][2 + h] = bf16_pair_product(fp4_pair<3>(v[i]), s);
+                }
+            }
+        }
+    }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* The two accumulators of 64 weight rows against N input rows and parts; not TWO: the first takes all. */
+template <int N, bool TWO> struct accumulators {
+    float a[N / 8][4], b[TWO ? N / 8 : 1][4];
+
+    __device__ __forceinline__ void clear()
+    {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                a[n][i] = 0;
+                if constexpr (TWO) b[n][i] = 0;
+            }
+    }
+    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
+     * there is code in between. */
+    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    {
+        uint64_t x = wide_matrix(panel);
+        wide_hold(a);
+        if constexpr (TWO) wide_hold(b);
+        wide_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if constexpr (TWO)
+                wide_mma<N>(k % 2 ? b : a, f[k], x + k * WIDE_STEP);
+            else
+                wide_mma<N>(a, f[k], x + k * WIDE_STEP);
+        wide_commit();
+        wide_wait<0>();
+        wide_hold(a);
+        if constexpr (TWO) wide_hold(b);
+    }
+    __device__ __forceinline__ float sum(int n, int i) const
+    {
+        if constexpr (TWO) return a[n][i] + b[n][i];
+        return a[n][i];
+    }
+};
+#endif
+
+} /* namespace */
+#endif
