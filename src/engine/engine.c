@@ -187,7 +187,9 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
         assert(s->open);
         memcpy(g->rows + first, runs[i].rows, (size_t)runs[i].n * sizeof *g->rows);
         take_pages(g, s, s->length + runs[i].n);
-        g->spans[i] = (struct span){ first, runs[i].n, s->length, s->pages, runs[i].handle };
+        g->spans[i] = (struct span){
+            .first = first, .n = runs[i].n, .past = s->length, .pages = s->pages, .slot = runs[i].handle
+        };
         s->length += runs[i].n;
         first += runs[i].n;
     }

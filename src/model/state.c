@@ -45,7 +45,7 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
     } else {
         ok = create(&a, m, matrix_elements(&m->delta_shape) * sizeof(float), slots, e) &&
              create(&b, m, conv_elements(&m->delta_shape) * sizeof(float), slots, e);
-        state->delta = (struct delta_state){ a, b };
+        state->delta = (struct delta_state){ .matrix = a, .conv = b };
     }
     if (!ok) layer_state_free(state, m);
     return ok;

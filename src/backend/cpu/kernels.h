@@ -62,8 +62,17 @@ struct delta_head {
     const float *q, *k, *v;
     const float *log_decay, *beta;
     int64_t o_stride, stride, gate_stride;
-    float *S; /* [dk][dv] */
+    float *S; /* row r at S + r * s_stride */
+    int64_t s_stride;
+    float *update; /* token t's vector d goes to update + t * update_stride; NULL: nowhere */
+    int64_t update_stride;
     int dk, dv;
+};
+
+/* Tokens of a log: key, update vector and decay of each, `stride` floats apart. */
+struct delta_past {
+    const float *key, *update, *decay;
+    int64_t stride;
 };
 
 struct cpu_kernels {
@@ -110,6 +119,8 @@ struct cpu_kernels {
     void (*l2norm)(float *x, int64_t n, float scale);
     /* The gated delta rule over n_tokens of one value head, token after token. */
     void (*delta)(const struct delta_head *h, int64_t n_tokens);
+    /* What `delta` did to S[dk][dv] over the tokens of a log, bit for bit. */
+    void (*delta_replay)(float *S, int dk, int dv, const struct delta_past *past, int64_t n_tokens);
     /* The same for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (3 * dk + 3 * dv + 2 *
      * DELTA_CHUNK) floats. */
     void (*delta_chunk)(const struct delta_head *h, int64_t n_tokens, float *work);
