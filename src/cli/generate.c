@@ -23,6 +23,7 @@ struct settings {
     int64_t max_tokens, seed, top_k;
     double temperature, top_p, min_p;
     struct text_list stops;
+    int drafts;
     bool ignore_eos, keep_special;
 };
 
@@ -104,11 +105,20 @@ static void print_json(const struct settings *s, const struct generated *g, cons
     json_decref(o);
 }
 
+static void print_drafts(const struct speculation *s)
+{
+    fprintf(stderr, "quench: %lld drafted, %lld accepted (", (long long)s->drafted, (long long)s->accepted);
+    for (int i = 0; i < s->most && s->tried[i]; i++)
+        fprintf(stderr, "%s%.0f %%", i ? ", " : "by place ", 100 * (double)s->right[i] / (double)s->tried[i]);
+    fprintf(stderr, "); mean accepted length %.2f\n", speculation_mean_length(s));
+}
+
 static void print_speed(const struct generated *g, size_t n_prompt)
 {
     fprintf(stderr, "\nquench: %zu prompt tokens, %.0f tokens/s; %zu generated, %.1f tokens/s; finish: %s\n",
             n_prompt, (double)n_prompt / g->prefill_seconds, g->tokens.n,
             g->tokens.n ? (double)g->tokens.n / g->decode_seconds : 0, finish_name(g->finish));
+    if (g->speculation.most) print_drafts(&g->speculation);
 }
 
 static bool answer(const struct settings *s, struct opened *o, const struct token_list *prompt,
@@ -134,7 +144,9 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
                             .ctx = &text,
                             .text = take_text,
                             .report = report };
-    struct engine_options eo = { .context = n + max_tokens, .kv = common_kv_dtype(&s->common) };
+    struct engine_options eo = { .context = n + max_tokens,
+                                 .kv = common_kv_dtype(&s->common),
+                                 .drafts = s->drafts };
     struct engine *engine;
     struct generated out = { 0 };
     if (!engine_create(&engine, &o->model, &eo, e)) return false;
@@ -153,7 +165,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     return ok;
 }
 
-static bool run(const struct settings *s, struct err *e)
+static bool run(struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
     struct sampling sampling = { (float)s->temperature, (int)s->top_k, (float)s->top_p, (float)s->min_p,
@@ -161,8 +173,9 @@ static bool run(const struct settings *s, struct err *e)
     struct backend b = { 0 };
     struct opened o = { 0 };
     struct token_list prompt = { 0 };
-    bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) &&
-              common_open(&o, s->model, &b, &report, e) && encode_prompt(&prompt, &o, s, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+              common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
+              (!s->drafts || model_bind_mtp(&o.model, e)) && encode_prompt(&prompt, &o, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
     free(prompt.ids);
     common_close(&o);
@@ -187,6 +200,7 @@ int cli_generate(int argc, char **argv)
         { "--ignore-eos", 0, FLAG_SWITCH, &s.ignore_eos, NULL, "go on past end-of-text tokens", NULL },
         { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
           NULL },
+        COMMON_SPECULATIVE_FLAG(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

@@ -5,6 +5,7 @@
 #define ENGINE_GENERATE_H
 #include "engine/engine.h"
 #include "engine/sample.h"
+#include "engine/speculate.h"
 #include "tokenizer/tokenizer.h"
 
 struct generation {
@@ -17,6 +18,7 @@ struct generation {
     const int32_t *never; /* never sampled, besides ids without meaning: placeholders of pictures, say */
     int n_never;
     bool keep_special; /* print special tokens as their text */
+    bool drafts_fixed; /* as many drafts each round as the engine allows, paying or not: for measuring */
     void *ctx;
     void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
     const struct report *report;
@@ -28,9 +30,11 @@ struct generated {
     struct token_list tokens; /* without the stop token; free(tokens.ids) */
     enum finish finish;
     double prefill_seconds, decode_seconds;
+    struct speculation speculation; /* what became of drafts */
 };
 
-/* The engine needs room for the prompt and max_tokens. */
+/* The engine needs room for the prompt and max_tokens. Where it drafts, tokens come several at a time; they
+ * are the same. */
 bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
               int64_t n, const struct generation *o, struct err *e);
 #endif
