@@ -113,12 +113,12 @@ static void print_drafts(const struct speculation *s)
     fprintf(stderr, "); mean accepted length %.2f\n", speculation_mean_length(s));
 }
 
-static void print_speed(const struct generated *g, size_t n_prompt)
+static void print_speed(const struct generated *g, const struct speculation *s, size_t n_prompt)
 {
     fprintf(stderr, "\nquench: %zu prompt tokens, %.0f tokens/s; %zu generated, %.1f tokens/s; finish: %s\n",
             n_prompt, (double)n_prompt / g->prefill_seconds, g->tokens.n,
             g->tokens.n ? (double)g->tokens.n / g->decode_seconds : 0, finish_name(g->finish));
-    if (g->speculation.most) print_drafts(&g->speculation);
+    if (s->most) print_drafts(s);
 }
 
 static bool answer(const struct settings *s, struct opened *o, const struct token_list *prompt,
@@ -132,6 +132,8 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
     int64_t most = c->max_position_embeddings, n = (int64_t)prompt->n;
     int64_t max_tokens = s->max_tokens < most - n ? s->max_tokens : most - n;
     struct collected text = { 0 };
+    struct speculation speculation;
+    speculation_init(&speculation, s->drafts);
     struct generation g = { .sampling = *sampling,
                             .max_tokens = max_tokens,
                             .stops = s->stops.items,
@@ -143,6 +145,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
                             .keep_special = s->keep_special,
                             .ctx = &text,
                             .text = take_text,
+                            .speculation = &speculation,
                             .report = report };
     struct engine_options eo = { .context = n + max_tokens,
                                  .kv = common_kv_dtype(&s->common),
@@ -158,7 +161,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
         print_json(s, &out, text.text, text.n, prompt->n);
     else if (ok)
         putchar('\n');
-    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, prompt->n);
+    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, &speculation, prompt->n);
     free(text.text);
     free(out.tokens.ids);
     engine_free(engine);

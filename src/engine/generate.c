@@ -69,6 +69,7 @@ static bool is_stop_token(const struct generation *o, int32_t id)
 struct decoding {
     struct engine *engine;
     struct generated *out;
+    struct speculation *speculation;
     const struct tokenizer *tokenizer;
     const struct generation *o;
     struct candidate *work;
@@ -145,7 +146,7 @@ static bool run_round(struct decoding *d, struct engine_draft *draft, const floa
     struct row rows[DRAFTS_MAX + 1];
     struct mat hidden;
     int64_t left = d->o->max_tokens - (int64_t)d->out->tokens.n - 1, index[DRAFTS_MAX + 1];
-    draft->n = speculation_choose(&d->out->speculation);
+    draft->n = speculation_choose(d->speculation);
     if (draft->n > left) draft->n = (int)left;
     if (draft->n > 0 && !engine_draft(g, draft, 1, e)) return false;
     engine_text_rows(rows, &draft->next, 1, engine_length(g, draft->handle));
@@ -167,7 +168,7 @@ static bool decode(struct decoding *d, int handle, const float *logits, struct e
     for (bool first = true; more; first = false) {
         int right;
         if (!take_round(d, logits, &draft, &right, &more, e)) return false;
-        if (!first) speculation_learn(&out->speculation, draft.n, right, seconds);
+        if (!first) speculation_learn(d->speculation, draft.n, right, seconds);
         if (!more) break;
         if (draft.n > 0) engine_keep(d->engine, handle, right + 1);
         double begin = clock_seconds();
@@ -185,14 +186,15 @@ bool generate(struct generated *out, struct engine *g, const struct tokenizer *t
               int64_t n, const struct generation *o, struct err *e)
 {
     *out = (struct generated){ 0 };
-    struct decoding d = { .engine = g, .tokenizer = t, .o = o, .out = out };
+    struct speculation own;
+    struct decoding d = { .engine = g, .tokenizer = t, .o = o, .out = out, .speculation = o->speculation };
     int64_t vocab = engine_vocab(g);
     int handle;
     const float *logits;
     if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
     if (!engine_open(g, &handle, e)) return false;
-    speculation_init(&out->speculation, engine_drafts(g));
-    out->speculation.is_fixed = o->drafts_fixed;
+    speculation_init(&own, engine_drafts(g));
+    if (!d.speculation) d.speculation = &own;
     d.work = malloc((size_t)vocab * sizeof *d.work);
     bool ok = d.work || err_memory(e, "sampling", (uint64_t)vocab * sizeof *d.work);
     double begin = clock_seconds();

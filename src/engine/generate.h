@@ -18,7 +18,7 @@ struct generation {
     const int32_t *never; /* never sampled, besides ids without meaning: placeholders of pictures, say */
     int n_never;
     bool keep_special; /* print special tokens as their text */
-    bool drafts_fixed; /* as many drafts each round as the engine allows, paying or not: for measuring */
+    struct speculation *speculation; /* where the engine drafts: what was learned so far, and goes on; or NULL */
     void *ctx;
     void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
     const struct report *report;
@@ -30,7 +30,6 @@ struct generated {
     struct token_list tokens; /* without the stop token; free(tokens.ids) */
     enum finish finish;
     double prefill_seconds, decode_seconds;
-    struct speculation speculation; /* what became of drafts */
 };
 
 /* The engine needs room for the prompt and max_tokens. Where it drafts, tokens come several at a time; they

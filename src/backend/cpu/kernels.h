@@ -56,17 +56,20 @@ struct attend_group {
     int kv_head;
 };
 
+enum { DELTA_COLUMNS = 32 }; /* of S that kernels work on at a time, at most */
+
 /* One value head's inputs: token t's at pointer + t * its stride. q, k are normalised, q scaled. */
 struct delta_head {
     float *o;
     const float *q, *k, *v;
     const float *log_decay, *beta;
     int64_t o_stride, stride, gate_stride;
-    float *S; /* row r at S + r * s_stride */
-    int64_t s_stride;
-    float *update; /* token t's vector d goes to update + t * update_stride; NULL: nowhere */
-    int64_t update_stride;
+    float *S; /* [dk][dv] */
     int dk, dv;
+    /* of logged tokens: S stays, [dk][DELTA_COLUMNS] holds what it would become; token t's vector d goes to
+     * update + t * update_stride. Else NULL */
+    float *copy, *update;
+    int64_t update_stride;
 };
 
 /* Tokens of a log: key, update vector and decay of each, `stride` floats apart. */

@@ -16,44 +16,47 @@ static float dot(const float *a, const float *b, int64_t n)
     return s;
 }
 
-/* S <- decay S + k d^T for n vectors of columns. Never inlined: a token's update and its repetition from a
- * log are the same instructions, however products and sums were fused. */
+/* `to` <- decay S + k d^T for n vectors of columns; `to` may be S. Never inlined: a token's update and its
+ * repetition from a log are the same instructions, however products and sums were fused. */
 #define DELTA_UPDATE(name, n)                                                                                \
-    static __attribute__((noinline)) void name(float *S, int64_t stride, int dk, const float *k,             \
-                                               const float *d, float decay)                                  \
+    static __attribute__((noinline)) void name(float *to, int64_t to_stride, const float *S, int64_t stride, \
+                                               int dk, const float *k, const float *d, float decay)          \
     {                                                                                                        \
         vec add[n];                                                                                          \
         for (int i = 0; i < n; i++) add[i] = vload(d + i * VL);                                              \
-        for (int r = 0; r < dk; r++, S += stride)                                                            \
-            for (int i = 0; i < n; i++) vstore(S + i * VL, decay * vload(S + i * VL) + k[r] * add[i]);       \
+        for (int r = 0; r < dk; r++, S += stride, to += to_stride)                                           \
+            for (int i = 0; i < n; i++) vstore(to + i * VL, decay * vload(S + i * VL) + k[r] * add[i]);      \
     }
-enum { DELTA_WIDE = 32 / VL < 4 ? 32 / VL : 4 }; /* vectors of columns at a time */
+enum { DELTA_WIDE = DELTA_COLUMNS / VL < 4 ? DELTA_COLUMNS / VL : 4 }; /* vectors of columns at a time */
 DELTA_UPDATE(update_wide, DELTA_WIDE)
 DELTA_UPDATE(update_narrow, 1)
 
-static __attribute__((noinline)) void update_column(float *S, int64_t stride, int dk, const float *k, float d,
+static __attribute__((noinline)) void update_column(float *to, int64_t to_stride, const float *S,
+                                                    int64_t stride, int dk, const float *k, float d,
                                                     float decay)
 {
-    for (int r = 0; r < dk; r++) S[r * stride] = decay * S[r * stride] + k[r] * d;
+    for (int r = 0; r < dk; r++) to[r * to_stride] = decay * S[r * stride] + k[r] * d;
 }
 
 /* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first
  * cache. S is read once a token: with p = S^T k and w = S^T q of the old state, d = beta (v - e^g p) and o =
- * e^g w + (k.q) d. */
+ * e^g w + (k.q) d. Of logged tokens S becomes a copy, which none needs after the last. */
 INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int column, const int n)
 {
-    float *S = h->S + column, kept[4 * VL];
+    float *to = h->copy ? h->copy : h->S + column, unlogged[4 * VL];
+    const float *S = h->S + column;
+    int64_t stride = h->dv, to_stride = h->copy ? DELTA_COLUMNS : h->dv;
     for (int64_t t = 0; t < n_tokens; t++) {
         const float *q = h->q + t * h->stride, *k = h->k + t * h->stride, *v = h->v + t * h->stride + column;
         float decay = expf(h->log_decay[t * h->gate_stride]), beta = h->beta[t * h->gate_stride];
-        float kq = dot(k, q, h->dk), *d = h->update ? h->update + t * h->update_stride + column : kept;
+        float kq = dot(k, q, h->dk), *d = h->copy ? h->update + t * h->update_stride + column : unlogged;
         vec p[4], w[4];
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) p[i] = w[i] = (vec){ 0 };
         for (int r = 0; r < h->dk; r++)
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                vec s = vload(S + r * h->s_stride + i * VL);
+                vec s = vload(S + r * stride + i * VL);
                 p[i] = k[r] * s + p[i];
                 w[i] = q[r] * s + w[i];
             }
@@ -63,25 +66,33 @@ INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int colu
             vstore(d + i * VL, x);
             vstore(h->o + t * h->o_stride + column + i * VL, decay * w[i] + kq * x);
         }
-        (n == 1 ? update_narrow : update_wide)(S, h->s_stride, h->dk, k, d, decay);
+        if (h->copy && t + 1 == n_tokens) return;
+        (n == 1 ? update_narrow : update_wide)(to, to_stride, S, stride, h->dk, k, d, decay);
+        S = to;
+        stride = to_stride;
     }
 }
 
 /* The columns past the last whole vector. */
 static void delta_column(const struct delta_head *h, int64_t n_tokens, int column)
 {
-    float *S = h->S + column;
+    float *to = h->copy ? h->copy : h->S + column;
+    const float *S = h->S + column;
+    int64_t stride = h->dv, to_stride = h->copy ? DELTA_COLUMNS : h->dv;
     for (int64_t t = 0; t < n_tokens; t++) {
         const float *q = h->q + t * h->stride, *k = h->k + t * h->stride;
         float decay = expf(h->log_decay[t * h->gate_stride]), p = 0, w = 0;
         for (int r = 0; r < h->dk; r++) {
-            p += k[r] * S[r * h->s_stride];
-            w += q[r] * S[r * h->s_stride];
+            p += k[r] * S[r * stride];
+            w += q[r] * S[r * stride];
         }
         float d = h->beta[t * h->gate_stride] * (h->v[t * h->stride + column] - decay * p);
         h->o[t * h->o_stride + column] = decay * w + dot(k, q, h->dk) * d;
-        if (h->update) h->update[t * h->update_stride + column] = d;
-        update_column(S, h->s_stride, h->dk, k, d, decay);
+        if (h->copy) h->update[t * h->update_stride + column] = d;
+        if (h->copy && t + 1 == n_tokens) return;
+        update_column(to, to_stride, S, stride, h->dk, k, d, decay);
+        S = to;
+        stride = to_stride;
     }
 }
 
@@ -102,9 +113,9 @@ static void delta_replay(float *S, int dk, int dv, const struct delta_past *past
             const float *k = past->key + t * past->stride, *d = past->update + t * past->stride + c;
             float decay = past->decay[t * past->stride];
             if (n == 1)
-                update_column(S + c, dv, dk, k, *d, decay);
+                update_column(S + c, dv, S + c, dv, dk, k, *d, decay);
             else
-                (n == VL ? update_narrow : update_wide)(S + c, dv, dk, k, d, decay);
+                (n == VL ? update_narrow : update_wide)(S + c, dv, S + c, dv, dk, k, d, decay);
         }
     }
 }
@@ -173,7 +184,7 @@ static void masked_products(float *A, float *P, const struct delta_head *h, cons
 static void chunk_updates(float *N, const float *A, const struct delta_head *h, const float *c, int64_t n)
 {
     memset(N, 0, (size_t)n * (size_t)h->dv * sizeof *N);
-    tile(N, h->dv, h->k, h->stride, 1, h->S, h->s_stride, h->dk, n, h->dv);
+    tile(N, h->dv, h->k, h->stride, 1, h->S, h->dv, h->dk, n, h->dv);
     for (int64_t i = 0; i < n; i++) {
         float decay = expf(c[i]), beta = h->beta[i * h->gate_stride];
         const float *v = h->v + i * h->stride;
@@ -188,7 +199,7 @@ static void chunk_outputs(const struct delta_head *h, const float *P, const floa
                           int64_t n)
 {
     for (int64_t i = 0; i < n; i++) memset(h->o + i * h->o_stride, 0, (size_t)h->dv * sizeof *h->o);
-    tile(h->o, h->o_stride, h->q, h->stride, 1, h->S, h->s_stride, h->dk, n, h->dv);
+    tile(h->o, h->o_stride, h->q, h->stride, 1, h->S, h->dv, h->dk, n, h->dv);
     for (int64_t i = 0; i < n; i++) {
         float decay = expf(c[i]), *row = h->o + i * h->o_stride;
         for (int d = 0; d < h->dv; d++) row[d] *= decay;
@@ -231,9 +242,8 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
         for (int d = 0; d < h->dv; d++) N[i * h->dv + d] *= decay;
     }
     float decay = expf(c[n - 1]);
-    for (int64_t r = 0; r < h->dk; r++)
-        for (int64_t d = 0; d < h->dv; d++) h->S[r * h->s_stride + d] *= decay;
-    tile(h->S, h->s_stride, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
+    for (int64_t i = 0; i < (int64_t)h->dk * h->dv; i++) h->S[i] *= decay;
+    tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
 /* What every kernels_*.c defines: the table of this ISA, with the products it has beyond these. */
 #define CPU_KERNELS(ISA, WIDEST_BLOCK, ...)                                                                  \

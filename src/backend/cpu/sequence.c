@@ -265,7 +265,6 @@ static struct delta_head delta_head(const struct delta_job *j, const struct span
         .stride = j->qkv.stride,
         .gate_stride = j->a.stride,
         .S = j->state->matrix + ((int64_t)span->slot * s->value_heads + h) * s->key_dim * s->value_dim,
-        .s_stride = s->value_dim,
         .dk = s->key_dim,
         .dv = s->value_dim,
     };
@@ -282,29 +281,6 @@ static void delta_replay(const struct delta_job *j, const struct span *span, flo
     j->q->k->delta_replay(S, s->key_dim, s->value_dim, &past, span->kept);
 }
 
-/* S stays as it is: its columns are worked on in a copy, a few at a time, which the first cache holds. */
-static void delta_logged(const struct delta_job *j, const struct span *span, struct delta_head h, int head,
-                         float *copy)
-{
-    enum { COLUMNS = 32 }; /* what kernels take at a time, or a multiple of it */
-    struct delta_log log = delta_log_at(j->state, j->shape, span->slot, 0);
-    const float *S = h.S;
-    int dv = h.dv;
-    h.S = copy;
-    h.s_stride = COLUMNS;
-    h.update = log.update + (int64_t)head * dv;
-    h.update_stride = delta_log_floats(j->shape);
-    for (int c = 0; c < dv; c += COLUMNS) {
-        h.dv = dv - c < COLUMNS ? dv - c : COLUMNS;
-        for (int64_t r = 0; r < h.dk; r++)
-            memcpy(copy + r * COLUMNS, S + r * dv + c, (size_t)h.dv * sizeof *copy);
-        j->q->k->delta(&h, span->n);
-        h.v += COLUMNS;
-        h.o += COLUMNS;
-        h.update += COLUMNS;
-    }
-}
-
 static void delta_item(void *ctx, int64_t item, int thread)
 {
     struct delta_job *j = ctx;
@@ -313,8 +289,9 @@ static void delta_item(void *ctx, int64_t item, int thread)
     struct delta_head h = delta_head(j, span, head);
     if (span->kept) delta_replay(j, span, h.S, head);
     if (span->logged) {
-        delta_logged(j, span, h, head, j->q->threads[thread].work);
-        return;
+        h.copy = j->q->threads[thread].work;
+        h.update = delta_log_at(j->state, j->shape, span->slot, 0).update + (int64_t)head * h.dv;
+        h.update_stride = delta_log_floats(j->shape);
     }
     if (span->n <= ROWS_EXACT) {
         j->q->k->delta(&h, span->n);
