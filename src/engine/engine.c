@@ -230,12 +230,17 @@ static void add_row(struct engine *g, struct head_step *h, int64_t index, const 
     g->head_spans[h->n_spans - 1].n++;
 }
 
-static struct mat run_head(struct engine *g, const struct head_step *h, struct mat hidden)
+static struct step_rows head_rows(const struct engine *g, const struct head_step *h)
 {
-    struct step_rows rows = {
-        .rows = g->head_rows, .n = h->n, .spans = g->head_spans, .n_spans = h->n_spans
-    };
-    return step_mtp(g->step, &rows, hidden, g->head_index, &g->states[g->model->config->n_layers]);
+    return (
+        struct step_rows){ .rows = g->head_rows, .n = h->n, .spans = g->head_spans, .n_spans = h->n_spans };
+}
+
+static void show(struct engine *g, const struct head_step *h)
+{
+    struct step_rows rows = head_rows(g, h);
+    if (h->n > 0)
+        step_mtp_see(g->step, &rows, g->hidden, g->head_index, &g->states[g->model->config->n_layers]);
 }
 
 /* All rows of the last step's prompts but each one's last, whose next token is not known. */
@@ -253,7 +258,7 @@ static void show_prompts(struct engine *g, int n_runs)
         s->fresh_first += span->n - 1;
         s->n_fresh = 1;
     }
-    if (h.n > 0) run_head(g, &h, g->hidden);
+    show(g, &h);
 }
 
 /* The last rows of prompts that go on, while their hidden rows are there. */
@@ -266,7 +271,7 @@ static void show_boundaries(struct engine *g, const struct engine_run *runs, int
         begin_span(g, &h, s, s->head_length++);
         add_row(g, &h, s->fresh_first, &g->rows[s->fresh_first], &runs[i].rows[0]);
     }
-    if (h.n > 0) run_head(g, &h, g->hidden);
+    show(g, &h);
 }
 
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
@@ -345,18 +350,21 @@ static void add_guess(struct engine *g, struct head_step *h, const struct engine
     add_row(g, h, index, &at, &next);
 }
 
-/* Takes the last row of each span; they belong to the sequences that want more than `depth` guesses. */
-static void take_guesses(struct engine *g, const struct head_step *h, struct mat guess,
-                         struct engine_draft *drafts, int n, int depth)
+/* Runs the head; a row comes of each span, and a token of each row: the guess number `depth` of the sequences
+ * that want so many. */
+static struct mat guess(struct engine *g, const struct head_step *h, struct mat hidden,
+                        struct engine_draft *drafts, int n, int depth)
 {
-    for (int64_t i = 0; i < h->n_spans; i++)
-        g->head_index[i] = g->head_spans[i].first + g->head_spans[i].n - 1;
-    for (int64_t i = 0; i < h->n_spans; i += g->logits_rows)
-        step_draft(g->step, g->guesses + i, guess, g->head_index + i,
-                   h->n_spans - i < g->logits_rows ? h->n_spans - i : g->logits_rows);
-    int64_t from = 0;
-    for (int i = 0; i < n; i++)
+    struct step_rows rows = head_rows(g, h);
+    struct mat m = step_mtp(g->step, &rows, hidden, g->head_index, &g->states[g->model->config->n_layers]);
+    for (int64_t i = 0; i < m.rows; i++) g->head_index[i] = i;
+    for (int64_t i = 0, some; i < m.rows; i += some) {
+        some = m.rows - i < g->logits_rows ? m.rows - i : g->logits_rows;
+        step_draft(g->step, g->guesses + i, m, g->head_index + i, some);
+    }
+    for (int i = 0, from = 0; i < n; i++)
         if (drafts[i].n > depth) drafts[i].tokens[depth] = g->guesses[from++];
+    return m;
 }
 
 bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct err *e)
@@ -371,14 +379,12 @@ bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct e
     }
     struct mat hidden = g->hidden;
     for (int depth = 0; h.n > 0; depth++) {
-        hidden = run_head(g, &h, hidden);
-        take_guesses(g, &h, hidden, drafts, n, depth);
-        int64_t from = 0;
+        hidden = guess(g, &h, hidden, drafts, n, depth);
         struct head_step next = { 0 };
-        for (int i = 0; i < n; i++) {
+        for (int i = 0, from = 0; i < n; i++) {
             if (drafts[i].n <= depth) continue;
-            int64_t index = g->head_index[from++];
-            if (drafts[i].n > depth + 1) add_guess(g, &next, &drafts[i], depth + 1, index);
+            if (drafts[i].n > depth + 1) add_guess(g, &next, &drafts[i], depth + 1, from);
+            from++;
         }
         h = next;
     }

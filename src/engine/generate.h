@@ -18,7 +18,8 @@ struct generation {
     const int32_t *never; /* never sampled, besides ids without meaning: placeholders of pictures, say */
     int n_never;
     bool keep_special; /* print special tokens as their text */
-    struct speculation *speculation; /* where the engine drafts: what was learned so far, and goes on; or NULL */
+    struct speculation
+        *speculation; /* where the engine drafts: what was learned so far, and goes on; or NULL */
     void *ctx;
     void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
     const struct report *report;

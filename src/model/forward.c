@@ -72,6 +72,16 @@ static struct step_limits limits_of(const struct step *s, int64_t context)
     };
 }
 
+static bool take_last(struct step *s, struct err *e)
+{
+    size_t n = (size_t)s->rows_max;
+    s->last_rows = calloc(n, sizeof *s->last_rows);
+    s->last_spans = calloc(n, sizeof *s->last_spans);
+    s->last_at = calloc(n, sizeof *s->last_at);
+    return (s->last_rows && s->last_spans && s->last_at) ||
+           err_memory(e, "step", n * (sizeof *s->last_rows + sizeof *s->last_spans));
+}
+
 bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
                  struct err *e)
 {
@@ -85,7 +95,9 @@ bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t l
     s->logits_max = logits_max;
     struct arena a = { 0 };
     layout(s, &a);
-    bool ok = !a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max);
+    bool ok = !m->mtp.fc || take_last(s, e);
+    ok =
+        ok && (!a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max));
     ok = ok && s->op->memory_create(s->q, &s->memory, a.used, e);
     if (ok) {
         a = (struct arena){ .memory = s->memory, .size = a.used };
@@ -104,6 +116,9 @@ void step_free(struct step *s)
 {
     if (!s) return;
     s->op->memory_free(s->q, s->memory);
+    free(s->last_rows);
+    free(s->last_spans);
+    free(s->last_at);
     free(s);
 }
 

@@ -112,10 +112,13 @@ struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, 
 
 /* The MTP head: row i holds the token (or embedding) that follows the one hidden row index[i] stands for, at
  * the latter's position; spans count the rows of the head's own sequences, state is that of layer n_layers.
- * hidden: what step_run returned, or step_mtp for rows that guess on. Returns the normed rows, from which the
- * token after is guessed, valid until the next step_mtp. */
+ * hidden: what step_run returned, or step_mtp for rows that guess on. step_mtp returns a normed row for each
+ * span, from which the token after its last is guessed, valid until the next step_mtp; step_mtp_see only
+ * remembers the rows. */
 struct mat step_mtp(struct step *s, const struct step_rows *rows, struct mat hidden, const int64_t *index,
                     const struct layer_state *state);
+void step_mtp_see(struct step *s, const struct step_rows *rows, struct mat hidden, const int64_t *index,
+                  const struct layer_state *state);
 /* The likeliest token by each of chosen rows of what step_mtp returned; n <= logits_max. index and tokens in
  * host memory. */
 void step_draft(struct step *s, int32_t *tokens, struct mat hidden, const int64_t *index, int64_t n);

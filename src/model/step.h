@@ -18,8 +18,11 @@ struct step {
     struct mat raw, o;           /* and what it reads from its state, before and after norm and gate */
     struct mat router, gate, up, hidden, shared, shared_gate;
     struct picks picks;
-    struct mat final;          /* normed hidden rows */
-    struct mat pair, guess;    /* MTP: an embedding and a hidden row side by side, and what comes of them */
+    struct mat final;       /* normed hidden rows */
+    struct mat pair, guess; /* MTP: an embedding and a hidden row side by side, and what comes of them */
+    struct row *last_rows;  /* [rows_max] host memory, of MTP steps: the last rows of spans */
+    struct span *last_spans;
+    int64_t *last_at;
     struct mat chosen, logits; /* [logits_max] */
 };
 
