@@ -232,10 +232,169 @@ static void drafts_change_no_bit_of_200_prompts(void **state)
     check_instructions("study", shared);
 }
 
+/* Sampling. A chain over a tiny vocabulary: logits of the next token depend on the last one. A round takes
+ * tokens as generate() does: each is sampled by its own generator, a draft counts when it is that token. */
+enum { VOCAB = 5, SAMPLES = 1000000 };
+static const float chain[VOCAB][VOCAB] = { { 0, 1, 2, -1, 0.5f },
+                                           { 1.5f, -2, 0, 0.3f, 1 },
+                                           { -1, 0, 0.2f, 2.5f, -3 },
+                                           { 0.7f, 0.7f, -0.5f, 0, 1.2f },
+                                           { 2, 0, 1, -1, -2 } };
+
+/* What the sampler's rules leave of a row, by their definitions: temperature, min-p, top-k, top-p. */
+static void exact(double p[VOCAB], const struct sampling *s, int last)
+{
+    int order[VOCAB];
+    double total = 0, top = -INFINITY;
+    for (int i = 0; i < VOCAB; i++) top = fmax(top, chain[last][i] / s->temperature);
+    for (int i = 0; i < VOCAB; i++) {
+        order[i] = i;
+        p[i] = exp(chain[last][i] / s->temperature - top);
+        if (p[i] < s->min_p) p[i] = 0;
+    }
+    for (int i = 0; i < VOCAB; i++)
+        for (int k = i + 1; k < VOCAB; k++)
+            if (p[order[k]] > p[order[i]]) {
+                int other = order[i];
+                order[i] = order[k];
+                order[k] = other;
+            }
+    double kth = s->top_k > 0 ? p[order[s->top_k - 1]] : 0;
+    for (int i = 0; i < VOCAB; i++) p[i] = p[i] < kth ? 0 : p[i];
+    for (int i = 0; i < VOCAB; i++) total += p[i];
+    double sum = 0;
+    for (int i = 0; i < VOCAB && s->top_p > 0; i++) {
+        double mass = p[order[i]];
+        if (sum >= s->top_p * total) p[order[i]] = 0;
+        sum += mass;
+    }
+    total = 0;
+    for (int i = 0; i < VOCAB; i++) total += p[i];
+    for (int i = 0; i < VOCAB; i++) p[i] /= total;
+}
+
+/* Draws SAMPLES tokens in rounds with up to `k` drafts of the likeliest token; counts who follows whom. */
+static int64_t draw(int64_t counts[VOCAB][VOCAB], const struct sampling *s, int k)
+{
+    struct candidate work[VOCAB];
+    int last = 0;
+    int64_t right = 0;
+    for (uint64_t n = 0; n < SAMPLES;) {
+        int drafts[DRAFTS_MAX], from = last;
+        for (int i = 0; i < k; i++) from = drafts[i] = argmax(chain[from], VOCAB);
+        for (int row = 0; row <= k && n < SAMPLES; row++) {
+            int id = sample_token(s, chain[last], VOCAB, n++, work, NULL, NULL);
+            counts[last][id]++;
+            last = id;
+            if (row == k || id != drafts[row]) break;
+            right++;
+        }
+    }
+    return right;
+}
+
+static void sampled_tokens_have_the_distribution(void **state)
+{
+    (void)state;
+    static const struct sampling all[] = { { .temperature = 1, .seed = 1 },
+                                           { .temperature = 0.7f, .top_k = 3, .seed = 2 },
+                                           { .temperature = 1.5f, .top_p = 0.8f, .seed = 3 },
+                                           { .temperature = 1, .min_p = 0.2f, .top_p = 0.95f, .seed = 4 } };
+    for (int i = 0; i < 4; i++) {
+        int64_t plain[VOCAB][VOCAB] = { { 0 } };
+        draw(plain, &all[i], 0);
+        for (int k = 1; k <= 4; k++) {
+            int64_t counts[VOCAB][VOCAB] = { { 0 } };
+            int64_t right = draw(counts, &all[i], k);
+            double chi = 0;
+            int freedom = 0;
+            for (int last = 0; last < VOCAB; last++) {
+                double p[VOCAB], seen = 0;
+                exact(p, &all[i], last);
+                for (int id = 0; id < VOCAB; id++) seen += (double)counts[last][id];
+                for (int id = 0; id < VOCAB; id++) {
+                    if (p[id] == 0) assert_int_equal(counts[last][id], 0);
+                    if (p[id] == 0 || seen == 0) continue;
+                    chi += pow((double)counts[last][id] - seen * p[id], 2) / (seen * p[id]);
+                    freedom++;
+                }
+                freedom -= seen > 0;
+            }
+            /* Wilson and Hilferty: the cube root is nearly normal; 4 deviations */
+            double limit = freedom * pow(1 - 2.0 / (9 * freedom) + 4 * sqrt(2.0 / (9 * freedom)), 3);
+            if (!(chi <= limit))
+                fail_msg("sampling %d, %d drafts: chi-square %g, limit %g", i, k, chi, limit);
+            assert_memory_equal(counts, plain, sizeof counts); /* the very same draws */
+            assert_true(right > SAMPLES / 10);
+        }
+    }
+}
+
+/* The same through the model: a seed's text does not depend on drafts. */
+static void a_seed_gives_the_same_text_with_drafts(void **state)
+{
+    (void)state;
+    struct bench b;
+    struct err e = { 0 };
+    setup(&b, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .rounded = true });
+    struct token_list prompt = { 0 };
+    must(tokenizer_encode(b.tokenizer, &prompt, own_prompts[3], strlen(own_prompts[3]), 0, &e), &e);
+    for (uint64_t seed = 0; seed < 12; seed++) {
+        struct speculation s;
+        struct generated plain, drafted;
+        struct generation o = { .sampling = { 0.8f, seed % 2 ? 20 : 0, 0.95f, 0.01f, seed },
+                                .max_tokens = 50 };
+        must(generate(&plain, b.plain, b.tokenizer, prompt.ids, (int64_t)prompt.n, &o, &e), &e);
+        speculation_init(&s, 4);
+        s.is_fixed = seed % 3;
+        o.speculation = &s;
+        must(generate(&drafted, b.drafting, b.tokenizer, prompt.ids, (int64_t)prompt.n, &o, &e), &e);
+        assert_int_equal(plain.tokens.n, drafted.tokens.n);
+        assert_memory_equal(plain.tokens.ids, drafted.tokens.ids, plain.tokens.n * sizeof *plain.tokens.ids);
+        if (s.is_fixed) assert_true(s.accepted > 0 && s.accepted < s.drafted);
+        assert_int_equal(s.rounds + s.accepted + 1, plain.tokens.n);
+        free(plain.tokens.ids);
+        free(drafted.tokens.ids);
+    }
+    free(prompt.ids);
+    teardown(&b);
+}
+
+/* What is drafted follows what pays. */
+static void drafting_stops_where_it_does_not_pay(void **state)
+{
+    (void)state;
+    struct speculation s;
+    int64_t drafted[3] = { 0 };
+    double seconds[3] = { 0 }, plain = 0;
+    for (int kind = 0; kind < 3; kind++) { /* drafts right never, half of the time, always */
+        speculation_init(&s, 4);
+        plain = 0;
+        for (int64_t n = 0; n < 4000;) {
+            int k = speculation_choose(&s), right = 0;
+            while (right < k && sample_uniform(7, (uint64_t)(n * 8 + right)) < 0.5 * kind) right++;
+            double cost = 1 + 0.45 * k;
+            speculation_learn(&s, k, right, cost);
+            drafted[kind] += k;
+            seconds[kind] += cost;
+            plain += right + 1;
+            n += right + 1;
+        }
+        printf("note: drafts right in %d %%: %.3f of the time without\n", 50 * kind, seconds[kind] / plain);
+        assert_true(seconds[kind] <= 1.02 * plain);
+    }
+    assert_true(drafted[0] < 100);
+    assert_true(seconds[2] < 0.62 * plain); /* four at a time: 2.8 for 5 tokens */
+    assert_true(drafted[2] > 2800);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(drafts_change_no_bit),
+        cmocka_unit_test(sampled_tokens_have_the_distribution),
+        cmocka_unit_test(a_seed_gives_the_same_text_with_drafts),
+        cmocka_unit_test(drafting_stops_where_it_does_not_pay),
         cmocka_unit_test(drafts_change_no_bit_of_200_prompts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -53,7 +53,7 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
                                  .n = 1,
                                  .out = { r->y },
                                  .m = { cuda_matrix_of(r->out) } };
-    if (!cuda_scan(q, r, rows)) {
+    if (queue_logs(rows) || !cuda_scan(q, r, rows)) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
