@@ -91,8 +91,18 @@ static const char *finish_name(enum finish f)
     return f == FINISH_STOP ? "stop" : "length";
 }
 
-static void print_json(const struct settings *s, const struct generated *g, const char *text, size_t n,
-                       size_t n_prompt)
+static void add_drafts(json_t *o, const struct speculation *s)
+{
+    json_t *places = json_array();
+    for (int i = 0; i < s->most && s->tried[i]; i++)
+        json_array_append_new(places, json_real((double)s->right[i] / (double)s->tried[i]));
+    json_object_update_new(o, json_pack("{s:I, s:I, s:f, s:o}", "drafted", (json_int_t)s->drafted, "accepted",
+                                        (json_int_t)s->accepted, "mean_accepted_length",
+                                        speculation_mean_length(s), "acceptance", places));
+}
+
+static void print_json(const struct settings *s, const struct generated *g, const struct speculation *drafts,
+                       const char *text, size_t n, size_t n_prompt)
 {
     json_t *ids = json_array();
     for (size_t i = 0; i < g->tokens.n; i++) json_array_append_new(ids, json_integer(g->tokens.ids[i]));
@@ -100,6 +110,7 @@ static void print_json(const struct settings *s, const struct generated *g, cons
                           json_stringn(text, n), "token_ids", ids, "finish_reason", finish_name(g->finish),
                           "prompt_tokens", (json_int_t)n_prompt, "prefill_seconds", g->prefill_seconds,
                           "decode_seconds", g->decode_seconds);
+    if (drafts->most) add_drafts(o, drafts);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
@@ -158,7 +169,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct toke
               generate(&out, engine, o->tokenizer, prompt->ids, n, &g, e);
     if (text.stream) fclose(text.stream);
     if (ok && s->common.json)
-        print_json(s, &out, text.text, text.n, prompt->n);
+        print_json(s, &out, &speculation, text.text, text.n, prompt->n);
     else if (ok)
         putchar('\n');
     if (ok && !s->common.json && !s->common.quiet) print_speed(&out, &speculation, prompt->n);

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LINE_BYTES_MAX = 1 << 20 };
-
 struct measuring {
     const struct speculation_options *o;
     struct speculation_result *r;
@@ -79,7 +77,8 @@ static bool each_prompt(struct measuring *m, FILE *f,
     rewind(f);
     while (ok && (m->o->max_prompts == 0 || n < m->o->max_prompts) && getline(&line, &size, f) >= 0) {
         struct token_list prompt = { 0 };
-        ok = read_prompt(&prompt, m->o->tokenizer, line, e) && work(m, &prompt, longest, e);
+        ok = read_prompt(&prompt, m->o->tokenizer, line, e) &&
+             (prompt.n > 0 || err_set(e, ERR_FORMAT, "the prompt is empty")) && work(m, &prompt, longest, e);
         if (!ok) err_note(e, "line %lld", (long long)n + 1);
         free(prompt.ids);
         n++;
