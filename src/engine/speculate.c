@@ -2,13 +2,14 @@
 
 enum {
     RATE_MEMORY = 24, /* rounds that a rate looks back on */
-    IDLE_MOST = 192,  /* plain rounds between tries */
-    PROBES = 4        /* rounds of a try: the first has a gap before it in what the head has seen */
+    IDLE_LEAST = 24,  /* plain rounds before the next try, doubled while tries fail */
+    IDLE_MOST = 192,
+    PROBES = 4 /* rounds of a try: the first has a gap before it in what the head has seen */
 };
 
 void speculation_init(struct speculation *s, int most)
 {
-    *s = (struct speculation){ .most = most };
+    *s = (struct speculation){ .most = most, .idle = IDLE_LEAST, .pause = IDLE_LEAST };
     for (int i = 0; i < DRAFTS_MAX; i++) s->rate[i] = 0.8;
 }
 
@@ -44,22 +45,28 @@ int speculation_choose(struct speculation *s)
     if (s->most == 0 || s->seconds[0] == 0) return 0;
     int n = best(s);
     if (n > 0) {
-        s->idle = s->probes = 0;
+        s->probes = 0;
+        s->idle = s->pause = IDLE_LEAST;
         return n;
     }
-    if (s->probes == 0 && ++s->idle < IDLE_MOST) return 0;
+    if (s->idle > 0) {
+        s->idle--;
+        return 0;
+    }
     if (s->probes == 0) s->probes = PROBES;
-    if (--s->probes == 0) s->idle = 0;
+    if (--s->probes > 0) return 1;
+    s->pause = 2 * s->pause < IDLE_MOST ? 2 * s->pause : IDLE_MOST;
+    s->idle = s->pause;
     return 1;
 }
 
-/* The mean of the first few, then one that forgets; a round that was disturbed counts at most double. */
-static void settle(double *mean, double x)
+/* What rounds take when nothing disturbs them: quick to fall, slow to rise. */
+static void settle(double *usual, double x)
 {
-    if (*mean == 0)
-        *mean = x;
+    if (*usual == 0)
+        *usual = x;
     else
-        *mean += 0.1 * ((x < 2 * *mean ? x : 2 * *mean) - *mean);
+        *usual += (x < *usual ? 0.3 : 0.03) * ((x < 2 * *usual ? x : 2 * *usual) - *usual);
 }
 
 void speculation_learn(struct speculation *s, int drafted, int accepted, double seconds)

@@ -13,7 +13,7 @@ struct speculation {
     int64_t right[DRAFTS_MAX];      /* and themselves too */
     double rate[DRAFTS_MAX];        /* of these, of late */
     double seconds[DRAFTS_MAX + 1]; /* of a round with so many drafts, of late; 0: not tried */
-    int idle, probes;               /* plain rounds since drafting stopped; rounds left of a new try */
+    int idle, pause, probes;        /* plain rounds left and in all before a try; rounds left of one */
 };
 
 void speculation_init(struct speculation *s, int most);

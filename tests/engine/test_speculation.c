@@ -191,6 +191,13 @@ static void check_own(const struct backend_options *o, int n)
     teardown(&b);
 }
 
+static void drafts_change_no_bit_on_a_gpu(void **state)
+{
+    (void)state;
+    check_own(&(struct backend_options){ .device = DEVICE_CUDA, .rounded = true }, 5);
+    check_own(&(struct backend_options){ .device = DEVICE_CUDA }, 5);
+}
+
 static void drafts_change_no_bit(void **state)
 {
     (void)state;
@@ -397,5 +404,8 @@ int main(void)
         cmocka_unit_test(drafting_stops_where_it_does_not_pay),
         cmocka_unit_test(drafts_change_no_bit_of_200_prompts),
     };
+    const struct CMUnitTest on_a_gpu[] = { cmocka_unit_test(drafts_change_no_bit_on_a_gpu) };
+    const char *device = getenv("QUENCH_DEVICE");
+    if (device && strcmp(device, "cuda") == 0) return cmocka_run_group_tests(on_a_gpu, NULL, NULL);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

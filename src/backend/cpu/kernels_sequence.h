@@ -16,26 +16,36 @@ static float dot(const float *a, const float *b, int64_t n)
     return s;
 }
 
-/* `to` <- decay S + k d^T for n vectors of columns; `to` may be S. Never inlined: a token's update and its
- * repetition from a log are the same instructions, however products and sums were fused. */
+/* `to` <- what tokens make of n vectors of columns of S, one after the other: S <- decay S + k d^T; `to` may
+ * be S. Never inlined: a token's update and its repetition from a log are the same instructions, however
+ * products and sums were fused. */
 #define DELTA_UPDATE(name, n)                                                                                \
     static __attribute__((noinline)) void name(float *to, int64_t to_stride, const float *S, int64_t stride, \
-                                               int dk, const float *k, const float *d, float decay)          \
+                                               int dk, const struct delta_past *past, int64_t n_tokens)      \
     {                                                                                                        \
-        vec add[n];                                                                                          \
-        for (int i = 0; i < n; i++) add[i] = vload(d + i * VL);                                              \
-        for (int r = 0; r < dk; r++, S += stride, to += to_stride)                                           \
-            for (int i = 0; i < n; i++) vstore(to + i * VL, decay * vload(S + i * VL) + k[r] * add[i]);      \
+        for (int r = 0; r < dk; r++, S += stride, to += to_stride) {                                         \
+            vec s[n];                                                                                        \
+            for (int i = 0; i < n; i++) s[i] = vload(S + i * VL);                                            \
+            for (int64_t t = 0, at = 0; t < n_tokens; t++, at += past->stride)                               \
+                for (int i = 0; i < n; i++)                                                                  \
+                    s[i] = past->decay[at] * s[i] + past->key[at + r] * vload(past->update + at + i * VL);   \
+            for (int i = 0; i < n; i++) vstore(to + i * VL, s[i]);                                           \
+        }                                                                                                    \
     }
 enum { DELTA_WIDE = DELTA_COLUMNS / VL < 4 ? DELTA_COLUMNS / VL : 4 }; /* vectors of columns at a time */
 DELTA_UPDATE(update_wide, DELTA_WIDE)
 DELTA_UPDATE(update_narrow, 1)
 
 static __attribute__((noinline)) void update_column(float *to, int64_t to_stride, const float *S,
-                                                    int64_t stride, int dk, const float *k, float d,
-                                                    float decay)
+                                                    int64_t stride, int dk, const struct delta_past *past,
+                                                    int64_t n_tokens)
 {
-    for (int r = 0; r < dk; r++) to[r * to_stride] = decay * S[r * stride] + k[r] * d;
+    for (int r = 0; r < dk; r++) {
+        float s = S[r * stride];
+        for (int64_t t = 0, at = 0; t < n_tokens; t++, at += past->stride)
+            s = past->decay[at] * s + past->key[at + r] * past->update[at];
+        to[r * to_stride] = s;
+    }
 }
 
 /* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first
@@ -67,7 +77,8 @@ INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int colu
             vstore(h->o + t * h->o_stride + column + i * VL, decay * w[i] + kq * x);
         }
         if (h->copy && t + 1 == n_tokens) return;
-        (n == 1 ? update_narrow : update_wide)(to, to_stride, S, stride, h->dk, k, d, decay);
+        struct delta_past now = { k, d, &decay, 0 };
+        (n == 1 ? update_narrow : update_wide)(to, to_stride, S, stride, h->dk, &now, 1);
         S = to;
         stride = to_stride;
     }
@@ -90,7 +101,7 @@ static void delta_column(const struct delta_head *h, int64_t n_tokens, int colum
         h->o[t * h->o_stride + column] = decay * w + dot(k, q, h->dk) * d;
         if (h->copy) h->update[t * h->update_stride + column] = d;
         if (h->copy && t + 1 == n_tokens) return;
-        update_column(to, to_stride, S, stride, h->dk, k, d, decay);
+        update_column(to, to_stride, S, stride, h->dk, &(struct delta_past){ k, &d, &decay, 0 }, 1);
         S = to;
         stride = to_stride;
     }
@@ -106,17 +117,10 @@ static void delta(const struct delta_head *h, int64_t n_tokens)
 
 static void delta_replay(float *S, int dk, int dv, const struct delta_past *past, int64_t n_tokens)
 {
-    int c = 0, n;
-    for (; c < dv; c += n) {
+    struct delta_past p = *past;
+    for (int c = 0, n; c < dv; c += n, S += n, p.update += n) {
         n = c + DELTA_WIDE * VL <= dv ? DELTA_WIDE * VL : c + VL <= dv ? VL : 1;
-        for (int64_t t = 0; t < n_tokens; t++) {
-            const float *k = past->key + t * past->stride, *d = past->update + t * past->stride + c;
-            float decay = past->decay[t * past->stride];
-            if (n == 1)
-                update_column(S + c, dv, S + c, dv, dk, k, *d, decay);
-            else
-                (n == VL ? update_narrow : update_wide)(S + c, dv, S + c, dv, dk, k, d, decay);
-        }
+        (n == 1 ? update_column : n == VL ? update_narrow : update_wide)(S, dv, S, dv, dk, &p, n_tokens);
     }
 }
 
