@@ -24,7 +24,7 @@ static void print_json(const struct bench_speculative *b, const struct backend *
         r->plain_prefill_seconds, "speculative_prefill_seconds", r->prefill_seconds, "drafted",
         (json_int_t)s->drafted, "accepted", (json_int_t)s->accepted, "mean_accepted_length",
         speculation_mean_length(s), "acceptance", places, "same_text", r->different == 0);
-    json_dumpf(o, stdout, JSON_INDENT(2));
+    json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
 }
@@ -59,7 +59,7 @@ static bool measure(const struct bench_speculative *b, struct opened *o, const s
                                            .kv = common_kv_dtype(b->common),
                                            .stop_tokens = eos,
                                            .report = report };
-    if (!model_bind_mtp(&o->model, e) || !checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e))
+    if (!common_bind_mtp(o, drafts, e) || !checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e))
         return false;
     options.n_stop_tokens = n_eos;
     if (!speculation_measure(&r, &options, e)) return false;

@@ -93,6 +93,8 @@ bool common_drafts(int *drafts, const struct common *c, struct err *e);
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e);
+/* The MTP head of an opened model, where drafts are wanted. */
+bool common_bind_mtp(struct opened *o, int drafts, struct err *e);
 void common_close(struct opened *o); /* accepts a zeroed one */
 
 /* A JSON string of a path: names of files may hold any bytes, what is not UTF-8 becomes U+FFFD. */

@@ -189,7 +189,7 @@ static bool run(struct settings *s, struct err *e)
     struct token_list prompt = { 0 };
     bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
               common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
-              (!s->drafts || model_bind_mtp(&o.model, e)) && encode_prompt(&prompt, &o, s, e) &&
+              common_bind_mtp(&o, s->drafts, e) && encode_prompt(&prompt, &o, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
     free(prompt.ids);
     common_close(&o);
