@@ -84,13 +84,21 @@ struct row {
     const float *embedding; /* host, [hidden]; NULL: look the token up */
 };
 
-/* Consecutive rows of one sequence, in order. Row i of the span is the sequence's token number past + i. */
+/* Consecutive rows of one sequence, in order. Row i of the span is the sequence's token number past + i.
+ *
+ * Rows that may have to be taken back are logged: they see each other as ever, but their slot's recurrent and
+ * convolution state stays as it is before them, and what they would have done to it goes to the slot's log.
+ * The slot's next span says how many of the logged rows, from the first, the sequence has kept; those are
+ * applied to the state before anything else, operation for operation as if they had not been logged: same
+ * bits. KV is taken back by `past` alone. */
 struct span {
     int64_t first, n; /* rows [first, first + n) of the step */
     int64_t past;     /* tokens of the sequence before this step */
     const int32_t
         *pages;   /* KV pages of the sequence: token t lives in pages[t / KV_PAGE], line t % KV_PAGE */
     int32_t slot; /* its recurrent and convolution state */
+    int32_t kept; /* rows of the slot's log that come before these; 0 after a span that was not logged */
+    bool logged;  /* n is at most the state's log_rows */
 };
 
 struct step_rows {
@@ -112,15 +120,37 @@ struct kv_cache {
 };
 
 /* Of one DeltaNet layer. matrix: [slot][value head][key dim][value dim]. conv: [slot][kernel - 1][channels],
- * the raw projections of the last tokens, oldest first. Zero at the start of a sequence. */
+ * the raw projections of the last tokens, oldest first. Zero at the start of a sequence. log:
+ * [slot][log_rows][delta_log_floats], see delta_log_at; NULL and 0 where no span is logged. */
 struct delta_state {
-    float *matrix, *conv;
+    float *matrix, *conv, *log;
+    int log_rows;
 };
 
 struct delta_shape {
     int key_heads, value_heads, key_dim, value_dim,
         kernel; /* value head j reads key head j / (value / key heads) */
 };
+
+/* A row of a log: what `conv` and `delta` need to apply it later. */
+struct delta_log {
+    float *u;      /* raw projections: [2 * key_heads * key_dim + value_heads * value_dim] */
+    float *key;    /* normalised: [key_heads][key_dim] */
+    float *update; /* the vectors d: [value_heads][value_dim] */
+    float *decay;  /* e^g: [value_heads] */
+};
+static inline int64_t delta_log_floats(const struct delta_shape *s)
+{
+    return 3 * (int64_t)s->key_heads * s->key_dim + 2 * (int64_t)s->value_heads * s->value_dim +
+           s->value_heads;
+}
+static inline struct delta_log delta_log_at(const struct delta_state *state, const struct delta_shape *s,
+                                            int32_t slot, int64_t row)
+{
+    int64_t keys = (int64_t)s->key_heads * s->key_dim, values = (int64_t)s->value_heads * s->value_dim;
+    float *u = state->log + ((int64_t)slot * state->log_rows + row) * delta_log_floats(s);
+    return (struct delta_log){ u, u + 2 * keys + values, u + 3 * keys + values, u + 3 * keys + 2 * values };
+}
 
 struct rope {
     int n;                /* frequencies: half the rotated dimensions */
@@ -261,14 +291,16 @@ struct ops {
                       const struct step_rows *rows);
 
     /* Causal depthwise convolution over time, then SiLU: y_t = SiLU(sum_j w[j][c] * u_{t - kernel + 1 +
-     * j}[c]). weight: [kernel][channels]. Reads and advances the conv state. y is not u. */
+     * j}[c]). weight: [kernel][channels]. Reads and advances the conv state, or logs (struct span). y is not
+     * u. */
     void (*conv)(struct queue *q, struct mat y, struct mat u, const float *weight,
                  const struct delta_state *state, const struct delta_shape *shape,
                  const struct step_rows *rows);
     /* The gated delta rule. qkv: [n, 2 * key_heads * key_dim + value_heads * value_dim] after conv. a, b: [n,
      * value heads]. All three are used up: their contents afterwards are unspecified. log decay g =
      * -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b); q, k L2-normalised over key_dim, q scaled by
-     * key_dim^-1/2. Per value head: S <- e^g S; d = beta (v - S^T k); S <- S + k d^T; o = S^T q. */
+     * key_dim^-1/2. Per value head: S <- e^g S; d = beta (v - S^T k); S <- S + k d^T; o = S^T q. Advances S,
+     * or logs (struct span). */
     void (*delta)(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
                   const float *A_log, const float *dt_bias, const struct delta_state *state,
                   const struct delta_shape *shape, const struct step_rows *rows);

@@ -3,6 +3,7 @@
 #include "base/file.h"
 #include "base/pool.h"
 #include "cli/bench_print.h"
+#include "cli/bench_speculative.h"
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "eval/synthetic.h"
@@ -31,7 +32,7 @@ struct values {
 
 struct settings {
     struct common common;
-    const char *model, *content;
+    const char *model, *content, *prompt_file;
     struct text_list prompts, gens, pairs, depths, sequences, threads;
     int format;
     int64_t repetitions, step_rows;
@@ -226,12 +227,28 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
     return ok;
 }
 
+static bool compare_drafting(const struct settings *s, struct err *e)
+{
+    struct matrix m;
+    if (!parse_all(&m, s, e)) return false;
+    if (s->synthetic) return err_set(e, ERR_ARGUMENT, "--prompts: a synthetic model has no tokenizer");
+    struct common common = s->common;
+    common.threads = m.threads.items[0];
+    return bench_speculative(&(struct bench_speculative){ .common = &common,
+                                                          .model = s->model,
+                                                          .prompts = s->prompt_file,
+                                                          .max_tokens = m.gens.items[0],
+                                                          .json = s->common.json || s->format != BENCH_MD },
+                             e);
+}
+
 static bool run(const struct settings *s, struct err *e)
 {
     struct matrix m;
     struct source o = { 0 };
     struct bench_printer p;
     enum bench_format format = s->common.json ? BENCH_JSON : (enum bench_format)s->format;
+    if (s->prompt_file || s->common.speculative) return compare_drafting(s, e);
     bool ok = parse_all(&m, s, e) && open_source(&o, s, e);
     if (!bench_printer_init(&p, format)) ok = ok && err_memory(e, "results", 0);
     for (int i = 0; ok && i < m.threads.n; i++) ok = run_threads(&p, &o, s, &m, (int)m.threads.items[i], e);
@@ -262,6 +279,10 @@ int cli_bench(int argc, char **argv)
         { "--content", 0, FLAG_TEXT, &s.content, "FILE",
           "a text whose tokens are used, so that routing is real (default: random ids)", NULL },
         { "--synthetic", 0, FLAG_SWITCH, &s.synthetic, NULL, "MODEL is a shape; weights are random", NULL },
+        { "--prompts", 0, FLAG_TEXT, &s.prompt_file, "FILE",
+          "JSON lines with \"prompt\": continue each greedily, up to -n tokens, without drafts and with them",
+          NULL },
+        COMMON_SPECULATIVE_FLAG(s.common),
         { "--profile", 0, FLAG_SWITCH, &s.profile, NULL, "time each operation in one more repetition", NULL },
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),

@@ -104,6 +104,47 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
     return true;
 }
 
+static bool speculative_refused(const char *key, const char *what, struct err *e)
+{
+    return err_set(e, ERR_ARGUMENT, "--speculative-config: field '%s': %s", key, what);
+}
+
+static bool read_speculative(int *drafts, const json_t *o, struct err *e)
+{
+    const char *key;
+    json_t *v;
+    bool has_method = false;
+    *drafts = 1; /* as many as there are MTP layers, which is what vLLM takes without the field */
+    json_object_foreach((json_t *)o, key, v)
+    {
+        if (strcmp(key, "method") == 0) {
+            const char *method = json_string_value(v);
+            has_method = method && strcmp(method, "mtp") == 0;
+            if (!has_method) return speculative_refused(key, "the only method is \"mtp\"", e);
+        } else if (strcmp(key, "num_speculative_tokens") == 0) {
+            json_int_t n = json_integer_value(v);
+            if (n < 1 || n > DRAFTS_MAX) return speculative_refused(key, "expected 1 to 8", e);
+            *drafts = (int)n;
+        } else
+            return speculative_refused(key, "not known here; fields are method and num_speculative_tokens",
+                                       e);
+    }
+    return has_method || err_set(e, ERR_ARGUMENT, "--speculative-config: field 'method' is missing");
+}
+
+bool common_drafts(int *drafts, const struct common *c, struct err *e)
+{
+    json_error_t fault;
+    *drafts = 0;
+    if (!c->speculative) return true;
+    json_t *o = json_loads(c->speculative, JSON_REJECT_DUPLICATES, &fault);
+    if (!o) return err_set(e, ERR_ARGUMENT, "--speculative-config: not JSON: %s", fault.text);
+    bool ok = json_is_object(o) ? read_speculative(drafts, o, e)
+                                : err_set(e, ERR_ARGUMENT, "--speculative-config: expected an object");
+    json_decref(o);
+    return ok;
+}
+
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e)
 {
@@ -113,6 +154,14 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
         return true;
     common_close(o);
     return false;
+}
+
+bool common_bind_mtp(struct opened *o, int drafts, struct err *e)
+{
+    if (drafts && strcmp(o->model.backend->ops->name, "cuda") == 0)
+        return err_set(e, ERR_UNSUPPORTED,
+                       "--speculative-config: drafting is not supported on a GPU yet; use --device cpu");
+    return !drafts || model_bind_mtp(&o->model, e);
 }
 
 void common_close(struct opened *o)

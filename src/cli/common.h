@@ -15,6 +15,7 @@ struct common {
     int fp4;    /* index into common_activations */
     int inputs; /* index into common_inputs */
     int64_t threads;
+    const char *speculative; /* NULL: none */
     bool quiet, json;
 };
 extern const char *const common_devices[],
@@ -63,6 +64,14 @@ extern const char *const common_devices[],
         NULL, 0, FLAG_SWITCH, NULL, NULL, NULL, NULL                                                         \
     }
 
+#define COMMON_SPECULATIVE_FLAG(c)                                                                           \
+    {                                                                                                        \
+        "--speculative-config", 0, FLAG_TEXT, &(c).speculative, "JSON",                                      \
+            "draft with the MTP head: '{\"method\":\"mtp\",\"num_speculative_tokens\":2}', at most so many " \
+            "a step (1 to 8), fewer where that is faster; the text is the same",                             \
+            NULL                                                                                             \
+    }
+
 enum kv_dtype common_kv_dtype(const struct common *c);
 const char *common_kv_name(enum kv_dtype d); /* "f32" */
 
@@ -79,9 +88,13 @@ struct opened {
     struct model model;
     struct tokenizer *tokenizer;
 };
+/* --speculative-config as vLLM has it; *drafts: 0 without. Other methods and fields are refused. */
+bool common_drafts(int *drafts, const struct common *c, struct err *e);
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e);
+/* The MTP head of an opened model, where drafts are wanted. */
+bool common_bind_mtp(struct opened *o, int drafts, struct err *e);
 void common_close(struct opened *o); /* accepts a zeroed one */
 
 /* A JSON string of a path: names of files may hold any bytes, what is not UTF-8 becomes U+FFFD. */

@@ -28,6 +28,7 @@ struct settings {
     int64_t max_tokens, seed, top_k;
     double temperature, top_p, min_p;
     struct text_list stops, images;
+    int drafts;
     bool ignore_eos, keep_special;
 };
 
@@ -137,8 +138,18 @@ static const char *finish_name(enum finish f)
     return f == FINISH_STOP ? "stop" : "length";
 }
 
-static void print_json(const struct settings *s, const struct generated *g, const char *text, size_t n,
-                       size_t n_prompt)
+static void add_drafts(json_t *o, const struct speculation *s)
+{
+    json_t *places = json_array();
+    for (int i = 0; i < s->most && s->tried[i]; i++)
+        json_array_append_new(places, json_real((double)s->right[i] / (double)s->tried[i]));
+    json_object_update_new(o, json_pack("{s:I, s:I, s:f, s:o}", "drafted", (json_int_t)s->drafted, "accepted",
+                                        (json_int_t)s->accepted, "mean_accepted_length",
+                                        speculation_mean_length(s), "acceptance", places));
+}
+
+static void print_json(const struct settings *s, const struct generated *g, const struct speculation *drafts,
+                       const char *text, size_t n, size_t n_prompt)
 {
     json_t *ids = json_array();
     for (size_t i = 0; i < g->tokens.n; i++) json_array_append_new(ids, json_integer(g->tokens.ids[i]));
@@ -146,16 +157,26 @@ static void print_json(const struct settings *s, const struct generated *g, cons
                           json_stringn(text, n), "token_ids", ids, "finish_reason", finish_name(g->finish),
                           "prompt_tokens", (json_int_t)n_prompt, "prefill_seconds", g->prefill_seconds,
                           "decode_seconds", g->decode_seconds);
+    if (drafts->most) add_drafts(o, drafts);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);
 }
 
-static void print_speed(const struct generated *g, size_t n_prompt)
+static void print_drafts(const struct speculation *s)
+{
+    fprintf(stderr, "quench: %lld drafted, %lld accepted (", (long long)s->drafted, (long long)s->accepted);
+    for (int i = 0; i < s->most && s->tried[i]; i++)
+        fprintf(stderr, "%s%.0f %%", i ? ", " : "by place ", 100 * (double)s->right[i] / (double)s->tried[i]);
+    fprintf(stderr, "); mean accepted length %.2f\n", speculation_mean_length(s));
+}
+
+static void print_speed(const struct generated *g, const struct speculation *s, size_t n_prompt)
 {
     fprintf(stderr, "\nquench: %zu prompt tokens, %.0f tokens/s; %zu generated, %.1f tokens/s; finish: %s\n",
             n_prompt, (double)n_prompt / g->prefill_seconds, g->tokens.n,
             g->tokens.n ? (double)g->tokens.n / g->decode_seconds : 0, finish_name(g->finish));
+    if (s->most) print_drafts(s);
 }
 
 static bool answer(const struct settings *s, struct opened *o, const struct prompt *prompt,
@@ -169,6 +190,8 @@ static bool answer(const struct settings *s, struct opened *o, const struct prom
     int64_t most = c->max_position_embeddings, n = prompt->n;
     int64_t max_tokens = s->max_tokens < most - n ? s->max_tokens : most - n;
     struct collected text = { 0 };
+    struct speculation speculation;
+    speculation_init(&speculation, s->drafts);
     struct generation g = { .sampling = *sampling,
                             .max_tokens = max_tokens,
                             .stops = s->stops.items,
@@ -180,8 +203,11 @@ static bool answer(const struct settings *s, struct opened *o, const struct prom
                             .keep_special = s->keep_special,
                             .ctx = &text,
                             .text = take_text,
+                            .speculation = &speculation,
                             .report = report };
-    struct engine_options eo = { .context = n + max_tokens, .kv = common_kv_dtype(&s->common) };
+    struct engine_options eo = { .context = n + max_tokens,
+                                 .kv = common_kv_dtype(&s->common),
+                                 .drafts = s->drafts };
     struct engine *engine;
     struct generated out = { 0 };
     if (!engine_create(&engine, &o->model, &eo, e)) return false;
@@ -190,17 +216,17 @@ static bool answer(const struct settings *s, struct opened *o, const struct prom
               generate_rows(&out, engine, o->tokenizer, prompt->rows, n, &g, e);
     if (text.stream) fclose(text.stream);
     if (ok && s->common.json)
-        print_json(s, &out, text.text, text.n, (size_t)n);
+        print_json(s, &out, &speculation, text.text, text.n, (size_t)n);
     else if (ok)
         putchar('\n');
-    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, (size_t)n);
+    if (ok && !s->common.json && !s->common.quiet) print_speed(&out, &speculation, (size_t)n);
     free(text.text);
     free(out.tokens.ids);
     engine_free(engine);
     return ok;
 }
 
-static bool run(const struct settings *s, struct err *e)
+static bool run(struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
     struct sampling sampling = { (float)s->temperature, (int)s->top_k, (float)s->top_p, (float)s->min_p,
@@ -210,8 +236,9 @@ static bool run(const struct settings *s, struct err *e)
     struct token_list tokens = { 0 };
     struct picture pictures[TEXT_LIST_MAX] = { 0 };
     struct prompt prompt = { 0 };
-    bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) &&
-              common_open(&o, s->model, &b, &report, e) && encode_prompt(&tokens, &o, s, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+              common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
+              common_bind_mtp(&o, s->drafts, e) && encode_prompt(&tokens, &o, s, e) &&
               lay_prompt(&prompt, &o, &tokens, pictures, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
     prompt_free(&prompt);
@@ -241,6 +268,7 @@ int cli_generate(int argc, char **argv)
         { "--ignore-eos", 0, FLAG_SWITCH, &s.ignore_eos, NULL, "go on past end-of-text tokens", NULL },
         { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
           NULL },
+        COMMON_SPECULATIVE_FLAG(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

@@ -7,9 +7,12 @@
 enum { LOGITS_BYTES = 64 << 20 }; /* of one batch of logits: bounds memory for large vocabularies */
 
 struct sequence {
-    bool open;
+    bool open, tentative; /* the last step's rows wait for engine_keep */
     int64_t length;
     int64_t shift; /* of the next token's position against `length`: pictures take more rows than positions */
+    int32_t kept;  /* rows of the slot's log that count */
+    int64_t head_length;          /* rows in the MTP head's cache */
+    int64_t fresh_first, n_fresh; /* rows of the last step that the head has not seen; 0: none */
     int64_t n_pages;
     int32_t *pages; /* [pages_each] */
 };
@@ -18,13 +21,18 @@ struct engine {
     struct model *model;
     struct engine_options o;
     struct step *step;
-    struct layer_state *states; /* [n_layers] */
+    struct layer_state *states; /* [n_layers + 1], the last the MTP head's */
     struct sequence *sequences;
     int64_t pages_each, n_free, logits_rows;
     int32_t *page_memory; /* every sequence's list, then the free list */
     int32_t *free_pages;
-    struct row *rows; /* [step_rows] */
+    struct row *rows; /* [step_rows] of the last step */
     struct span *spans;
+    struct mat hidden;
+    struct row *head_rows; /* [step_rows] of the MTP head's, with the hidden row that each goes with */
+    int64_t *head_index;
+    struct span *head_spans;
+    int32_t *guesses;   /* [sequences] */
     float *host_logits; /* [logits_rows][vocab] */
 };
 
@@ -33,6 +41,7 @@ static void set_defaults(struct engine_options *o, const struct config *c, const
     if (o->context == 0) o->context = c->max_position_embeddings < 4096 ? c->max_position_embeddings : 4096;
     if (o->sequences == 0) o->sequences = 1;
     if (o->step_rows == 0) o->step_rows = backend->step_rows;
+    if (o->step_rows < o->drafts + 1) o->step_rows = o->drafts + 1;
     if (o->step_rows > o->context * o->sequences) o->step_rows = o->context * o->sequences;
 }
 
@@ -43,9 +52,14 @@ static bool take_host_memory(struct engine *g, struct err *e)
     g->page_memory = calloc((size_t)(2 * pages), sizeof *g->page_memory);
     g->rows = calloc((size_t)g->o.step_rows, sizeof *g->rows);
     g->spans = calloc((size_t)n_seq, sizeof *g->spans);
-    g->states = calloc((size_t)g->model->config->n_layers, sizeof *g->states);
+    g->states = calloc((size_t)g->model->config->n_layers + 1, sizeof *g->states);
+    g->head_rows = calloc((size_t)g->o.step_rows, sizeof *g->head_rows);
+    g->head_index = calloc((size_t)g->o.step_rows, sizeof *g->head_index);
+    g->head_spans = calloc((size_t)n_seq, sizeof *g->head_spans);
+    g->guesses = calloc((size_t)n_seq, sizeof *g->guesses);
     g->host_logits = malloc((size_t)(g->logits_rows * g->model->config->vocab_size) * sizeof *g->host_logits);
-    if (!g->sequences || !g->page_memory || !g->rows || !g->spans || !g->states || !g->host_logits)
+    if (!g->sequences || !g->page_memory || !g->rows || !g->spans || !g->states || !g->host_logits ||
+        !g->head_rows || !g->head_index || !g->head_spans || !g->guesses)
         return err_memory(e, "sequences", (uint64_t)pages * 2 * sizeof *g->page_memory);
     g->free_pages = g->page_memory + pages;
     for (int64_t i = 0; i < n_seq; i++) g->sequences[i].pages = g->page_memory + i * g->pages_each;
@@ -53,11 +67,18 @@ static bool take_host_memory(struct engine *g, struct err *e)
     return true;
 }
 
+static int n_states(const struct engine *g)
+{
+    return g->model->config->n_layers + (g->o.drafts > 0);
+}
+
 static bool take_state(struct engine *g, struct err *e)
 {
-    for (int i = 0; i < g->model->config->n_layers; i++)
+    for (int i = 0; i < n_states(g); i++)
         if (!layer_state_create(&g->states[i], g->model, i, g->o.kv, g->pages_each * g->o.sequences,
-                                g->o.sequences, e))
+                                g->o.sequences, e) ||
+            (g->o.drafts &&
+             !layer_state_add_log(&g->states[i], g->model, i, g->o.sequences, g->o.drafts + 1, e)))
             return err_note(e, "context of %" PRId64 " tokens for %d sequences", g->o.context,
                             g->o.sequences);
     return step_create(&g->step, g->model, g->o.step_rows, g->logits_rows, g->o.context, e);
@@ -73,12 +94,14 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
     set_defaults(&g->o, m->config, m->backend);
     g->pages_each = (g->o.context + KV_PAGE - 1) / KV_PAGE;
     g->logits_rows = LOGITS_BYTES / (m->config->vocab_size * (int64_t)sizeof(float));
+    if (g->logits_rows < g->o.drafts + 1) g->logits_rows = g->o.drafts + 1;
     if (g->logits_rows > g->o.step_rows) g->logits_rows = g->o.step_rows;
     if (g->logits_rows < 1) g->logits_rows = 1;
     bool ok =
         g->o.context <= m->config->max_position_embeddings ||
         err_set(e, ERR_LIMIT, "a context of %" PRId64 " tokens was asked for, the model allows %" PRId64,
                 g->o.context, m->config->max_position_embeddings);
+    assert(g->o.drafts >= 0 && g->o.drafts <= DRAFTS_MAX && (!g->o.drafts || m->mtp.fc));
     ok = ok && take_host_memory(g, e) && take_state(g, e);
     if (ok)
         *out = g;
@@ -91,13 +114,17 @@ void engine_free(struct engine *g)
 {
     if (!g) return;
     step_free(g->step);
-    for (int i = 0; g->states && i < g->model->config->n_layers; i++)
+    for (int i = 0; g->states && i <= g->model->config->n_layers; i++)
         layer_state_free(&g->states[i], g->model);
     free(g->states);
     free(g->sequences);
     free(g->page_memory);
     free(g->rows);
     free(g->spans);
+    free(g->head_rows);
+    free(g->head_index);
+    free(g->head_spans);
+    free(g->guesses);
     free(g->host_logits);
     free(g);
 }
@@ -110,6 +137,17 @@ int64_t engine_context(const struct engine *g)
 int64_t engine_step_rows(const struct engine *g)
 {
     return g->o.step_rows;
+}
+
+int engine_drafts(const struct engine *g)
+{
+    return g->o.drafts;
+}
+
+bool engine_wait(struct engine *g, struct err *e)
+{
+    const struct backend *b = g->model->backend;
+    return b->ops->wait(b->queue, e);
 }
 
 int64_t engine_logits_rows(const struct engine *g)
@@ -145,8 +183,7 @@ bool engine_open(struct engine *g, int *handle, struct err *e)
 {
     for (int i = 0; i < g->o.sequences; i++) {
         if (g->sequences[i].open) continue;
-        g->sequences[i].open = true;
-        g->sequences[i].length = g->sequences[i].shift = 0;
+        g->sequences[i] = (struct sequence){ .open = true, .pages = g->sequences[i].pages };
         for (int l = 0; l < g->model->config->n_layers; l++) layer_state_reset(&g->states[l], g->model, l, i);
         *handle = i;
         return true;
@@ -158,8 +195,7 @@ void engine_close(struct engine *g, int handle)
 {
     struct sequence *s = &g->sequences[handle];
     while (s->n_pages > 0) g->free_pages[g->n_free++] = s->pages[--s->n_pages];
-    s->open = false;
-    s->length = 0;
+    *s = (struct sequence){ .pages = s->pages };
 }
 
 static bool no_room(const struct engine *g, int64_t tokens, struct err *e)
@@ -179,9 +215,78 @@ bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e)
     if (n > g->o.context - s->length) return no_room(g, s->length + n, e);
     take_pages(g, s, s->length + n);
     s->length += n;
-    for (int i = 0; n > 0 && i < g->model->config->n_layers; i++)
+    s->head_length += n;
+    s->kept = 0;
+    s->n_fresh = 0;
+    for (int i = 0; n > 0 && i < n_states(g); i++)
         if (!layer_state_noise(&g->states[i], g->model, i, s->pages, s->n_pages, handle, e)) return false;
     return true;
+}
+
+/* What the MTP head sees of a sequence: for each of its rows the token that came after. */
+
+/* A step of the head being put together. */
+struct head_step {
+    int64_t n, n_spans;
+};
+
+static void begin_span(struct engine *g, struct head_step *h, const struct sequence *s, int64_t past)
+{
+    g->head_spans[h->n_spans++] = (struct span){ .first = h->n, .past = past, .pages = s->pages };
+}
+
+/* Hidden row `index`, of a token at the position of `at`, and the token after it. */
+static void add_row(struct engine *g, struct head_step *h, int64_t index, const struct row *at,
+                    const struct row *after)
+{
+    g->head_rows[h->n] = *after;
+    memcpy(g->head_rows[h->n].position, at->position, sizeof at->position);
+    g->head_index[h->n++] = index;
+    g->head_spans[h->n_spans - 1].n++;
+}
+
+static struct step_rows head_rows(const struct engine *g, const struct head_step *h)
+{
+    return (
+        struct step_rows){ .rows = g->head_rows, .n = h->n, .spans = g->head_spans, .n_spans = h->n_spans };
+}
+
+static void show(struct engine *g, const struct head_step *h)
+{
+    struct step_rows rows = head_rows(g, h);
+    if (h->n > 0)
+        step_mtp_see(g->step, &rows, g->hidden, g->head_index, &g->states[g->model->config->n_layers]);
+}
+
+/* All rows of the last step's prompts but each one's last, whose next token is not known. */
+static void show_prompts(struct engine *g, int n_runs)
+{
+    struct head_step h = { 0 };
+    for (int i = 0; i < n_runs; i++) {
+        const struct span *span = &g->spans[i];
+        struct sequence *s = &g->sequences[span->slot];
+        if (s->tentative || span->n < 2) continue;
+        begin_span(g, &h, s, s->head_length);
+        for (int64_t r = span->first; r + 1 < span->first + span->n; r++)
+            add_row(g, &h, r, &g->rows[r], &g->rows[r + 1]);
+        s->head_length += span->n - 1;
+        s->fresh_first += span->n - 1;
+        s->n_fresh = 1;
+    }
+    show(g, &h);
+}
+
+/* The last rows of prompts that go on, while their hidden rows are there. */
+static void show_boundaries(struct engine *g, const struct engine_run *runs, int n_runs)
+{
+    struct head_step h = { 0 };
+    for (int i = 0; g->o.drafts && i < n_runs; i++) {
+        struct sequence *s = &g->sequences[runs[i].handle];
+        if (runs[i].tentative || runs[i].n < 2 || s->n_fresh != 1) continue;
+        begin_span(g, &h, s, s->head_length++);
+        add_row(g, &h, s->fresh_first, &g->rows[s->fresh_first], &runs[i].rows[0]);
+    }
+    show(g, &h);
 }
 
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
@@ -196,20 +301,113 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
             return err_set(e, ERR_LIMIT, "%" PRId64 " rows in a step of at most %" PRId64, step.n,
                            g->o.step_rows);
     }
+    show_boundaries(g, runs, n_runs);
     int64_t first = 0;
+    for (int i = 0; i < g->o.sequences; i++) g->sequences[i].n_fresh = 0;
     for (int i = 0; i < n_runs; i++) {
-        struct sequence *s = &g->sequences[runs[i].handle];
-        assert(s->open);
-        memcpy(g->rows + first, runs[i].rows, (size_t)runs[i].n * sizeof *g->rows);
-        take_pages(g, s, s->length + runs[i].n);
-        g->spans[i] = (struct span){ first, runs[i].n, s->length, s->pages, runs[i].handle };
-        int64_t next = next_position(runs[i].rows, runs[i].n, s->length + s->shift);
-        s->length += runs[i].n;
+        const struct engine_run *r = &runs[i];
+        struct sequence *s = &g->sequences[r->handle];
+        assert(s->open && !s->tentative && (!r->tentative || r->n <= g->o.drafts + 1));
+        memcpy(g->rows + first, r->rows, (size_t)r->n * sizeof *g->rows);
+        take_pages(g, s, s->length + r->n);
+        g->spans[i] = (struct span){ .first = first,
+                                     .n = r->n,
+                                     .past = s->length,
+                                     .pages = s->pages,
+                                     .slot = r->handle,
+                                     .kept = s->kept,
+                                     .logged = r->tentative };
+        int64_t next = next_position(r->rows, r->n, s->length + s->shift);
+        s->kept = 0;
+        s->length += r->n;
         s->shift = next - s->length;
-        first += runs[i].n;
+        s->tentative = r->tentative;
+        s->fresh_first = first;
+        s->n_fresh = r->n;
+        first += r->n;
     }
-    *hidden = step_run(g->step, &step, g->states);
+    *hidden = g->hidden = step_run(g->step, &step, g->states);
+    if (g->o.drafts) show_prompts(g, n_runs);
     return true;
+}
+
+void engine_keep(struct engine *g, int handle, int64_t n)
+{
+    struct sequence *s = &g->sequences[handle];
+    assert(s->tentative && n >= 1 && n <= s->n_fresh);
+    s->tentative = false;
+    s->length -= s->n_fresh - n;
+    s->n_fresh = n;
+    s->kept = (int32_t)n;
+}
+
+/* Drafting. */
+
+/* The fresh rows of each sequence and its next token. */
+static void add_fresh(struct engine *g, struct head_step *h, const struct engine_draft *d)
+{
+    struct sequence *s = &g->sequences[d->handle];
+    struct row next = { .token = d->next };
+    assert(s->open && !s->tentative && s->n_fresh > 0);
+    take_pages(g, s, s->head_length + s->n_fresh + d->n - 1);
+    begin_span(g, h, s, s->head_length);
+    for (int64_t r = s->fresh_first; r < s->fresh_first + s->n_fresh; r++)
+        add_row(g, h, r, &g->rows[r], r + 1 < s->fresh_first + s->n_fresh ? &g->rows[r + 1] : &next);
+    s->head_length += s->n_fresh;
+}
+
+/* The head's own guess number `depth` as the next token, and its own row in place of a hidden one. */
+static void add_guess(struct engine *g, struct head_step *h, const struct engine_draft *d, int depth,
+                      int64_t index)
+{
+    const struct sequence *s = &g->sequences[d->handle];
+    struct row at = g->rows[s->fresh_first + s->n_fresh - 1], next = { .token = d->tokens[depth - 1] };
+    for (int i = 0; i < 3; i++) at.position[i] += depth;
+    begin_span(g, h, s, s->head_length + depth - 1);
+    add_row(g, h, index, &at, &next);
+}
+
+/* Runs the head; a row comes of each span, and a token of each row: the guess number `depth` of the sequences
+ * that want so many. */
+static struct mat guess(struct engine *g, const struct head_step *h, struct mat hidden,
+                        struct engine_draft *drafts, int n, int depth)
+{
+    struct step_rows rows = head_rows(g, h);
+    struct mat m = step_mtp(g->step, &rows, hidden, g->head_index, &g->states[g->model->config->n_layers]);
+    for (int64_t i = 0; i < m.rows; i++) g->head_index[i] = i;
+    for (int64_t i = 0, some; i < m.rows; i += some) {
+        some = m.rows - i < g->logits_rows ? m.rows - i : g->logits_rows;
+        step_draft(g->step, g->guesses + i, m, g->head_index + i, some);
+    }
+    for (int i = 0, from = 0; i < n; i++)
+        if (drafts[i].n > depth) drafts[i].tokens[depth] = g->guesses[from++];
+    return m;
+}
+
+bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct err *e)
+{
+    struct head_step h = { 0 };
+    const struct backend *b = g->model->backend;
+    for (int i = 0; i < n; i++) {
+        struct sequence *s = &g->sequences[drafts[i].handle];
+        int64_t room = g->o.context - s->length - 1;
+        if (drafts[i].n > room) drafts[i].n = (int)room;
+        if (drafts[i].n > 0) add_fresh(g, &h, &drafts[i]);
+    }
+    struct mat hidden = g->hidden;
+    for (int depth = 0; h.n > 0; depth++) {
+        hidden = guess(g, &h, hidden, drafts, n, depth);
+        struct head_step next = { 0 };
+        for (int i = 0, from = 0; i < n; i++) {
+            if (drafts[i].n <= depth) continue;
+            if (drafts[i].n > depth + 1) add_guess(g, &next, &drafts[i], depth + 1, from);
+            from++;
+        }
+        h = next;
+    }
+    for (int i = 0; i < n; i++)
+        if (drafts[i].n > 0) g->sequences[drafts[i].handle].n_fresh = 0;
+    return b->ops->wait(b->queue, e);
 }
 
 struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *index, int64_t n)
@@ -241,7 +439,9 @@ bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, i
     if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
     for (int64_t done = 0, count; done < n; done += count) {
         count = n - done < g->o.step_rows ? n - done : g->o.step_rows;
-        if (!engine_step(g, &(struct engine_run){ handle, rows + done, count }, 1, &hidden, e)) return false;
+        if (!engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows + done, .n = count }, 1,
+                         &hidden, e))
+            return false;
         report_progress(progress, "prompt", (uint64_t)(done + count), (uint64_t)n);
     }
     if (last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);

@@ -9,13 +9,17 @@ struct engine_options {
     int sequences;     /* at a time; 0: 1 */
     int64_t step_rows; /* most rows of a step; 0: as the backend likes */
     enum kv_dtype kv;
+    int drafts; /* most tokens drafted ahead of a sequence, up to DRAFTS_MAX; 0: none. Else the model's MTP
+                   head must be bound */
 };
+enum { DRAFTS_MAX = 8 };
 
 struct engine;
 bool engine_create(struct engine **out, struct model *m, const struct engine_options *o, struct err *e);
 void engine_free(struct engine *g); /* NULL is fine */
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
+int engine_drafts(const struct engine *g);          /* as asked for */
 int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */
 
@@ -26,11 +30,12 @@ int64_t engine_length(const struct engine *g, int handle);
 /* Of the next token, if it is text: the length, less what pictures save. */
 int64_t engine_position(const struct engine *g, int handle);
 
-/* Rows to append to one sequence. */
+/* Rows to append to one sequence. Of tentative ones, at most drafts + 1, engine_keep says how many stay. */
 struct engine_run {
     int handle;
     const struct row *rows;
     int64_t n;
+    bool tentative;
 };
 /* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the
  * normed hidden rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT
@@ -42,6 +47,28 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
 struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 /* The same as host rows [n][vocab], owned by the engine, valid until the next call. */
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
+
+/* Waits for what was queued; false: it failed. */
+bool engine_wait(struct engine *g, struct err *e);
+
+/* Speculation. A round of a sequence: the token sampled last and what engine_draft guesses after it are the
+ * rows of a tentative run; from their logits the next tokens are sampled in order for as long as each turns
+ * out to be the one guessed; engine_keep forgets the rows after. Rounds of several sequences may share steps.
+ * The rows' logits have the bits of a token a step (steps of up to ROWS_EXACT rows), whatever was guessed. */
+
+/* After a step with a tentative run: its first n rows stay, 1 <= n, the others are forgotten. Must come
+ * before the sequence's next step. Costs nothing. */
+void engine_keep(struct engine *g, int handle, int64_t n);
+
+struct engine_draft {
+    int handle;
+    int32_t next;               /* the token sampled after the sequence's last row */
+    int n;                      /* wanted; what fits the context is given */
+    int32_t tokens[DRAFTS_MAX]; /* guessed to come after `next` */
+};
+/* Drafts for n sequences that were in the last step, before any other. A sequence that was stepped without
+ * drafting goes on with gaps in what its head has seen. */
+bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct err *e);
 
 /* Makes a sequence n tokens longer without computing them: what it remembers becomes noise. For throughput
  * runs at a depth. ERR_LIMIT past the context. */

@@ -68,6 +68,8 @@ static bool is_stop_token(const struct generation *o, int32_t id)
 
 struct decoding {
     struct engine *engine;
+    struct generated *out;
+    struct speculation *speculation;
     const struct tokenizer *tokenizer;
     const struct generation *o;
     struct candidate *work;
@@ -99,35 +101,81 @@ static bool append(struct token_list *list, int32_t id, struct err *e)
     return true;
 }
 
-static bool take_token(struct decoding *d, struct generated *out, int32_t id, struct err *e)
+static bool take_token(struct decoding *d, int32_t id, struct err *e)
 {
     size_t n;
     tokenizer_bytes(d->tokenizer, id, &n);
-    if (!append(&out->tokens, id, e) || !reserve(&d->pending, 3 * n + DETOKENIZER_ROOM, e)) return false;
+    if (!append(&d->out->tokens, id, e) || !reserve(&d->pending, 3 * n + DETOKENIZER_ROOM, e)) return false;
     d->pending.n += detokenizer_push(&d->detokenizer, d->tokenizer, id, !d->o->keep_special,
                                      d->pending.bytes + d->pending.n);
     hand_out(&d->pending, d->o, false);
     return true;
 }
 
-static bool decode(struct decoding *d, struct generated *out, int handle, const float *logits, int64_t vocab,
-                   struct err *e)
+/* The next tokens by the logits of a round's rows, for as long as each turns out to be the one drafted.
+ * *right: how many were. *more: there is a next round, after draft->next. */
+static bool take_round(struct decoding *d, const float *logits, struct engine_draft *draft, int *right,
+                       bool *more, struct err *e)
 {
-    out->finish = FINISH_LENGTH;
-    for (int64_t i = 0; i < d->o->max_tokens; i++) {
-        int32_t id = sample_token(&d->o->sampling, logits, vocab, (uint64_t)i, d->work, never_sampled, d);
+    struct generated *out = d->out;
+    int64_t vocab = engine_vocab(d->engine);
+    *more = false;
+    for (*right = 0;;) {
+        int32_t id = sample_token(&d->o->sampling, logits + *right * vocab, vocab, (uint64_t)out->tokens.n,
+                                  d->work, never_sampled, d);
+        bool is_right = *right < draft->n && id == draft->tokens[*right];
+        *right += is_right;
         if (is_stop_token(d->o, id)) {
-            out->finish = FINISH_STOP;
-            break;
-        }
-        if (!take_token(d, out, id, e)) return false;
-        if (d->pending.stopped) {
             out->finish = FINISH_STOP;
             return true;
         }
-        if (i + 1 < d->o->max_tokens && !engine_prefill(d->engine, handle, &id, 1, &logits, NULL, e))
-            return false;
+        if (!take_token(d, id, e)) return false;
+        if (d->pending.stopped) out->finish = FINISH_STOP;
+        if (d->pending.stopped || (int64_t)out->tokens.n == d->o->max_tokens) return true;
+        draft->next = id;
+        if (is_right) continue;
+        *more = true;
+        return true;
     }
+}
+
+/* A step with the token sampled last and drafts for what comes after it; the logits of all of them. */
+static bool run_round(struct decoding *d, struct engine_draft *draft, const float **logits, struct err *e)
+{
+    struct engine *g = d->engine;
+    struct row rows[DRAFTS_MAX + 1];
+    struct mat hidden;
+    int64_t left = d->o->max_tokens - (int64_t)d->out->tokens.n - 1, index[DRAFTS_MAX + 1];
+    draft->n = speculation_choose(d->speculation);
+    if (draft->n > left) draft->n = (int)left;
+    if (draft->n > 0 && !engine_draft(g, draft, 1, e)) return false;
+    engine_text_rows(rows, &draft->next, 1, engine_position(g, draft->handle));
+    engine_text_rows(rows + 1, draft->tokens, draft->n, engine_position(g, draft->handle) + 1);
+    struct engine_run run = { draft->handle, rows, draft->n + 1, draft->n > 0 };
+    for (int i = 0; i <= draft->n; i++) index[i] = i;
+    if (!engine_step(g, &run, 1, &hidden, e)) return false;
+    *logits = engine_logits_host(g, hidden, index, run.n);
+    return engine_wait(g, e);
+}
+
+static bool decode(struct decoding *d, int handle, const float *logits, struct err *e)
+{
+    struct engine_draft draft = { .handle = handle };
+    struct generated *out = d->out;
+    double seconds = 0;
+    bool more = d->o->max_tokens > 0;
+    out->finish = FINISH_LENGTH;
+    for (bool first = true; more; first = false) {
+        int right;
+        if (!take_round(d, logits, &draft, &right, &more, e)) return false;
+        if (!first) speculation_learn(d->speculation, draft.n, right, seconds);
+        if (!more) break;
+        if (draft.n > 0) engine_keep(d->engine, handle, right + 1);
+        double begin = clock_seconds();
+        if (!run_round(d, &draft, &logits, e)) return false;
+        seconds = clock_seconds() - begin;
+    }
+    if (d->pending.stopped) return true;
     if (!reserve(&d->pending, DETOKENIZER_ROOM, e)) return false;
     d->pending.n += detokenizer_finish(&d->detokenizer, d->pending.bytes + d->pending.n);
     hand_out(&d->pending, d->o, true);
@@ -138,19 +186,22 @@ bool generate_rows(struct generated *out, struct engine *g, const struct tokeniz
                    const struct row *prompt, int64_t n, const struct generation *o, struct err *e)
 {
     *out = (struct generated){ 0 };
-    struct decoding d = { .engine = g, .tokenizer = t, .o = o };
+    struct speculation own;
+    struct decoding d = { .engine = g, .tokenizer = t, .o = o, .out = out, .speculation = o->speculation };
     int64_t vocab = engine_vocab(g);
     int handle;
     const float *logits;
     if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
     if (!engine_open(g, &handle, e)) return false;
+    speculation_init(&own, engine_drafts(g));
+    if (!d.speculation) d.speculation = &own;
     d.work = malloc((size_t)vocab * sizeof *d.work);
     bool ok = d.work || err_memory(e, "sampling", (uint64_t)vocab * sizeof *d.work);
     double begin = clock_seconds();
     ok = ok && engine_prefill_rows(g, handle, prompt, n, &logits, o->report, e);
     out->prefill_seconds = clock_seconds() - begin;
     begin = clock_seconds();
-    ok = ok && decode(&d, out, handle, logits, vocab, e);
+    ok = ok && decode(&d, handle, logits, e);
     out->decode_seconds = clock_seconds() - begin;
     engine_close(g, handle);
     free(d.work);

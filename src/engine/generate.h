@@ -5,6 +5,7 @@
 #define ENGINE_GENERATE_H
 #include "engine/engine.h"
 #include "engine/sample.h"
+#include "engine/speculate.h"
 #include "tokenizer/tokenizer.h"
 
 struct generation {
@@ -17,6 +18,8 @@ struct generation {
     const int32_t *never; /* never sampled, besides ids without meaning: placeholders of pictures, say */
     int n_never;
     bool keep_special; /* print special tokens as their text */
+    struct speculation
+        *speculation; /* where the engine drafts: what was learned so far, and goes on; or NULL */
     void *ctx;
     void (*text)(void *ctx, const char *bytes, size_t n); /* may be NULL */
     const struct report *report;
@@ -30,7 +33,8 @@ struct generated {
     double prefill_seconds, decode_seconds;
 };
 
-/* The engine needs room for the prompt and max_tokens. */
+/* The engine needs room for the prompt and max_tokens. Where it drafts, tokens come several at a time; they
+ * are the same. */
 bool generate(struct generated *out, struct engine *g, const struct tokenizer *t, const int32_t *prompt,
               int64_t n, const struct generation *o, struct err *e);
 /* The same for a prompt with pictures in it (engine/prompt.h). */

@@ -81,17 +81,26 @@ static int64_t nucleus(const struct candidate *c, int64_t n, float top_p)
     return n;
 }
 
+/* Few are ever looked at for being banned: those that are the largest so far. */
+static int32_t greedy(const float *logits, int64_t n_vocab, bool (*banned)(void *ctx, int32_t id), void *ctx)
+{
+    int64_t best = -1;
+    for (int64_t i = 0; i < n_vocab; i++)
+        if ((best < 0 || logits[i] > logits[best]) && !(banned && banned(ctx, (int32_t)i))) best = i;
+    return (int32_t)best;
+}
+
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
                      struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx)
 {
     int64_t n = 0, best = 0;
+    if (s->temperature < 1e-5f) return greedy(logits, n_vocab, banned, ctx);
     for (int64_t i = 0; i < n_vocab; i++) {
         if (banned && banned(ctx, (int32_t)i)) continue;
         work[n] = (struct candidate){ logits[i], (int32_t)i };
         if (work[n].logit > work[best].logit) best = n;
         n++;
     }
-    if (s->temperature < 1e-5f) return work[best].id;
     float top = work[best].logit / s->temperature;
     for (int64_t i = 0; i < n; i++) work[i].logit /= s->temperature;
     if (s->min_p > 0) n = keep_from(work, n, top + logf(s->min_p));

@@ -93,7 +93,8 @@ static bool run_prompts(struct bench *b, struct err *e)
         for (; sequence < b->t->sequences && used < b->step_rows; n_runs++) {
             int64_t count = n - at < b->step_rows - used ? n - at : b->step_rows - used;
             add_rows(b, b->rows + used, sequence, at, count);
-            b->runs[n_runs] = (struct engine_run){ b->handles[sequence], b->rows + used, count };
+            b->runs[n_runs] =
+                (struct engine_run){ .handle = b->handles[sequence], .rows = b->rows + used, .n = count };
             used += count;
             at += count;
             if (at < n) continue;
@@ -113,7 +114,7 @@ static bool run_generation(struct bench *b, struct err *e)
     for (int64_t at = b->t->n_prompt; at < b->t->n_prompt + b->t->n_gen; at++) {
         for (int i = 0; i < b->t->sequences; i++) {
             add_rows(b, b->rows + i, i, at, 1);
-            b->runs[i] = (struct engine_run){ b->handles[i], b->rows + i, 1 };
+            b->runs[i] = (struct engine_run){ .handle = b->handles[i], .rows = b->rows + i, .n = 1 };
             b->last[i] = i;
         }
         struct mat hidden;

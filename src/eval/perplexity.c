@@ -117,7 +117,8 @@ static bool score_chunk(struct scorer *s, int n_scorers, int64_t chunk, const in
         int64_t count = n - 1 - done < rows_max ? n - 1 - done : rows_max;
         for (int k = 0; ok && k < n_scorers; k++) {
             engine_text_rows(s[k].rows, tokens + done, count, done);
-            ok = engine_step(s[k].engine, &(struct engine_run){ handle[k], s[k].rows, count }, 1,
+            ok = engine_step(s[k].engine,
+                             &(struct engine_run){ .handle = handle[k], .rows = s[k].rows, .n = count }, 1,
                              &s[k].hidden, e);
         }
         if (ok) score_rows(s, n_scorers, chunk, tokens + done + 1, count, pairing, work);

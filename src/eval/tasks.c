@@ -266,7 +266,7 @@ static bool step(struct job *j, struct err *e)
         struct slot *s = &j->slots[i];
         if (s->task < 0) continue;
         engine_text_rows(&j->rows[n], &s->next, 1, engine_length(j->engine, s->handle));
-        j->runs[n] = (struct engine_run){ s->handle, &j->rows[n], 1 };
+        j->runs[n] = (struct engine_run){ .handle = s->handle, .rows = &j->rows[n], .n = 1 };
         j->index[n] = n;
         at_work[n++] = s;
     }

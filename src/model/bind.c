@@ -285,6 +285,48 @@ bool bind_table(struct model *m, struct weight **out, const char *name, int64_t 
            create(m, out, &src, name, e);
 }
 
+/* One row as f32; the tensor's dtype was checked. */
+static void row_of(float *out, const struct tensor *t, int64_t row, int64_t cols)
+{
+    for (int64_t c = 0; c < cols; c++) out[c] = element(t, row * cols + c);
+}
+
+static float absmax_of(const float *x, int64_t n, float most)
+{
+    for (int64_t i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+    return most;
+}
+
+bool bind_rows_nvfp4(struct model *m, struct weight **out, const char *name, const int32_t *ids, int64_t n,
+                     int64_t rows, int64_t cols, struct err *e)
+{
+    const struct tensor *t = checkpoint_find(m->checkpoint, name);
+    struct weight_source src = { .format = WEIGHT_NVFP4, .rows = n, .cols = cols };
+    enum weight_format stored;
+    if (!t) return missing(name, e);
+    if (!check_shape(t, 2, (int64_t[]){ rows, cols }, e) || !dense_format(&stored, t, e)) return false;
+    float *row = malloc((size_t)cols * sizeof *row), most = 0;
+    uint8_t *codes = malloc((size_t)(n * cols / 2));
+    e4m3 *scales = malloc((size_t)(n * cols / NVFP4_GROUP));
+    bool ok = (row && codes && scales) || err_memory(e, name, (uint64_t)(n * cols / 2));
+    for (int64_t i = 0; ok && i < n; i++) {
+        row_of(row, t, ids[i], cols);
+        most = absmax_of(row, cols, most);
+    }
+    src.global = nvfp4_global_scale(most);
+    for (int64_t i = 0; ok && i < n; i++) {
+        row_of(row, t, ids[i], cols);
+        nvfp4_pack_row(codes + i * cols / 2, scales + i * cols / NVFP4_GROUP, row, src.global, cols);
+    }
+    src.data = codes;
+    src.scale = scales;
+    ok = ok && m->backend->ops->weight_create(m->backend->queue, out, &src, e);
+    free(row);
+    free(codes);
+    free(scales);
+    return ok || err_note(e, "'%s'", name);
+}
+
 /* Small tensors. */
 
 static bool upload(struct model *m, float **out, const float *host, int64_t n, const char *name,

@@ -39,4 +39,8 @@ bool bind_host_table(const struct model *m, float **out, const char *name, int64
                      struct err *e);
 /* conv1d.weight [channels, 1, kernel] as [kernel][channels]. */
 bool bind_conv(struct model *m, float **out, const char *name, int64_t channels, int kernel, struct err *e);
+/* Some rows of the tensor `name` ([rows x cols], BF16, F16 or F32), in the nearest NVFP4 codes; cols a
+ * multiple of 16. */
+bool bind_rows_nvfp4(struct model *m, struct weight **out, const char *name, const int32_t *ids, int64_t n,
+                     int64_t rows, int64_t cols, struct err *e);
 #endif

@@ -48,6 +48,10 @@ static void layout(struct step *s, struct arena *a)
     s->picks.k = c->experts_per_token;
     s->picks.expert = arena_take(a, n * c->experts_per_token, sizeof *s->picks.expert, 64);
     s->picks.weight = arena_take(a, n * c->experts_per_token, sizeof *s->picks.weight, 64);
+    s->final = take(a, n, hidden);
+    int64_t guesses = s->model->mtp.fc ? n : 0;
+    s->pair = take(a, guesses, 2 * hidden);
+    s->guess = take(a, guesses, hidden);
     s->chosen = take(a, s->logits_max, hidden);
     s->logits = take(a, s->logits_max, c->vocab_size);
 }
@@ -55,7 +59,8 @@ static void layout(struct step *s, struct arena *a)
 static struct step_limits limits_of(const struct step *s, int64_t context)
 {
     const struct config *c = s->model->config;
-    int64_t cols[] = { c->hidden_size, s->qg.cols, s->u.cols, c->shared_intermediate, c->moe_intermediate };
+    int64_t cols[] = { c->hidden_size,         s->qg.cols,          s->u.cols,
+                       c->shared_intermediate, c->moe_intermediate, s->pair.rows ? s->pair.cols : 0 };
     return (struct step_limits){
         .rows = s->rows_max > s->logits_max ? s->rows_max : s->logits_max,
         .cols = largest(cols, sizeof cols / sizeof *cols),
@@ -65,6 +70,16 @@ static struct step_limits limits_of(const struct step *s, int64_t context)
         .n_experts = c->n_experts,
         .hidden = c->hidden_size,
     };
+}
+
+static bool take_last(struct step *s, struct err *e)
+{
+    size_t n = (size_t)s->rows_max;
+    s->last_rows = calloc(n, sizeof *s->last_rows);
+    s->last_spans = calloc(n, sizeof *s->last_spans);
+    s->last_at = calloc(n, sizeof *s->last_at);
+    return (s->last_rows && s->last_spans && s->last_at) ||
+           err_memory(e, "step", n * (sizeof *s->last_rows + sizeof *s->last_spans));
 }
 
 bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
@@ -80,7 +95,9 @@ bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t l
     s->logits_max = logits_max;
     struct arena a = { 0 };
     layout(s, &a);
-    bool ok = !a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max);
+    bool ok = !m->mtp.fc || take_last(s, e);
+    ok =
+        ok && (!a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max));
     ok = ok && s->op->memory_create(s->q, &s->memory, a.used, e);
     if (ok) {
         a = (struct arena){ .memory = s->memory, .size = a.used };
@@ -99,6 +116,9 @@ void step_free(struct step *s)
 {
     if (!s) return;
     s->op->memory_free(s->q, s->memory);
+    free(s->last_rows);
+    free(s->last_spans);
+    free(s->last_at);
     free(s);
 }
 
@@ -143,7 +163,7 @@ void step_layer(struct step *s, int layer, struct mat x, const struct step_rows 
 
 static struct mat run_layers(struct step *s, const struct step_rows *rows, const struct layer_state *states)
 {
-    struct mat x = step_embed(s, rows), h = mat_rows(s->h, rows->n);
+    struct mat x = step_embed(s, rows), h = mat_rows(s->final, rows->n);
     for (int i = 0; i < s->model->config->n_layers; i++) step_layer(s, i, x, rows, &states[i]);
     s->op->rmsnorm(s->q, h, x, s->model->final_norm, (float)s->model->config->rms_norm_eps);
     step_tap(s, "final", -1, h);
@@ -155,7 +175,7 @@ struct mat step_run(struct step *s, const struct step_rows *rows, const struct l
     if (s->tap.call) return run_layers(s, rows, states);
     if (!s->op->step_begin(s->q, states, rows)) run_layers(s, rows, states);
     s->op->step_end(s->q);
-    return mat_rows(s->h, rows->n);
+    return mat_rows(s->final, rows->n);
 }
 
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)

@@ -1,5 +1,7 @@
 /* Which tensors make up the network, and their life. */
 #include "model/bind.h"
+#include "model/mtp.h"
+#include "model/step.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +18,9 @@ struct names {
 static struct names names_of(const struct model *m, int layer)
 {
     struct names n;
-    n.stem = (size_t)snprintf(n.text, sizeof n.text, "%slayers.%d.", m->prefix, layer);
+    bool is_mtp = layer == m->config->n_layers;
+    n.stem = (size_t)snprintf(n.text, sizeof n.text, "%slayers.%d.", is_mtp ? "mtp." : m->prefix,
+                              is_mtp ? 0 : layer);
     return n;
 }
 
@@ -119,7 +123,7 @@ bool model_bind_layer(struct model *m, int layer, struct err *e)
 {
     struct layer *l = &m->layers[layer];
     struct names n = names_of(m, layer);
-    l->kind = m->config->layer_kinds[layer];
+    l->kind = layer_kind_of(m, layer);
     return bind_vector(m, &l->input_norm, at(&n, "input_layernorm.weight"), m->config->hidden_size, 1, e) &&
            bind_vector(m, &l->post_norm, at(&n, "post_attention_layernorm.weight"), m->config->hidden_size, 1,
                        e) &&
@@ -205,7 +209,7 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
     m->delta_shape =
         (struct delta_shape){ c->config.linear_key_heads, c->config.linear_value_heads,
                               c->config.linear_key_dim, c->config.linear_value_dim, c->config.conv_kernel };
-    m->layers = calloc((size_t)c->config.n_layers, sizeof *m->layers);
+    m->layers = calloc((size_t)c->config.n_layers + 1, sizeof *m->layers);
     bool ok = m->layers || err_memory(e, "layers", (uint64_t)c->config.n_layers * sizeof *m->layers);
     if (ok && c->config.conv_kernel > CONV_KERNEL_MAX)
         ok = err_set(e, ERR_UNSUPPORTED, "linear_conv_kernel_dim is %d, at most %d is supported",
@@ -232,8 +236,9 @@ void model_deinit(struct model *m)
     if (!m->backend) return;
     const struct ops *op = m->backend->ops;
     struct queue *q = m->backend->queue;
-    for (int i = 0; m->layers && i < m->config->n_layers; i++) model_free_layer(m, i);
+    for (int i = 0; m->layers && i <= m->config->n_layers; i++) model_free_layer(m, i);
     free(m->layers);
+    mtp_deinit(&m->mtp, m->backend);
     op->weight_free(q, m->embed);
     op->weight_free(q, m->head);
     op->memory_free(q, m->final_norm);

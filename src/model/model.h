@@ -38,6 +38,15 @@ struct layer_state {
     struct delta_state delta;
 };
 
+/* The multi-token prediction head, besides its layer. */
+struct mtp {
+    struct weight *fc;                          /* [hidden x 2 hidden]: the embedding's half first */
+    float *embedding_norm, *hidden_norm, *norm; /* gains, 1 + w */
+    struct weight *head;                        /* rows of lm_head, quantized; NULL: lm_head itself */
+    int32_t *ids;                               /* [n_ids] which token each row of head stands for */
+    int64_t n_ids;
+};
+
 struct model {
     const struct checkpoint *checkpoint; /* borrow: the embedding table stays mapped */
     const struct config *config;         /* borrow from checkpoint */
@@ -50,7 +59,8 @@ struct model {
     const char *prefix; /* "model.language_model." or "model." */
     struct weight *embed, *head;
     float *final_norm;
-    struct layer *layers; /* [n_layers]; zeroed until bound */
+    struct layer *layers; /* [n_layers + 1]; zeroed until bound. The last is the MTP head's */
+    struct mtp mtp;       /* zeroed until bound */
 };
 
 /* Everything but the layers and the head: the embedding stays mapped, so this takes little memory. report may
@@ -59,6 +69,10 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
                 struct err *e);
 /* All layers and the head, with progress. */
 bool model_bind_all(struct model *m, struct err *e);
+/* The MTP head, after model_bind_all; ERR_UNSUPPORTED: the checkpoint has none. Drafts come from the part of
+ * lm_head that most text needs, in four bits: of large vocabularies the tokens merged first and those added
+ * last. */
+bool model_bind_mtp(struct model *m, struct err *e);
 /* One layer, for work that holds a single layer at a time. */
 bool model_bind_layer(struct model *m, int layer, struct err *e);
 void model_free_layer(struct model *m, int layer);
@@ -90,14 +104,31 @@ void step_layer(struct step *s, int layer, struct mat x, const struct step_rows 
                 const struct layer_state *state);
 /* The experts that the last layer picked for its rows, in the backend's memory; valid until the next call. */
 const struct picks *step_picks(const struct step *s);
-/* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows. */
+/* Embedding, all layers and the final norm; states: [n_layers]. Returns the normed hidden rows, valid until
+ * the next step_run. */
 struct mat step_run(struct step *s, const struct step_rows *rows, const struct layer_state *states);
 /* Logits [n, vocab] of chosen rows of what step_run returned; n <= logits_max. index in host memory. */
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n);
 
+/* The MTP head: row i holds the token (or embedding) that follows the one hidden row index[i] stands for, at
+ * the latter's position; spans count the rows of the head's own sequences, state is that of layer n_layers.
+ * hidden: what step_run returned, or step_mtp for rows that guess on. step_mtp returns a normed row for each
+ * span, from which the token after its last is guessed, valid until the next step_mtp; step_mtp_see only
+ * remembers the rows. */
+struct mat step_mtp(struct step *s, const struct step_rows *rows, struct mat hidden, const int64_t *index,
+                    const struct layer_state *state);
+void step_mtp_see(struct step *s, const struct step_rows *rows, struct mat hidden, const int64_t *index,
+                  const struct layer_state *state);
+/* The likeliest token by each of chosen rows of what step_mtp returned; n <= logits_max. index and tokens in
+ * host memory. */
+void step_draft(struct step *s, int32_t *tokens, struct mat hidden, const int64_t *index, int64_t n);
+
 /* State of sequences. bytes of one layer's state for `slots` sequences and `pages` KV pages. */
 bool layer_state_create(struct layer_state *state, const struct model *m, int layer, enum kv_dtype dtype,
                         int64_t pages, int64_t slots, struct err *e);
+/* Room for logged spans of up to `rows` rows in a DeltaNet layer's state; nothing in the others. */
+bool layer_state_add_log(struct layer_state *state, const struct model *m, int layer, int64_t slots, int rows,
+                         struct err *e);
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);

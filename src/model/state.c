@@ -1,6 +1,6 @@
 /* What a layer remembers of sequences: KV pages, or recurrent and convolution state. */
 #include "base/checked.h"
-#include "model/model.h"
+#include "model/step.h"
 #include "num/e4m3.h"
 #include <stdlib.h>
 #include <string.h>
@@ -38,30 +38,42 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
     void *a = NULL, *b = NULL;
     *state = (struct layer_state){ 0 };
     bool ok;
-    if (c->layer_kinds[layer] == LAYER_FULL_ATTENTION) {
+    if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) {
         uint64_t page = (uint64_t)KV_PAGE * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim * kv_bytes(dtype);
         ok = create(&a, m, page, pages, e) && create(&b, m, page, pages, e);
         state->kv = (struct kv_cache){ a, b, dtype, c->n_kv_heads, c->head_dim };
     } else {
         ok = create(&a, m, matrix_elements(&m->delta_shape) * sizeof(float), slots, e) &&
              create(&b, m, conv_elements(&m->delta_shape) * sizeof(float), slots, e);
-        state->delta = (struct delta_state){ a, b };
+        state->delta = (struct delta_state){ .matrix = a, .conv = b };
     }
     if (!ok) layer_state_free(state, m);
     return ok;
 }
 
+bool layer_state_add_log(struct layer_state *state, const struct model *m, int layer, int64_t slots, int rows,
+                         struct err *e)
+{
+    void *log = NULL;
+    if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) return true;
+    uint64_t row = (uint64_t)delta_log_floats(&m->delta_shape) * sizeof(float);
+    if (!create(&log, m, row, slots * rows, e)) return false;
+    state->delta.log = log;
+    state->delta.log_rows = rows;
+    return true;
+}
+
 void layer_state_free(struct layer_state *state, const struct model *m)
 {
-    void *all[] = { state->kv.keys, state->kv.values, state->delta.matrix, state->delta.conv };
-    for (int i = 0; i < 4; i++) m->backend->ops->memory_free(m->backend->queue, all[i]);
+    void *all[] = { state->kv.keys, state->kv.values, state->delta.matrix, state->delta.conv,
+                    state->delta.log };
+    for (int i = 0; i < 5; i++) m->backend->ops->memory_free(m->backend->queue, all[i]);
     *state = (struct layer_state){ 0 };
 }
 
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot)
 {
-    if (m->config->layer_kinds[layer] == LAYER_FULL_ATTENTION)
-        return; /* lines are written before they are read */
+    if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) return; /* lines are written before they are read */
     uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
     const struct ops *op = m->backend->ops;
     op->zero(m->backend->queue, state->delta.matrix + (uint64_t)slot * matrix, matrix * sizeof(float));
@@ -92,7 +104,7 @@ bool layer_state_noise(struct layer_state *state, const struct model *m, int lay
     const struct config *c = m->config;
     const struct ops *op = m->backend->ops;
     struct queue *q = m->backend->queue;
-    bool full = c->layer_kinds[layer] == LAYER_FULL_ATTENTION;
+    bool full = layer_kind_of(m, layer) == LAYER_FULL_ATTENTION;
     uint64_t line = (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
     uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
     uint64_t n = full ? KV_PAGE * line : matrix > conv ? matrix : conv;

@@ -18,8 +18,19 @@ struct step {
     struct mat raw, o;           /* and what it reads from its state, before and after norm and gate */
     struct mat router, gate, up, hidden, shared, shared_gate;
     struct picks picks;
+    struct mat final;       /* normed hidden rows */
+    struct mat pair, guess; /* MTP: an embedding and a hidden row side by side, and what comes of them */
+    struct row *last_rows;  /* [rows_max] host memory, of MTP steps: the last rows of spans */
+    struct span *last_spans;
+    int64_t *last_at;
     struct mat chosen, logits; /* [logits_max] */
 };
+
+/* The MTP head's layer, numbered after the others, is full attention. */
+static inline enum layer_kind layer_kind_of(const struct model *m, int layer)
+{
+    return layer < m->config->n_layers ? m->config->layer_kinds[layer] : LAYER_FULL_ATTENTION;
+}
 
 static inline struct mat mat_rows(struct mat m, int64_t n)
 {

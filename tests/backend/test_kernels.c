@@ -577,7 +577,9 @@ static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
     p->step = (struct step_rows){ p->rows, 0, p->spans, 3 };
     for (int s = 0; s < 3; s++) {
         for (int i = 0; i < 8; i++) p->pages[s][i] = (2 - s) + 3 * (7 - i); /* scattered over 24 pages */
-        p->spans[s] = (struct span){ p->step.n, n[s], past[s], p->pages[s], 2 - s };
+        p->spans[s] = (struct span){
+            .first = p->step.n, .n = n[s], .past = past[s], .pages = p->pages[s], .slot = 2 - s
+        };
         for (int64_t i = 0; i < n[s]; i++) {
             int32_t t = (int32_t)(past[s] + i);
             p->rows[p->step.n++] = (struct row){ .position = { t, t / 2 + 1, 3 * t } };
@@ -646,7 +648,8 @@ static void delta_case(int key_heads, int group, int dk, int dv, int kernel, con
     struct guarded u = filled(rows, channels, 1, 1), w = filled(kernel, channels, 0, 0.5f), want, got;
     struct guarded cr = filled(3, (kernel - 1) * channels, 0, 1), cc = copy_of(&cr);
     struct guarded mr = filled(3, (int64_t)s.value_heads * dk * dv, 0, 0.3f), mc = copy_of(&mr);
-    struct delta_state sr = { mr.m.data, cr.m.data }, sc = { mc.m.data, cc.m.data };
+    struct delta_state sr = { .matrix = mr.m.data, .conv = cr.m.data },
+                       sc = { .matrix = mc.m.data, .conv = cc.m.data };
     both(&want, &got, rows, channels);
     ref.ops->conv(ref.queue, want.m, u.m, w.m.data, &sr, &s, &p.step);
     cpu.ops->conv(cpu.queue, got.m, u.m, w.m.data, &sc, &s, &p.step);
@@ -686,6 +689,148 @@ static void sequences(void)
         delta_case(2, 2, 16, 20, 4, n[i]);
         delta_case(2, 1, 128, 128, 4, n[i]);
         delta_case(1, 3, 20, 48, 2, n[i]);
+    }
+}
+
+/* Logged spans: rows that may be taken back, against the same rows run as ever, with what became of them
+ * known. All bits are the same, of outputs and of the state in the end. */
+enum { LOG_ROWS = 9, LOG_STEPS = 6 };
+
+struct logging {
+    struct delta_shape shape;
+    struct guarded taps, A, bias, matrix, conv, log; /* of 3 slots */
+    struct guarded plain_matrix, plain_conv;         /* the state of rows run as ever */
+};
+
+static struct guarded run_rows(const struct backend *b, const struct logging *l,
+                               const struct delta_state *state, const struct guarded in[3],
+                               const struct step_rows *step)
+{
+    const struct delta_shape *s = &l->shape;
+    struct guarded u = copy_of(&in[0]), a = copy_of(&in[1]), beta = copy_of(&in[2]);
+    struct guarded qkv = guarded(step->n, u.m.cols, 0),
+                   o = guarded(step->n, (int64_t)s->value_heads * s->value_dim, 1);
+    b->ops->conv(b->queue, qkv.m, u.m, l->taps.m.data, state, s, step);
+    b->ops->delta(b->queue, o.m, qkv.m, a.m, beta.m, l->A.m.data, l->bias.m.data, state, s, step);
+    finish();
+    drop(&u), drop(&a), drop(&beta), drop(&qkv);
+    return o;
+}
+
+static void same_bits(const struct guarded *got, const struct guarded *want, const char *backend,
+                      const char *what)
+{
+    for (int64_t r = 0; r < want->m.rows; r++)
+        for (int64_t c = 0; c < want->m.cols; c++) {
+            const float *g = got->m.data + r * got->m.stride + c, *w = want->m.data + r * want->m.stride + c;
+            if (memcmp(g, w, sizeof *g) != 0)
+                fail_msg("%s on %s: (%d, %d) of %d columns is %.9g, expected %.9g", what, backend, (int)r,
+                         (int)c, (int)want->m.cols, (double)*g, (double)*w);
+        }
+}
+
+/* Runs the rows of `step` as ever, then only the first kept[s] of each span from where they began. */
+static struct guarded run_plain(const struct backend *b, struct logging *l, const struct guarded in[3],
+                                const struct step_rows *step, const int64_t *kept)
+{
+    struct delta_state state = { .matrix = l->plain_matrix.m.data, .conv = l->plain_conv.m.data };
+    struct span spans[3];
+    struct step_rows plain = { step->rows, step->n, spans, 3 };
+    struct guarded matrix = copy_of(&l->plain_matrix), conv = copy_of(&l->plain_conv);
+    for (int s = 0; s < 3; s++) {
+        spans[s] = step->spans[s];
+        spans[s].logged = false;
+        spans[s].kept = 0;
+    }
+    struct guarded o = run_rows(b, l, &state, in, &plain);
+    for (int s = 0; s < 3; s++) {
+        if (kept[s] == spans[s].n) continue;
+        int slot = spans[s].slot;
+        memcpy(l->plain_matrix.m.data + slot * matrix.m.cols, matrix.m.data + slot * matrix.m.cols,
+               (size_t)matrix.m.cols * sizeof(float));
+        memcpy(l->plain_conv.m.data + slot * conv.m.cols, conv.m.data + slot * conv.m.cols,
+               (size_t)conv.m.cols * sizeof(float));
+        if (kept[s] == 0) continue;
+        struct span first = { .n = kept[s], .pages = spans[s].pages, .slot = slot };
+        struct step_rows again = { step->rows, kept[s], &first, 1 };
+        struct guarded rest[3], out;
+        for (int i = 0; i < 3; i++) {
+            rest[i] = guarded(kept[s], in[i].m.cols, 0);
+            for (int64_t r = 0; r < kept[s]; r++)
+                memcpy(rest[i].m.data + r * rest[i].m.stride,
+                       in[i].m.data + (spans[s].first + r) * in[i].m.stride,
+                       (size_t)in[i].m.cols * sizeof(float));
+        }
+        out = run_rows(b, l, &state, rest, &again);
+        drop(&out);
+        for (int i = 0; i < 3; i++) drop(&rest[i]);
+    }
+    drop(&matrix), drop(&conv);
+    return o;
+}
+
+static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
+{
+    const struct backend *all[] = { &ref, &cpu };
+    struct logging l[2];
+    int64_t values = (int64_t)key_heads * group * dv, channels = 2 * (int64_t)key_heads * dk + values;
+    for (int b = 0; b < 2; b++) {
+        l[b].shape = (struct delta_shape){ key_heads, key_heads * group, dk, dv, kernel };
+        l[b].taps = b ? copy_of(&l[0].taps) : filled(kernel, channels, 0, 0.5f);
+        l[b].A = b ? copy_of(&l[0].A) : filled(1, key_heads * group, 0, 1);
+        l[b].bias = b ? copy_of(&l[0].bias) : filled(1, key_heads * group, 0, 1);
+        l[b].matrix = b ? copy_of(&l[0].matrix) : filled(3, values * dk, 0, 0.3f);
+        l[b].conv = b ? copy_of(&l[0].conv) : filled(3, (kernel - 1) * channels, 0, 1);
+        l[b].log = guarded(3, LOG_ROWS * delta_log_floats(&l[b].shape), 0);
+        l[b].plain_matrix = copy_of(&l[b].matrix);
+        l[b].plain_conv = copy_of(&l[b].conv);
+    }
+    int32_t kept[3] = { 0 };
+    for (int step = 0; step < LOG_STEPS; step++) {
+        struct plan p;
+        int64_t n[3], none[3] = { 0 }, stay[3];
+        for (int s = 0; s < 3; s++) n[s] = 1 + random_below(LOG_ROWS);
+        make_plan(&p, n, none);
+        for (int s = 0; s < 3; s++) {
+            p.spans[s].kept = kept[s];
+            p.spans[s].logged = step + 1 < LOG_STEPS && random_below(4) > 0;
+            stay[s] = p.spans[s].logged ? random_below(n[s] + 1) : n[s];
+            kept[s] = p.spans[s].logged ? (int32_t)stay[s] : 0;
+        }
+        struct guarded in[3] = { filled(p.step.n, channels, 1, 1), filled(p.step.n, key_heads * group, 1, 2),
+                                 filled(p.step.n, key_heads * group, 1, 2) };
+        struct guarded o[2];
+        for (int b = 0; b < 2; b++) {
+            struct delta_state state = { l[b].matrix.m.data, l[b].conv.m.data, l[b].log.m.data, LOG_ROWS };
+            o[b] = run_rows(all[b], &l[b], &state, in, &p.step);
+            check_guards(&o[b], "logged rows");
+            struct guarded plain = run_plain(all[b], &l[b], in, &p.step, stay);
+            same_bits(&o[b], &plain, all[b]->name, "outputs of logged rows");
+            drop(&plain);
+        }
+        check_close(&o[1], &o[0], 2e-5, 1e-5, "logged rows");
+        for (int b = 0; b < 2; b++) drop(&o[b]);
+        for (int i = 0; i < 3; i++) drop(&in[i]);
+    }
+    for (int b = 0; b < 2; b++) {
+        same_bits(&l[b].matrix, &l[b].plain_matrix, all[b]->name, "state after logged rows");
+        same_bits(&l[b].conv, &l[b].plain_conv, all[b]->name, "convolution state after logged rows");
+        check_guards(&l[b].log, "logged rows");
+        struct guarded *made[] = { &l[b].taps, &l[b].A,   &l[b].bias,         &l[b].matrix,
+                                   &l[b].conv, &l[b].log, &l[b].plain_matrix, &l[b].plain_conv };
+        for (size_t i = 0; i < sizeof made / sizeof *made; i++) drop(made[i]);
+    }
+}
+
+static void logged_rows(void)
+{
+    reserve(300, 2048, 64, 2, 4);
+    for (int i = 0; i < 4; i++) {
+        logged_case(1, 2, 4, 3, 4);
+        logged_case(2, 2, 16, 20, 4);
+        logged_case(2, 1, 128, 128, 4);
+        logged_case(1, 3, 20, 48, 2);
+        logged_case(1, 1, 8, 72, 1);
     }
 }
 
@@ -745,7 +890,7 @@ static void delta_run_case(int key_heads, int group, const int64_t *n)
         out[b][1] = guarded(rows, channels, 0);
         out[b][2] = guarded(rows, values, 0);
         out[b][3] = guarded(rows, values, 2);
-        struct delta_state st = { c[6].m.data, c[5].m.data };
+        struct delta_state st = { .matrix = c[6].m.data, .conv = c[5].m.data };
         struct delta_run r = { .x = c[0].m,
                                .y = out[b][0].m,
                                .u = c[1].m,
@@ -1000,10 +1145,11 @@ static void gdn_small(void **state)
         memcpy(ga, a, 48);
         memcpy(gb, b, 48);
         struct delta_shape s = { 1, 2, 4, 3, 1 };
-        struct span span = { 0, 6, 0, NULL, 0 };
+        struct span span = { .n = 6 };
         struct step_rows rows_of = { NULL, 6, &span, 1 };
         all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2),
-                           mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ S, conv }, &s, &rows_of);
+                           mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ .matrix = S, .conv = conv },
+                           &s, &rows_of);
         finish();
         for (int i = 0; i < 36; i++)
             if (!(fabsf(o[i] - want[i]) <= 2e-6f * (1 + fabsf(want[i]))))
@@ -1193,7 +1339,7 @@ static void layer_step(struct layer_case *l, struct layer_trace *t, int first, i
         int32_t past = (first + i) * 7 % 100;
         for (int32_t p = 0; p < PAGES_EACH; p++) pages[i][p] = (first + i) * PAGES_EACH + p;
         rows[i] = (struct row){ .position = { past, past, past } };
-        spans[i] = (struct span){ i, 1, past, pages[i], first + i };
+        spans[i] = (struct span){ .first = i, .n = 1, .past = past, .pages = pages[i], .slot = first + i };
     }
     for (int i = 0; i < 3; i++) {
         x[i] = t->x[i].m;
@@ -1215,16 +1361,6 @@ static struct guarded first_rows(const struct guarded *g, int n)
     return first;
 }
 
-static void same_bits(const struct guarded *a, const struct guarded *b, const char *what)
-{
-    for (int64_t r = 0; r < a->m.rows; r++)
-        for (int64_t c = 0; c < a->m.cols; c++)
-            if (memcmp(a->m.data + r * a->m.stride + c, b->m.data + r * b->m.stride + c, 4) != 0)
-                fail_msg("%s on %s: (%d, %d) of %d rows is %.9g, alone %.9g", what, cpu.name, (int)r, (int)c,
-                         (int)a->m.rows, (double)a->m.data[r * a->m.stride + c],
-                         (double)b->m.data[r * b->m.stride + c]);
-}
-
 static void layer_alone_case(enum weight_format delta, enum weight_format dense, enum weight_format expert,
                              int n)
 {
@@ -1244,7 +1380,7 @@ static void layer_alone_case(enum weight_format delta, enum weight_format dense,
     for (int i = 0; i < 8; i++) {
         struct guarded have = first_rows(a[i], n), want = first_rows(b[i], n);
         if (n <= ROWS_EXACT)
-            same_bits(&have, &want, names[i]);
+            same_bits(&have, &want, cpu.name, names[i]);
         else if (i < 6) /* a router's choice may turn on a rounding, and a softmax does on many */
             check_shares(&have, &want, 0.1, 0.3, names[i]);
         drop(&have), drop(&want);
@@ -1282,7 +1418,7 @@ static void several_rows(void)
 
 static void (*const families[])(void) = { several_rows, attention_runs, moe_runs, many_rows,
                                           delta_runs,   products,       experts,  fp4_experts,
-                                          rows,         sequences,      vision };
+                                          rows,         sequences,      vision,   logged_rows };
 
 static void backends(int threads, enum cpu_isa isa)
 {
@@ -1389,6 +1525,7 @@ int main(void)
         cmocka_unit_test_prestate(family_on_device, (void *)&families[8]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[9]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[10]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[11]),
     };
     int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
                              : cmocka_run_group_tests(tests, NULL, NULL);

@@ -596,6 +596,60 @@ static void generate_about_images(void **state)
            "quench generate: --prompt: not UTF-8\n");
 }
 
+#define DRAFTS(fields) "--speculative-config", "{\"method\":\"mtp\"" fields "}"
+
+static void drafts_as_json(void **state)
+{
+    (void)state;
+    json_t *o = result(WORDS("generate", demo, "-p", "The river", "-n", "60", "--ignore-eos", "--json",
+                             "--quiet", DRAFTS(",\"num_speculative_tokens\":3")));
+    assert_int_equal(json_array_size(json_object_get(o, "token_ids")), 60);
+    assert_true(number(o, "accepted") <= number(o, "drafted"));
+    assert_true(number(o, "mean_accepted_length") >= 1);
+    assert_true(json_array_size(json_object_get(o, "acceptance")) <= 3);
+    json_decref(o);
+    static const char lines[] = "{\"prompt\": \"The river rose\"}\n{\"prompt\": \"A\"}\n";
+    text_file("prompts", lines, sizeof lines - 1);
+    o = result(WORDS("bench", demo, "--prompts", in("prompts"), "-n", "20", "--json", "--quiet",
+                     DRAFTS(",\"num_speculative_tokens\":2")));
+    assert_int_equal(number(o, "prompts"), 2);
+    assert_int_equal(number(o, "num_speculative_tokens"), 2);
+    assert_int_equal(json_array_size(json_object_get(o, "acceptance")), 2);
+    assert_true(number(o, "plain_ts") > 0 && number(o, "speculative_ts") > 0 && number(o, "tokens") <= 40);
+    assert_true(json_is_true(json_object_get(o, "same_text")));
+    json_decref(o);
+}
+
+static void drafts_are_checked(void **state)
+{
+    (void)state;
+    static const char *const refused[][2] = {
+        { "{", "not JSON: string or '}' expected near end of file" },
+        { "3", "not JSON: '[' or '{' expected near '3'" },
+        { "[]", "expected an object" },
+        { "{}", "field 'method' is missing" },
+        { "{\"method\":\"eagle\"}", "field 'method': the only method is \"mtp\"" },
+        { "{\"method\":\"mtp\",\"num_speculative_tokens\":9}",
+          "field 'num_speculative_tokens': expected 1 to 8" },
+        { "{\"method\":\"mtp\",\"model\":\"x\"}",
+          "field 'model': not known here; fields are method and num_speculative_tokens" },
+    };
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        char message[200];
+        snprintf(message, sizeof message, "quench generate: --speculative-config: %s\n", refused[i][1]);
+        refuse(WORDS("generate", demo, "-p", "x", "--speculative-config", refused[i][0]), 2, message);
+    }
+    refuse(
+        WORDS("bench", demo, DRAFTS("")), 2,
+        "quench bench: --speculative-config: --prompts FILE.jsonl is needed too, acceptance means nothing on "
+        "random tokens\n");
+    refuse(WORDS("bench", demo, "--prompts", "x"), 2,
+           "quench bench: --prompts: --speculative-config is needed too, for what is compared\n");
+    text_file("prompts", "{\"text\": 1}\n", 12);
+    refuse(WORDS("bench", demo, "--prompts", in("prompts"), DRAFTS("")), 1,
+           "quench bench: @/prompts: line 1: expected an object with a string \"prompt\"\n");
+}
+
 /* Names that are not UTF-8 cannot stand in JSON as they are; the result must come out all the same. */
 static void json_of_an_odd_name(void **state)
 {
@@ -612,9 +666,13 @@ static void json_of_an_odd_name(void **state)
 static void the_answer_is_the_same_on_every_way(void **state)
 {
     (void)state;
-    static const char *const ways[][2] = { { "--threads", "1" },        { "--threads", "2" },
-                                           { "--cpu-mask", "generic" }, { "--cpu-mask", "avx2" },
-                                           { "--cpu-mask", "avx512" },  { "--device", "ref" } };
+    static const char *const ways[][2] = { { "--threads", "1" },
+                                           { "--threads", "2" },
+                                           { "--cpu-mask", "generic" },
+                                           { "--cpu-mask", "avx2" },
+                                           { "--cpu-mask", "avx512" },
+                                           { "--device", "ref" },
+                                           { "--speculative-config", "{\"method\":\"mtp\"}" } };
     char first[TEXT_MAX];
     succeed(WORDS("generate", demo, "-p", question, "-n", "40", "--quiet"));
     assert_non_null(strstr(f.out, "Helsinki"));
@@ -780,6 +838,8 @@ int main(void)
         cmocka_unit_test(line_ends_do_not_matter),
         cmocka_unit_test(generate_as_json),
         cmocka_unit_test(generate_about_images),
+        cmocka_unit_test(drafts_as_json),
+        cmocka_unit_test(drafts_are_checked),
         cmocka_unit_test(json_of_an_odd_name),
         cmocka_unit_test(the_answer_is_the_same_on_every_way),
         cmocka_unit_test(quantize_refuses_before_it_works),

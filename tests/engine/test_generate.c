@@ -405,12 +405,14 @@ static void check_refusals(struct engine *g, const struct fixture *f, int handle
     int64_t length = engine_length(g, handle), left = CONTEXT - length;
     engine_text_rows(rows, f->story.ids, 8, length);
     if (left < 8) {
-        assert_false(engine_step(g, &(struct engine_run){ handle, rows, 8 }, 1, &hidden, &e));
+        assert_false(
+            engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows, .n = 8 }, 1, &hidden, &e));
         assert_int_equal(e.code, ERR_LIMIT);
     }
     memset(rows, 0, sizeof rows);
     if (left >= 41) {
-        assert_false(engine_step(g, &(struct engine_run){ handle, rows, 41 }, 1, &hidden, &e));
+        assert_false(
+            engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows, .n = 41 }, 1, &hidden, &e));
         assert_string_equal(e.text, "41 rows in a step of at most 40");
     }
     assert_int_equal(engine_length(g, handle), length);

@@ -97,7 +97,9 @@ static void check_split(struct model *m, const struct prompt *p, int64_t step, s
     for (int64_t at = 0, n; at < p->n; at += n) {
         struct mat hidden;
         n = p->n - at < step ? p->n - at : step;
-        must(engine_step(g, &(struct engine_run){ handle, p->rows + at, n }, 1, &hidden, &e), &e);
+        must(engine_step(g, &(struct engine_run){ .handle = handle, .rows = p->rows + at, .n = n }, 1,
+                         &hidden, &e),
+             &e);
         for (int64_t i = 0; i < n; i++) check_logits(c, at + i, engine_logits_host(g, hidden, &i, 1));
     }
     assert_int_equal(engine_length(g, handle), p->n);

@@ -113,7 +113,9 @@ static void run_split(struct engine *g, const int32_t *ids, int64_t n, const int
         int64_t count = sizes[k % n_sizes] < n - done ? sizes[k % n_sizes] : n - done;
         struct mat hidden;
         engine_text_rows(rows, ids + done, count, done);
-        must(engine_step(g, &(struct engine_run){ handle, rows, count }, 1, &hidden, &e), &e);
+        must(engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows, .n = count }, 1, &hidden,
+                         &e),
+             &e);
         for (int64_t i = 0; i < count; i++) each(ctx, done + i, engine_logits_host(g, hidden, &i, 1));
         done += count;
     }
@@ -164,7 +166,7 @@ static void check_model(const char *model, const char *golden, const struct back
     struct hidden_check h = { .g = &g, .backend = &l.backend, .n_layers = n_layers };
     step_set_tap(step, (struct tap){ &h, check_hidden });
     engine_text_rows(rows, g.ids, 80, 0);
-    struct span span = { 0, 80, 0, pages, 0 };
+    struct span span = { .n = 80, .pages = pages };
     step_run(step, &(struct step_rows){ rows, 80, &span, 1 }, states);
     assert_int_equal(h.seen, 80 * (n_layers + 1));
     step_free(step);
@@ -303,7 +305,7 @@ static void check_batched_rows(bool rounded)
             for (int s = 0; s < N; s++) {
                 int64_t n = 1 + (s + t) % 5, past = engine_length(engine, handles[s]);
                 engine_text_rows(rows[s], g.ids + 100 * s + past, n, past);
-                runs[s] = (struct engine_run){ handles[s], rows[s], n };
+                runs[s] = (struct engine_run){ .handle = handles[s], .rows = rows[s], .n = n };
                 if (together) continue;
                 must(engine_step(engine, &runs[s], 1, &hidden, &e), &e);
                 must(l.backend.ops->wait(l.backend.queue, &e), &e);

@@ -56,6 +56,8 @@ struct attend_group {
     int kv_head;
 };
 
+enum { DELTA_COLUMNS = 32 }; /* of S that kernels work on at a time, at most */
+
 /* One value head's inputs: token t's at pointer + t * its stride. q, k are normalised, q scaled. */
 struct delta_head {
     float *o;
@@ -64,6 +66,16 @@ struct delta_head {
     int64_t o_stride, stride, gate_stride;
     float *S; /* [dk][dv] */
     int dk, dv;
+    /* of logged tokens: S stays, [dk][DELTA_COLUMNS] holds what it would become; token t's vector d goes to
+     * update + t * update_stride. Else NULL */
+    float *copy, *update;
+    int64_t update_stride;
+};
+
+/* Tokens of a log: key, update vector and decay of each, `stride` floats apart. */
+struct delta_past {
+    const float *key, *update, *decay;
+    int64_t stride;
 };
 
 struct cpu_kernels {
@@ -118,6 +130,8 @@ struct cpu_kernels {
     void (*l2norm)(float *x, int64_t n, float scale);
     /* The gated delta rule over n_tokens of one value head, token after token. */
     void (*delta)(const struct delta_head *h, int64_t n_tokens);
+    /* What `delta` did to S[dk][dv] over the tokens of a log, bit for bit. */
+    void (*delta_replay)(float *S, int dk, int dv, const struct delta_past *past, int64_t n_tokens);
     /* The same for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (3 * dk + 3 * dv + 2 *
      * DELTA_CHUNK) floats. */
     void (*delta_chunk)(const struct delta_head *h, int64_t n_tokens, float *work);

@@ -16,65 +16,112 @@ static float dot(const float *a, const float *b, int64_t n)
     return s;
 }
 
+/* `to` <- what tokens make of n vectors of columns of S, one after the other: S <- decay S + k d^T; `to` may
+ * be S. Never inlined: a token's update and its repetition from a log are the same instructions, however
+ * products and sums were fused. */
+#define DELTA_UPDATE(name, n)                                                                                \
+    static __attribute__((noinline)) void name(float *to, int64_t to_stride, const float *S, int64_t stride, \
+                                               int dk, const struct delta_past *past, int64_t n_tokens)      \
+    {                                                                                                        \
+        for (int r = 0; r < dk; r++, S += stride, to += to_stride) {                                         \
+            vec s[n];                                                                                        \
+            for (int i = 0; i < n; i++) s[i] = vload(S + i * VL);                                            \
+            for (int64_t t = 0, at = 0; t < n_tokens; t++, at += past->stride)                               \
+                for (int i = 0; i < n; i++)                                                                  \
+                    s[i] = past->decay[at] * s[i] + past->key[at + r] * vload(past->update + at + i * VL);   \
+            for (int i = 0; i < n; i++) vstore(to + i * VL, s[i]);                                           \
+        }                                                                                                    \
+    }
+enum { DELTA_WIDE = DELTA_COLUMNS / VL < 4 ? DELTA_COLUMNS / VL : 4 }; /* vectors of columns at a time */
+DELTA_UPDATE(update_wide, DELTA_WIDE)
+DELTA_UPDATE(update_narrow, 1)
+
+static __attribute__((noinline)) void update_column(float *to, int64_t to_stride, const float *S,
+                                                    int64_t stride, int dk, const struct delta_past *past,
+                                                    int64_t n_tokens)
+{
+    for (int r = 0; r < dk; r++) {
+        float s = S[r * stride];
+        for (int64_t t = 0, at = 0; t < n_tokens; t++, at += past->stride)
+            s = past->decay[at] * s + past->key[at + r] * past->update[at];
+        to[r * to_stride] = s;
+    }
+}
+
 /* n vectors of columns for all tokens, so that this part of S (128 x 2 vectors: 16 KiB) stays in the first
  * cache. S is read once a token: with p = S^T k and w = S^T q of the old state, d = beta (v - e^g p) and o =
- * e^g w + (k.q) d. */
+ * e^g w + (k.q) d. Of logged tokens S becomes a copy, which none needs after the last. */
 INLINE void delta_columns(const struct delta_head *h, int64_t n_tokens, int column, const int n)
 {
+    float *to = h->copy ? h->copy : h->S + column, unlogged[4 * VL];
+    const float *S = h->S + column;
+    int64_t stride = h->dv, to_stride = h->copy ? DELTA_COLUMNS : h->dv;
     for (int64_t t = 0; t < n_tokens; t++) {
         const float *q = h->q + t * h->stride, *k = h->k + t * h->stride, *v = h->v + t * h->stride + column;
         float decay = expf(h->log_decay[t * h->gate_stride]), beta = h->beta[t * h->gate_stride];
-        float kq = dot(k, q, h->dk);
-        vec p[4], w[4], d[4];
+        float kq = dot(k, q, h->dk), *d = h->copy ? h->update + t * h->update_stride + column : unlogged;
+        vec p[4], w[4];
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) p[i] = w[i] = (vec){ 0 };
         for (int r = 0; r < h->dk; r++)
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                vec s = vload(h->S + (int64_t)r * h->dv + column + i * VL);
+                vec s = vload(S + r * stride + i * VL);
                 p[i] = k[r] * s + p[i];
                 w[i] = q[r] * s + w[i];
             }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-            d[i] = beta * (vload(v + i * VL) - decay * p[i]);
-            vstore(h->o + t * h->o_stride + column + i * VL, decay * w[i] + kq * d[i]);
+            vec x = beta * (vload(v + i * VL) - decay * p[i]);
+            vstore(d + i * VL, x);
+            vstore(h->o + t * h->o_stride + column + i * VL, decay * w[i] + kq * x);
         }
-        for (int r = 0; r < h->dk; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < n; i++) {
-                float *s = h->S + (int64_t)r * h->dv + column + i * VL;
-                vstore(s, decay * vload(s) + k[r] * d[i]);
-            }
+        if (h->copy && t + 1 == n_tokens) return;
+        struct delta_past now = { k, d, &decay, 0 };
+        (n == 1 ? update_narrow : update_wide)(to, to_stride, S, stride, h->dk, &now, 1);
+        S = to;
+        stride = to_stride;
     }
 }
 
 /* The columns past the last whole vector. */
 static void delta_column(const struct delta_head *h, int64_t n_tokens, int column)
 {
+    float *to = h->copy ? h->copy : h->S + column;
+    const float *S = h->S + column;
+    int64_t stride = h->dv, to_stride = h->copy ? DELTA_COLUMNS : h->dv;
     for (int64_t t = 0; t < n_tokens; t++) {
         const float *q = h->q + t * h->stride, *k = h->k + t * h->stride;
         float decay = expf(h->log_decay[t * h->gate_stride]), p = 0, w = 0;
         for (int r = 0; r < h->dk; r++) {
-            p += k[r] * h->S[(int64_t)r * h->dv + column];
-            w += q[r] * h->S[(int64_t)r * h->dv + column];
+            p += k[r] * S[r * stride];
+            w += q[r] * S[r * stride];
         }
         float d = h->beta[t * h->gate_stride] * (h->v[t * h->stride + column] - decay * p);
         h->o[t * h->o_stride + column] = decay * w + dot(k, q, h->dk) * d;
-        for (int r = 0; r < h->dk; r++) {
-            float *s = h->S + (int64_t)r * h->dv + column;
-            *s = decay * *s + k[r] * d;
-        }
+        if (h->copy) h->update[t * h->update_stride + column] = d;
+        if (h->copy && t + 1 == n_tokens) return;
+        update_column(to, to_stride, S, stride, h->dk, &(struct delta_past){ k, &d, &decay, 0 }, 1);
+        S = to;
+        stride = to_stride;
     }
 }
 
 static void delta(const struct delta_head *h, int64_t n_tokens)
 {
-    enum { WIDE = 32 / VL < 4 ? 32 / VL : 4 };
     int c = 0;
-    for (; c + WIDE * VL <= h->dv; c += WIDE * VL) delta_columns(h, n_tokens, c, WIDE);
+    for (; c + DELTA_WIDE * VL <= h->dv; c += DELTA_WIDE * VL) delta_columns(h, n_tokens, c, DELTA_WIDE);
     for (; c + VL <= h->dv; c += VL) delta_columns(h, n_tokens, c, 1);
     for (; c < h->dv; c++) delta_column(h, n_tokens, c);
+}
+
+static void delta_replay(float *S, int dk, int dv, const struct delta_past *past, int64_t n_tokens)
+{
+    struct delta_past p = *past;
+    for (int c = 0, n; c < dv; c += n, S += n, p.update += n) {
+        n = c + DELTA_WIDE * VL <= dv ? DELTA_WIDE * VL : c + VL <= dv ? VL : 1;
+        (n == 1 ? update_column : n == VL ? update_narrow : update_wide)(S, dv, S, dv, dk, &p, n_tokens);
+    }
 }
 
 /* C[i][j] += sum_k A(i, k) B[k][j], A(i, k) at a[i * a_row + k * a_col]; i < m, j < n, any sizes. */
@@ -229,6 +276,7 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
         .conv_row = conv_row,                                                                                \
         .l2norm = l2norm,                                                                                    \
         .delta = delta,                                                                                      \
+        .delta_replay = delta_replay,                                                                        \
         .delta_chunk = delta_chunk,                                                                          \
     }
 #endif

@@ -157,13 +157,13 @@ struct conv_job {
     struct mat y, u;
     const float *weight;
     const struct delta_state *state;
-    int kernel;
+    const struct delta_shape *shape;
     const struct step_rows *rows;
 };
 
 static float *conv_state(const struct conv_job *j, const struct span *span)
 {
-    return j->state->conv + span->slot * (int64_t)(j->kernel - 1) * j->u.cols;
+    return j->state->conv + span->slot * (int64_t)(j->shape->kernel - 1) * j->u.cols;
 }
 
 static void conv_row(void *ctx, int64_t row, int thread)
@@ -172,32 +172,51 @@ static void conv_row(void *ctx, int64_t row, int thread)
     (void)thread;
     const struct span *span = span_of(j->rows, row);
     const float *past = conv_state(j, span), *taps[CONV_KERNEL_MAX];
-    for (int t = 0; t < j->kernel; t++) {
-        int64_t at =
-            row - span->first - (j->kernel - 1) + t; /* row of the span; negative: before this step */
+    int kernel = j->shape->kernel;
+    for (int t = 0; t < kernel; t++) {
+        int64_t at = row - span->first - (kernel - 1) + t; /* row of the span; negative: before this step */
         taps[t] =
-            at >= 0 ? j->u.data + (span->first + at) * j->u.stride : past + (j->kernel - 1 + at) * j->u.cols;
+            at >= 0 ? j->u.data + (span->first + at) * j->u.stride : past + (kernel - 1 + at) * j->u.cols;
     }
-    j->q->k->conv_row(j->y.data + row * j->y.stride, taps, j->weight, j->kernel, j->u.cols);
+    j->q->k->conv_row(j->y.data + row * j->y.stride, taps, j->weight, kernel, j->u.cols);
 }
 
-/* The last kernel - 1 raw rows of the span, or what is left of the state before them. */
-static void conv_keep(const struct conv_job *j, const struct span *span)
+/* The last kernel - 1 of n_rows raw rows, or what is left of the state before them. */
+static void conv_keep(const struct conv_job *j, const struct span *span, const float *u, int64_t stride,
+                      int64_t n_rows)
 {
-    int64_t keep = j->kernel - 1, n = j->u.cols, fresh = span->n < keep ? span->n : keep;
+    int64_t keep = j->shape->kernel - 1, n = j->u.cols, fresh = n_rows < keep ? n_rows : keep;
     float *past = conv_state(j, span);
     memmove(past, past + fresh * n, (size_t)((keep - fresh) * n) * sizeof *past);
     for (int64_t i = 0; i < fresh; i++)
-        memcpy(past + (keep - fresh + i) * n, j->u.data + (span->first + span->n - fresh + i) * j->u.stride,
-               (size_t)n * sizeof *past);
+        memcpy(past + (keep - fresh + i) * n, u + (n_rows - fresh + i) * stride, (size_t)n * sizeof *past);
+}
+
+static void conv_log(const struct conv_job *j, const struct span *span)
+{
+    for (int64_t i = 0; i < span->n; i++)
+        memcpy(delta_log_at(j->state, j->shape, span->slot, i).u, j->u.data + (span->first + i) * j->u.stride,
+               (size_t)j->u.cols * sizeof(float));
 }
 
 void cpu_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
               const struct delta_state *state, const struct delta_shape *shape, const struct step_rows *rows)
 {
-    struct conv_job j = { q, y, u, weight, state, shape->kernel, rows };
+    struct conv_job j = { q, y, u, weight, state, shape, rows };
+    for (int64_t s = 0; s < rows->n_spans; s++) {
+        const struct span *span = &rows->spans[s];
+        if (span->kept)
+            conv_keep(&j, span, delta_log_at(state, shape, span->slot, 0).u, delta_log_floats(shape),
+                      span->kept);
+    }
     pool_run(q->pool, rows->n, conv_row, &j);
-    for (int64_t s = 0; s < rows->n_spans; s++) conv_keep(&j, &rows->spans[s]);
+    for (int64_t s = 0; s < rows->n_spans; s++) {
+        const struct span *span = &rows->spans[s];
+        if (span->logged)
+            conv_log(&j, span);
+        else
+            conv_keep(&j, span, u.data + span->first * u.stride, u.stride, span->n);
+    }
 }
 
 /* The delta rule. */
@@ -251,11 +270,29 @@ static struct delta_head delta_head(const struct delta_job *j, const struct span
     };
 }
 
+/* The rows that were kept of the log change S where it is. */
+static void delta_replay(const struct delta_job *j, const struct span *span, float *S, int h)
+{
+    const struct delta_shape *s = j->shape;
+    struct delta_log log = delta_log_at(j->state, s, span->slot, 0);
+    int key = h / (s->value_heads / s->key_heads);
+    struct delta_past past = { log.key + (int64_t)key * s->key_dim, log.update + (int64_t)h * s->value_dim,
+                               log.decay + h, delta_log_floats(s) };
+    j->q->k->delta_replay(S, s->key_dim, s->value_dim, &past, span->kept);
+}
+
 static void delta_item(void *ctx, int64_t item, int thread)
 {
     struct delta_job *j = ctx;
+    int head = (int)(item % j->shape->value_heads);
     const struct span *span = &j->rows->spans[item / j->shape->value_heads];
-    struct delta_head h = delta_head(j, span, (int)(item % j->shape->value_heads));
+    struct delta_head h = delta_head(j, span, head);
+    if (span->kept) delta_replay(j, span, h.S, head);
+    if (span->logged) {
+        h.copy = j->q->threads[thread].work;
+        h.update = delta_log_at(j->state, j->shape, span->slot, 0).update + (int64_t)head * h.dv;
+        h.update_stride = delta_log_floats(j->shape);
+    }
     if (span->n <= ROWS_EXACT) {
         j->q->k->delta(&h, span->n);
         return;
@@ -272,6 +309,19 @@ static void delta_item(void *ctx, int64_t item, int thread)
     }
 }
 
+/* What the heads share of a log: written when none reads it any more. */
+static void log_keys(const struct delta_job *j, const struct span *span)
+{
+    const struct delta_shape *s = j->shape;
+    int64_t keys = (int64_t)s->key_heads * s->key_dim;
+    for (int64_t t = 0; t < span->n; t++) {
+        struct delta_log log = delta_log_at(j->state, s, span->slot, t);
+        const float *a = j->a.data + (span->first + t) * j->a.stride;
+        memcpy(log.key, j->qkv.data + (span->first + t) * j->qkv.stride + keys, (size_t)keys * sizeof(float));
+        for (int h = 0; h < s->value_heads; h++) log.decay[h] = expf(a[h]);
+    }
+}
+
 void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b, const float *A_log,
                const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
                const struct step_rows *rows)
@@ -279,4 +329,6 @@ void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
     struct delta_job j = { q, o, qkv, a, b, A_log, dt_bias, state, shape, rows };
     pool_run(q->pool, rows->n, delta_prepare, &j);
     pool_run(q->pool, rows->n_spans * shape->value_heads, delta_item, &j);
+    for (int64_t s = 0; s < rows->n_spans; s++)
+        if (rows->spans[s].logged) log_keys(&j, &rows->spans[s]);
 }

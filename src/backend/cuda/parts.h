@@ -64,7 +64,7 @@ struct cuda_row {
     int token, position[3], span, embedding; /* embedding: index into embeddings, -1: none */
 };
 struct cuda_span {
-    int first, n, past, slot;
+    int first, n, past, slot, kept, logged;
 };
 struct cuda_rows {
     const struct cuda_row *rows;
@@ -155,8 +155,9 @@ bool queue_check(struct queue *q, cudaError_t status, const char *operation);
 void queue_refuse(struct queue *q, const char *operation, const char *why);
 /* The step's rows in device memory: uploaded if they differ from what lies there. NULL: failed. */
 const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *rows);
-/* Every span is one row. */
+/* Every span is one row, and no log is written or read. */
 bool queue_decodes(const struct step_rows *rows);
+bool queue_logs(const struct step_rows *rows);
 bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what,
                 struct err *e); /* device memory */
 void queue_give(struct queue *q, void *memory);
@@ -237,6 +238,13 @@ void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, str
                 const struct step_rows *rows);
 /* conv and delta of such a step; the conv state is left as it was */
 void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
+/* logged.cu: conv and delta of steps that queue_logs */
+void cuda_conv_logged(struct queue *q, struct mat y, struct mat u, const float *weight,
+                      const struct delta_state *state, const struct delta_shape *shape,
+                      const struct step_rows *rows);
+void cuda_delta_logged(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
+                       const float *A_log, const float *dt_bias, const struct delta_state *state,
+                       const struct delta_shape *shape, const struct step_rows *rows);
 /* prefill.c */
 struct arena;
 void cuda_prefill_layout(struct queue *q, struct arena *a);

@@ -56,8 +56,9 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
                                  .m = { cuda_matrix_of(r->out) } };
     const struct cuda_rows *device_rows = queue_rows(q, rows);
     if (!device_rows) return;
-    bool decoded = rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
-    if (!decoded && !cuda_scan(q, r, rows)) {
+    bool logs = queue_logs(rows);
+    bool decoded = !logs && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
+    if (!decoded && (logs || !cuda_scan(q, r, rows))) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }

@@ -185,6 +185,20 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
         cuda_product_plain(q, y, x, &m);
 }
 
+static void conv(struct queue *q, struct mat y, struct mat u, const float *weight,
+                 const struct delta_state *state, const struct delta_shape *shape,
+                 const struct step_rows *rows)
+{
+    (queue_logs(rows) ? cuda_conv_logged : cuda_conv)(q, y, u, weight, state, shape, rows);
+}
+
+static void delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
+                  const float *A_log, const float *dt_bias, const struct delta_state *state,
+                  const struct delta_shape *shape, const struct step_rows *rows)
+{
+    (queue_logs(rows) ? cuda_delta_logged : cuda_delta)(q, o, qkv, a, b, A_log, dt_bias, state, shape, rows);
+}
+
 static void experts(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                     const struct experts *list)
 {
@@ -268,8 +282,8 @@ const struct ops cuda_ops = {
     .norm_rope = cuda_norm_rope,
     .kv_append = cuda_kv_append,
     .attention = cuda_attention,
-    .conv = cuda_conv,
-    .delta = cuda_delta,
+    .conv = conv,
+    .delta = delta,
     .gated_norm = cuda_gated_norm,
     .layer_norm = cuda_layer_norm,
     .add_bias = cuda_add_bias,

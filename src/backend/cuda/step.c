@@ -89,7 +89,8 @@ static bool fill_spans(struct queue *q, struct cuda_row *rows, struct cuda_span 
     for (int64_t s = 0; s < step->n_spans; s++) {
         const struct span *span = &step->spans[s];
         int64_t n = (span->past + span->n + KV_PAGE - 1) / KV_PAGE;
-        spans[s] = (struct cuda_span){ (int)span->first, (int)span->n, (int)span->past, span->slot };
+        spans[s] = (struct cuda_span){ (int)span->first, (int)span->n, (int)span->past,
+                                       span->slot,       span->kept,   span->logged };
         for (int64_t i = 0; i < span->n; i++) rows[span->first + i].span = (int)s;
         if (!span->pages) continue;
         if (n > each) return false;
@@ -141,9 +142,16 @@ const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *step
     return queue_failed(q) ? NULL : &q->rows;
 }
 
+bool queue_logs(const struct step_rows *step)
+{
+    for (int64_t i = 0; i < step->n_spans; i++)
+        if (step->spans[i].logged || step->spans[i].kept) return true;
+    return false;
+}
+
 bool queue_decodes(const struct step_rows *step)
 {
-    return step->n <= ROWS_EXACT && step->n_spans == step->n;
+    return step->n <= ROWS_EXACT && step->n_spans == step->n && !queue_logs(step);
 }
 
 /* Recorded steps. */

@@ -81,6 +81,21 @@ void ref_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, co
     }
 }
 
+/* A row of raw projections enters the state, the oldest leaves. */
+static void conv_advance(float *past, const float *u, int64_t keep, int64_t n)
+{
+    if (keep == 0) return;
+    memmove(past, past + n, (size_t)((keep - 1) * n) * sizeof *past);
+    memcpy(past + (keep - 1) * n, u, (size_t)n * sizeof *past);
+}
+
+/* Row i of a span, j rows back. */
+static const float *conv_tap(const float *past, struct mat u, const struct span *span, int64_t i, int64_t j,
+                             int64_t keep)
+{
+    return i >= j ? u.data + (span->first + i - j) * u.stride : past + (keep + i - j) * u.cols;
+}
+
 void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
               const struct delta_state *state, const struct delta_shape *shape, const struct step_rows *rows)
 {
@@ -89,41 +104,108 @@ void ref_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
     for (int64_t s = 0; s < rows->n_spans; s++) {
         const struct span *span = &rows->spans[s];
         float *past = state->conv + span->slot * keep * n;
-        for (int64_t i = 0; i < span->n; i++) {
-            const float *now = u.data + (span->first + i) * u.stride;
+        for (int32_t r = 0; r < span->kept; r++)
+            conv_advance(past, delta_log_at(state, shape, span->slot, r).u, keep, n);
+        for (int64_t i = 0; i < span->n; i++)
             for (int64_t c = 0; c < n; c++) {
-                double sum = (double)weight[keep * n + c] * now[c];
-                for (int64_t j = 0; j < keep; j++) sum += (double)weight[j * n + c] * (double)past[j * n + c];
+                double sum = (double)weight[keep * n + c] * conv_tap(past, u, span, i, 0, keep)[c];
+                for (int64_t j = 0; j < keep; j++)
+                    sum += (double)weight[j * n + c] * (double)conv_tap(past, u, span, i, keep - j, keep)[c];
                 y.data[(span->first + i) * y.stride + c] = ref_silu((float)sum);
             }
-            if (keep == 0) continue;
-            memmove(past, past + n, (size_t)((keep - 1) * n) * sizeof *past);
-            memcpy(past + (keep - 1) * n, now, (size_t)n * sizeof *past);
+        for (int64_t i = 0; i < span->n; i++) {
+            const float *now = u.data + (span->first + i) * u.stride;
+            if (span->logged)
+                memcpy(delta_log_at(state, shape, span->slot, i).u, now, (size_t)n * sizeof *now);
+            else
+                conv_advance(past, now, keep, n);
         }
     }
 }
 
-/* out = in / |in| * scale. */
-static void normalise(float *out, const float *in, int n, double scale)
+/* x / |x| * scale, in place. */
+static void normalise(float *x, int n, double scale)
 {
     double sum = 0;
-    for (int i = 0; i < n; i++) sum += (double)in[i] * (double)in[i];
+    for (int i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
     double r = scale / sqrt(sum + 1e-6);
-    for (int i = 0; i < n; i++) out[i] = (float)(in[i] * r);
+    for (int i = 0; i < n; i++) x[i] = (float)(x[i] * r);
 }
 
-static void delta_token(float *o, float *S, const float *k, const float *query, const float *v, int dk,
-                        int dv, float decay, float beta)
+/* q and k of a row become normalised, a the decay, b beta. */
+static void delta_prepare(float *qkv, float *a, float *b, const float *A_log, const float *dt_bias,
+                          const struct delta_shape *s)
 {
-    for (int c = 0; c < dv; c++) {
+    for (int h = 0; h < 2 * s->key_heads; h++)
+        normalise(qkv + (int64_t)h * s->key_dim, s->key_dim,
+                  h < s->key_heads ? 1 / sqrt((double)s->key_dim) : 1);
+    for (int h = 0; h < s->value_heads; h++) {
+        float x = a[h] + dt_bias[h], softplus = x > 20 ? x : log1pf(expf(x));
+        a[h] = expf(-expf(A_log[h]) * softplus);
+        b[h] = ref_sigmoid(b[h]);
+    }
+}
+
+struct delta_args {
+    struct mat o, qkv, a, b;
+    const struct delta_state *state;
+    const struct delta_shape *shape;
+};
+
+/* S <- e^g S + k d^T, of one column. */
+static void update_column(float *S, const float *k, float d, float decay, int dk)
+{
+    for (int r = 0; r < dk; r++) S[r] = decay * S[r] + k[r] * d;
+}
+
+/* Column c of value head h of S over a span; S: that column, [dk]. */
+static void delta_column(const struct delta_args *p, const struct span *span, int h, int c, float *S)
+{
+    const struct delta_shape *s = p->shape;
+    int dk = s->key_dim, dv = s->value_dim, key = h / (s->value_heads / s->key_heads);
+    for (int64_t t = 0; t < span->n; t++) {
+        const float *in = p->qkv.data + (span->first + t) * p->qkv.stride;
+        const float *q = in + (int64_t)key * dk, *k = q + (int64_t)s->key_heads * dk;
+        float v = in[2 * (int64_t)s->key_heads * dk + (int64_t)h * dv + c];
+        float decay = p->a.data[(span->first + t) * p->a.stride + h];
         double read = 0, out = 0;
-        for (int r = 0; r < dk; r++) read += (double)decay * (double)S[r * dv + c] * (double)k[r];
-        float d = (float)(beta * (v[c] - read));
-        for (int r = 0; r < dk; r++) {
-            S[r * dv + c] = decay * S[r * dv + c] + k[r] * d;
-            out += (double)S[r * dv + c] * (double)query[r];
+        for (int r = 0; r < dk; r++) read += (double)decay * (double)S[r] * (double)k[r];
+        float d = (float)(p->b.data[(span->first + t) * p->b.stride + h] * (v - read));
+        update_column(S, k, d, decay, dk);
+        for (int r = 0; r < dk; r++) out += (double)S[r] * (double)q[r];
+        p->o.data[(span->first + t) * p->o.stride + (int64_t)h * dv + c] = (float)out;
+        if (span->logged) delta_log_at(p->state, s, span->slot, t).update[(int64_t)h * dv + c] = d;
+    }
+}
+
+static void delta_head(const struct delta_args *p, const struct span *span, int h, float *column)
+{
+    const struct delta_shape *s = p->shape;
+    int dk = s->key_dim, dv = s->value_dim, key = h / (s->value_heads / s->key_heads);
+    float *S = p->state->matrix + ((int64_t)span->slot * s->value_heads + h) * dk * dv;
+    for (int c = 0; c < dv; c++) {
+        for (int r = 0; r < dk; r++) column[r] = S[r * dv + c];
+        for (int32_t t = 0; t < span->kept; t++) {
+            struct delta_log log = delta_log_at(p->state, s, span->slot, t);
+            update_column(column, log.key + (int64_t)key * dk, log.update[(int64_t)h * dv + c], log.decay[h],
+                          dk);
         }
-        o[c] = (float)out;
+        for (int r = 0; r < dk; r++) S[r * dv + c] = column[r];
+        delta_column(p, span, h, c, column);
+        for (int r = 0; r < dk && !span->logged; r++) S[r * dv + c] = column[r];
+    }
+}
+
+/* What the heads share of a log: written when none reads it any more. */
+static void log_keys(const struct delta_args *p, const struct span *span)
+{
+    const struct delta_shape *s = p->shape;
+    int64_t keys = (int64_t)s->key_heads * s->key_dim;
+    for (int64_t t = 0; t < span->n; t++) {
+        struct delta_log log = delta_log_at(p->state, s, span->slot, t);
+        int64_t row = span->first + t;
+        memcpy(log.key, p->qkv.data + row * p->qkv.stride + keys, (size_t)keys * sizeof(float));
+        memcpy(log.decay, p->a.data + row * p->a.stride, (size_t)s->value_heads * sizeof(float));
     }
 }
 
@@ -131,19 +213,12 @@ void ref_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
                const float *dt_bias, const struct delta_state *state, const struct delta_shape *shape,
                const struct step_rows *rows)
 {
-    int dk = shape->key_dim, dv = shape->value_dim, group = shape->value_heads / shape->key_heads;
-    float *query = q->scratch, *key = query + dk;
-    for (int64_t s = 0; s < rows->n_spans; s++)
-        for (int64_t row = rows->spans[s].first; row < rows->spans[s].first + rows->spans[s].n; row++)
-            for (int h = 0; h < shape->value_heads; h++) {
-                const float *in = qkv.data + row * qkv.stride;
-                normalise(query, in + (int64_t)(h / group) * dk, dk, 1 / sqrt((double)dk));
-                normalise(key, in + (int64_t)(shape->key_heads + h / group) * dk, dk, 1);
-                float ah = a.data[row * a.stride + h] + dt_bias[h];
-                float softplus = ah > 20 ? ah : log1pf(expf(ah));
-                float *S = state->matrix + ((int64_t)rows->spans[s].slot * shape->value_heads + h) * dk * dv;
-                delta_token(o.data + row * o.stride + (int64_t)h * dv, S, key, query,
-                            in + 2 * (int64_t)shape->key_heads * dk + (int64_t)h * dv, dk, dv,
-                            expf(-expf(A_log[h]) * softplus), ref_sigmoid(b.data[row * b.stride + h]));
-            }
+    struct delta_args p = { o, qkv, a, b, state, shape };
+    for (int64_t i = 0; i < rows->n; i++)
+        delta_prepare(qkv.data + i * qkv.stride, a.data + i * a.stride, b.data + i * b.stride, A_log, dt_bias,
+                      shape);
+    for (int64_t s = 0; s < rows->n_spans; s++) {
+        for (int h = 0; h < shape->value_heads; h++) delta_head(&p, &rows->spans[s], h, q->scratch);
+        if (rows->spans[s].logged) log_keys(&p, &rows->spans[s]);
+    }
 }
