@@ -74,7 +74,7 @@ X86     := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 $(BUILD)/src/backend/cpu/kernels_generic.o: ISA := -ffp-contract=fast
 $(BUILD)/src/backend/cpu/kernels_avx2.o:    ISA := -ffp-contract=fast -mavx2 -mfma -mf16c
 $(BUILD)/src/backend/cpu/kernels_avx512.o:  ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512
-$(BUILD)/src/backend/cpu/kernels_avx512bf16.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
+$(BUILD)/src/backend/cpu/kernels_avx512bf16.o $(BUILD)/src/backend/cpu/kernels_zen5.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mprefer-vector-width=512
 $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mamx-tile -mamx-int8 -mamx-bf16 -mprefer-vector-width=512
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2

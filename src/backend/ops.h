@@ -33,6 +33,7 @@ static inline struct mat mat_of(float *data, int64_t rows, int64_t cols)
 /* Weights. */
 
 enum weight_format { WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_NVFP4, WEIGHT_FP8_BLOCK };
+enum { WEIGHT_FORMATS = WEIGHT_FP8_BLOCK + 1 };
 
 /* What becomes of a product's inputs before they meet the weights. */
 enum weight_input {
@@ -218,6 +219,9 @@ struct ops {
     bool (*wait)(struct queue *q, struct err *e);
     /* Bytes a second at which the device reads memory of its own, measured now; 0: it works in the host's. */
     double (*read_speed)(struct queue *q);
+    /* Flops a second, two for a weight and row, at which the instruction of products with this format works
+     * on registers alone, all threads together, measured now. NULL: not known. */
+    double (*product_speed)(struct queue *q, enum weight_format f);
 
     /* Around the operations of one step that depends on nothing but `rows`, memory, and what `key` stands
      * for: the same key means the same operations on the same memory. True: the backend kept them from an

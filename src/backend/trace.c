@@ -240,6 +240,12 @@ static bool wait(struct queue *q, struct err *e)
     return trace_of(q)->op->wait(trace_of(q)->q, e);
 }
 
+static double product_speed(struct queue *q, enum weight_format f)
+{
+    const struct trace *t = trace_of(q);
+    return t->op->product_speed ? t->op->product_speed(t->q, f) : 0;
+}
+
 static double read_speed(struct queue *q)
 {
     return trace_of(q)->op->read_speed(trace_of(q)->q);
@@ -458,6 +464,7 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
     end(t, OP_EXPERTS, start, 0, 0);
     const struct weight *w = weights->gate[0];
     t->entries[OP_EXPERTS].bytes += picked_bytes(t, picks, x.rows, weights);
+    t->entries[OP_EXPERTS].format = w->format;
     t->entries[OP_EXPERTS].flops += 6 * (uint64_t)(x.rows * picks->k) * (uint64_t)w->rows * (uint64_t)w->cols;
 }
 
@@ -547,6 +554,7 @@ static const struct ops trace_ops = {
     .experts_unbind = experts_unbind,
     .wait = wait,
     .read_speed = read_speed,
+    .product_speed = product_speed,
     .step_begin = step_begin,
     .step_end = step_end,
     .embed = embed,

@@ -13,7 +13,7 @@ enum trace_mode {
 /* One operation, or the products with weights of one name, format and shape. */
 struct trace_entry {
     const char *op, *label;    /* "matmul", "attention"; label "" but for products */
-    enum weight_format format; /* of a product */
+    enum weight_format format; /* of a product, and of experts (gate_proj's of the first) */
     int64_t rows, cols;        /* of its weights; 0: not a product */
     uint64_t calls;
     uint64_t bytes; /* weights read, each once a call; KV lines read; recurrent state read and written. 0:

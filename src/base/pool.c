@@ -1,5 +1,6 @@
 #include "base/pool.h"
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -166,21 +167,36 @@ void pool_run(struct pool *p, int64_t n_items, void (*body)(void *ctx, int64_t i
             sched_yield();
 }
 
-static int quota_of_container(void)
+/* The numbers of a file under root, in order; how many. */
+static int read_numbers(long long *out, int most, const char *root, const char *name)
 {
-    long long quota, period;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (!f) return 0;
-    int n = fscanf(f, "%lld %lld", &quota, &period);
-    fclose(f);
-    return n == 2 && period > 0 ? (int)((quota + period - 1) / period) : 0;
+    char path[512];
+    int n = 0;
+    snprintf(path, sizeof path, "%s/%s", root, name);
+    FILE *f = fopen(path, "r");
+    while (f && n < most && fscanf(f, "%lld", &out[n]) == 1) n++;
+    if (f) fclose(f);
+    return n;
+}
+
+int pool_quota(const char *cgroups)
+{
+    long long x[2]; /* microseconds of a period, and the period */
+    int n = read_numbers(x, 2, cgroups, "cpu.max");
+    if (n == 0) {
+        n = read_numbers(x, 1, cgroups, "cpu/cpu.cfs_quota_us");
+        if (n == 1) n += read_numbers(x + 1, 1, cgroups, "cpu/cpu.cfs_period_us");
+    }
+    if (n < 2 || x[0] <= 0 || x[1] <= 0) return 0;
+    long long threads = x[0] / x[1] + (x[0] % x[1] > 0);
+    return threads < INT_MAX ? (int)threads : 0;
 }
 
 int pool_default_threads(void)
 {
     cpu_set_t set;
     int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    int quota = quota_of_container();
+    int quota = pool_quota("/sys/fs/cgroup");
     if (quota > 0 && quota < n) n = quota;
     return n > 0 ? n : 1;
 }

@@ -124,6 +124,12 @@ static double pct_of_bound(const struct bench_result *r)
     return 100 * r->total_bytes * speeds_of(r).median / r->read_bandwidth;
 }
 
+/* Multiplications that were done a second over those that the instructions could have, in percent. */
+static double pct_of_peak(const struct bench_result *r)
+{
+    return 100 * r->product_seconds * speeds_of(r).median;
+}
+
 static const char *format_name(enum weight_format f)
 {
     static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4", "FP8_BLOCK" };
@@ -178,15 +184,17 @@ static json_t *result_json(const struct bench_setting *s, const struct bench_tes
     struct bench_summary time = bench_summarize(r->seconds, r->n), speed = speeds_of(r);
     json_t *o = llama_part(s, t, r);
     json_object_update_new(
-        o, json_pack("{s:i, s:s, s:o, s:s, s:s, s:s, s:f, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I}",
-                     "n_sequences", t->sequences, "device", s->backend->name, "isa", isa(s->backend),
-                     "weight_mix", s->mix, "nvfp4_activations", s->activations, "tokens",
-                     s->content ? s->content : "random", "load_seconds", s->load_seconds, "median_ns",
-                     (json_int_t)(time.median * 1e9), "min_ns", (json_int_t)(time.min * 1e9), "max_ns",
-                     (json_int_t)(time.max * 1e9), "median_ts", speed.median, "read_bandwidth",
-                     r->read_bandwidth, "pct_of_bound", pct_of_bound(r), "flops_per_token", r->flops,
-                     "experts_per_step", r->experts_per_step, "bytes_per_token", r->total_bytes,
-                     "peak_memory", (json_int_t)peak_memory()));
+        o,
+        json_pack(
+            "{s:i, s:s, s:o, s:s, s:s, s:s, s:f, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:I}",
+            "n_sequences", t->sequences, "device", s->backend->name, "isa", isa(s->backend), "weight_mix",
+            s->mix, "nvfp4_activations", s->activations, "tokens", s->content ? s->content : "random",
+            "load_seconds", s->load_seconds, "median_ns", (json_int_t)(time.median * 1e9), "min_ns",
+            (json_int_t)(time.min * 1e9), "max_ns", (json_int_t)(time.max * 1e9), "median_ts", speed.median,
+            "read_bandwidth", r->read_bandwidth, "pct_of_bound", pct_of_bound(r), "product_speed",
+            r->product_seconds > 0 ? r->flops / r->product_seconds : 0, "pct_of_peak", pct_of_peak(r),
+            "flops_per_token", r->flops, "experts_per_step", r->experts_per_step, "bytes_per_token",
+            r->total_bytes, "peak_memory", (json_int_t)peak_memory()));
     for (int i = 0; i < BENCH_GROUPS; i++) {
         char key[64];
         snprintf(key, sizeof key, "bytes_%s", bench_group_names[i]);
@@ -240,10 +248,10 @@ static void md_header(void)
 {
     puts("| model                          |       size |     params | backend    | threads |            "
          "test |"
-         "                  t/s |   MB/token | % of bound |");
+         "                  t/s |   MB/token | % of bound | % of peak |");
     puts("| ------------------------------ | ---------: | ---------: | ---------- | ------: | "
          "--------------: |"
-         " -------------------: | ---------: | ---------: |");
+         " -------------------: | ---------: | ---------: | --------: |");
 }
 
 static void md_line(const struct bench_setting *s, const struct bench_test *t, const struct bench_result *r)
@@ -253,9 +261,9 @@ static void md_line(const struct bench_setting *s, const struct bench_test *t, c
     snprintf(size, sizeof size, "%.2f GiB", (double)s->bytes / 0x1p30);
     snprintf(parameters, sizeof parameters, "%.2f B", (double)s->parameters * 1e-9);
     snprintf(speed, sizeof speed, "%.2f ± %.2f", ts.mean, ts.deviation);
-    printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %21s | %10.1f | %10.1f |\n", s->type, size,
+    printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %21s | %10.1f | %10.1f | %9.1f |\n", s->type, size,
            parameters, device_of(s->backend), s->threads, test_name(test, t), speed, r->total_bytes * 1e-6,
-           pct_of_bound(r));
+           pct_of_bound(r), pct_of_peak(r));
     fflush(stdout);
 }
 
@@ -266,11 +274,11 @@ static void md_profile(const struct bench_test *t, const struct bench_result *r)
     for (int i = 0; i < r->n_profile; i++) all += r->profile[i].seconds;
     printf("\n%s: where %.3f ms a token go\n", test_name(test, t), 1e3 * all / tokens);
     printf("| %-12s | %-13s | %-18s | calls/token | us/token | %% time |  MB/token |   GB/s | %% of read | "
-           "GFLOP/s |\n",
+           "GFLOP/s | %% of peak |\n",
            "operation", "weights", "");
     printf(
         "| ------------ | ------------- | ------------------ | ----------: | -------: | -----: | --------: | "
-        "-----: | --------: | ------: |\n");
+        "-----: | --------: | ------: | --------: |\n");
     for (int i = 0; i < r->n_profile; i++) {
         const struct trace_entry *x = &r->profile[i];
         char shape[64] = "";
@@ -286,10 +294,11 @@ static void md_profile(const struct bench_test *t, const struct bench_result *r)
                    100 * speed / r->read_bandwidth);
         else
             printf(" %9s | %6s | %9s |", "", "", "");
+        double done = (double)x->flops / x->seconds, peak = r->product_speed[x->format];
         if (x->flops)
-            printf(" %7.1f |\n", (double)x->flops / x->seconds * 1e-9);
+            printf(" %7.1f | %9.1f |\n", done * 1e-9, peak > 0 ? 100 * done / peak : 0);
         else
-            printf(" %7s |\n", "");
+            printf(" %7s | %9s |\n", "", "");
     }
     putchar('\n');
 }
@@ -330,8 +339,8 @@ static void md_bytes(const json_t *results)
 {
     printf("\n| MB a token      | threads |");
     for (int g = 0; g < BENCH_GROUPS; g++) printf(" %s |", bench_group_names[g]);
-    printf(" all | GFLOP a token | experts a step and layer | read GB/s |\n| --- |");
-    for (int g = 0; g < BENCH_GROUPS + 5; g++) printf(" ---: |");
+    printf(" all | GFLOP a token | experts a step and layer | read GB/s | peak GFLOP/s |\n| --- |");
+    for (int g = 0; g < BENCH_GROUPS + 6; g++) printf(" ---: |");
     putchar('\n');
     for (size_t i = 0; i < json_array_size(results); i++) {
         const json_t *o = json_array_get(results, i);
@@ -343,9 +352,9 @@ static void md_bytes(const json_t *results)
             snprintf(key, sizeof key, "bytes_%s", bench_group_names[g]);
             printf(" %.3f |", number(o, key) * 1e-6);
         }
-        printf(" %.3f | %.3f | %.1f | %.1f |\n", number(o, "bytes_per_token") * 1e-6,
+        printf(" %.3f | %.3f | %.1f | %.1f | %.0f |\n", number(o, "bytes_per_token") * 1e-6,
                number(o, "flops_per_token") * 1e-9, number(o, "experts_per_step"),
-               number(o, "read_bandwidth") * 1e-9);
+               number(o, "read_bandwidth") * 1e-9, number(o, "product_speed") * 1e-9);
     }
 }
 

@@ -49,6 +49,7 @@ struct bench {
     struct row *rows;        /* [step_rows] */
     int64_t *last;           /* [sequences] rows of the step whose logits are wanted */
     int64_t step_rows;
+    double flops[WEIGHT_FORMATS]; /* a token */
 };
 
 static int32_t token_at(const struct bench *b, int sequence, int64_t at)
@@ -157,8 +158,9 @@ static int group_of(const struct trace_entry *x)
 }
 
 /* Takes the account of the repetition that has just run. */
-static void take_bytes(struct bench_result *r, const struct backend *b)
+static void take_bytes(struct bench *bench, struct bench_result *r)
 {
+    const struct backend *b = bench->o->model->backend;
     int n;
     uint64_t steps, experts = trace_experts(b, &steps);
     const struct trace_entry *x = trace_entries(b, &n);
@@ -168,6 +170,7 @@ static void take_bytes(struct bench_result *r, const struct backend *b)
         if (group >= 0) r->bytes[group] += (double)x[i].bytes / tokens;
         r->total_bytes += (double)x[i].bytes / tokens;
         r->flops += (double)x[i].flops / tokens;
+        bench->flops[x[i].format] += (double)x[i].flops / tokens;
     }
     r->experts_per_step = steps ? (double)experts / (double)steps : 0;
 }
@@ -191,6 +194,22 @@ static double best_speed(const struct bench_options *o, double so_far)
     return speed > so_far ? speed : so_far;
 }
 
+/* The instructions' speed where it is better than before, and what the products would take with it. */
+static void best_products(const struct bench *b, struct bench_result *r)
+{
+    const struct backend *backend = b->o->model->backend;
+    bool known = true;
+    r->product_seconds = 0;
+    for (int f = 0; f < WEIGHT_FORMATS; f++) {
+        if (b->flops[f] == 0) continue;
+        double speed = backend->ops->product_speed(backend->queue, (enum weight_format)f);
+        if (speed > r->product_speed[f]) r->product_speed[f] = speed;
+        known = known && r->product_speed[f] > 0;
+        if (known) r->product_seconds += b->flops[f] / r->product_speed[f];
+    }
+    if (!known) r->product_seconds = 0;
+}
+
 static bool run_all(struct bench *b, struct bench_result *r, struct err *e)
 {
     const struct bench_options *o = b->o;
@@ -199,14 +218,16 @@ static bool run_all(struct bench *b, struct bench_result *r, struct err *e)
     uint64_t n = (uint64_t)o->repetitions + 1 + o->profile, done = 0;
     report_progress(o->report, "bench", done, n);
     if (!repeat(b, &warm_up, TRACE_BYTES, e)) return false;
-    take_bytes(r, backend);
+    take_bytes(b, r);
     report_progress(o->report, "bench", ++done, n);
     r->read_bandwidth = best_speed(o, 0);
+    best_products(b, r);
     for (; r->n < o->repetitions; r->n++) {
         if (!repeat(b, &r->seconds[r->n], TRACE_OFF, e)) return false;
         report_progress(o->report, "bench", ++done, n);
     }
     r->read_bandwidth = best_speed(o, r->read_bandwidth);
+    best_products(b, r);
     if (!o->profile) return true;
     if (!repeat(b, &warm_up, TRACE_TIME, e)) return false;
     report_progress(o->report, "bench", ++done, n);

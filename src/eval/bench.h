@@ -43,8 +43,10 @@ struct bench_result {
     int n;
     int64_t tokens;                                 /* of one sample, all sequences together */
     double bytes[BENCH_GROUPS], total_bytes, flops; /* per token; weights of a step are shared by its rows */
-    double experts_per_step;     /* different ones that the rows of a step picked, mean over layers */
-    double read_bandwidth;       /* bytes a second, the best of before and after */
+    double experts_per_step; /* different ones that the rows of a step picked, mean over layers */
+    double read_bandwidth;   /* bytes a second, the best of before and after */
+    double product_speed[WEIGHT_FORMATS]; /* ops.product_speed of the formats in use, likewise; else 0 */
+    double product_seconds;      /* that a token's products would take at that speed; 0: not known of some */
     struct trace_entry *profile; /* [n_profile] of one repetition; NULL unless asked for */
     int n_profile;
 };

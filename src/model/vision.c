@@ -354,11 +354,13 @@ static bool run_tower(struct run *r, float *out, const float *patches, struct er
         embed(r, patches, at, r->n - at < r->part ? r->n - at : r->part);
     for (int i = 0; i < depth; i++) {
         attend(r, &r->v->blocks[i]);
+        report_progress(r->v->model->report, "image", (uint64_t)i, (uint64_t)depth);
         for (int64_t at = 0; at < r->n; at += r->part)
             finish_block(r, &r->v->blocks[i], at, r->n - at < r->part ? r->n - at : r->part);
     }
     for (int64_t at = 0; at < r->n; at += r->part)
         merge(r, out, at, r->n - at < r->part ? r->n - at : r->part);
+    report_progress(r->v->model->report, "image", (uint64_t)depth, (uint64_t)depth);
     return r->op->wait(r->q, e);
 }
 

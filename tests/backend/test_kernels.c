@@ -554,10 +554,13 @@ static void vision(void)
 {
     static const int64_t cols[] = { 1, 2, 15, 16, 17, 64, 100, 1152 }, ns[] = { 1, 15, 64, 65, 130, 200 };
     static const int64_t dims[] = { 4, 16, 32, 72, 20, 128 };
+    uint64_t kept =
+        state_of_random; /* the other families' cases stay those that they have without this one */
     reserve(64, 3 * 3 * 128, 64, 2, 4);
     for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) vision_rows_case(1 + random_below(40), cols[i]);
     for (int i = 0; i < 6; i++)
         for (int d = 0; d < 6; d += 1 + i % 2) attention_all_case(ns[i], 1 + (int)random_below(3), dims[d]);
+    state_of_random = kept;
 }
 
 /* Sequences. */
@@ -657,8 +660,9 @@ static void delta_case(int key_heads, int group, int dk, int dv, int kernel, con
     both(&o, &oc, rows, (int64_t)s.value_heads * dv);
     ref.ops->delta(ref.queue, o.m, want.m, a.m, b.m, A.m.data, bias.m.data, &sr, &s, &p.step);
     cpu.ops->delta(cpu.queue, oc.m, qkv.m, ac.m, bc.m, A.m.data, bias.m.data, &sc, &s, &p.step);
-    check_close(&oc, &o, 2e-5, 1e-5, "delta");
-    check_close(&mc, &mr, 2e-5, 1e-5, "delta state");
+    /* terms of up to 10 cancel in a chunk: 30 units of their last place */
+    check_close(&oc, &o, 2e-5, 3e-5, "delta");
+    check_close(&mc, &mr, 2e-5, 3e-5, "delta state");
     struct guarded *all[] = { &u, &w,  &want, &got, &cr,   &cc,  &mr, &mc, &a,
                               &b, &ac, &bc,   &A,   &bias, &qkv, &o,  &oc };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);

@@ -2,6 +2,7 @@
  * returns. Items write plain memory, so that a thread sanitizer sees a missing happens-before. */
 #include "base/pool.h"
 #include <sched.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #include <setjmp.h>
@@ -176,6 +177,56 @@ static void test_default_threads(void **state)
     sched_setaffinity(0, sizeof all, &all);
 }
 
+static void put(const char *folder, const char *name, const char *text)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    if (!text) {
+        remove(path);
+        return;
+    }
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fputs(text, f);
+    assert_int_equal(fclose(f), 0);
+}
+
+static void test_quota_of_control_groups(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *max, *quota, *period;
+        int want;
+    } cases[] = {
+        { NULL, NULL, NULL, 0 },
+        { "max 100000\n", NULL, NULL, 0 },
+        { "200000 100000\n", NULL, NULL, 2 },
+        { "150000 100000\n", NULL, NULL, 2 },
+        { "1000 100000\n", NULL, NULL, 1 },
+        { "100000 0\n", NULL, NULL, 0 },
+        { "9223372036854775807 1\n", NULL, NULL, 0 },
+        { NULL, "-1\n", "100000\n", 0 },
+        { NULL, "300000\n", "100000\n", 3 },
+        { NULL, "300000\n", NULL, 0 },
+        { "100000 100000\n", "300000\n", "100000\n", 1 },
+    };
+    char folder[] = "/tmp/quench-pool-XXXXXX", cpu[64];
+    assert_non_null(mkdtemp(folder));
+    snprintf(cpu, sizeof cpu, "%s/cpu", folder);
+    assert_int_equal(mkdir(cpu, 0700), 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        put(folder, "cpu.max", cases[i].max);
+        put(cpu, "cpu.cfs_quota_us", cases[i].quota);
+        put(cpu, "cpu.cfs_period_us", cases[i].period);
+        assert_int_equal(pool_quota(folder), cases[i].want);
+    }
+    put(folder, "cpu.max", NULL);
+    put(cpu, "cpu.cfs_quota_us", NULL);
+    put(cpu, "cpu.cfs_period_us", NULL);
+    assert_int_equal(rmdir(cpu), 0);
+    assert_int_equal(rmdir(folder), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -187,6 +238,7 @@ int main(void)
         cmocka_unit_test(test_more_threads_than_cores),
         cmocka_unit_test(test_idle_threads_use_no_time),
         cmocka_unit_test(test_default_threads),
+        cmocka_unit_test(test_quota_of_control_groups),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -82,6 +82,7 @@ static const struct {
     { "weight_mix", 's' }, { "nvfp4_activations", 's' },    { "tokens", 's' },         { "load_seconds", 'f' },
     { "median_ns", 'i' },     { "min_ns", 'i' },         { "max_ns", 'i' },
     { "median_ts", 'f' },     { "read_bandwidth", 'f' }, { "pct_of_bound", 'f' },
+    { "product_speed", 'f' }, { "pct_of_peak", 'f' },
     { "flops_per_token", 'f' }, { "experts_per_step", 'f' }, { "bytes_per_token", 'f' },
     { "peak_memory", 'i' },   { "bytes_deltanet", 'f' }, { "bytes_attention", 'f' },
     { "bytes_shared_expert", 'f' }, { "bytes_experts", 'f' }, { "bytes_router", 'f' },
@@ -134,6 +135,9 @@ static void json_has_llama_benchs_keys(void **state)
         double bound = number(o, "read_bandwidth") / number(o, "bytes_per_token");
         double want = 100 * number(o, "median_ts") / bound;
         assert_true(number(o, "pct_of_bound") > 0.999 * want && number(o, "pct_of_bound") < 1.001 * want);
+        want = 100 * number(o, "median_ts") * number(o, "flops_per_token") / number(o, "product_speed");
+        assert_true(number(o, "pct_of_peak") > 0.999 * want && number(o, "pct_of_peak") < 1.001 * want);
+        assert_true(number(o, "pct_of_peak") > 0 && number(o, "pct_of_peak") < 100);
         want = 1e9 * tokens / number(o, "median_ns");
         assert_true(number(o, "median_ts") > 0.999 * want && number(o, "median_ts") < 1.001 * want);
         assert_null(json_object_get(o, "profile"));

@@ -571,6 +571,31 @@ static void generate_as_json(void **state)
     json_decref(o);
 }
 
+static void generate_about_images(void **state)
+{
+    (void)state;
+    static const char picture[] = "tests/golden/demo/golden_image.png", what[] = "What color is the shape?";
+    succeed(WORDS("generate", demo, "--image", picture, "-p", what, "-n", "20", "--quiet"));
+    assert_string_equal(f.out, "Red.\n");
+    json_t *o =
+        result(WORDS("generate", demo, "--image", picture, "-p", what, "-n", "20", "--json", "--quiet"));
+    double one = number(o, "prompt_tokens");
+    json_decref(o);
+    o = result(WORDS("generate", demo, "--image", picture, "--image", "tests/golden/images/rgb.png", "-p",
+                     what, "-n", "20", "--json", "--quiet"));
+    /* 23 x 14 pixels grow to 96 x 64: 2 x 3 rows, and a token before and after them */
+    assert_true(number(o, "prompt_tokens") == one + 6 + 2);
+    json_decref(o);
+    refuse(WORDS("generate", demo, "--image", in("none.png"), "-p", what), 1,
+           "quench generate: @/none.png: No such file or directory\n");
+    refuse(WORDS("generate", demo, "--image", "README.md", "-p", what), 1,
+           "quench generate: README.md: not an image of a known format: PNG, JPEG, WebP and GIF are read\n");
+    refuse(WORDS("generate", demo, "--image", picture, "-p", "<|image_pad|>"), 2,
+           "quench generate: the prompt has places for 2 images, 1 given\n");
+    refuse(WORDS("generate", demo, "--image", picture, "-p", "\xa9"), 1,
+           "quench generate: --prompt: not UTF-8\n");
+}
+
 /* Names that are not UTF-8 cannot stand in JSON as they are; the result must come out all the same. */
 static void json_of_an_odd_name(void **state)
 {
@@ -754,6 +779,7 @@ int main(void)
         cmocka_unit_test(perplexity_as_json),
         cmocka_unit_test(line_ends_do_not_matter),
         cmocka_unit_test(generate_as_json),
+        cmocka_unit_test(generate_about_images),
         cmocka_unit_test(json_of_an_odd_name),
         cmocka_unit_test(the_answer_is_the_same_on_every_way),
         cmocka_unit_test(quantize_refuses_before_it_works),

@@ -105,6 +105,25 @@ static void check_split(struct model *m, const struct prompt *p, int64_t step, s
     engine_free(g);
 }
 
+/* The rows up to the picture and a little on, then plain tokens: their positions are the engine's to know. */
+static void check_tokens_after(struct model *m, const struct prompt *p, struct logits_check *c)
+{
+    enum { LAST = 5 };
+    struct engine *g;
+    struct err e = { 0 };
+    int handle;
+    const float *logits;
+    must(engine_create(&g, m, &(struct engine_options){ .context = 128, .kv = KV_F32 }, &e), &e);
+    must(engine_open(g, &handle, &e), &e);
+    must(engine_prefill_rows(g, handle, p->rows, p->n - LAST, &logits, NULL, &e), &e);
+    check_logits(c, p->n - LAST - 1, logits);
+    for (int64_t i = p->n - LAST; i < p->n; i++) {
+        must(engine_prefill(g, handle, &p->rows[i].token, 1, &logits, NULL, &e), &e);
+        check_logits(c, i, logits);
+    }
+    engine_free(g);
+}
+
 static void check_model(const char *model, const char *golden, const char *image)
 {
     struct loaded l;
@@ -134,6 +153,7 @@ static void check_model(const char *model, const char *golden, const char *image
     for (int i = 0; i < 3; i++) {
         struct logits_check c = { .want = values(&f, "logits", NULL), .vocab = l.model.config->vocab_size };
         check_split(&l.model, &p, steps[i], &c);
+        if (i == 0) check_tokens_after(&l.model, &p, &c);
         printf("note: %s on %s, %d rows a step: logits of a picture's prompt %.1e\n", model, l.backend.name,
                (int)steps[i], c.worst);
         assert_true(c.worst <= 2e-3);

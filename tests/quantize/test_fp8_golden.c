@@ -118,7 +118,9 @@ static void check_products(enum scheme scheme, const struct backend_options *o)
                                  .input = block ? INPUT_FP8_GROUPS : INPUT_FP8_FIXED };
     if (!block) memcpy(&src.input_global, bytes_of(name, ".input_scale", 4), 4);
     must(backend_create(&b, o, &e), &e);
-    struct step_limits limits = { TOKENS, COLS, 64, 16, 1, 1, 0 };
+    struct step_limits limits = {
+        .rows = TOKENS, .cols = COLS, .context = 64, .intermediate = 16, .picks = 1, .n_experts = 1
+    };
     must(b.ops->reserve(b.queue, &limits, &e), &e);
     must(b.ops->weight_create(b.queue, &w, &src, &e), &e);
     b.ops->matmul(b.queue, mat_of(y, TOKENS, ROWS), mat_of(x, TOKENS, COLS), w);

@@ -16,7 +16,10 @@ const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
     bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                 __builtin_cpu_supports("avx512vbmi");
     if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AMX) && cpu_amx_request()) return &cpu_kernels_amx;
-    if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512BF16)) return &cpu_kernels_avx512bf16;
+    /* of the processors with BF16 products, Zen 5 has this too */
+    bool zen5 = bf16 && __builtin_cpu_supports("avx512vp2intersect");
+    if (bf16 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512BF16))
+        return zen5 ? &cpu_kernels_zen5 : &cpu_kernels_avx512bf16;
     if (avx512 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX512)) return &cpu_kernels_avx512;
     if (avx2 && (isa == CPU_ISA_BEST || isa >= CPU_ISA_AVX2)) return &cpu_kernels_avx2;
 #else
@@ -146,6 +149,7 @@ const struct ops cpu_ops = {
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,
     .read_speed = host_read_speed,
+    .product_speed = cpu_product_speed,
     .step_begin = host_step_begin,
     .step_end = host_step_end,
     .embed = cpu_embed,

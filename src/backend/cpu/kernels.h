@@ -85,6 +85,8 @@ struct cpu_kernels {
     cpu_dot *stream;
     void (*decode)(float *out, const struct cpu_weight *w, int64_t panel, int64_t first, int64_t n);
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
+    /* n times the instructions of a form's products on registers alone; the flops that were done. */
+    double (*spin)(enum input_form form, int64_t n);
     cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
     cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
     cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
@@ -125,7 +127,7 @@ extern const struct cpu_kernels cpu_kernels_generic;
 #if defined(__x86_64__)
 extern const struct cpu_kernels cpu_kernels_avx2;
 extern const struct cpu_kernels cpu_kernels_avx512;
-extern const struct cpu_kernels cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_avx512bf16, cpu_kernels_zen5;
 extern const struct cpu_kernels cpu_kernels_amx;
 /* Asks the system for the tiles' registers, which a process has only on request. False: not to be had. */
 bool cpu_amx_request(void);

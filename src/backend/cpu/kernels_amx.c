@@ -1,7 +1,7 @@
 /* The kernels for AVX-512 as in kernels_avx512bf16.c, with products of many rows by AMX tiles of 16 x 64
  * bytes: of inputs 16 rows, of weights the lines of a panel, which have the order that the instructions want.
  */
-enum { FETCH_AHEAD = 2048 };
+enum { BF16_ALONE = 1, BF16_FEW = 4, BF16_AHEAD = 2048, FP8_ALONE = 4, FP8_FEW = 4, FP8_AHEAD = 2048 };
 #include "backend/cpu/kernels_packed.h"
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -21,15 +21,17 @@ bool cpu_amx_request(void)
            syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
 /* Tiles 0 to 3: sums of `rows` rows. 4: their inputs. 5: weights. 6, 7: the same of the last `tail` lines; 0:
  * there are none. */
 static void configure(int rows, int tail)
 {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } c = { .palette = 1 };
+    struct tile_config c = { .palette = 1 };
     for (int i = 0; i < 4; i++) c.rows[i] = (uint8_t)rows, c.row_bytes[i] = 64;
     c.rows[4] = (uint8_t)rows;
     c.row_bytes[4] = 64;
@@ -116,4 +118,33 @@ static void wide(float *y, const uint32_t *x, int64_t words, const struct cpu_we
     _tile_release();
 }
 
-CPU_KERNELS(amx, 16, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide = wide);
+static double spin_amx(enum input_form form, int64_t n)
+{
+    enum { SUMS = 6 };
+    _Alignas(64) float line[256] = { 0 };
+    if (form != FORM_BF16) return spin_packed(form, n);
+    struct tile_config c = { .palette = 1 };
+    for (int i = 0; i < 8; i++) c.rows[i] = LINES, c.row_bytes[i] = 64;
+    MEMORY_IS_WRITTEN();
+    _tile_loadconfig(&c);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_loadd(6, line, 64);
+    _tile_loadd(7, line, 64);
+    for (int64_t k = 0; k < n; k++) {
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_dpbf16ps(5, 6, 7);
+    }
+    _tile_release();
+    return SUMS * 2.0 * LINES * LINES * 32 * (double)n;
+}
+
+CPU_KERNELS(amx, "amx", 16, .spin = spin_amx, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide = wide);

@@ -236,6 +236,25 @@ static void product(float *y, const float *x, const float *w, int64_t cols, int 
     }
 }
 
+/* The sums are used, so that they are made; 12 hide the instruction's latency. */
+static double spin_f32(int64_t n)
+{
+    vec sum[12], all = { 0 };
+    const vec half = vset(0.5f);
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) sum[i] = vset((float)i);
+    for (int64_t k = 0; k < n; k++)
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) sum[i] = half * sum[i] + half;
+    for (int i = 0; i < 12; i++) all += sum[i];
+    return vsum(all) > 0 ? 12.0 * VL * 2 * (double)n : 0;
+}
+
+static double spin(enum input_form form, int64_t n)
+{
+    return form == FORM_F32 ? spin_f32(n) : 0;
+}
+
 /* Rows. */
 
 static float sum_of_squares(const float *x, int64_t n)

@@ -1,4 +1,4 @@
 /* The kernels for any machine: the compiler's baseline vectors. */
 #include "backend/cpu/kernels_sequence.h"
 
-CPU_KERNELS(generic, 4, .dot_bf16 = NULL);
+CPU_KERNELS(generic, "generic", 4, .spin = spin);

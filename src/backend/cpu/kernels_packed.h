@@ -1,5 +1,7 @@
 /* Kernels of one ISA, third part: products of codes with inputs rounded to BF16 or int8, for AVX-512 with
- * VNNI, BF16 and VBMI. Included by kernels_*.c only. */
+ * VNNI, BF16 and VBMI. Included by kernels_*.c only, which say before how weights are read when rows are few:
+ * {BF16,FP8}_ALONE panels side by side for one row, _FEW for 2 to 4, and _AHEAD bytes asked for in advance.
+ */
 #ifndef BACKEND_CPU_KERNELS_PACKED_H
 #define BACKEND_CPU_KERNELS_PACKED_H
 #include "backend/cpu/kernels_sequence.h"
@@ -35,12 +37,14 @@ INLINE void add_pair(__m512 sum[4][16], const __m512i pair[4], const uint32_t *x
     }
 }
 
-/* Asks for lines of weights before the hardware does, on the cores that gain from it: see FETCH_AHEAD. */
-INLINE void fetch_ahead(const uint8_t *line, const int panels, int64_t panel_bytes)
+/* Asks for lines of weights before the hardware does: `ahead` bytes on, 0 for cores that lose by it. Past the
+ * end of its panel a stream goes on in the next panel that it will read. */
+INLINE void fetch_ahead(const uint8_t *in, int64_t at, const int ahead, const int panels, int64_t panel_bytes)
 {
+    int64_t skip = at + ahead < panel_bytes ? 0 : (panels - 1) * panel_bytes;
 #pragma GCC unroll 4
-    for (int p = 0; FETCH_AHEAD > 0 && p < panels; p++)
-        _mm_prefetch((const char *)line + p * panel_bytes + FETCH_AHEAD, _MM_HINT_T0);
+    for (int p = 0; ahead > 0 && p < panels; p++)
+        _mm_prefetch((const char *)in + p * panel_bytes + at + ahead + skip, _MM_HINT_T0);
 }
 
 INLINE void tile_bf16(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
@@ -51,7 +55,7 @@ INLINE void tile_bf16(float *y, int64_t stride, const uint32_t *x, const struct 
     __m512i pair[4];
     no_sums(sum, panels, rows);
     for (int64_t at = 0; at < w->panel_bytes; at += 64, x += rows) {
-        fetch_ahead(in + at, panels, w->panel_bytes);
+        fetch_ahead(in, at, BF16_AHEAD, panels, w->panel_bytes);
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++) pair[p] = _mm512_loadu_si512(in + p * w->panel_bytes + at);
         add_pair(sum, pair, x, panels, rows);
@@ -104,7 +108,7 @@ INLINE void tile_fp8(float *y, int64_t stride, const uint32_t *x, const struct c
     __m512i even[4], odd[4];
     no_sums(sum, panels, rows);
     for (int64_t at = 0; at < w->panel_bytes; at += 64, x += 2 * rows) {
-        fetch_ahead(in + at, panels, w->panel_bytes);
+        fetch_ahead(in, at, FP8_AHEAD, panels, w->panel_bytes);
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++) {
             struct fp8_pairs pairs = fp8_pairs(in + p * w->panel_bytes + at);
@@ -183,6 +187,25 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
     keep_sums(y, stride, sum, 1, rows);
 }
 
+static double spin_packed(enum input_form form, int64_t n)
+{
+    enum { SUMS = 16 };
+    const __m512i ones = _mm512_set1_epi16(form == FORM_BF16 ? 0x3f80 : 0x0101); /* 1.0 or bytes of 1 */
+    __m512i sum[SUMS], all = _mm512_setzero_si512();
+    if (form == FORM_F32) return spin(form, n);
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_set1_epi32(i);
+    for (int64_t k = 0; k < n && form == FORM_INT8; k++)
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], ones, ones);
+    for (int64_t k = 0; k < n && form == FORM_BF16; k++)
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++)
+            sum[i] = (__m512i)_mm512_dpbf16_ps((__m512)sum[i], (__m512bh)ones, (__m512bh)ones);
+    for (int i = 0; i < SUMS; i++) all = _mm512_or_si512(all, sum[i]);
+    return _mm512_test_epi32_mask(all, all) ? SUMS * 16.0 * (form == FORM_INT8 ? 8 : 4) * (double)n : 0;
+}
+
 typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_weight *, int64_t);
 #define TILE(kind, panels, rows)                                                                             \
     static void kind##_##panels##_##rows(float *y, int64_t stride, const uint32_t *x,                        \
@@ -190,10 +213,17 @@ typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_
     {                                                                                                        \
         tile_##kind(y, stride, x, w, panel, panels, rows);                                                   \
     }
-#define EVERY_TILE(kind)                                                                                     \
-    TILE(kind, 4, 2)                                                                                         \
-    TILE(kind, 4, 3)                                                                                         \
-    TILE(kind, 4, 4)                                                                                         \
+#define FEW_TILE(kind, streams, rows)                                                                        \
+    static void kind##_few_##rows(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w,   \
+                                  int64_t panel)                                                             \
+    {                                                                                                        \
+        tile_##kind(y, stride, x, w, panel, streams, rows);                                                  \
+    }
+#define EVERY_TILE(kind, alone, few)                                                                         \
+    FEW_TILE(kind, alone, 1)                                                                                 \
+    FEW_TILE(kind, few, 2)                                                                                   \
+    FEW_TILE(kind, few, 3)                                                                                   \
+    FEW_TILE(kind, few, 4)                                                                                   \
     TILE(kind, 2, 5)                                                                                         \
     TILE(kind, 2, 6)                                                                                         \
     TILE(kind, 2, 7)                                                                                         \
@@ -213,28 +243,29 @@ typedef void tile_function(float *, int64_t, const uint32_t *, const struct cpu_
     TILE(kind, 1, 14)                                                                                        \
     TILE(kind, 1, 15)                                                                                        \
     TILE(kind, 1, 16)
-EVERY_TILE(bf16)
-EVERY_TILE(fp8)
-TILE(fp8, 4, 1)
+EVERY_TILE(bf16, BF16_ALONE, BF16_FEW)
+EVERY_TILE(fp8, FP8_ALONE, FP8_FEW)
 
 /* [rows - 1]: several panels at once, where more than one is asked for, and one. */
 struct tiles {
     int panels;
     tile_function *wide, *single;
 };
-#define EVERY_ROWS(kind, alone)                                                                              \
+#define EVERY_ROWS(kind, alone, few)                                                                         \
     {                                                                                                        \
-        { alone, kind##_##alone##_1, kind##_1_1 }, { 4, kind##_4_2, kind##_1_2 },                            \
-            { 4, kind##_4_3, kind##_1_3 }, { 4, kind##_4_4, kind##_1_4 }, { 2, kind##_2_5, kind##_1_5 },     \
-            { 2, kind##_2_6, kind##_1_6 }, { 2, kind##_2_7, kind##_1_7 }, { 1, kind##_1_8, kind##_1_8 },     \
-            { 1, kind##_1_9, kind##_1_9 }, { 1, kind##_1_10, kind##_1_10 }, { 1, kind##_1_11, kind##_1_11 }, \
-            { 1, kind##_1_12, kind##_1_12 }, { 1, kind##_1_13, kind##_1_13 },                                \
-            { 1, kind##_1_14, kind##_1_14 }, { 1, kind##_1_15, kind##_1_15 },                                \
+        { alone, kind##_few_1, kind##_1_1 }, { few, kind##_few_2, kind##_1_2 },                              \
+            { few, kind##_few_3, kind##_1_3 }, { few, kind##_few_4, kind##_1_4 },                            \
+            { 2, kind##_2_5, kind##_1_5 }, { 2, kind##_2_6, kind##_1_6 }, { 2, kind##_2_7, kind##_1_7 },     \
+            { 1, kind##_1_8, kind##_1_8 }, { 1, kind##_1_9, kind##_1_9 }, { 1, kind##_1_10, kind##_1_10 },   \
+            { 1, kind##_1_11, kind##_1_11 }, { 1, kind##_1_12, kind##_1_12 },                                \
+            { 1, kind##_1_13, kind##_1_13 }, { 1, kind##_1_14, kind##_1_14 },                                \
+            { 1, kind##_1_15, kind##_1_15 },                                                                 \
         {                                                                                                    \
             1, kind##_1_16, kind##_1_16                                                                      \
         }                                                                                                    \
     }
-static const struct tiles BF16_TILES[] = EVERY_ROWS(bf16, 1), FP8_TILES[] = EVERY_ROWS(fp8, 4);
+static const struct tiles BF16_TILES[] = EVERY_ROWS(bf16, BF16_ALONE, BF16_FEW),
+                          FP8_TILES[] = EVERY_ROWS(fp8, FP8_ALONE, FP8_FEW);
 
 static void dot_bf16(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows)

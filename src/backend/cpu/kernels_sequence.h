@@ -203,9 +203,9 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
     tile(h->S, h->dv, h->k, 1, h->stride, N, h->dv, n, h->dk, h->dv);
 }
 /* What every kernels_*.c defines: the table of this ISA, with the products it has beyond these. */
-#define CPU_KERNELS(ISA, WIDEST_BLOCK, ...)                                                                  \
-    const struct cpu_kernels cpu_kernels_##ISA = {                                                           \
-        .name = #ISA,                                                                                        \
+#define CPU_KERNELS(TABLE, NAME, WIDEST_BLOCK, ...)                                                          \
+    const struct cpu_kernels cpu_kernels_##TABLE = {                                                         \
+        .name = NAME,                                                                                        \
         .block_rows = WIDEST_BLOCK,                                                                          \
         .interleave = interleave,                                                                            \
         .round_bf16 = round_bf16,                                                                            \

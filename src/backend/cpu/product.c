@@ -2,6 +2,7 @@
  * blocks of up to 16 rows interleaved, a lone row as it is; then the weight is worked through panel by panel.
  * Each output's additions have one order, whatever the number of rows. */
 #include "backend/cpu/parts.h"
+#include "base/clock.h"
 #include <string.h>
 
 enum input_form cpu_form(const struct queue *q, const struct weight *w)
@@ -158,4 +159,36 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
                             cpu_is_wide(q->k, form, x.rows, x.rows) };
     if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
     pool_run(q->pool, (w->panels + m.panels_each - 1) / m.panels_each, multiply, &m);
+}
+
+/* What the instructions reach. */
+
+struct spinning {
+    const struct cpu_kernels *k;
+    enum input_form form;
+    double flops; /* of one item */
+};
+
+static void spin_item(void *ctx, int64_t item, int thread)
+{
+    enum { TIMES = 100000 }; /* about a millisecond */
+    struct spinning *s = ctx;
+    double flops = s->k->spin(s->form, TIMES);
+    (void)thread;
+    if (item == 0) s->flops = flops;
+}
+
+double cpu_product_speed(struct queue *q, enum weight_format f)
+{
+    enum { PASSES = 10 };
+    struct weight w = { .format = f, .input = f == WEIGHT_FP8 ? INPUT_FP8_ROW : INPUT_AS_IS };
+    struct spinning s = { .k = q->k, .form = cpu_form(q, &w) };
+    double best = 0;
+    for (int i = 0; i < PASSES; i++) {
+        double begin = clock_seconds();
+        pool_run(q->pool, pool_threads(q->pool), spin_item, &s);
+        double speed = s.flops * pool_threads(q->pool) / (clock_seconds() - begin);
+        best = speed > best ? speed : best;
+    }
+    return best;
 }
