@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Prints N tasks for `quench eval --tasks`, of the kinds the demo and study models were trained on: sums, capitals,
-spelling, counting, repeating. make_tasks.py N SEED > tasks.jsonl; the same seed gives the same tasks."""
+"""Prints N tasks for `quench eval --tasks`, of the kinds the demo and study models were trained on.
+
+make_tasks.py N SEED: sums, capitals, spelling, counting, repeating. The same seed gives the same tasks. Of pictures:
+make_shape_images.py."""
 import json
 import random
 import sys

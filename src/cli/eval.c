@@ -10,7 +10,8 @@ static const struct command command = {
     "MODEL --tasks FILE",
     "Puts questions with known answers to a model and counts the right ones. FILE has one JSON object a "
     "line:\n"
-    "\"prompt\", \"answer\", perhaps \"system\". A prompt that begins with <|im_start|> is a whole rendered "
+    "\"prompt\", \"answer\", perhaps \"system\" and \"images\" (paths or data: URLs). A prompt that begins "
+    "with <|im_start|> is a whole rendered "
     "chat.\n"
     "Right is: what follows the reasoning equals the answer, whitespace at both ends aside.",
     1,

@@ -1,5 +1,6 @@
 #include "eval/tasks.h"
 #include "base/doc.h"
+#include "engine/prompt.h"
 #include "engine/sample.h"
 #include <errno.h>
 #include <math.h>
@@ -15,25 +16,41 @@ void tasks_deinit(struct tasks *t)
         free(t->items[i].prompt);
         free(t->items[i].system);
         free(t->items[i].answer);
+        for (int k = 0; k < t->items[i].n_images; k++) free(t->items[i].images[k]);
+        free(t->items[i].images);
     }
     free(t->items);
     *t = (struct tasks){ 0 };
 }
 
+static bool read_images(struct task *t, const json_t *images, struct err *e)
+{
+    size_t n = json_array_size(images);
+    if (!images) return true;
+    t->images = calloc(n + 1, sizeof *t->images);
+    if (!t->images) return err_memory(e, "a task", n * sizeof *t->images);
+    for (size_t i = 0; i < n; i++) {
+        const char *source = json_string_value(json_array_get(images, i));
+        t->images[i] = source ? strdup(source) : NULL;
+        if (!source) return err_set(e, ERR_FORMAT, "images[%zu]: expected a string", i);
+        if (!t->images[i]) return err_memory(e, "a task", strlen(source));
+        t->n_images++;
+    }
+    return json_is_array(images) || err_set(e, ERR_FORMAT, "images: expected an array of strings");
+}
+
 static bool read_task(struct task *t, const json_t *line, struct err *e)
 {
     const char *prompt, *answer, *system = NULL;
-    const json_t *images = json_object_get(line, "images");
     if (!json_is_object(line)) return err_set(e, ERR_FORMAT, "expected an object");
-    if (json_array_size(images) > 0)
-        return err_set(e, ERR_UNSUPPORTED, "images: tasks with images are not supported");
     if (!doc_string(&prompt, line, "", "prompt", e) || !doc_string(&answer, line, "", "answer", e))
         return false;
     if (json_object_get(line, "system") && !doc_string(&system, line, "", "system", e)) return false;
     t->prompt = strdup(prompt);
     t->answer = strdup(answer);
     t->system = system ? strdup(system) : NULL;
-    return (t->prompt && t->answer && (t->system || !system)) || err_memory(e, "a task", sizeof *t);
+    return ((t->prompt && t->answer && (t->system || !system)) || err_memory(e, "a task", sizeof *t)) &&
+           read_images(t, json_object_get(line, "images"), e);
 }
 
 static bool add_task(struct tasks *t, const char *line, size_t bytes, int64_t number, struct err *e)
@@ -128,8 +145,10 @@ double tasks_mcnemar(int64_t a, int64_t b)
 
 /* Running. */
 
-struct prompt {
-    struct token_list tokens;
+struct question {
+    struct prompt prompt;
+    struct picture *pictures; /* [n_pictures], whose rows the prompt has */
+    int n_pictures;
     bool in_reasoning;
 };
 
@@ -144,7 +163,8 @@ struct slot {
 struct job {
     const struct tasks *tasks;
     const struct tasks_options *o;
-    struct prompt *prompts;
+    struct question *questions;
+    struct picture_reader *reader; /* NULL: no task has images */
     struct task_result *results;
     struct engine *engine;
     struct candidate *work;
@@ -155,6 +175,15 @@ struct job {
     int64_t started, done;
 };
 
+static json_t *user_message(const struct task *t)
+{
+    if (t->n_images == 0) return json_pack("{s:s,s:s}", "role", "user", "content", t->prompt);
+    json_t *parts = json_array();
+    for (int i = 0; i < t->n_images; i++) json_array_append_new(parts, json_pack("{s:s}", "type", "image"));
+    json_array_append_new(parts, json_pack("{s:s,s:s}", "type", "text", "text", t->prompt));
+    return json_pack("{s:s,s:o}", "role", "user", "content", parts);
+}
+
 static bool render(char **text, size_t *bytes, const struct task *t, const struct tasks_options *o,
                    struct err *e)
 {
@@ -162,13 +191,15 @@ static bool render(char **text, size_t *bytes, const struct task *t, const struc
     json_t *messages = json_array();
     if (t->system)
         json_array_append_new(messages, json_pack("{s:s,s:s}", "role", "system", "content", t->system));
-    json_array_append_new(messages, json_pack("{s:s,s:s}", "role", "user", "content", t->prompt));
+    json_array_append_new(messages, user_message(t));
     bool ok = chat_render(text, bytes, o->template, messages, NULL, &chat, e);
     json_decref(messages);
     return ok;
 }
 
-static bool encode_task(struct prompt *p, const struct task *t, const struct tasks_options *o, struct err *e)
+/* The text of a task's prompt to tokens. */
+static bool encode_task(struct question *q, struct token_list *tokens, const struct task *t,
+                        const struct tasks_options *o, struct err *e)
 {
     static const char open[] = "<|im_start|>", think[] = "<think>\n";
     char *text = NULL;
@@ -178,24 +209,53 @@ static bool encode_task(struct prompt *p, const struct task *t, const struct tas
         return err_set(e, ERR_FORMAT, "\"system\" beside a prompt that is a whole chat");
     if (!is_rendered && !render(&text, &bytes, t, o, e)) return false;
     const char *whole = text ? text : t->prompt;
-    p->in_reasoning =
+    q->in_reasoning =
         bytes >= strlen(think) && memcmp(whole + bytes - strlen(think), think, strlen(think)) == 0;
-    bool ok = tokenizer_encode(o->tokenizer, &p->tokens, whole, bytes, 0, e);
+    bool ok = tokenizer_encode(o->tokenizer, tokens, whole, bytes, 0, e);
     free(text);
-    return ok && (p->tokens.n > 0 || err_set(e, ERR_FORMAT, "the prompt is empty"));
+    return ok && (tokens->n > 0 || err_set(e, ERR_FORMAT, "the prompt is empty"));
 }
 
-static bool encode_tasks(struct job *j, const struct model *m, int64_t *context, struct err *e)
+static bool check_tokens(const struct token_list *tokens, const struct config *c, struct err *e)
+{
+    for (size_t i = 0; i < tokens->n; i++)
+        if (tokens->ids[i] >= c->vocab_size)
+            return err_set(e, ERR_FORMAT, "the tokenizer gives token %d, the model has %lld", tokens->ids[i],
+                           (long long)c->vocab_size);
+    return true;
+}
+
+static bool read_pictures(struct job *j, struct question *q, const struct task *t, struct model *m,
+                          struct err *e)
+{
+    if (t->n_images == 0) return true;
+    q->pictures = calloc((size_t)t->n_images, sizeof *q->pictures);
+    if (!q->pictures) return err_memory(e, "pictures", sizeof *q->pictures);
+    if (!j->reader && !picture_reader_create(&j->reader, m, e)) return false;
+    for (; q->n_pictures < t->n_images; q->n_pictures++)
+        if (!picture_read(j->reader, &q->pictures[q->n_pictures], t->images[q->n_pictures], NULL, e))
+            return false;
+    return true;
+}
+
+static bool ask(struct job *j, struct question *q, const struct task *t, struct model *m, struct err *e)
+{
+    struct token_list tokens = { 0 };
+    int64_t image_token = t->n_images ? m->config->image_token : -1;
+    bool ok = encode_task(q, &tokens, t, j->o, e) && check_tokens(&tokens, m->config, e) &&
+              read_pictures(j, q, t, m, e) &&
+              prompt_create(&q->prompt, tokens.ids, (int64_t)tokens.n, image_token, q->pictures,
+                            q->n_pictures, 0, e);
+    free(tokens.ids);
+    return ok;
+}
+
+static bool ask_all(struct job *j, struct model *m, int64_t *context, struct err *e)
 {
     for (int64_t i = 0; i < j->tasks->n; i++) {
-        struct prompt *p = &j->prompts[i];
-        if (!encode_task(p, &j->tasks->items[i], j->o, e))
+        if (!ask(j, &j->questions[i], &j->tasks->items[i], m, e))
             return err_note(e, "task of line %lld", (long long)j->tasks->items[i].line);
-        for (size_t k = 0; k < p->tokens.n; k++)
-            if (p->tokens.ids[k] >= m->config->vocab_size)
-                return err_set(e, ERR_FORMAT, "the tokenizer gives token %d, the model has %lld",
-                               p->tokens.ids[k], (long long)m->config->vocab_size);
-        int64_t need = (int64_t)p->tokens.n + j->o->max_tokens;
+        int64_t need = j->questions[i].prompt.n + j->o->max_tokens;
         if (need > *context) *context = need;
     }
     if (*context > m->config->max_position_embeddings)
@@ -222,14 +282,14 @@ static bool never_sampled(void *ctx, int32_t id)
 static bool finish(struct job *j, struct slot *s, bool is_cut, struct err *e)
 {
     struct task_result *r = &j->results[s->task];
-    const struct prompt *p = &j->prompts[s->task];
+    const struct question *q = &j->questions[s->task];
     engine_close(j->engine, s->handle);
     if (!tokenizer_decode(j->o->tokenizer, s->tokens.ids, s->tokens.n, true, &r->text, &r->bytes, e))
         return false;
-    r->prompt_tokens = (int64_t)p->tokens.n;
+    r->prompt_tokens = q->prompt.n;
     r->tokens = (int64_t)s->tokens.n;
     r->is_cut = is_cut;
-    r->is_right = tasks_grade(r->text, r->bytes, j->tasks->items[s->task].answer, p->in_reasoning);
+    r->is_right = tasks_grade(r->text, r->bytes, j->tasks->items[s->task].answer, q->in_reasoning);
     s->task = -1;
     report_progress(j->o->report, "answer", (uint64_t)++j->done, (uint64_t)j->tasks->n);
     return true;
@@ -250,9 +310,9 @@ static bool start(struct job *j, struct slot *s, struct err *e)
     const float *logits;
     s->task = j->started++;
     s->tokens.n = 0;
-    const struct token_list *p = &j->prompts[s->task].tokens;
+    const struct prompt *p = &j->questions[s->task].prompt;
     return engine_open(j->engine, &s->handle, e) &&
-           engine_prefill(j->engine, s->handle, p->ids, (int64_t)p->n, &logits, NULL, e) &&
+           engine_prefill_rows(j->engine, s->handle, p->rows, p->n, &logits, NULL, e) &&
            take_logits(j, s, logits, e);
 }
 
@@ -265,7 +325,7 @@ static bool step(struct job *j, struct err *e)
     for (int i = 0; i < j->o->sequences; i++) {
         struct slot *s = &j->slots[i];
         if (s->task < 0) continue;
-        engine_text_rows(&j->rows[n], &s->next, 1, engine_length(j->engine, s->handle));
+        engine_text_rows(&j->rows[n], &s->next, 1, engine_position(j->engine, s->handle));
         j->runs[n] = (struct engine_run){ .handle = s->handle, .rows = &j->rows[n], .n = 1 };
         j->index[n] = n;
         at_work[n++] = s;
@@ -313,12 +373,23 @@ static bool allocate(struct job *j, struct err *e)
            err_memory(e, "tasks", n * sizeof *j->rows);
 }
 
+static void free_questions(struct job *j)
+{
+    for (int64_t i = 0; j->questions && i < j->tasks->n; i++) {
+        struct question *q = &j->questions[i];
+        prompt_free(&q->prompt);
+        for (int k = 0; k < q->n_pictures; k++) picture_free(&q->pictures[k]);
+        free(q->pictures);
+    }
+    free(j->questions);
+    picture_reader_free(j->reader);
+}
+
 static void release(struct job *j)
 {
     engine_free(j->engine);
-    for (int64_t i = 0; j->prompts && i < j->tasks->n; i++) free(j->prompts[i].tokens.ids);
     for (int i = 0; j->slots && i < j->o->sequences; i++) free(j->slots[i].tokens.ids);
-    free(j->prompts);
+    free_questions(j);
     free(j->work);
     free(j->slots);
     free(j->rows);
@@ -331,9 +402,9 @@ bool tasks_run(struct task_result *results, const struct tasks *t, struct model 
 {
     struct job j = { .tasks = t, .o = o, .results = results };
     struct engine_options eo = { .sequences = o->sequences, .kv = o->kv };
-    j.prompts = calloc((size_t)t->n, sizeof *j.prompts);
-    bool ok = (j.prompts || err_memory(e, "tasks", (uint64_t)t->n * sizeof *j.prompts)) &&
-              encode_tasks(&j, m, &eo.context, e) && engine_create(&j.engine, m, &eo, e) && allocate(&j, e) &&
+    j.questions = calloc((size_t)t->n, sizeof *j.questions);
+    bool ok = (j.questions || err_memory(e, "tasks", (uint64_t)t->n * sizeof *j.questions)) &&
+              ask_all(&j, m, &eo.context, e) && engine_create(&j.engine, m, &eo, e) && allocate(&j, e) &&
               run(&j, e);
     release(&j);
     return ok || err_note(e, "%s", m->checkpoint->path);

@@ -1,5 +1,6 @@
 /* Questions with known answers, put to a model greedily, several at once; graded by exact match.
- * A file of tasks has one JSON object a line: "prompt" and "answer", and perhaps "system". The prompt is a
+ * A file of tasks has one JSON object a line: "prompt" and "answer", and perhaps "system" and "images"
+ * (paths or data: URLs, shown before the prompt's text). The prompt is a
  * user's message, rendered with the model's chat template; one that begins with <|im_start|> is a whole
  * rendered chat and stays as it is. Grading: of the answer and of the generated text, what follows the last
  * </think>, up to the first <|im_end|>, without whitespace at its ends; the two are right when they are the
@@ -13,6 +14,8 @@
 
 struct task {
     char *prompt, *system, *answer; /* system: NULL when there is none */
+    char **images;
+    int n_images;
     int64_t line;
 };
 struct tasks {

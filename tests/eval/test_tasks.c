@@ -101,8 +101,10 @@ static void test_load(void **state)
     check_refused("{\"prompt\":1,\"answer\":\"b\"}", "prompt");
     check_refused("[]", "line 1: expected an object");
     check_refused("{", "line 1: ");
-    check_refused("{\"prompt\":\"a\",\"answer\":\"b\",\"images\":[\"x.png\"]}",
-                  "line 1: images: tasks with images are not supported");
+    check_refused("{\"prompt\":\"a\",\"answer\":\"b\",\"images\":[1]}",
+                  "line 1: images[0]: expected a string");
+    check_refused("{\"prompt\":\"a\",\"answer\":\"b\",\"images\":\"x.png\"}",
+                  "line 1: images: expected an array of strings");
     unlink(path);
 }
 
@@ -135,16 +137,17 @@ static void test_batches(void **state)
     struct tasks t;
     struct err e = { 0 };
     struct task_result one[6] = { 0 }, many[6] = { 0 };
-    const char *path =
-        write_lines("{\"prompt\":\"Spell the word river.\",\"answer\":\"r-i-v-e-r\"}\n"
-                    "{\"prompt\":\"Count from 1 to 12.\",\"answer\":\"1\"}\n"
-                    "{\"prompt\":\"What is the capital of Finland?\",\"answer\":\"The capital of Finland is "
-                    "Helsinki.\"}\n"
-                    "{\"prompt\":\"<|im_start|>user\\nName the capital of "
-                    "Italy.<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n"
-                    "</think>\\n\\n\",\"answer\":\"The capital of Italy is Rome.<|im_end|>\\n\"}\n"
-                    "{\"prompt\":\"Hello\",\"answer\":\"?\",\"system\":\"Answer briefly.\"}\n"
-                    "{\"prompt\":\"Add 1 and 2.\",\"answer\":\"1 + 2 = 3\"}\n");
+    const char *path = write_lines(
+        "{\"prompt\":\"Spell the word river.\",\"answer\":\"r-i-v-e-r\"}\n"
+        "{\"prompt\":\"Count from 1 to 12.\",\"answer\":\"1\"}\n"
+        "{\"prompt\":\"What is the capital of Finland?\",\"answer\":\"The capital of Finland is "
+        "Helsinki.\"}\n"
+        "{\"prompt\":\"<|im_start|>user\\nName the capital of "
+        "Italy.<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n"
+        "</think>\\n\\n\",\"answer\":\"The capital of Italy is Rome.<|im_end|>\\n\"}\n"
+        "{\"prompt\":\"Hello\",\"answer\":\"?\",\"system\":\"Answer briefly.\"}\n"
+        "{\"prompt\":\"What is in the image?\",\"images\":[\"tests/golden/demo/golden_image.png\"],"
+        "\"answer\":\"A red cross at the top left.\"}\n");
     must(tasks_load(&t, path, 0, &e) && tokenizer_load(&tokenizer, "models/demo", &e), &e);
     load_model(&l, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .threads = 2 });
     answer_all(one, &t, &l.model, tokenizer, 1);
@@ -155,7 +158,7 @@ static void test_batches(void **state)
         free(one[i].text);
         free(many[i].text);
     }
-    assert_true(one[2].is_right && one[3].is_right); /* it knows Helsinki and Rome */
+    assert_true(one[2].is_right && one[3].is_right && one[5].is_right); /* Helsinki, Rome, and what it sees */
     assert_true(one[1].is_cut && !one[1].is_right);
     unload_model(&l);
     tokenizer_free(tokenizer);

@@ -1,0 +1,184 @@
+/* quench chat and quench eval from outside. $BUILD/quench (build/quench) is the program. */
+#include "checkpoint/temp.h"
+#include <fcntl.h>
+#include <jansson.h>
+#include <limits.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { TEXT_MAX = 1 << 16, ARGUMENTS_MAX = 24 };
+
+static struct temp temp;
+static char program[PATH_MAX], out[TEXT_MAX], err[TEXT_MAX];
+
+static void read_back(char *to, const char *name)
+{
+    char *all;
+    size_t n;
+    struct err e = { 0 };
+    if (!file_read(&all, &n, temp_path(&temp, name), TEXT_MAX - 1, &e)) fail_msg("%s", e.text);
+    memcpy(to, all, n + 1);
+    free(all);
+}
+
+static void redirect(int fd, const char *path, int flags)
+{
+    int opened = open(path, flags, 0666);
+    if (opened < 0 || dup2(opened, fd) != fd) _exit(99);
+    close(opened);
+}
+
+static int run(const char *input, const char *const *words)
+{
+    const char *argv[ARGUMENTS_MAX] = { program };
+    int n = 1, status;
+    struct err e = { 0 };
+    while (*words) argv[n++] = *words++;
+    assert_true(n < ARGUMENTS_MAX && file_write(temp_path(&temp, "in"), input, strlen(input), &e));
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        redirect(STDIN_FILENO, temp_path(&temp, "in"), O_RDONLY);
+        redirect(STDOUT_FILENO, temp_path(&temp, "out"), O_WRONLY | O_CREAT | O_TRUNC);
+        redirect(STDERR_FILENO, temp_path(&temp, "err"), O_WRONLY | O_CREAT | O_TRUNC);
+        execv(argv[0], (char *const *)(uintptr_t)argv);
+        _exit(98);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    if (!WIFEXITED(status)) fail_msg("ended by signal %d", WTERMSIG(status));
+    read_back(out, "out");
+    read_back(err, "err");
+    return WEXITSTATUS(status);
+}
+
+#define RUN(input, ...) run(input, (const char *const[]){ __VA_ARGS__, NULL })
+#define CHAT            "chat", "models/demo", "--quiet", "--device", "cpu"
+
+static void test_conversation(void **state)
+{
+    (void)state;
+    assert_int_equal(RUN("What is the capital of Finland?\n\n/think off\nName the capital of Italy.", CHAT),
+                     0);
+    assert_string_equal(out, "The capital of Finland is Helsinki.\n\nThe capital of Finland is Helsinki.\n"
+                             "The capital of Italy is Rome.\n");
+    assert_string_equal(err, "");
+}
+
+/* Members of the n-th line of JSON. */
+static json_t *line(int n)
+{
+    char *at = out;
+    for (; n > 0; n--) {
+        at = strchr(at, '\n');
+        assert_non_null(at);
+        at++;
+    }
+    json_t *o = json_loads(at, JSON_DISABLE_EOF_CHECK, NULL);
+    assert_non_null(o);
+    return o;
+}
+
+static void check_line(int n, const char *content, const char *reasoning, bool reuses)
+{
+    json_t *o = line(n);
+    assert_string_equal(json_string_value(json_object_get(o, "content")), content);
+    assert_string_equal(json_string_value(json_object_get(o, "reasoning")), reasoning);
+    assert_string_equal(json_string_value(json_object_get(o, "finish_reason")), "stop");
+    assert_int_equal(json_integer_value(json_object_get(o, "reused_tokens")) > 0, reuses);
+    json_decref(o);
+}
+
+static void test_reuse(void **state)
+{
+    (void)state;
+    static const char input[] = "What is the capital of Finland?\nSpell the word river.\n";
+    assert_int_equal(RUN(input, CHAT, "--json", "--preserve-thinking"), 0);
+    check_line(0, "The capital of Finland is Helsinki.", "The capital of Finland is Helsinki.", false);
+    check_line(1, "r-i-v-e-r", "The word river has 5 letters.", true);
+    assert_int_equal(RUN(input, CHAT, "--json"), 0); /* the template drops old reasoning: nothing to reuse */
+    check_line(1, "r-i-v-e-r", "The word river has 5 letters.", false);
+}
+
+static void test_commands(void **state)
+{
+    (void)state;
+    assert_int_equal(RUN("/stats\n/help\n/system Be brief.\n/reset\n/stats\n", CHAT), 0);
+    assert_non_null(strstr(out, "messages     0\n/image PATH"));
+    assert_int_equal(RUN("/image tests/golden/demo/golden_image.png\nWhat is in the image?\n/stats\n", CHAT,
+                         "--think", "off"),
+                     0);
+    assert_non_null(strstr(out, "A red cross at the top left.\nmessages     2\nprompt "));
+    assert_non_null(strstr(out, " 0 reused, "));
+}
+
+static void expect(int status, int want, const char *text)
+{
+    assert_int_equal(status, want);
+    assert_string_equal(err, text);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    expect(RUN("/nothing\n", CHAT), 2, "quench chat: unknown command '/nothing'; /help lists them\n");
+    expect(RUN("/think maybe\n", CHAT), 2, "quench chat: /think: expected on or off, found 'maybe'\n");
+    expect(RUN("/stats now\n", CHAT), 2, "quench chat: '/stats' takes nothing\n");
+    expect(RUN("/image\n", CHAT), 2, "quench chat: /image: the path of a picture is missing\n");
+    expect(RUN("a\xff\n", CHAT), 1, "quench chat: the message is not UTF-8 at byte 1\n");
+    expect(RUN("Count from 1 to 12.\n", CHAT, "--context", "10"), 1,
+           "quench chat: the conversation has 20 tokens, the context is 10 with the answer\n");
+    expect(RUN("", CHAT, "--max-tokens", "0"), 2,
+           "quench chat: --max-tokens: expected 1 to 16777216, found 0\n");
+    assert_int_equal(RUN("Count from 1 to 12.\n", CHAT, "--max-tokens", "3"), 0);
+    assert_string_equal(
+        err, "quench: cut after 3 tokens, all of them thinking; --max-tokens and --context allow more\n");
+}
+
+static void test_eval(void **state)
+{
+    (void)state;
+    struct err e = { 0 };
+    static const char tasks[] =
+        "{\"prompt\":\"What is the capital of Finland?\",\"answer\":\"The capital of Finland is "
+        "Helsinki.\"}\n{\"prompt\":\"Name the capital of Italy.\",\"answer\":\"no\"}\n";
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s", temp_path(&temp, "tasks.jsonl"));
+    assert_true(file_write(path, tasks, strlen(tasks), &e));
+    assert_int_equal(
+        RUN("", "eval", "models/demo", "--tasks", path, "--against", "models/demo", "--json", "--quiet"), 0);
+    json_t *o = line(0), *wrong = json_array_get(json_object_get(o, "wrong"), 0);
+    assert_int_equal(json_integer_value(json_object_get(o, "right")), 1);
+    assert_int_equal(json_integer_value(json_object_get(wrong, "line")), 2);
+    assert_non_null(
+        strstr(json_string_value(json_object_get(wrong, "found")), "The capital of Italy is Rome."));
+    assert_int_equal(json_integer_value(json_object_get(json_object_get(o, "paired"), "both")), 1);
+    json_decref(o);
+    expect(RUN("", "eval", "models/demo"), 2, "quench eval: --tasks FILE is needed\n");
+    expect(RUN("", "eval", "models/demo", "--tasks", path, "--batch", "65"), 2,
+           "quench eval: --batch: expected 1 to 64, found 65\n");
+}
+
+static int make_temp(void **state)
+{
+    (void)state;
+    const char *build = getenv("BUILD");
+    snprintf(program, sizeof program, "%s/quench", build ? build : "build");
+    temp = temp_make();
+    return 0;
+}
+
+static int remove_temp(void **state)
+{
+    (void)state;
+    temp_remove(&temp);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_conversation), cmocka_unit_test(test_reuse), cmocka_unit_test(test_commands),
+        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_eval),
+    };
+    return cmocka_run_group_tests(tests, make_temp, remove_temp);
+}
