@@ -1268,7 +1268,7 @@ static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat
                    o = guarded(n, 256, 0), qg = guarded(n, 1024, 0), k = guarded(n, 256, 0),
                    v = guarded(n, 256, 0), att = guarded(n, 512, 0);
     struct delta_shape shape = { 1, 2, 128, 128, 4 };
-    struct delta_state state = { t->matrix.m.data, t->conv.m.data };
+    struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
     struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
     const float *gain = l->gain.m.data;
     cpu.ops->norm_products(cpu.queue,
