@@ -105,7 +105,7 @@ $(BUILD)/bench/%: bench/%.c $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter-out $(LIB),$^) $(LIB) $(LDLIBS)
 
-check: all layers headers test
+check: all layers headers bench test
 
 test: $(TESTS) all
 	BUILD=$(BUILD) tools/run_tests.sh $(TESTS)

@@ -168,7 +168,9 @@ int main(int argc, char **argv)
     int threads = argc > 1 ? atoi(argv[1]) : pool_default_threads();
     struct pool *pool;
     struct err e = { 0 };
-    struct step_limits limits = { 512, OUT, 64, 64, 1, 1, 0 };
+    struct step_limits limits = {
+        .rows = 512, .cols = OUT, .context = 64, .intermediate = 64, .picks = 1, .n_experts = 1
+    };
     float *x = aligned_alloc(64, 512 * IN * sizeof *x), *y = aligned_alloc(64, 512 * OUT * sizeof *y);
     uint64_t *memory = reading_memory();
     if (!x || !y || threads < 1 || !pool_create(&pool, threads, &e)) return 1;

@@ -40,13 +40,27 @@ static inline void relax(void)
 #endif
 }
 
+/* Items side by side are memory side by side, so a thread takes a run of them: long ones at first, single
+ * ones at the end, where threads have to finish together. */
+static int64_t take_run(struct pool *p, int64_t *first)
+{
+    long long at = atomic_load_explicit(&p->next, memory_order_relaxed), n;
+    do {
+        int64_t left = p->n_items - at;
+        if (left <= 0) return 0;
+        n = left / (2 * p->n_threads);
+        if (n == 0) n = 1;
+    } while (!atomic_compare_exchange_weak_explicit(&p->next, &at, at + n, memory_order_relaxed,
+                                                    memory_order_relaxed));
+    *first = at;
+    return n;
+}
+
 static void take_items(struct pool *p, int thread)
 {
-    for (;;) {
-        int64_t item = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
-        if (item >= p->n_items) return;
-        p->body(p->ctx, item, thread);
-    }
+    int64_t first, n;
+    while ((n = take_run(p, &first)) > 0)
+        for (int64_t i = first; i < first + n; i++) p->body(p->ctx, i, thread);
 }
 
 static unsigned await_epoch(struct pool *p, unsigned seen)
