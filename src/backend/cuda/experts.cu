@@ -6,6 +6,7 @@
  * experts_down: eight rows of the output by eight warps, warp j on the expert of pick j (j + 8, ...) and all of them on a
  * share of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. It
  * starts when the logits are final and chooses for itself, so that its weights come while experts_up still works. */
+#include "backend/cuda/route.cuh"
 #include "backend/cuda/stream.cuh"
 
 namespace {
@@ -33,56 +34,6 @@ constexpr int TEAM = CREW / 2, UP_ITEMS = 16, DOWN_TILES = 4; /* of a block at m
 constexpr int UP_SUMS = CREW * UP_ITEMS * 8;                  /* floats */
 
 /* ---- routing ---- */
-
-/* Larger floats as larger integers. */
-__device__ uint32_t ordered(float x)
-{
-    uint32_t u = __float_as_uint(x);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-__device__ float unordered(uint32_t u)
-{
-    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
-}
-
-/* The k largest of n logits by one warp. keys: room for n. */
-__device__ __forceinline__ void choose(int *expert, float *weight, uint32_t *keys, const float *logits, int n, int k)
-{
-    constexpr int EACH = 8;
-    int lane = threadIdx.x % LANES;
-#pragma unroll 1
-    for (int first = lane; first < n; first += EACH * LANES) {
-        float x[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) x[i] = first + i * LANES < n ? __ldcg(logits + first + i * LANES) : 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (first + i * LANES < n) keys[first + i * LANES] = ordered(x[i]);
-    }
-    float sum = 0, first = 0;
-#pragma unroll 1
-    for (int j = 0; j < k; j++) {
-        uint32_t best = 0;
-        int at = n;
-#pragma unroll 4
-        for (int c = lane; c < n; c += LANES) {
-            uint32_t key = keys[c];
-            if (key > best) best = key, at = c;
-        }
-        uint32_t top = __reduce_max_sync(ALL, best);
-        at = __reduce_min_sync(ALL, best == top ? at : n);
-        if (at >= n) at = n - 1; /* not one number among what is left */
-        float x = unordered(top);
-        if (j == 0) first = x;
-        x = expf(x - first);
-        sum += x;
-        if (at % LANES == lane) keys[at] = 0, expert[j] = at, weight[j] = x;
-    }
-    __syncwarp();
-    for (int j = lane; j < k; j += LANES) weight[j] = weight[j] / sum;
-    __syncwarp();
-}
 
 __global__ void route_rows(picks p, mat logits)
 {
