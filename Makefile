@@ -137,17 +137,22 @@ tsan-threads:
 	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%)
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
 
-# What a target needs of folders that the others are built without.
-FUZZ_ALSO_recipe := $(addprefix src/quantize/,recipe.c recipe_read.c yaml.c yaml_tree.c)
-fuzz-%: tests/fuzz/fuzz_%.c
+# One instrumented library for all targets: what parses.
+SAN_fuzz := address,undefined -fno-sanitize-recover=all
+FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/quantize/recipe% src/quantize/yaml%,$(SRC))
+$(BUILD)/libparsers.a: $(FUZZED:%.c=$(BUILD)/%.o)
+	rm -f $@ && $(AR) rcs $@ $^
+fuzz-lib:
+	$(MAKE) BUILD=build-fuzz CC=clang OPT=-O1 CUDA=0 SAN="-fsanitize=fuzzer-no-link,$(SAN_fuzz)" build-fuzz/libparsers.a
+fuzz-%: tests/fuzz/fuzz_%.c fuzz-lib
 	@mkdir -p build-fuzz/corpus-$*
-	clang $(filter-out -MMD -MP,$(CFLAGS)) -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build-fuzz/fuzz_$* $< \
-	    $(filter-out src/cli/% src/backend/% src/model/% src/engine/% src/eval/% src/quantize/%,$(SRC)) $(FUZZ_ALSO_$*) $(LDLIBS)
+	clang $(filter-out -MMD -MP -DQUENCH_CUDA,$(CFLAGS)) -O1 -fsanitize=fuzzer,$(SAN_fuzz) -pthread -o build-fuzz/fuzz_$* $< build-fuzz/libparsers.a \
+	    $(filter-out -lcudart_static,$(LDLIBS))
 	build-fuzz/fuzz_$* -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix=build-fuzz/ $(FUZZ_ARGS) \
 	    build-fuzz/corpus-$* $(wildcard tests/fuzz/seeds-$*)
 
 fuzz: $(patsubst tests/fuzz/fuzz_%.c,fuzz-log-%,$(wildcard tests/fuzz/fuzz_*.c))
-fuzz-log-%:
+fuzz-log-%: fuzz-lib
 	@mkdir -p build-fuzz
 	@$(MAKE) fuzz-$* >build-fuzz/$*.log 2>&1 || { tail -n 40 build-fuzz/$*.log; exit 1; }
 	@echo "fuzz-$*: $$(grep -E 'executed_units|peak_rss' build-fuzz/$*.log | tr -s ' \n' ' ')"
@@ -167,5 +172,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)
