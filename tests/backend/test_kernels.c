@@ -1445,6 +1445,9 @@ static void every_mask(void **state)
     (void)state;
     for (int i = 0; i < 5 * 2 * 2; i++) {
         int m = i / 4, threads = i % 2 ? 3 : 1;
+#ifdef __SANITIZE_THREAD__
+        if (threads == 1 || m % 3 > 0) continue; /* races are the same in every instruction set */
+#endif
         rounded = i / 2 % 2;
         backends(threads, masks[m]);
         if (!strstr(cpu.name, names[m])) {
