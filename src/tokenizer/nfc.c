@@ -144,7 +144,7 @@ static bool next_segment(struct nfc *n, const char *text, size_t bytes, size_t a
 bool nfc_normalize(struct nfc *n, const char **text, size_t *bytes, struct err *e)
 {
     const char *in = *text;
-    size_t copied = 0, begin, end, at = 0;
+    size_t copied = 0, begin = 0, end = 0, at = 0;
     n->bytes = 0;
     n->has_later = false;
     while (next_segment(n, in, *bytes, at, &begin, &end)) {

@@ -229,6 +229,7 @@ bool reply_feed(struct reply *p, const char *text, size_t bytes, struct err *e)
     struct err own = { 0 };
     p->e = &own;
     while (step(p, false)) continue;
+    p->e = NULL;
     return own.code == ERR_NONE || err_set(e, own.code, "%s", own.text);
 }
 
@@ -237,5 +238,6 @@ bool reply_finish(struct reply *p, struct err *e)
     struct err own = { 0 };
     p->e = &own;
     while (p->begin < p->end && step(p, true)) continue;
+    p->e = NULL;
     return own.code == ERR_NONE || err_set(e, own.code, "%s", own.text);
 }
