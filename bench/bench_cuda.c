@@ -199,7 +199,7 @@ static struct step_rows prompt_of(int n)
     for (int32_t i = 0; i < n; i++)
         rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { i, i, i } };
     for (int32_t i = 0; i < PROMPT / KV_PAGE; i++) pages[i] = i;
-    span = (struct span){ 0, n, 0, pages, 0 };
+    span = (struct span){ .n = n, .pages = pages };
     return (struct step_rows){ rows, n, &span, 1 };
 }
 
@@ -215,7 +215,7 @@ static struct step_rows rows_at(int n, int64_t depth)
         int32_t p = (int32_t)depth;
         rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { p, p, p } };
         for (int64_t k = 0; k < each; k++) pages[i][k] = (int32_t)(i * each + k) % (CONTEXT / KV_PAGE + 1);
-        spans[i] = (struct span){ i, 1, depth, pages[i], i };
+        spans[i] = (struct span){ .first = i, .n = 1, .past = depth, .pages = pages[i], .slot = i };
     }
     return (struct step_rows){ rows, n, spans, n };
 }
