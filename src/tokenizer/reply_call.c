@@ -304,8 +304,8 @@ static enum call_result find_function(struct call *out, struct call_search *sear
     char name[NAME_BYTES_MAX];
     size_t n = read_name(name, span_from(s, strlen(FUNCTION)));
     if (n == 0) {
-        bool may_come =
-            !final && s.bytes < NAME_BYTES_MAX && !memchr(s.at, '\n', s.bytes) && !memchr(s.at, '>', s.bytes);
+        bool may_come = !final && s.bytes < strlen(FUNCTION) + NAME_BYTES_MAX &&
+                        !memchr(s.at, '\n', s.bytes) && !memchr(s.at, '>', s.bytes);
         return may_come ? CALL_WAIT : CALL_NONE;
     }
     size_t body = strlen(FUNCTION) + n + 1, end = s.bytes;

@@ -632,7 +632,10 @@ KIND_TEST(sequence,
 /* What is left after dividing by two is `rest`. */
 static struct value leaves(struct run *r, struct value v, double rest)
 {
-    if (!value_is_number(v)) run_fail(r, ERR_ARGUMENT, "expected a number, found %s", value_type(v));
+    if (!value_is_number(v)) {
+        run_fail(r, ERR_ARGUMENT, "expected a number, found %s", value_type(v));
+        return value_bool(false);
+    }
     double left = v.kind == VALUE_REAL  ? fabs(fmod(v.real, 2))
                   : v.kind == VALUE_INT ? (double)(v.integer & 1)
                                         : v.truth;
