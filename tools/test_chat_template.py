@@ -82,6 +82,8 @@ VALUES = {
 
 # Constructs one by one; the variables are VALUES.
 CASES = [
+    "{{ (nothing, 'v') in d }}{{ (1, (2, 'k')) not in d }}", "{{ (1, [2]) in d }}", "{{ (1, ({},)) in d }}",
+    "{{ 'x' is odd }}", "{{ n is even }}",
     "{{ s }}|{{ e }}|{{ n }}|{{ t }}|{{ i }}|{{ r }}|{{ big }}|{{ small }}|{{ l }}|{{ d }}|{{ nothing }}|",
     "{{ s | tojson }} {{ d | tojson }} {{ l | tojson }} {{ n | tojson }} {{ ed | tojson }} {{ el | tojson }}",
     "{{ d | tojson(indent=2) }}\n{{ l | tojson(indent=0) }}\n{{ ed | tojson(indent=4) }}{{ [[], {}] | tojson(indent=1) }}",
@@ -352,7 +354,7 @@ def main():
     warnings.simplefilter("ignore", SyntaxWarning)  # of code that Jinja2 makes from random expressions
     parser = argparse.ArgumentParser()
     parser.add_argument("program", nargs="?")
-    parser.add_argument("--conversations", type=int, default=5000)
+    parser.add_argument("--conversations", type=int, default=1000)
     parser.add_argument("--expressions", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write-golden", action="store_true")

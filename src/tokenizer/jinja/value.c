@@ -348,6 +348,26 @@ static bool list_contains(struct run *r, const struct value_list *list, struct v
     return false;
 }
 
+static bool check_hashable(struct run *r, struct value v);
+
+static bool items_hashable(struct run *r, const struct value_list *list)
+{
+    for (size_t i = 0; i < list->n; i++)
+        if (!check_hashable(r, list->items[i])) return false;
+    return true;
+}
+
+/* What Python's hash() takes: of a tuple, if it takes what the tuple holds. */
+static bool check_hashable(struct run *r, struct value v)
+{
+    if (!run_step(r, 0)) return false;
+    if (v.kind == VALUE_LIST || v.kind == VALUE_DICT)
+        run_fail(r, ERR_ARGUMENT, "unhashable type: '%s'", value_type(v));
+    bool ok = run_enter(r) && !r->failed && (v.kind != VALUE_TUPLE || items_hashable(r, v.list));
+    run_leave(r);
+    return ok;
+}
+
 bool value_contains(struct run *r, struct value container, struct value v)
 {
     if (!run_step(r, container.kind == VALUE_STRING ? container.string.bytes : 0)) return false;
@@ -356,9 +376,7 @@ bool value_contains(struct run *r, struct value container, struct value v)
     case VALUE_LIST:
     case VALUE_TUPLE: return list_contains(r, container.list, v);
     case VALUE_DICT:
-        if (value_is_list(v) || v.kind == VALUE_DICT)
-            run_fail(r, ERR_ARGUMENT, "unhashable type: '%s'", value_type(v));
-        return v.kind == VALUE_STRING && value_get(container.dict, v.string);
+        return check_hashable(r, v) && v.kind == VALUE_STRING && value_get(container.dict, v.string);
     case VALUE_STRING:
         if (v.kind == VALUE_STRING)
             return v.string.bytes == 0 || pystr_find(container.string, v.string, 0) < container.string.bytes;
