@@ -1,0 +1,241 @@
+/* A layer of every kind: several sequences in a step against each alone. */
+#ifndef TESTS_KERNELS_LAYER_H
+#define TESTS_KERNELS_LAYER_H
+#include "backend/kernels_runs.h"
+
+/* A step of sequences of one row each gives every row what it gets alone, to the bit for up to ROWS_EXACT: a
+ * layer of every kind, its weights in the mixes that have kernels for several rows. */
+enum { SEQUENCES = 128, LAYER_HIDDEN = 256, LAYER_INNER = 256, LAYER_EXPERTS = 8, PAGES_EACH = 2 };
+
+struct layer_case {
+    struct made qkv, z, a, b, out, q, k, v, o, router, shared_gate, gate, up, down, expert[3][LAYER_EXPERTS];
+    struct experts experts;
+    struct weight *lists[3][LAYER_EXPERTS];
+    struct guarded taps, A, bias, gain; /* gain: for norms of any width */
+    struct rope rope;
+};
+
+static struct made made_of(enum weight_format f, int64_t rows, int64_t cols)
+{
+    return make_weight(f, rows, cols, f == WEIGHT_FP8 ? INPUT_FP8_ROW : INPUT_AS_IS);
+}
+
+static void make_layer_case(struct layer_case *l, enum weight_format delta, enum weight_format dense,
+                            enum weight_format expert)
+{
+    enum { H = LAYER_HIDDEN };
+    l->qkv = made_of(delta, 512, H), l->z = made_of(delta, 256, H), l->out = made_of(delta, H, 256);
+    l->a = made_of(WEIGHT_BF16, 2, H), l->b = made_of(WEIGHT_BF16, 2, H);
+    l->q = made_of(dense, 1024, H), l->k = made_of(dense, 256, H), l->v = made_of(dense, 256, H);
+    l->o = made_of(dense, H, 512);
+    l->router = made_of(WEIGHT_BF16, LAYER_EXPERTS, H), l->shared_gate = made_of(WEIGHT_BF16, 1, H);
+    l->gate = made_of(dense, LAYER_INNER, H), l->up = made_of(dense, LAYER_INNER, H);
+    l->down = made_of(dense, H, LAYER_INNER);
+    for (int m = 0; m < 3; m++)
+        for (int e = 0; e < LAYER_EXPERTS; e++) {
+            l->expert[m][e] = m < 2 ? made_of(expert, LAYER_INNER, H) : made_of(expert, H, LAYER_INNER);
+            l->lists[m][e] = l->expert[m][e].cpu;
+        }
+    l->experts = (struct experts){ LAYER_EXPERTS, l->lists[0], l->lists[1], l->lists[2], NULL };
+    bind(&l->experts);
+    l->taps = filled(4, 512, 0, 0.5f), l->A = filled(1, 2, 0, 1), l->bias = filled(1, 2, 0, 1);
+    l->gain = filled(1, 1024, 0, 1);
+    float *inverse = take(12);
+    uint8_t *axis = take(3);
+    memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
+    memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
+    l->rope = (struct rope){ 3, inverse, axis };
+}
+
+static void drop_layer_case(struct layer_case *l)
+{
+    struct made *all[] = { &l->qkv, &l->z, &l->a,      &l->b,           &l->out,  &l->q,  &l->k,
+                           &l->v,   &l->o, &l->router, &l->shared_gate, &l->gate, &l->up, &l->down };
+    cpu.ops->experts_unbind(cpu.queue, &l->experts);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop_weight(all[i]);
+    for (int m = 0; m < 3; m++)
+        for (int e = 0; e < LAYER_EXPERTS; e++) drop_weight(&l->expert[m][e]);
+    drop(&l->taps), drop(&l->A), drop(&l->bias), drop(&l->gain);
+    give((void *)l->rope.inverse);
+    give((void *)l->rope.axis);
+}
+
+/* What sequences leave: rows after each of three mixers, states. */
+struct layer_trace {
+    struct guarded x[3], h, conv, matrix, keys, values;
+};
+
+static struct layer_trace make_trace(uint64_t seed)
+{
+    uint64_t before = state_of_random;
+    state_of_random = seed;
+    struct layer_trace t = { .x = { filled(SEQUENCES, LAYER_HIDDEN, 3, 0.5f),
+                                    guarded(SEQUENCES, LAYER_HIDDEN, 3),
+                                    guarded(SEQUENCES, LAYER_HIDDEN, 3) },
+                             .h = guarded(SEQUENCES, LAYER_HIDDEN, 1),
+                             .conv = filled(SEQUENCES, 3 * 512, 0, 1),
+                             .matrix = filled(SEQUENCES, 2 * 128 * 128, 0, 0.3f),
+                             .keys = filled(SEQUENCES, PAGES_EACH * KV_PAGE * 256, 0, 1),
+                             .values = filled(SEQUENCES, PAGES_EACH * KV_PAGE * 256, 0, 1) };
+    state_of_random = before;
+    return t;
+}
+
+static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat *x,
+                         const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    struct guarded u = guarded(n, 512, 1), z = guarded(n, 256, 0), a = guarded(n, 2, 0), b = guarded(n, 2, 0),
+                   y = guarded(n, LAYER_HIDDEN, 0), conv = guarded(n, 512, 0), raw = guarded(n, 256, 0),
+                   o = guarded(n, 256, 0), qg = guarded(n, 1024, 0), k = guarded(n, 256, 0),
+                   v = guarded(n, 256, 0), att = guarded(n, 512, 0);
+    struct delta_shape shape = { 1, 2, 128, 128, 4 };
+    struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
+    struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
+    const float *gain = l->gain.m.data;
+    cpu.ops->norm_products(cpu.queue,
+                           &(struct norm_products){ y.m,
+                                                    x[0],
+                                                    gain,
+                                                    1e-6f,
+                                                    4,
+                                                    { u.m, z.m, a.m, b.m },
+                                                    { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu } });
+    cpu.ops->delta_run(cpu.queue,
+                       &(struct delta_run){ x[0], y.m, u.m, conv.m, z.m, a.m, b.m, raw.m, o.m, l->taps.m.data,
+                                            l->A.m.data, l->bias.m.data, gain, 1e-6f, l->out.cpu, &state,
+                                            &shape },
+                       rows);
+    finish();
+    for (int64_t r = 0; r < n; r++)
+        memcpy(x[1].data + r * x[1].stride, x[0].data + r * x[0].stride, LAYER_HIDDEN * 4);
+    cpu.ops->norm_products(
+        cpu.queue, &(struct norm_products){
+                       y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu } });
+    cpu.ops->attention_run(cpu.queue,
+                           &(struct attention_run){ x[1], y.m, qg.m, k.m, v.m, att.m, 2, gain, gain + 256,
+                                                    1e-6f, &l->rope, &kv, l->o.cpu },
+                           rows);
+    finish();
+    struct guarded *all[] = { &u, &z, &a, &b, &y, &conv, &raw, &o, &qg, &k, &v, &att };
+    for (int i = 0; i < 12; i++) check_guards(all[i], "mixers of a layer"), drop(all[i]);
+}
+
+static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
+{
+    int64_t n = h.rows;
+    struct guarded router = guarded(n, LAYER_EXPERTS, 0), one = guarded(n, 1, 0),
+                   gate = guarded(n, LAYER_INNER, 0), up = guarded(n, LAYER_INNER, 2),
+                   hidden = guarded(n, LAYER_INNER, 0), y = guarded(n, LAYER_HIDDEN, 0),
+                   shared = guarded(n, LAYER_HIDDEN, 0);
+    int32_t *id = take((size_t)n * 3 * 4);
+    float *weight = take((size_t)n * 3 * 4);
+    struct picks picks = { id, weight, 3 };
+    for (int64_t r = 0; r < n; r++)
+        memcpy(x[2].data + r * x[2].stride, x[1].data + r * x[1].stride, LAYER_HIDDEN * 4);
+    cpu.ops->norm_products(
+        cpu.queue, &(struct norm_products){ h,
+                                            x[2],
+                                            l->gain.m.data,
+                                            1e-6f,
+                                            4,
+                                            { router.m, one.m, gate.m, up.m },
+                                            { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu } });
+    cpu.ops->moe_run(cpu.queue, &(struct moe_run){ x[2], y.m, h, router.m, gate.m, up.m, hidden.m, shared.m,
+                                                   one.m, &picks, &l->experts, l->down.cpu });
+    finish();
+    struct guarded *all[] = { &router, &one, &gate, &up, &hidden, &y, &shared };
+    for (int i = 0; i < 7; i++) check_guards(all[i], "experts of a layer"), drop(all[i]);
+    give(id);
+    give(weight);
+}
+
+/* Sequences [first, first + n) as a step. */
+static void layer_step(struct layer_case *l, struct layer_trace *t, int first, int n)
+{
+    struct row rows[SEQUENCES];
+    struct span spans[SEQUENCES];
+    int32_t pages[SEQUENCES][PAGES_EACH];
+    struct mat x[3], h = t->h.m;
+    for (int i = 0; i < n; i++) {
+        int32_t past = (first + i) * 7 % 100;
+        for (int32_t p = 0; p < PAGES_EACH; p++) pages[i][p] = (first + i) * PAGES_EACH + p;
+        rows[i] = (struct row){ .position = { past, past, past } };
+        spans[i] = (struct span){ .first = i, .n = 1, .past = past, .pages = pages[i], .slot = first + i };
+    }
+    for (int i = 0; i < 3; i++) {
+        x[i] = t->x[i].m;
+        x[i].data += first * x[i].stride;
+        x[i].rows = n;
+    }
+    h.data += first * h.stride;
+    h.rows = n;
+    layer_mixers(l, t, x, &(struct step_rows){ rows, n, spans, n });
+    layer_experts(l, h, x);
+}
+
+static struct guarded first_rows(const struct guarded *g, int n)
+{
+    struct guarded first = guarded(n, g->m.cols, 0);
+    check_guards(g, "a layer");
+    for (int64_t r = 0; r < n; r++)
+        memcpy(first.m.data + r * first.m.stride, g->m.data + r * g->m.stride, (size_t)g->m.cols * 4);
+    return first;
+}
+
+static void layer_alone_case(enum weight_format delta, enum weight_format dense, enum weight_format expert,
+                             int n)
+{
+    struct layer_case l;
+    make_layer_case(&l, delta, dense, expert);
+    uint64_t seed = state_of_random;
+    struct layer_trace together = make_trace(seed), alone = make_trace(seed);
+    layer_step(&l, &together, 0, n);
+    for (int i = 0; i < n; i++) layer_step(&l, &alone, i, 1);
+    struct guarded *a[] = { &together.conv,   &together.matrix, &together.x[0], &together.keys,
+                            &together.values, &together.x[1],   &together.h,    &together.x[2] };
+    struct guarded *b[] = { &alone.conv,   &alone.matrix, &alone.x[0], &alone.keys,
+                            &alone.values, &alone.x[1],   &alone.h,    &alone.x[2] };
+    static const char *const names[] = { "conv state", "delta state",    "x after delta_run",
+                                         "keys",       "values",         "x after attention_run",
+                                         "normed x",   "x after moe_run" };
+    for (int i = 0; i < 8; i++) {
+        struct guarded have = first_rows(a[i], n), want = first_rows(b[i], n);
+        if (n <= ROWS_EXACT)
+            same_bits(&have, &want, cpu.name, names[i]);
+        else if (i < 6) /* a router's choice may turn on a rounding, and a softmax does on many */
+            check_shares(&have, &want, 0.1, 0.3, names[i]);
+        drop(&have), drop(&want);
+    }
+    for (int i = 0; i < 8; i++) drop(a[i]), drop(b[i]);
+    drop_layer_case(&l);
+}
+
+static void several_rows(void)
+{
+    static const enum weight_format formats[] = { WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4 };
+    static const int ns[] = { 2, 5, 8, 9, 16, 17, 31, 32 };
+    if (!on_device()) return;
+    reserve(SEQUENCES, 2048, 256, 3, 8);
+    for (int i = 0; i < 8; i++)
+        for (int f = 0; f < 3; f++)
+            product_case(formats[f], ns[i], 1 + random_below(300), 256 * (1 + random_below(2)),
+                         f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
+    for (int f = 0; f < 3; f++) /* shares of several units */
+        product_case(formats[f], ns[random_below(8)], 1 + random_below(20), 256 * (3 + random_below(6)),
+                     f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
+    for (int f = 0; f < 3; f++) /* more tiles than there are multiprocessors */
+        product_case(formats[f], ns[random_below(8)], 6400 + random_below(200), 256,
+                     f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
+    moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3);
+    for (int i = 0; i < 8; i++) layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, ns[i]);
+    moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3);
+    moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 33 + (int)random_below(32));
+    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 65 + (int)random_below(64));
+    layer_alone_case(WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4, 2 + (int)random_below(31));
+    layer_alone_case(WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 2 + (int)random_below(31));
+    layer_alone_case(WEIGHT_NVFP4, WEIGHT_NVFP4, WEIGHT_NVFP4, 2 + (int)random_below(31));
+}
+
+#endif
