@@ -1,55 +1,8 @@
 /* quench bench and quench synth from outside: exit status, keys and types of the JSON, rows of the other
  * formats, messages. $BUILD/quench (build/quench) is the program. */
-#include "checkpoint/temp.h"
-#include <fcntl.h>
-#include <limits.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include "cli/program.h"
 
-enum { TEXT_MAX = 1 << 18, ARGUMENTS_MAX = 24 };
-
-static struct temp temp;
-static char program[PATH_MAX], out[TEXT_MAX], err[TEXT_MAX];
-
-static void read_back(char *to, const char *name)
-{
-    char *all;
-    size_t n;
-    struct err e = { 0 };
-    if (!file_read(&all, &n, temp_path(&temp, name), TEXT_MAX - 1, &e)) fail_msg("%s", e.text);
-    memcpy(to, all, n + 1);
-    free(all);
-}
-
-static void redirect(int fd, const char *path)
-{
-    int opened = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    if (opened < 0 || dup2(opened, fd) != fd) _exit(99);
-    close(opened);
-}
-
-static int run(const char *const *words)
-{
-    const char *argv[ARGUMENTS_MAX] = { program };
-    int n = 1, status;
-    while (*words) argv[n++] = *words++;
-    assert_true(n < ARGUMENTS_MAX);
-    pid_t pid = fork();
-    assert_true(pid >= 0);
-    if (pid == 0) {
-        redirect(STDOUT_FILENO, temp_path(&temp, "out"));
-        redirect(STDERR_FILENO, temp_path(&temp, "err"));
-        execv(argv[0], (char *const *)(uintptr_t)argv);
-        _exit(98);
-    }
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    if (!WIFEXITED(status)) fail_msg("ended by signal %d", WTERMSIG(status));
-    read_back(out, "out");
-    read_back(err, "err");
-    return WEXITSTATUS(status);
-}
-
-#define RUN(...) run((const char *const[]){ __VA_ARGS__, NULL })
+#define RUN(...) run(NULL, (const char *const[]){ __VA_ARGS__, NULL })
 
 static void succeed(int status)
 {
@@ -251,9 +204,7 @@ static void synth_writes_and_says_what(void **state)
 static int setup(void **state)
 {
     (void)state;
-    const char *build = getenv("BUILD");
     temp = temp_make();
-    snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     return 0;
 }
 

@@ -1,55 +1,6 @@
 /* quench chat and quench eval from outside. $BUILD/quench (build/quench) is the program. */
-#include "checkpoint/temp.h"
-#include <fcntl.h>
+#include "cli/program.h"
 #include <jansson.h>
-#include <limits.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-enum { TEXT_MAX = 1 << 16, ARGUMENTS_MAX = 24 };
-
-static struct temp temp;
-static char program[PATH_MAX], out[TEXT_MAX], err[TEXT_MAX];
-
-static void read_back(char *to, const char *name)
-{
-    char *all;
-    size_t n;
-    struct err e = { 0 };
-    if (!file_read(&all, &n, temp_path(&temp, name), TEXT_MAX - 1, &e)) fail_msg("%s", e.text);
-    memcpy(to, all, n + 1);
-    free(all);
-}
-
-static void redirect(int fd, const char *path, int flags)
-{
-    int opened = open(path, flags, 0666);
-    if (opened < 0 || dup2(opened, fd) != fd) _exit(99);
-    close(opened);
-}
-
-static int run(const char *input, const char *const *words)
-{
-    const char *argv[ARGUMENTS_MAX] = { program };
-    int n = 1, status;
-    struct err e = { 0 };
-    while (*words) argv[n++] = *words++;
-    assert_true(n < ARGUMENTS_MAX && file_write(temp_path(&temp, "in"), input, strlen(input), &e));
-    pid_t pid = fork();
-    assert_true(pid >= 0);
-    if (pid == 0) {
-        redirect(STDIN_FILENO, temp_path(&temp, "in"), O_RDONLY);
-        redirect(STDOUT_FILENO, temp_path(&temp, "out"), O_WRONLY | O_CREAT | O_TRUNC);
-        redirect(STDERR_FILENO, temp_path(&temp, "err"), O_WRONLY | O_CREAT | O_TRUNC);
-        execv(argv[0], (char *const *)(uintptr_t)argv);
-        _exit(98);
-    }
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    if (!WIFEXITED(status)) fail_msg("ended by signal %d", WTERMSIG(status));
-    read_back(out, "out");
-    read_back(err, "err");
-    return WEXITSTATUS(status);
-}
 
 #define RUN(input, ...) run(input, (const char *const[]){ __VA_ARGS__, NULL })
 #define CHAT            "chat", "models/demo", "--quiet", "--device", "cpu"
@@ -161,8 +112,6 @@ static void test_eval(void **state)
 static int make_temp(void **state)
 {
     (void)state;
-    const char *build = getenv("BUILD");
-    snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     temp = temp_make();
     return 0;
 }
