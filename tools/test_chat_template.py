@@ -83,6 +83,7 @@ VALUES = {
 # Constructs one by one; the variables are VALUES.
 CASES = [
     "{{ (nothing, 'v') in d }}{{ (1, (2, 'k')) not in d }}", "{{ (1, [2]) in d }}", "{{ (1, ({},)) in d }}",
+    "{{ a.startswith(('x', 'ab')) }}{{ a.endswith(('x',)) }}{{ a.endswith(()) }}", "{{ a.startswith((1, 'ab')) }}", "{{ a.endswith(('bc', 1)) }}",
     "{{ 'x' is odd }}", "{{ n is even }}",
     "{{ s }}|{{ e }}|{{ n }}|{{ t }}|{{ i }}|{{ r }}|{{ big }}|{{ small }}|{{ l }}|{{ d }}|{{ nothing }}|",
     "{{ s | tojson }} {{ d | tojson }} {{ l | tojson }} {{ n | tojson }} {{ ed | tojson }} {{ el | tojson }}",

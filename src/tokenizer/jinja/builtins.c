@@ -92,16 +92,25 @@ static struct value filter_trim(struct run *r, struct value v, const struct valu
     return strip_ends(r, value_text(r, v).string, args[0], PYSTR_LEFT | PYSTR_RIGHT);
 }
 
+/* what: a string, or a tuple of which any will do. */
+static struct value has_end(struct run *r, struct value v, struct value what,
+                            bool (*has)(struct span s, struct span what))
+{
+    struct span s = self_string(r, v);
+    if (what.kind != VALUE_TUPLE) return value_bool(has(s, needed_string(r, what)));
+    for (size_t i = 0; i < what.list->n && !r->failed; i++)
+        if (run_step(r, 0) && has(s, needed_string(r, what.list->items[i]))) return value_bool(!r->failed);
+    return value_bool(false);
+}
+
 static struct value method_startswith(struct run *r, struct value v, const struct value *args)
 {
-    struct span s = self_string(r, v), what = needed_string(r, args[0]);
-    return value_bool(pystr_starts(s, what));
+    return has_end(r, v, args[0], pystr_starts);
 }
 
 static struct value method_endswith(struct run *r, struct value v, const struct value *args)
 {
-    struct span s = self_string(r, v), what = needed_string(r, args[0]);
-    return value_bool(pystr_ends(s, what));
+    return has_end(r, v, args[0], pystr_ends);
 }
 
 static struct value method_removeprefix(struct run *r, struct value v, const struct value *args)

@@ -157,7 +157,7 @@ static bool parse_word_expression(struct parser *p, struct node **out)
         if (first != 'n' && first != 'N') (*out)->literal = value_bool(first == 't' || first == 'T');
         return advance(p);
     }
-    if (is_reserved(name)) return unexpected(p, "an expression");
+    if (is_reserved(name)) return unsupported(p, p->token.line, "name", name);
     if (span_is(name, "varargs") || span_is(name, "kwargs") || span_is(name, "caller"))
         return unsupported(p, p->token.line, "name", name);
     return parse_name(p, out);
