@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/.." || exit 1
 grep -rnE '^[ \t]*#[ \t]*include[ \t]+"' src | awk -F: '
 BEGIN {
-    split("base:0 num:0 checkpoint:1 tokenizer:1 image:1 backend:1 model:2 engine:3 quantize:3 eval:4 server:4 cli:4", rows, " ")
+    split("base:0 num:0 checkpoint:1 tokenizer:1 image:1 grammar:1 backend:1 model:2 engine:3 quantize:3 eval:4 server:4 cli:4", rows, " ")
     for (i in rows) { split(rows[i], p, ":"); row[p[1]] = p[2] }
 }
 {

@@ -14,6 +14,7 @@ enum err_code {
     ERR_LIMIT,       /* more than the configured or the model's maximum */
     ERR_MEMORY,
     ERR_ARGUMENT, /* the user's request makes no sense */
+    ERR_BUSY,     /* full for the moment: try again later */
 };
 
 struct err {

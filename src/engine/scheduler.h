@@ -1,0 +1,137 @@
+/* Many requests over one engine, each with the tokens that it would get alone. A thread of the scheduler's
+ * own drives the engine, its sequences and its caches; requests come in and tokens go out through bounded
+ * queues, so any other thread may call what is below. Knows tokens and pictures, not text. */
+#ifndef ENGINE_SCHEDULER_H
+#define ENGINE_SCHEDULER_H
+#include "engine/engine.h"
+#include "engine/sample.h"
+
+enum { TOP_LOGPROBS_MAX = 20 };
+
+struct scheduler_options {
+    struct engine *engine;     /* borrow; nobody else's while the scheduler lives */
+    const struct model *model; /* the engine's */
+    int64_t max_queued;        /* requests that wait; 0: 1024 */
+    int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
+    double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
+    bool no_prefix_cache;
+    uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
+    void *ctx;
+    void (*wake)(void *ctx); /* from the scheduler's thread: some request has news. At most once a step */
+};
+
+struct scheduler;
+/* Starts the thread. */
+bool scheduler_create(struct scheduler **out, const struct scheduler_options *o, struct err *e);
+void scheduler_free(struct scheduler *s); /* cancels what runs, then waits for the thread; NULL is fine */
+
+/* What an answer must look like, a token at a time. Called on the scheduler's thread. */
+struct constraint {
+    void *state;
+    /* Clears bit id % 32 of mask[id / 32] where token id must not come next. */
+    void (*mask)(void *state, uint32_t *mask, int64_t n_vocab);
+    /* The token was sampled. false: no more may follow, the request ends with FINISHED_STOP. */
+    bool (*advance)(void *state, int32_t id);
+    void (*back)(void *state, int n); /* the last n tokens were not sampled after all */
+    void (*free)(void *state);
+};
+
+struct logit_bias {
+    int32_t id;
+    float bias;
+};
+
+/* Everything is copied, `constraint` is taken over (freed also on failure). A zeroed one with a prompt is
+ * greedy, without limits. */
+struct request_options {
+    const int32_t *prompt; /* one image token for each picture */
+    int64_t n_prompt;
+    const char *const *pictures; /* [n_pictures] sources as image_load takes them */
+    int n_pictures;
+
+    struct sampling sampling;
+    float presence_penalty, frequency_penalty; /* of the answer's tokens; as OpenAI's */
+    float repetition_penalty;                  /* of prompt and answer, as Hugging Face's; 0 or 1: off */
+    int64_t max_tokens;                        /* 0: no token, scores of the prompt only; < 0: what fits */
+    int64_t min_tokens;                        /* no stop token before */
+    const int32_t *stop_tokens;
+    int n_stop_tokens;
+    const int32_t *never; /* placeholders, say */
+    int n_never;
+    const struct logit_bias *bias;
+    int n_bias;
+    const int32_t *allowed; /* [n_allowed] no others; n_allowed 0: all */
+    int n_allowed;
+    const struct token_run {
+        const int32_t *ids;
+        int n;
+    } * bad_words; /* sequences that are never completed */
+    int n_bad_words;
+    int top_logprobs;              /* of each answer token: itself and so many best; < 0: none asked for */
+    int prompt_logprobs;           /* the same of the prompt; < 0: none */
+    struct constraint *constraint; /* or NULL */
+    int32_t constraint_after;      /* the constraint begins after this token (</think>); < 0: at once */
+    int64_t thinking_budget;       /* tokens until thinking_end is forced; < 0: none */
+    const int32_t *thinking_end;
+    int n_thinking_end;
+
+    int priority;         /* lower first */
+    uint64_t owner;       /* whose: requests of one priority take turns among owners */
+    uint8_t salt[32];     /* prefixes are shared by requests of the same salt only */
+    bool no_prefix_cache; /* neither reads nor writes it */
+};
+
+struct token_score {
+    int32_t id;
+    float logprob;
+};
+
+enum request_event_kind {
+    REQUEST_PROMPT,  /* a prompt token's score; in order; the first token has none */
+    REQUEST_TOKEN,   /* of the answer */
+    REQUEST_FINISHED /* the last event */
+};
+enum request_finish { FINISHED_STOP, FINISHED_LENGTH, FINISHED_CANCELLED, FINISHED_ERROR };
+
+struct request_event {
+    enum request_event_kind kind;
+    struct token_score token; /* logprob: of the distribution before temperature and penalties, f32 */
+    int rank;                 /* 1: the most likely */
+    int n_top;
+    struct token_score top[TOP_LOGPROBS_MAX];
+    enum request_finish finish;
+    int32_t stop_token; /* of FINISHED_STOP: which; -1: none */
+};
+
+struct request_usage {
+    int64_t prompt_tokens, cached_tokens, picture_tokens, answer_tokens;
+    int64_t drafted, accepted;
+    double queued_seconds, prefill_seconds, decode_seconds;
+    int64_t prefilled; /* rows of the prompt computed so far, cached ones included: progress */
+};
+
+struct request;
+/* ERR_BUSY: the queue is full. ERR_LIMIT: the prompt leaves no room for a token (the sentence has both
+ * numbers). ERR_ARGUMENT: what cannot be done. */
+bool scheduler_submit(struct scheduler *s, struct request **out, const struct request_options *o,
+                      struct err *e);
+/* Up to `most` events, in order, each once; 0: none now. After REQUEST_FINISHED none comes. A request whose
+ * events are not taken is not stepped when its queue is full, and holds up no other. */
+int request_take(struct request *r, struct request_event *out, int most);
+void request_usage(const struct request *r, struct request_usage *out);
+/* Of FINISHED_ERROR: the sentence; valid until request_free. */
+const char *request_error(const struct request *r);
+void request_cancel(struct request *r); /* takes effect before the next step; a FINISHED event comes */
+void request_free(struct request *r);   /* cancels, and gives up the events; does not wait; NULL is fine */
+
+struct scheduler_stats {
+    int64_t running, waiting, waiting_tokens; /* now */
+    int64_t pages, pages_used, states, states_used;
+    int64_t preemptions, steps, step_rows;
+    int64_t prefix_queries, prefix_hits; /* tokens asked for, tokens found */
+    int64_t drafts, drafted, accepted, accepted_at[DRAFTS_MAX];
+    double last_step; /* clock_seconds of its end; for a watchdog */
+    bool failed;      /* the backend is lost; every request ends in FINISHED_ERROR */
+};
+void scheduler_stats(struct scheduler *s, struct scheduler_stats *out);
+#endif

@@ -1,0 +1,79 @@
+/* The APIs' JSON: a request's body to scheduler requests, their events to response bytes. Knows neither
+ * sockets nor HTTP framing: http.c calls it on the loop's thread, tests call it with strings. */
+#ifndef SERVER_API_H
+#define SERVER_API_H
+#include "engine/scheduler.h"
+#include "grammar/grammar.h"
+#include "tokenizer/chat.h"
+#include "tokenizer/tokenizer.h"
+
+struct api_options {
+    struct scheduler *scheduler; /* borrow, all of them */
+    const struct tokenizer *tokenizer;
+    const struct chat_template *chat_template;
+    const struct config *config;
+    const char *dir;                 /* of the checkpoint: generation_config.json */
+    const char *const *served_names; /* [n_served_names] the first is what answers say */
+    int n_served_names;
+    int64_t max_model_len;
+    int max_n;                 /* of `n`; 0: 16 */
+    int max_images;            /* of a request; 0: 16 */
+    bool strict_params;        /* unknown fields are refused */
+    const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
+    const json_t *generation;  /* --override-generation-config, or NULL */
+};
+
+struct api;
+bool api_create(struct api **out, const struct api_options *o, struct err *e);
+void api_free(struct api *a);
+
+enum api_route {
+    API_CHAT_COMPLETIONS,
+    API_COMPLETIONS,
+    API_RESPONSES,
+    API_MESSAGES,
+    API_COUNT_TOKENS,
+    API_TOKENIZE,
+    API_DETOKENIZE,
+    API_TOKENIZER_INFO,
+    API_CHAT_RENDER,
+    API_COMPLETIONS_RENDER,
+    API_MODELS,
+    API_MODEL /* argument: the id */
+};
+
+struct api_caller {
+    const char *request_id;
+    uint64_t owner;   /* of the key; also the prefix cache's salt */
+    uint8_t salt[32]; /* zero without keys */
+};
+
+/* One HTTP exchange, from its body to its last byte. */
+struct exchange;
+/* Never fails but out of memory: what is wrong with the body is the answer (exchange_status 400, 404, 413,
+ * 429, 503, 500), in the shape of that API. */
+struct exchange *exchange_create(struct api *a, enum api_route route, const char *argument, const char *body,
+                                 size_t bytes, const struct api_caller *caller);
+void exchange_free(struct exchange *x); /* cancels what runs; NULL is fine */
+
+int exchange_status(const struct exchange *x);      /* HTTP status; 0: not known yet, pump again later */
+bool exchange_is_stream(const struct exchange *x);  /* text/event-stream instead of application/json */
+int exchange_retry_after(const struct exchange *x); /* seconds; 0: no such header */
+/* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
+ * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
+const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);
+/* A comment line for a stream that has nothing to say yet; also counts tokens of the prompt done so far. */
+const char *exchange_comment(struct exchange *x, size_t *bytes);
+
+/* For the request log and metrics, once done. */
+struct exchange_account {
+    const char *finish; /* "stop", "length", "tool_calls", "abort", "error" */
+    int64_t n_choices, max_tokens;
+    struct request_usage usage;    /* sums over choices */
+    double first_token, per_token; /* seconds; 0 where there was none */
+};
+void exchange_account(const struct exchange *x, struct exchange_account *out);
+
+/* An error in the shape of that route's API: {"error": {...}} or Anthropic's. malloc'd. */
+char *api_error(enum api_route route, int status, const char *type, const char *param, const char *message);
+#endif
