@@ -107,7 +107,7 @@ static void put_value(const struct writer *w, const char *name, const char *labe
 {
     fprintf(w->f, "%s{engine=\"0\",model_name=\"", name);
     put_quoted(w->f, w->model);
-    fprintf(w->f, "\"%s%s} %.17g\n", label ? "," : "", label ? label : "", value);
+    fprintf(w->f, "\"%s%s} %.15g\n", label ? "," : "", label ? label : "", value);
 }
 
 static void put(const struct writer *w, const char *name, const char *type, double value, const char *help)
