@@ -15,6 +15,7 @@ struct chat_template; /* immutable: may be shared by threads */
 bool chat_template_load(struct chat_template **out, const char *dir, struct err *e);
 void chat_template_free(struct chat_template *t); /* NULL is fine */
 bool chat_template_is_built_in(const struct chat_template *t);
+const char *chat_template_text(const struct chat_template *t, size_t *bytes); /* borrow; not NUL-terminated */
 
 enum chat_thinking {
     CHAT_THINKING_DEFAULT, /* what the template does when nobody says: on */
