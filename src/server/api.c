@@ -115,6 +115,13 @@ static bool read_tokens(struct api *a, struct err *e)
     return tokenizer_encode(t, &a->force_end, force, strlen(force), 0, e);
 }
 
+static bool read_patch_rule(struct api *a, struct err *e)
+{
+    const struct config *c = a->o.config;
+    return !c->has_vision || patch_rule_load(&a->patch_rule, a->o.dir, c->vision.patch,
+                                             c->vision.temporal_patch, c->vision.merge, e);
+}
+
 bool api_create(struct api **out, const struct api_options *o, struct err *e)
 {
     struct api *a = *out = calloc(1, sizeof *a);
@@ -122,7 +129,7 @@ bool api_create(struct api **out, const struct api_options *o, struct err *e)
     a->o = *o;
     a->created = (int64_t)time(NULL);
     if (getrandom(&a->seed, sizeof a->seed, 0) != sizeof a->seed) a->seed = (uint64_t)a->created;
-    if (read_tokens(a, e) && read_generation(a, e) &&
+    if (read_tokens(a, e) && read_generation(a, e) && read_patch_rule(a, e) &&
         load(&a->tokenizer_config, o->dir, "tokenizer_config.json", e) &&
         token_trie_create(&a->trie, a->n_vocab, token_bytes, (void *)o->tokenizer, a->stops, a->n_stops, e))
         return true;
@@ -150,6 +157,9 @@ bool api_route_begin(struct exchange *x, const char *argument)
     switch (x->route) {
     case API_CHAT_COMPLETIONS: return api_chat_begin(x);
     case API_COMPLETIONS: return api_completions_begin(x);
+    case API_RESPONSES: return api_responses_begin(x);
+    case API_MESSAGES: return api_messages_begin(x);
+    case API_COUNT_TOKENS: return api_count_tokens(x);
     case API_TOKENIZE: return api_tokenize(x);
     case API_DETOKENIZE: return api_detokenize(x);
     case API_TOKENIZER_INFO: return api_tokenizer_info(x);

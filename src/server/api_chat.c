@@ -227,9 +227,11 @@ bool api_chat_begin_as(struct exchange *x, const struct shape *as)
     const char *model = json_string_value(json_object_get(x->body, "model"));
     if (model) x->model = model;
     if (!params_read(&x->params, x->api, x->chat, true, f) || !conversation_tools(&x->tools, x->chat, f) ||
-        !conversation_prompt(x->prompts, x->api, x->chat, &x->params, f) ||
-        !prompt_fit(x->prompts, x->api, &x->params, f))
+        !conversation_prompt(x->prompts, x->api, x->chat, &x->params, f))
         return false;
+    int64_t room = x->api->o.max_model_len - x->prompts->n;
+    if (as->max_is_soft && room > 0 && x->params.max_tokens > room) x->params.max_tokens = room;
+    if (!prompt_fit(x->prompts, x->api, &x->params, f)) return false;
     if (x->params.prompt_logprobs >= 0 && x->prompts->n_pictures)
         return fault_set(f, "prompt_logprobs", "prompt_logprobs: not with images in the prompt");
     return constraint_read(&x->grammar, x->chat, f) && exchange_start(x);

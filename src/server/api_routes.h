@@ -15,6 +15,9 @@ bool api_completions_begin(struct exchange *x);
 /* x->prompts and x->params from a completions body. */
 bool api_completions_prompts(struct exchange *x);
 
+bool api_responses_begin(struct exchange *x);
+bool api_messages_begin(struct exchange *x);
+bool api_count_tokens(struct exchange *x);
 bool api_tokenize(struct exchange *x);
 bool api_detokenize(struct exchange *x);
 bool api_tokenizer_info(struct exchange *x);

@@ -1,6 +1,7 @@
 /* What an api consists of; for the files of this folder that begin with api_ or deal with exchanges. */
 #ifndef SERVER_API_STRUCT_H
 #define SERVER_API_STRUCT_H
+#include "image/patches.h"
 #include "server/api.h"
 #include "server/json_out.h"
 #include <stdatomic.h>
@@ -27,7 +28,8 @@ struct api {
     struct token_list force_end;        /* closes the reasoning */
     int64_t n_vocab;                    /* ids below have a meaning */
     struct token_trie *trie;
-    uint64_t seed; /* of seeds for requests that name none */
+    struct patch_rule patch_rule; /* of a model that sees */
+    uint64_t seed;                /* of seeds for requests that name none */
     atomic_uint_fast64_t n_requests;
     int64_t created; /* seconds since 1970 */
 };

@@ -6,7 +6,8 @@
 /* How a route writes what comes. Of a stream `delta`, `call` and `finish` append events to x->out; else only
  * `whole` does, once all choices are over. `begin` may be NULL. */
 struct shape {
-    bool is_plain; /* answers are neither parsed for reasoning nor for calls */
+    bool is_plain;    /* answers are neither parsed for reasoning nor for calls */
+    bool max_is_soft; /* max_tokens is a bound: more than fits is no error */
     void (*begin)(struct exchange *x, struct choice *c);
     void (*delta)(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n);
     void (*call)(struct exchange *x, struct choice *c, int index);
