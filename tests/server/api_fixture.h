@@ -3,7 +3,6 @@
 #define TESTS_SERVER_API_FIXTURE_H
 #include "base/doc.h"
 #include "server/api.h"
-#include "server/fake_grammar.h"
 #include "server/fake_scheduler.h"
 #include <setjmp.h>
 #include <stdarg.h>
@@ -83,7 +82,7 @@ static inline void fixture_script(struct fixture *x, const char *text)
             list.ids = realloc(list.ids, (list.n + 1) * sizeof *list.ids);
             list.ids[list.n++] = id;
         }
-    memcpy(x->scheduler.tokens, list.ids, list.n * sizeof *list.ids);
+    if (list.n) memcpy(x->scheduler.tokens, list.ids, list.n * sizeof *list.ids);
     x->scheduler.n_tokens = (int)list.n;
     x->scheduler.tokens[x->scheduler.n_tokens++] = tokenizer_find(x->tokenizer, "<|im_end|>");
     free(list.ids);
