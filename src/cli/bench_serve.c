@@ -40,31 +40,6 @@ struct settings {
     bool save, detailed, ignore_eos, insecure, no_progress, trust, quiet, json;
 };
 
-/* vLLM's flags that take several words: --goodput ttft:500 tpot:50 becomes the flag before each. */
-static bool takes_words(const char *flag)
-{
-    return strcmp(flag, "--goodput") == 0 || strcmp(flag, "--metadata") == 0 || strcmp(flag, "--header") == 0;
-}
-
-static char **spread_words(int *argc, char **argv, struct err *e)
-{
-    char **words = calloc(2 * (size_t)*argc + 1, sizeof *words), *flag = NULL;
-    int n = 0, since = 0;
-    if (!words) {
-        err_memory(e, "words", 0);
-        return NULL;
-    }
-    for (int i = 0; i < *argc; i++) {
-        bool is_flag = argv[i][0] == '-';
-        if (is_flag) flag = takes_words(argv[i]) ? argv[i] : NULL;
-        since = is_flag ? 0 : since + 1;
-        if (flag && since > 1) words[n++] = flag;
-        words[n++] = argv[i];
-    }
-    *argc = n;
-    return words;
-}
-
 static bool check(const struct settings *s, struct err *e)
 {
     const struct {
@@ -498,13 +473,13 @@ int bench_serve(int argc, char **argv)
         { "--top-k", 0, FLAG_NUMBER, &s.top_k, "K", "(default: the server's)", NULL },
         { "--min-p", 0, FLAG_NUMBER, &s.min_p, "P", "(default: the server's)", NULL },
         { "--extra-body", 0, FLAG_TEXT, &s.extra_body, "JSON", "fields of every request", NULL },
-        { "--header", 0, FLAG_LIST, &s.headers, "KEY=VALUE ...", "headers of every request", NULL },
+        { "--header", 0, FLAG_WORDS, &s.headers, "KEY=VALUE ...", "headers of every request", NULL },
         { "--insecure", 0, FLAG_SWITCH, &s.insecure, NULL, "any certificate will do", NULL },
         { "--num-warmups", 0, FLAG_INT, &s.warmups, "N",
           "requests before (default 0, and one that must succeed)", NULL },
         { "--ready-check-timeout-sec", 0, FLAG_NUMBER, &s.ready_seconds, "S",
           "wait so long for the server (default 0)", NULL },
-        { "--goodput", 0, FLAG_LIST, &s.goodput, "NAME:MS ...",
+        { "--goodput", 0, FLAG_WORDS, &s.goodput, "NAME:MS ...",
           "goals for ttft, tpot, e2el of a good request", NULL },
         { "--percentile-metrics", 0, FLAG_TEXT, &s.metrics, "NAMES",
           "shown of ttft,tpot,itl,e2el,client_queue_time (default: the first four)", NULL },
@@ -515,7 +490,7 @@ int bench_serve(int argc, char **argv)
         { "--result-filename", 0, FLAG_TEXT, &s.result_file, "NAME",
           "(default: of label, rate, model and date)", NULL },
         { "--label", 0, FLAG_TEXT, &s.label, "TEXT", "in the JSON and the file's name", NULL },
-        { "--metadata", 0, FLAG_LIST, &s.metadata, "KEY=VALUE ...", "in the JSON", NULL },
+        { "--metadata", 0, FLAG_WORDS, &s.metadata, "KEY=VALUE ...", "in the JSON", NULL },
         { "--disable-tqdm", 0, FLAG_SWITCH, &s.no_progress, NULL, "no progress", NULL },
         { "--trust-remote-code", 0, FLAG_SWITCH, &s.trust, NULL, "accepted; no code is ever loaded", NULL },
         { "--quiet", 0, FLAG_SWITCH, &s.quiet, NULL, "no progress, no notes", NULL },
@@ -525,11 +500,7 @@ int bench_serve(int argc, char **argv)
     int status;
     struct err e = { 0 };
     const char *none = NULL;
-    char **words = spread_words(&argc, argv, &e);
-    if (!words) return common_fail(&command, &e);
-    bool go = common_parse(&command, flags, argc, words, &none, &status);
-    free(words);
-    if (!go) return status;
+    if (!common_parse(&command, flags, argc, argv, &none, &status)) return status;
     if (strcmp(s.dataset, "random") == 0) s.ignore_eos = true;
     return run(&s, &e) ? 0 : common_fail(&command, &e);
 }
