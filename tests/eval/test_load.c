@@ -1,5 +1,5 @@
 /* The load client below its sockets: streams cut anywhere, moments of arrival, sums against figures that
- * numpy 1.26 gave. With a server: tools/test_bench_serve.py. */
+ * numpy 1.26 gave. With a server: tools/test_clients.py. */
 #include "cli/bench_serve.h"
 #include "engine/sample.h"
 #include "eval/load.h"

@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             with open(options.page, "rb") as f:
                 page = f.read()
             return self.answer(200, page, "text/html; charset=utf-8", Content_Security_Policy=policy(page))
+        if self.path in ("/health", "/ready"):
+            return self.answer(503 if options.loading and self.path == "/ready" else 200, {})
         if self.path == "/metrics":
             n = served["tokens"]
             text = (f'vllm:spec_decode_num_drafts_total{{model_name="mock"}} {n // 2}.0\n'
@@ -219,6 +221,7 @@ arguments.add_argument("--page")
 arguments.add_argument("--cert")
 arguments.add_argument("--close", action="store_true", help="end of body by closing, not chunked")
 arguments.add_argument("--fill", action="store_true", help="chat answers have as many words as were asked for")
+arguments.add_argument("--loading", action="store_true", help="alive, not ready")
 arguments.add_argument("--keep", action="store_true", help="the record has the bodies")
 if __name__ == "__main__":
     options = arguments.parse_args()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""quench bench serve against a server that knows what it did: tests/server/mock_openai.py keeps the moments at which it got
+"""quench as a client: bench serve and doctor against a server that knows what it did: tests/server/mock_openai.py keeps the moments at which it got
 requests and sent tokens, on the same clock; every sum is computed again here from the requests' own figures.
 
-python3 tools/test_bench_serve.py [PROGRAM]     build/quench; standard library only, about 20 s"""
+python3 tools/test_clients.py [PROGRAM]     build/quench; standard library only, about 20 s"""
 import json
 import math
 import os
@@ -337,16 +337,36 @@ def sentences():
     return None
 
 
+def doctor_asks_a_server():
+    def lines(url, key=None):
+        env = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
+        r = subprocess.run([PROGRAM, "doctor", "--json", "--url", url], env={**env, **({"OPENAI_API_KEY": key} if key else {})},
+                           capture_output=True, text=True, timeout=60)
+        found = {l["check"]: l for l in json.loads(r.stdout)["lines"]}
+        assert r.returncode == (1 if any(l["state"] == "fail" for l in found.values()) else 0), r.returncode
+        return found
+    m = Mock("--key", "sesame", "--loading")
+    d = lines(m.url)
+    assert d["server"]["state"] == "ok" and "alive" in d["server"]["text"] and d["ready"]["state"] == "warn"
+    assert d["models"]["state"] == "warn" and "OPENAI_API_KEY" in d["models"]["advice"]
+    assert lines(m.url, "wrong")["models"]["state"] == "fail"
+    d = lines(m.url, "sesame")
+    assert d["models"] == {"check": "models", "state": "ok", "text": "mock, up to 4096 tokens", "advice": None}
+    m.stop()
+    assert lines("http://127.0.0.1:1")["server"]["state"] == "fail"
+    return None
+
+
 def main():
     failed = 0
     for test in (poisson_completions, same_seed_same_load, goodput_splits, chat_waits_its_turn, failures_are_counted, server_dies,
-                 ways_of_ending_a_body, keys_and_headers, tls, hundreds_of_streams, datasets, saved_and_printed, sentences):
+                 ways_of_ending_a_body, keys_and_headers, tls, hundreds_of_streams, datasets, saved_and_printed, sentences, doctor_asks_a_server):
         try:
             note = test()
-            print(f"bench serve: {test.__name__:24} ok{'  ' + note if note else ''}", flush=True)
+            print(f"client: {test.__name__:24} ok{'  ' + note if note else ''}", flush=True)
         except (AssertionError, KeyError, subprocess.TimeoutExpired) as e:
             failed += 1
-            print(f"bench serve: {test.__name__:24} FAILED at line {e.__traceback__.tb_next.tb_lineno}: {e!r}", flush=True)
+            print(f"client: {test.__name__:24} FAILED at line {e.__traceback__.tb_next.tb_lineno}: {e!r}", flush=True)
     shutil.rmtree(FOLDER, ignore_errors=True)
     return 1 if failed else 0
 
