@@ -16,7 +16,7 @@ enum {
     NETWORK_SMB2 = (int)0xFE534D42,
     NETWORK_9P = 0x01021997
 };
-static const double UTILIZATION = 0.9; /* quench serve's */
+static const double UTILIZATION = 0.92; /* quench serve's */
 
 static void say_checkpoint(struct doctor *d, const struct checkpoint *c)
 {
