@@ -13,5 +13,6 @@ int cli_bench(int argc, char **argv);
 int cli_chat(int argc, char **argv);
 int cli_eval(int argc, char **argv);
 int cli_serve(int argc, char **argv);
+int cli_doctor(int argc, char **argv);
 extern const char cli_version[];
 #endif

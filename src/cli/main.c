@@ -19,6 +19,7 @@ static const struct {
     { "serve", "answer many users over the OpenAI API", cli_serve },
     { "eval", "put questions with known answers to a model", cli_eval },
     { "bench", "measure speed against what the memory allows", cli_bench },
+    { "doctor", "look for what is wrong with machine, checkpoint or server", cli_doctor },
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },
     { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
