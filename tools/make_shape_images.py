@@ -25,9 +25,9 @@ def triangle(d, box, fill):
 
 def cross(d, box, fill):
     x0, y0, x1, y1 = box
-    third = (x1 - x0) // 3
-    d.rectangle([x0, y0 + third, x1, y1 - third], fill=fill)
-    d.rectangle([x0 + third, y0, x1 - third, y1], fill=fill)
+    across, down = (x1 - x0) // 3, (y1 - y0) // 3
+    d.rectangle([x0, y0 + down, x1, y1 - down], fill=fill)
+    d.rectangle([x0 + across, y0, x1 - across, y1], fill=fill)
 
 SHAPES = {f.__name__: f for f in (circle, square, triangle, cross)}
 
