@@ -511,10 +511,10 @@ static void test_malformed(void **state)
         int fd = dial(&s), status = 0;
         reply.n = reply.used = 0;
         send_bytes(fd, text, n);
-        status = receive(&reply, fd, 0.1);
+        status = receive(&reply, fd, 0.02);
         if (!status) shutdown(fd, SHUT_WR); /* it may wait for more: there is none */
         for (bool first = true; first || (status && !reply.closed); first = false) {
-            if (!status || !first) status = receive(&reply, fd, first ? 20 : 0.1);
+            if (!status || !first) status = receive(&reply, fd, first ? 20 : 0.02);
             if (status == 500) fail_msg("%s after %.*s", reply.bytes, (int)n, text);
             if (status || first) by_class[status / 100]++;
         }
