@@ -13,7 +13,7 @@ CC      := gcc
 endif
 BUILD   ?= build
 OPT     ?= -O3
-PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp libevent_core libevent_pthreads libevent_openssl openssl
+PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp libevent_core libevent_extra libevent_pthreads libevent_openssl openssl
 COMMIT  := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 WARN    := -Wall -Wextra -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
@@ -26,7 +26,7 @@ override CFLAGS += -std=c17 -D_GNU_SOURCE -Isrc $(WARN) $(SAN) -MMD -MP -fno-mat
                    -ffp-contract=off $(shell pkg-config --cflags $(PKGS))
 LDFLAGS += $(SAN) -pthread
 ifeq ($(STATIC),1)
-LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -levent_openssl -levent_pthreads -levent_core -lssl -lcrypto -Wl,-Bdynamic -lm
+LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -levent_openssl -levent_pthreads -levent_extra -levent_core -lssl -lcrypto -Wl,-Bdynamic -lm
 else
 LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lgif -lm
 endif
@@ -80,6 +80,7 @@ $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mav
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
 $(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o $(BUILD)/src/server/%.o: STRICT := $(CONVERT)
 $(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
+$(BUILD)/src/server/page.o: src/server/page/page.html
 # A new commit is a new version, and nothing else.
 $(BUILD)/commit: always
 	@mkdir -p $(@D)

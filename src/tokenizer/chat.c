@@ -70,13 +70,15 @@ static bool create_from_file(struct chat_template *t, const char *path, struct e
     return jinja_create(&t->jinja, t->text, t->bytes, e) || err_note(e, "%s", path);
 }
 
-bool chat_template_load(struct chat_template **out, const char *dir, struct err *e)
+/* path: NULL for the checkpoint's own. */
+static bool load(struct chat_template **out, const char *dir, const char *path, struct err *e)
 {
     struct chat_template *t = calloc(1, sizeof *t);
-    char *file = file_join(dir, "chat_template.jinja"), *config = file_join(dir, "tokenizer_config.json");
+    char *file = path ? strdup(path) : file_join(dir, "chat_template.jinja");
+    char *config = file_join(dir, "tokenizer_config.json");
     bool ok = (t && file && config) || err_memory(e, "a chat template", sizeof *t);
     ok = ok && (load_config(t, config, e) || err_note(e, "%s", config));
-    if (ok && file_exists(file))
+    if (ok && (path || file_exists(file)))
         ok = create_from_file(t, file, e);
     else if (ok)
         ok = create_from_config(t, e) || err_note(e, "%s", config);
@@ -85,6 +87,16 @@ bool chat_template_load(struct chat_template **out, const char *dir, struct err 
     if (!ok) chat_template_free(t);
     *out = ok ? t : NULL;
     return ok;
+}
+
+bool chat_template_load(struct chat_template **out, const char *dir, struct err *e)
+{
+    return load(out, dir, NULL, e);
+}
+
+bool chat_template_load_file(struct chat_template **out, const char *dir, const char *path, struct err *e)
+{
+    return load(out, dir, path, e);
 }
 
 void chat_template_free(struct chat_template *t)
