@@ -103,22 +103,24 @@ static void walk(struct matcher *m, const struct trie *trie)
             continue;
         }
         path[node->depth] = to;
-        for (int32_t id = node->token; id >= 0; id = m->t->same[id]) m->bits[id / 32] |= 1u << id % 32;
+        for (int32_t id = node->token; id >= 0; id = trie->same[id]) m->bits[id / 32] |= 1u << id % 32;
         i++;
     }
 }
 
-/* How many characters of the slice may follow, whatever they are; SLICE_BRIEF + 1: any number. */
-static int run_length(struct matcher *m, int which)
+enum run { RUN_SHORT, RUN_BRIEF, RUN_ALL, RUN_LOOP };
+/* What is known about characters of the slice, whatever they are: SLICE_BRIEF of them may follow; any number;
+ * any number, and they change nothing. */
+static enum run run_of(struct matcher *m, int which)
 {
     int32_t set = m->now;
     for (int n = 0; n < SLICE_BRIEF; n++) {
         int32_t to = sets_uniform(&m->sets, set, &m->t->slices[which], which);
-        if (to == SETS_DEAD) return n;
-        if (to == set) return SLICE_BRIEF + 1;
+        if (to == SETS_DEAD) return RUN_SHORT;
+        if (to == set) return n == 0 ? RUN_LOOP : RUN_ALL;
         set = to;
     }
-    return SLICE_BRIEF;
+    return RUN_BRIEF;
 }
 
 /* All tokens that may follow, into m->bits. */
@@ -128,10 +130,10 @@ static void find_tokens(struct matcher *m)
     m->visited = 0;
     for (int i = 0; i < SLICES; i++) {
         const struct slice *s = &m->t->slices[i];
-        int n = run_length(m, i);
-        if (n < SLICE_BRIEF) continue;
-        memcpy(m->bits, n > SLICE_BRIEF ? s->all : s->brief, bytes);
-        walk(m, n > SLICE_BRIEF ? &s->rest : &s->brief_rest);
+        enum run run = run_of(m, i);
+        if (run == RUN_SHORT) continue;
+        memcpy(m->bits, run == RUN_BRIEF ? s->brief : s->all, bytes);
+        walk(m, run == RUN_BRIEF ? &s->brief_rest : run == RUN_ALL ? &s->rest : &s->tails);
         return;
     }
     memset(m->bits, 0, bytes);

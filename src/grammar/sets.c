@@ -302,6 +302,19 @@ int32_t sets_start(struct sets *s)
     return set;
 }
 
+/* close_set(), unless the last one began with the same pairs. */
+static int32_t close_again(struct sets *s)
+{
+    if (s->n_last == s->n_todo && same_pairs(s->last, s->todo, s->n_todo)) return s->last_set;
+    s->n_last = -1;
+    if (!rules_room(&s->last, 0, &s->last_room, s->n_todo, sizeof *s->last)) return SETS_FAILED;
+    int64_t n = s->n_todo;
+    if (n) memcpy(s->last, s->todo, (size_t)n * sizeof *s->last);
+    s->last_set = close_set(s);
+    if (s->last_set != SETS_FAILED) s->n_last = n;
+    return s->last_set;
+}
+
 int32_t sets_step(struct sets *s, int32_t set, int class)
 {
     const struct grammar *g = s->g;
@@ -318,11 +331,9 @@ int32_t sets_step(struct sets *s, int32_t set, int class)
                 ok = visit(s, edge->to, p.frame);
         }
     }
-    int32_t to = ok && s->work <= SETS_WORK_MAX ? close_set(s) : SETS_FAILED;
-    if (to == SETS_FAILED)
-        forget_closure(s);
-    else
-        s->rows[(int64_t)set * g->n_classes + class] = to;
+    int32_t to = ok && s->work <= SETS_WORK_MAX ? close_again(s) : SETS_FAILED;
+    forget_closure(s);
+    if (to != SETS_FAILED) s->rows[(int64_t)set * g->n_classes + class] = to;
     return to;
 }
 
@@ -377,7 +388,7 @@ int32_t sets_uniform(struct sets *s, int32_t set, const struct slice *slice, int
 
 bool sets_init(struct sets *s, const struct grammar *g)
 {
-    *s = (struct sets){ .g = g, .round = 1 };
+    *s = (struct sets){ .g = g, .round = 1, .n_last = -1 };
     s->first_call = malloc(((size_t)g->n_rules + 1) * sizeof *s->first_call);
     s->heap = malloc(((size_t)g->n_rules + 1) * sizeof *s->heap);
     if (s->first_call && s->heap) {
@@ -396,6 +407,7 @@ void sets_deinit(struct sets *s)
     free(s->rows);
     free(s->frame_table);
     free(s->set_table);
+    free(s->last);
     free(s->todo);
     free(s->kernel);
     free(s->content);

@@ -52,6 +52,9 @@ struct sets {
     int32_t *frame_table, *set_table; /* hash tables of numbers + 1 */
     int64_t frame_slots, set_slots;
     int64_t work;
+    struct pair *last; /* what the last step's byte led to, and the set it became: neighbours often agree */
+    int64_t n_last, last_room;
+    int32_t last_set;
 
     /* of one closure */
     struct pair *todo, *kernel, *content;

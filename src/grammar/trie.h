@@ -19,27 +19,30 @@ struct trie_node {
 
 struct trie {
     struct trie_node *nodes;
+    int32_t *same; /* [n_vocab] another token that ends at the same node; -1: none */
     int32_t n;
 };
 
 /* Tokens of whole UTF-8 characters, the last one perhaps not complete, none of them one of `excluded`. */
 enum slice_kind {
-    SLICE_JSON /* no " \ or control */,
-    SLICE_MARKUP /* no < */,
-    SLICE_LINE /* no newline */,
+    SLICE_JSON,   /* no " \ or control */
+    SLICE_MARKUP, /* no < or newline */
+    SLICE_LINE,   /* no newline */
     SLICES
 };
+
 struct slice {
     bool excluded[128];
     uint32_t *all, *brief;        /* [words] those of any length; of at most SLICE_BRIEF characters */
     struct trie rest, brief_rest; /* the other tokens */
+    struct trie tails; /* those of rest from the first character on that does not belong: all that counts
+                          where the characters before lead back to where they began */
 };
 
 struct token_trie {
     int64_t n_vocab, words;
     char *bytes;
     uint32_t *begin; /* [n_vocab + 1] of each token in bytes */
-    int32_t *same;   /* [n_vocab] the next token with the same bytes; -1: none */
     int32_t *stop;
     int n_stop, depth_max;
     struct trie whole;
