@@ -318,8 +318,9 @@ static int32_t close_again(struct sets *s)
 int32_t sets_step(struct sets *s, int32_t set, int class)
 {
     const struct grammar *g = s->g;
-    int32_t *known = &s->rows[(int64_t)set * g->n_classes + class];
-    if (*known >= 0) return *known;
+    int32_t known = s->rows[(int64_t)set * g->n_classes + class];
+    if (known >= 0) return known;
+    int byte = g->member[class], low = 0, high = 255;
     bool ok = true;
     for (int32_t i = 0; i < s->sets[set].n && ok; i++) {
         struct pair p = s->pairs[s->sets[set].first + i];
@@ -327,13 +328,21 @@ int32_t sets_step(struct sets *s, int32_t set, int class)
         s->work += 1 + x->n / 8;
         for (int32_t k = 0; k < x->n && ok; k++) {
             const struct edge *edge = &g->edges[x->first + k];
-            if (g->member[class] >= edge->low && g->member[class] <= edge->high)
+            if (edge->low > byte)
+                high = edge->low - 1 < high ? edge->low - 1 : high;
+            else if (edge->high < byte)
+                low = edge->high + 1 > low ? edge->high + 1 : low;
+            else {
+                low = edge->low > low ? edge->low : low;
+                high = edge->high < high ? edge->high : high;
                 ok = visit(s, edge->to, p.frame);
+            }
         }
     }
     int32_t to = ok && s->work <= SETS_WORK_MAX ? close_again(s) : SETS_FAILED;
     forget_closure(s);
-    if (to != SETS_FAILED) s->rows[(int64_t)set * g->n_classes + class] = to;
+    int32_t *row = &s->rows[(int64_t)set * g->n_classes];
+    for (int c = g->class_of[low]; to != SETS_FAILED && c <= g->class_of[high]; c++) row[c] = to;
     return to;
 }
 

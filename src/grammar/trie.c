@@ -31,8 +31,15 @@ static uint32_t shared(const struct piece *a, const struct piece *b)
     return i;
 }
 
-/* Sorts the pieces. */
-static bool build(struct trie *out, int64_t n_vocab, struct piece *pieces, int64_t n)
+static int32_t *make_chains(int64_t n_vocab)
+{
+    int32_t *same = malloc(((size_t)n_vocab + 1) * sizeof *same);
+    for (int64_t i = 0; same && i < n_vocab; i++) same[i] = -1;
+    return same;
+}
+
+/* Sorts the pieces. same: from make_chains, of one or several tries that have no token in common. */
+static bool build(struct trie *out, int32_t *same, struct piece *pieces, int64_t n)
 {
     int32_t open[TRIE_TOKEN_MAX + 1]; /* the node of each depth above the last one */
     uint32_t depth = 0;
@@ -40,9 +47,8 @@ static bool build(struct trie *out, int64_t n_vocab, struct piece *pieces, int64
     if (n) qsort(pieces, (size_t)n, sizeof *pieces, compare);
     for (int64_t i = 0; i < n; i++) total += pieces[i].n - (i ? shared(&pieces[i - 1], &pieces[i]) : 0);
     out->nodes = malloc((size_t)total * sizeof *out->nodes);
-    out->same = malloc(((size_t)n_vocab + 1) * sizeof *out->same);
-    if (!out->nodes || !out->same) return false;
-    for (int64_t i = 0; i < n_vocab; i++) out->same[i] = -1;
+    out->same = same;
+    if (!out->nodes) return false;
     for (int64_t i = 0; i < n; i++) {
         const struct piece *p = &pieces[i];
         uint32_t common = i ? shared(p - 1, p) : 0;
@@ -53,7 +59,7 @@ static bool build(struct trie *out, int64_t n_vocab, struct piece *pieces, int64
                 (struct trie_node){ .token = -1, .depth = (uint16_t)(depth + 1), .byte = p->bytes[depth] };
             depth++;
         }
-        out->same[p->id] = out->nodes[open[depth]].token;
+        same[p->id] = out->nodes[open[depth]].token;
         out->nodes[open[depth]].token = p->id;
     }
     while (depth > 0) out->nodes[open[depth--]].end = out->n;
@@ -79,30 +85,55 @@ static int count_chars(const unsigned char *s, uint32_t n, const bool *excluded,
     return chars;
 }
 
-/* room: [3][n] */
-static bool make_slice(struct slice *s, const struct token_trie *t, const struct piece *all, int64_t n,
-                       struct piece *room)
+static bool make_bits(struct slice *s, int64_t words)
 {
-    struct piece *rest = room, *brief = room + n, *tails = room + 2 * n;
-    int64_t n_rest = 0, n_brief = 0;
-    s->all = calloc((size_t)t->words + 1, sizeof *s->all);
-    s->brief = calloc((size_t)t->words + 1, sizeof *s->brief);
-    if (!s->all || !s->brief) return false;
+    s->all = calloc((size_t)words + 1, sizeof *s->all);
+    bool ok = s->all;
+    for (int k = 0; k <= SLICE_CHARS && ok; k++) {
+        s->upto[k] = calloc((size_t)words + 1, sizeof **s->upto);
+        ok = s->upto[k];
+    }
+    return ok;
+}
+
+/* begins: [n] a byte for each; work: [n]. Of the tokens with `chars` characters before: after[chars], or
+ * longer. */
+static bool build_after(struct slice *s, const struct piece *all, const uint8_t *begins, int64_t n,
+                        struct piece *work, int chars)
+{
+    int64_t some = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t clean;
+        if (begins[i] != chars) continue;
+        count_chars(all[i].bytes, all[i].n, s->excluded, &clean);
+        if (chars > SLICE_CHARS) clean = 0;
+        if (clean < all[i].n)
+            work[some++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
+    }
+    return build(chars > SLICE_CHARS ? &s->longer : &s->after[chars], s->same_apart, work, some);
+}
+
+static bool make_slice(struct slice *s, const struct token_trie *t, const struct piece *all, int64_t n,
+                       struct piece *work, uint8_t *begins)
+{
+    int64_t n_tails = 0;
+    s->same = make_chains(t->n_vocab);
+    s->same_apart = make_chains(t->n_vocab);
+    if (!s->same || !s->same_apart || !make_bits(s, t->words)) return false;
     for (int64_t i = 0; i < n; i++) {
         uint32_t clean, bit = 1u << all[i].id % 32;
         int chars = count_chars(all[i].bytes, all[i].n, s->excluded, &clean);
-        bool belongs = clean == all[i].n, is_brief = belongs && chars <= SLICE_BRIEF;
-        if (belongs) s->all[all[i].id / 32] |= bit;
-        if (is_brief)
-            s->brief[all[i].id / 32] |= bit;
-        else
-            brief[n_brief++] = all[i];
-        if (belongs) continue;
-        rest[n_rest] = all[i];
-        tails[n_rest++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
+        begins[i] = (uint8_t)(chars <= SLICE_CHARS ? chars : SLICE_CHARS + 1);
+        if (clean == all[i].n) {
+            s->all[all[i].id / 32] |= bit;
+            for (int k = chars; k <= SLICE_CHARS; k++) s->upto[k][all[i].id / 32] |= bit;
+        } else
+            work[n_tails++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
     }
-    return build(&s->rest, t->n_vocab, rest, n_rest) && build(&s->brief_rest, t->n_vocab, brief, n_brief) &&
-           build(&s->tails, t->n_vocab, tails, n_rest);
+    bool ok = build(&s->tails, s->same, work, n_tails);
+    for (int chars = 0; chars <= SLICE_CHARS + 1 && ok; chars++)
+        ok = build_after(s, all, begins, n, work, chars);
+    return ok;
 }
 
 static void exclude(struct token_trie *t)
@@ -116,19 +147,21 @@ static void exclude(struct token_trie *t)
 static bool arrange(struct token_trie *t)
 {
     size_t room = (size_t)t->n_vocab + 1;
-    struct piece *all = malloc(room * sizeof *all), *work = malloc(3 * room * sizeof *work);
+    struct piece *all = malloc(room * sizeof *all), *work = malloc(room * sizeof *work);
+    uint8_t *begins = malloc(room);
     int64_t n = 0;
-    bool ok = all && work;
+    bool ok = all && work && begins && (t->same = make_chains(t->n_vocab));
     for (int64_t id = 0; ok && id < t->n_vocab; id++) {
         uint32_t bytes = t->begin[id + 1] - t->begin[id];
         if (bytes) all[n++] = (struct piece){ (unsigned char *)t->bytes + t->begin[id], bytes, (int32_t)id };
         if ((int)bytes > t->depth_max) t->depth_max = (int)bytes;
     }
     exclude(t);
-    ok = ok && build(&t->whole, t->n_vocab, all, n);
-    for (int i = 0; i < SLICES && ok; i++) ok = make_slice(&t->slices[i], t, all, n, work);
+    ok = ok && build(&t->whole, t->same, all, n);
+    for (int i = 0; i < SLICES && ok; i++) ok = make_slice(&t->slices[i], t, all, n, work, begins);
     free(all);
     free(work);
+    free(begins);
     return ok;
 }
 
@@ -178,23 +211,25 @@ bool token_trie_create(struct token_trie **out, int64_t n_vocab,
     return err_memory(e, "the trie of tokens", (unsigned long long)n_vocab * 64);
 }
 
-static void trie_free(struct trie *t)
+static void slice_free(struct slice *s)
 {
-    free(t->nodes);
-    free(t->same);
+    free(s->all);
+    free(s->tails.nodes);
+    free(s->longer.nodes);
+    free(s->same);
+    free(s->same_apart);
+    for (int k = 0; k <= SLICE_CHARS; k++) {
+        free(s->upto[k]);
+        free(s->after[k].nodes);
+    }
 }
 
 void token_trie_free(struct token_trie *t)
 {
     if (!t) return;
-    for (int i = 0; i < SLICES; i++) {
-        free(t->slices[i].all);
-        free(t->slices[i].brief);
-        trie_free(&t->slices[i].rest);
-        trie_free(&t->slices[i].brief_rest);
-        trie_free(&t->slices[i].tails);
-    }
-    trie_free(&t->whole);
+    for (int i = 0; i < SLICES; i++) slice_free(&t->slices[i]);
+    free(t->whole.nodes);
+    free(t->same);
     free(t->bytes);
     free(t->begin);
     free(t->stop);

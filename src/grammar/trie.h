@@ -7,7 +7,7 @@
 
 enum {
     TRIE_TOKEN_MAX = 1024, /* bytes; longer tokens never match */
-    SLICE_BRIEF = 16,      /* characters */
+    SLICE_CHARS = 40       /* lengths of text that are told apart */
 };
 
 struct trie_node {
@@ -19,7 +19,7 @@ struct trie_node {
 
 struct trie {
     struct trie_node *nodes;
-    int32_t *same; /* [n_vocab] another token that ends at the same node; -1: none */
+    const int32_t *same; /* [n_vocab] another token that ends at the same node; -1: none; borrow */
     int32_t n;
 };
 
@@ -33,10 +33,13 @@ enum slice_kind {
 
 struct slice {
     bool excluded[128];
-    uint32_t *all, *brief;        /* [words] those of any length; of at most SLICE_BRIEF characters */
-    struct trie rest, brief_rest; /* the other tokens */
-    struct trie tails; /* those of rest from the first character on that does not belong: all that counts
-                          where the characters before lead back to where they began */
+    uint32_t *all;                   /* [words] tokens of such text */
+    uint32_t *upto[SLICE_CHARS + 1]; /* [words] those of at most so many characters */
+    struct trie tails;               /* the other tokens, from the first character on that does not belong */
+    struct trie after[SLICE_CHARS + 1]; /* the same apart by how many characters stand before */
+    struct trie longer;                 /* all tokens that begin with more characters */
+    int32_t *same;                      /* owned here, for tails; after and longer share another */
+    int32_t *same_apart;
 };
 
 struct token_trie {
@@ -46,6 +49,7 @@ struct token_trie {
     int32_t *stop;
     int n_stop, depth_max;
     struct trie whole;
+    int32_t *same; /* for whole */
     struct slice slices[SLICES];
 };
 #endif
