@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SCHEMAS_MAX = 20000, SCHEMA_BYTES_MAX = 1 << 19, TEXT_TOTAL_MAX = 32 << 20 };
+enum { SCHEMAS_MAX = 20000, SCHEMA_BYTES_MAX = 1 << 19 };
 
 int32_t schema_refuse(struct schema *s, const char *keyword, const char *format, ...)
 {
@@ -459,9 +459,8 @@ static int32_t choices(struct schema *s, const json_t *schema, const char *keywo
         for (size_t k = 0; k < i && is_one && !s->r->failed; k++)
             if (!schema_is_apart(s, flat[k], flat[i], 0))
                 schema_refuse(s, keyword,
-                              "its parts %zu and %zu may allow the same value: use anyOf, or tell them apart "
-                              "by type, by "
-                              "a const or by a required property",
+                              "has parts, %zu and %zu, that may allow the same value: use anyOf, or tell "
+                              "them apart by type, by a const or by a required property",
                               k, i);
     }
     for (size_t i = 0; flat && i < n; i++) json_decref(flat[i]);

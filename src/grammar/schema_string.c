@@ -44,7 +44,8 @@ static int32_t format_expr(struct schema *s, const char *name, enum chars_form f
             return regex_expr(s->r, formats[i].regex, strlen(formats[i].regex), form, false);
     return schema_refuse(
         s, "format",
-        "'%.40s' is not supported: date, time, date-time, uuid, email, hostname, ipv4, ipv6, uri are", name);
+        "of '%.40s' is not supported: date, time, date-time, uuid, email, hostname, ipv4, ipv6, uri are",
+        name);
 }
 
 int32_t schema_string(struct schema *s, const json_t *schema, enum chars_form form)

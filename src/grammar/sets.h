@@ -12,7 +12,7 @@ enum {
     SETS_DEAD = 0,           /* the set from which nothing matches */
     SETS_FAILED = -1,        /* out of memory, or over a limit */
     SETS_DEPTH_MAX = 400,    /* frames above each other; a rule that would be deeper cannot come */
-    SETS_WORK_MAX = 5000000, /* pairs looked at for one token */
+    SETS_WORK_MAX = 1000000, /* pairs looked at for one token */
     SETS_FLUSH = 4 << 20,    /* bytes from which sets_flush() is due */
     SETS_BYTES_MAX = 32 << 20
 };
