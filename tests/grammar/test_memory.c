@@ -86,7 +86,7 @@ static void test_compile(void **state)
             bool ok = make(&g, kind, &e);
             left = -1;
             if (!failed) {
-                assert_true(ok && n > 20);
+                assert_true(ok && n > 8);
                 grammar_free(g);
                 break;
             }
