@@ -207,7 +207,7 @@ bool api_chat_begin_as(struct exchange *x, const struct shape *as)
     if (!prompt_fit(x->prompts, x->api, &x->params, f)) return false;
     if (x->params.prompt_logprobs >= 0 && x->prompts->n_pictures)
         return fault_set(f, "prompt_logprobs", "prompt_logprobs: not with images in the prompt");
-    return constraint_read(&x->grammar, x->chat, f) && exchange_start(x);
+    return constraint_read(&x->grammar, x->chat, x->tools, f) && exchange_start(x);
 }
 
 bool api_chat_begin(struct exchange *x)

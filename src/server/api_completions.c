@@ -180,6 +180,6 @@ bool api_completions_prompts(struct exchange *x)
 bool api_completions_begin(struct exchange *x)
 {
     x->shape = &shape;
-    return api_completions_prompts(x) && constraint_read(&x->grammar, x->body, &x->fault) &&
+    return api_completions_prompts(x) && constraint_read(&x->grammar, x->body, NULL, &x->fault) &&
            exchange_start(x);
 }
