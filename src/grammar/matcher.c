@@ -85,11 +85,11 @@ static void prepare(struct matcher *m)
     for (int i = 0; i < m->n_masks; i++) m->masks[i].set = -1;
 }
 
-static void walk(struct matcher *m, const struct trie *trie)
+static void walk(struct matcher *m, const struct trie *trie, int32_t from)
 {
     const struct trie_node *nodes = trie->nodes;
     int32_t *path = m->path;
-    path[0] = m->now;
+    path[0] = from;
     for (int32_t i = 0; i < trie->n;) {
         const struct trie_node *node = &nodes[i];
         int32_t to = sets_next(&m->sets, path[node->depth - 1], node->byte);
@@ -103,39 +103,55 @@ static void walk(struct matcher *m, const struct trie *trie)
             continue;
         }
         path[node->depth] = to;
-        for (int32_t id = node->token; id >= 0; id = m->t->same[id]) m->bits[id / 32] |= 1u << id % 32;
+        for (int32_t id = node->token; id >= 0; id = trie->same[id]) m->bits[id / 32] |= 1u << id % 32;
         i++;
     }
 }
 
-/* How many characters of the slice may follow, whatever they are; SLICE_BRIEF + 1: any number. */
-static int run_length(struct matcher *m, int which)
+/* Nothing of the slice may follow. */
+static bool is_closed(struct matcher *m, int32_t set, const struct slice *s)
 {
-    int32_t set = m->now;
-    for (int n = 0; n < SLICE_BRIEF; n++) {
-        int32_t to = sets_uniform(&m->sets, set, &m->t->slices[which], which);
-        if (to == SETS_DEAD) return n;
-        if (to == set) return SLICE_BRIEF + 1;
-        set = to;
+    for (int b = 0; b <= 0xf4; b++) {
+        if (b < 0x80 ? s->excluded[b] : b < 0xc2) continue;
+        if (sets_next(&m->sets, set, (uint8_t)b) != SETS_DEAD) return false;
     }
-    return SLICE_BRIEF;
+    return true;
+}
+
+/* Where any n characters of the slice, whatever they are, lead to at[n], the tokens made of them need no
+ * walk, and the others only from where they leave the slice. False: this is no such place. */
+static bool find_by_slice(struct matcher *m, int which)
+{
+    const struct slice *s = &m->t->slices[which];
+    size_t bytes = (size_t)m->t->words * sizeof *m->bits;
+    int32_t at[SLICE_CHARS + 1] = { m->now };
+    int n = 0;
+    bool loops = false;
+    while (n < SLICE_CHARS && !loops) {
+        int32_t to = sets_uniform(&m->sets, at[n], s, which);
+        if (to == SETS_DEAD) break;
+        loops = to == at[n];
+        at[++n] = to;
+    }
+    if (n == 0 || (n < SLICE_CHARS && !loops && !is_closed(m, at[n], s))) return false;
+    memcpy(m->bits, loops ? s->all : s->upto[n], bytes);
+    if (loops && n == 1) {
+        walk(m, &s->tails, m->now);
+        return true;
+    }
+    for (int k = 0; k <= (loops ? SLICE_CHARS : n); k++) walk(m, &s->after[k], at[k < n ? k : n]);
+    if (n == SLICE_CHARS || loops) walk(m, &s->longer, m->now);
+    return true;
 }
 
 /* All tokens that may follow, into m->bits. */
 static void find_tokens(struct matcher *m)
 {
-    size_t bytes = (size_t)m->t->words * sizeof *m->bits;
     m->visited = 0;
-    for (int i = 0; i < SLICES; i++) {
-        const struct slice *s = &m->t->slices[i];
-        int n = run_length(m, i);
-        if (n < SLICE_BRIEF) continue;
-        memcpy(m->bits, n > SLICE_BRIEF ? s->all : s->brief, bytes);
-        walk(m, n > SLICE_BRIEF ? &s->rest : &s->brief_rest);
-        return;
-    }
-    memset(m->bits, 0, bytes);
-    walk(m, &m->t->whole);
+    for (int i = 0; i < SLICES; i++)
+        if (find_by_slice(m, i)) return;
+    memset(m->bits, 0, (size_t)m->t->words * sizeof *m->bits);
+    walk(m, &m->t->whole, m->now);
 }
 
 /* Kept or found; NULL: the matcher is stuck. */

@@ -12,7 +12,7 @@ enum {
     SETS_DEAD = 0,           /* the set from which nothing matches */
     SETS_FAILED = -1,        /* out of memory, or over a limit */
     SETS_DEPTH_MAX = 400,    /* frames above each other; a rule that would be deeper cannot come */
-    SETS_WORK_MAX = 5000000, /* pairs looked at for one token */
+    SETS_WORK_MAX = 1000000, /* pairs looked at for one token */
     SETS_FLUSH = 4 << 20,    /* bytes from which sets_flush() is due */
     SETS_BYTES_MAX = 32 << 20
 };
@@ -52,6 +52,9 @@ struct sets {
     int32_t *frame_table, *set_table; /* hash tables of numbers + 1 */
     int64_t frame_slots, set_slots;
     int64_t work;
+    struct pair *last; /* what the last step's byte led to, and the set it became: neighbours often agree */
+    int64_t n_last, last_room;
+    int32_t last_set;
 
     /* of one closure */
     struct pair *todo, *kernel, *content;
