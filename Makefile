@@ -140,7 +140,7 @@ tsan-threads:
 
 # One instrumented library for all targets: what parses.
 SAN_fuzz := address,undefined -fno-sanitize-recover=all
-FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/quantize/recipe% src/quantize/yaml%,$(SRC))
+FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/quantize/recipe% src/quantize/yaml% src/server/http%,$(SRC))
 $(BUILD)/libparsers.a: $(FUZZED:%.c=$(BUILD)/%.o)
 	rm -f $@ && $(AR) rcs $@ $^
 fuzz-lib:

@@ -16,6 +16,7 @@ static const struct {
     { "perplexity", "score a text, alone or against another checkpoint", cli_perplexity },
     { "generate", "continue a prompt", cli_generate },
     { "chat", "hold a conversation", cli_chat },
+    { "serve", "answer many users over the OpenAI API", cli_serve },
     { "eval", "put questions with known answers to a model", cli_eval },
     { "bench", "measure speed against what the memory allows", cli_bench },
     { "doctor", "look for what is wrong with machine, checkpoint or server", cli_doctor },

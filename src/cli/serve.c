@@ -304,8 +304,11 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .max_queued = s->queued,
                                    .step_tokens = (int64_t)s->step_tokens,
                                    .decode_seconds = s->decode_ms / 1000,
+                                   .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
+                                   .turn_end = v->turn_end.ids,
+                                   .n_turn_end = (int)v->turn_end.n,
                                    .ctx = server,
                                    .wake = server_wake };
     return scheduler_create(&v->scheduler, &o, e);

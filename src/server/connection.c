@@ -462,10 +462,15 @@ static void on_output(struct evbuffer *buffer, const struct evbuffer_cb_info *in
     }
 }
 
-static bool reads_too_slowly(const struct connection *c, double now)
+/* Over each send_seconds in which output waited all the time, so many bytes at least must have gone. */
+static bool reads_too_slowly(struct connection *c, double now)
 {
-    double patience = c->server->o.send_seconds + (double)(c->written - c->unread_mark) / SEND_RATE;
-    return c->unread_since > 0 && now - c->unread_since > patience;
+    double window = c->server->o.send_seconds;
+    if (c->unread_since == 0 || now - c->unread_since <= window) return false;
+    if ((double)(c->written - c->unread_mark) < SEND_RATE * window) return true;
+    c->unread_since = now;
+    c->unread_mark = c->written;
+    return false;
 }
 
 /* How long the phase may last; 0: as long as it likes. */

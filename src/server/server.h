@@ -29,7 +29,7 @@ struct server_options {
     double header_seconds;   /* 10: until a request's headers are here */
     double body_seconds;     /* 30: until its body is, and a second more for each 16 KiB */
     double idle_seconds;     /* 60: between two requests of a connection */
-    double send_seconds;     /* 30: without the client reading, and a second more for each KiB it reads */
+    double send_seconds;     /* 30: in which a client must read a KiB a second of what waits for it */
     double comment_seconds;  /* 10: of silence in a stream */
     double stall_seconds;    /* 60: without a step while requests wait, then not ready */
     double shutdown_seconds; /* 30; < 0: none */

@@ -17,6 +17,7 @@ bool chat_template_load(struct chat_template **out, const char *dir, struct err 
 bool chat_template_load_file(struct chat_template **out, const char *dir, const char *path, struct err *e);
 void chat_template_free(struct chat_template *t); /* NULL is fine */
 bool chat_template_is_built_in(const struct chat_template *t);
+const char *chat_template_text(const struct chat_template *t, size_t *bytes); /* borrow; not NUL-terminated */
 
 enum chat_thinking {
     CHAT_THINKING_DEFAULT, /* what the template does when nobody says: on */
