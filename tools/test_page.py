@@ -193,6 +193,8 @@ def thinking_folds(b, url):
     assert b.js(f"{LAST}.querySelector('details').open") is False
     assert b.js(f"{LAST}.querySelector('.thought').textContent") == "step0 step1 step2 step3 step4 "
     assert b.js(f"{LAST}.querySelector('.body').textContent") == "Thought out."
+    b.say("think only")
+    assert b.js(f"{LAST}.querySelector('details').open") is True and "ended in its thinking" in b.js(f"{LAST}.querySelector('.note').textContent")
 
 
 def tools_are_shown(b, url):
