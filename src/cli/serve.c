@@ -4,6 +4,7 @@
 #include "cli/common.h"
 #include "cli/serve_compat.h"
 #include "cli/serve_plan.h"
+#include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
 #include <math.h>
@@ -227,6 +228,7 @@ static void watch_warn(void *ctx, const char *text)
 
 static bool start_server(struct server **out, const struct settings *s, struct err *e)
 {
+    static char policy[PAGE_POLICY_MAX]; /* borrowed by the server */
     struct server_options o = { .host = s->host,
                                 .port = (int)s->port,
                                 .uds = s->uds,
@@ -252,6 +254,9 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .request_log = s->log,
                                 .model_name = s->names.items[0],
                                 .version = cli_version,
+                                .page = page_policy(policy) ? page_html : NULL,
+                                .page_bytes = page_html_bytes,
+                                .page_policy = policy,
                                 .note = note,
                                 .quit = quit };
     return server_start(out, &o, e);
