@@ -78,7 +78,7 @@ bool common_parse(const struct command *command, const struct flag *flags, int a
 {
     struct err e = { 0 };
     bool help = false;
-    if (!flags_parse(command, flags, argc, argv, arguments, &help, &e)) {
+    if (!flags_parse(command, flags, argc, argv, arguments, &help, NULL, &e)) {
         *status = common_fail(command, &e);
         fprintf(stderr, "try: quench %s --help\n", command->name);
         return false;
