@@ -78,7 +78,7 @@ $(BUILD)/src/backend/cpu/kernels_avx512bf16.o $(BUILD)/src/backend/cpu/kernels_z
 $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mamx-tile -mamx-int8 -mamx-bf16 -mprefer-vector-width=512
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
-$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o $(BUILD)/src/server/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o $(BUILD)/src/grammar/%.o $(BUILD)/src/server/%.o: STRICT := $(CONVERT)
 $(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
 $(BUILD)/src/server/page.o: src/server/page/page.html
 # A new commit is a new version, and nothing else.
@@ -126,6 +126,9 @@ $(BUILD)/%.h.alone: %.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(CFLAGS)) -Wno-unused-function -fsyntax-only -x c $< && touch $@
 
+# Its allocations can be made to fail.
+$(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
+
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
@@ -140,7 +143,7 @@ tsan-threads:
 
 # One instrumented library for all targets: what parses.
 SAN_fuzz := address,undefined -fno-sanitize-recover=all
-FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/quantize/recipe% src/quantize/yaml% src/server/http%,$(SRC))
+FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/grammar/% src/server/% src/engine/sample% src/quantize/recipe% src/quantize/yaml%,$(SRC))
 $(BUILD)/libparsers.a: $(FUZZED:%.c=$(BUILD)/%.o)
 	rm -f $@ && $(AR) rcs $@ $^
 fuzz-lib:

@@ -190,6 +190,7 @@ static int32_t write_set(struct rules *r, const struct chars *set, enum chars_fo
     struct expr_list out = { 0 };
     struct chars raw = { 0 };
     for (int64_t i = 0; i < set->n; i++) chars_add(r, &raw, set->ranges[i].low, set->ranges[i].high);
+    if (form == CHARS_TAGGED) chars_remove(r, &raw, '<', '<');
     if (form == CHARS_JSON) {
         for (uint32_t c = 0; c <= '\\'; c++)
             if ((c < 0x20 || c == '"' || c == '\\') && holds(set, c)) escape(r, &out, c);

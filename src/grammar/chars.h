@@ -14,7 +14,8 @@ struct chars {
 };
 
 enum chars_form {
-    CHARS_RAW,  /* UTF-8 */
+    CHARS_RAW,    /* UTF-8 */
+    CHARS_TAGGED, /* UTF-8, without <, which may begin a tag */
     CHARS_JSON, /* inside of a JSON string: what must be escaped is, in its shortest form; the rest is not */
 };
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STATES_MAX = 1 << 19, EDGES_MAX = 1 << 21, WORK_MAX = 200000000 };
+enum { STATES_MAX = 1 << 19, EDGES_MAX = 1 << 21, WORK_MAX = 50000000 };
 
 struct compiler {
     struct rules *r;

@@ -26,6 +26,18 @@ bool grammar_from_json_object(struct grammar **out, struct err *e); /* any JSON 
 bool grammar_from_regex(struct grammar **out, const char *regex, size_t n, struct err *e);
 bool grammar_from_choices(struct grammar **out, const char *const *choices, int n, struct err *e);
 bool grammar_from_ebnf(struct grammar **out, const char *text, size_t n, struct err *e);
+
+struct tool_call_options {
+    const char *name; /* the function that must be called; NULL: any of them */
+    bool only_one;    /* one call, not several */
+    bool is_optional; /* text without <tool_call> may stand before the calls, and there may be none */
+};
+/* Calls in the model's own form, as tokenizer/reply.h reads them, after at most two newlines: parameters in
+ * the order of their schema, those not required may be left out; strings as they are, other values as JSON.
+ * tools: as in requests, [{"type": "function", "function": {"name", "parameters"}}] or the functions alone.
+ */
+bool grammar_from_tool_calls(struct grammar **out, const json_t *tools, const struct tool_call_options *o,
+                             struct err *e);
 void grammar_free(struct grammar *g); /* NULL is fine */
 
 /* One position of one answer. Tokens are taken one by one; the mask says which may come next. */

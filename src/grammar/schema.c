@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SCHEMAS_MAX = 20000, SCHEMA_BYTES_MAX = 1 << 19, TEXT_TOTAL_MAX = 32 << 20 };
+enum { SCHEMAS_MAX = 20000, SCHEMA_BYTES_MAX = 1 << 19 };
 
 int32_t schema_refuse(struct schema *s, const char *keyword, const char *format, ...)
 {
@@ -139,7 +139,7 @@ static const struct {
 };
 
 /* Types that its keywords are about, 0: none; unknown keywords are refused. */
-static unsigned check_keywords(struct schema *s, const json_t *schema)
+unsigned schema_check_keywords(struct schema *s, const json_t *schema)
 {
     const char *key;
     json_t *value;
@@ -384,7 +384,7 @@ static int32_t array(struct schema *s, const json_t *schema)
 
 /* The rest. */
 
-static int32_t values(struct schema *s, const json_t *schema)
+int32_t schema_values(struct schema *s, const json_t *schema, enum chars_form form)
 {
     const json_t *one = json_object_get(schema, "const"), *several = json_object_get(schema, "enum");
     const char *key;
@@ -413,7 +413,7 @@ static int32_t values(struct schema *s, const json_t *schema)
             expr_list_add(r, &parts, json_value(r, &s->j, x));
             continue;
         }
-        owned[n_texts] = json_dumps(x, JSON_ENCODE_ANY);
+        owned[n_texts] = form == CHARS_JSON ? json_dumps(x, JSON_ENCODE_ANY) : strdup(json_string_value(x));
         if (!owned[n_texts])
             rules_fail(r, ERR_MEMORY, "no memory for a grammar");
         else {
@@ -459,9 +459,8 @@ static int32_t choices(struct schema *s, const json_t *schema, const char *keywo
         for (size_t k = 0; k < i && is_one && !s->r->failed; k++)
             if (!schema_is_apart(s, flat[k], flat[i], 0))
                 schema_refuse(s, keyword,
-                              "its parts %zu and %zu may allow the same value: use anyOf, or tell them apart "
-                              "by type, by "
-                              "a const or by a required property",
+                              "has parts, %zu and %zu, that may allow the same value: use anyOf, or tell "
+                              "them apart by type, by a const or by a required property",
                               k, i);
     }
     for (size_t i = 0; flat && i < n; i++) json_decref(flat[i]);
@@ -491,11 +490,11 @@ static int32_t flat_expr(struct schema *s, const json_t *schema)
 {
     if (json_is_false(schema)) return expr_none(s->r);
     if (json_is_true(schema)) return expr_call(s->r, s->j.value);
-    unsigned about = check_keywords(s, schema), types = schema_types(s, schema);
+    unsigned about = schema_check_keywords(s, schema), types = schema_types(s, schema);
     if (s->r->failed) return 0;
     if (has(schema, "anyOf")) return choices(s, schema, "anyOf");
     if (has(schema, "oneOf")) return choices(s, schema, "oneOf");
-    if (has(schema, "enum") || has(schema, "const")) return values(s, schema);
+    if (has(schema, "enum") || has(schema, "const")) return schema_values(s, schema, CHARS_JSON);
     if (!has(schema, "type") && about == 0) return expr_call(s->r, s->j.value);
     if (!has(schema, "type")) types = about;
     return typed(s, schema, types);

@@ -25,7 +25,7 @@ struct schema {
     int64_t n_pending, n_done, room, steps;
 };
 
-/* Of all schemas; root is set before schema_expr. */
+/* A root is set before schema_expr, and another one after schema_finish. */
 void schema_init(struct schema *s, struct rules *r);
 void schema_deinit(struct schema *s);
 void schema_set_root(struct schema *s, const json_t *root, const char *path);
@@ -39,6 +39,11 @@ int32_t schema_refuse(struct schema *s, const char *keyword, const char *format,
     __attribute__((format(printf, 3, 4)));
 /* A keyword that is an integer >= 0; `otherwise` when absent. */
 int64_t schema_count(struct schema *s, const json_t *schema, const char *keyword, int64_t otherwise);
+
+/* One of the values of a schema with enum or const, strings in this form, and as JSON in quotes. */
+int32_t schema_values(struct schema *s, const json_t *schema, enum chars_form form);
+unsigned schema_check_keywords(struct schema *s,
+                               const json_t *flat); /* types they are about; unknown: refused */
 
 /* schema_merge.c. The same schema without $ref and allOf, a new object or boolean; NULL: refused. */
 json_t *schema_flatten(struct schema *s, const json_t *schema);

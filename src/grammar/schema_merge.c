@@ -21,6 +21,11 @@ static void put(struct schema *s, json_t *object, const char *key, json_t *value
         rules_fail(s->r, ERR_MEMORY, "no memory for a grammar");
 }
 
+static void append(struct schema *s, json_t *list, json_t *value)
+{
+    if (json_array_append_new(list, value) != 0) rules_fail(s->r, ERR_MEMORY, "no memory for a grammar");
+}
+
 static json_t *hold(const json_t *x)
 {
     return json_incref((json_t *)x);
@@ -55,7 +60,7 @@ const json_t *schema_resolve(struct schema *s, const char *ref)
     const json_t *at = s->root;
     const char *p = ref + 1;
     if (ref[0] != '#' || (*p && *p != '/')) {
-        schema_refuse(s, "$ref", "'%.200s': only references into this schema (#/...) are supported", ref);
+        schema_refuse(s, "$ref", "to '%.200s' is not supported: only #/... into this schema is", ref);
         return NULL;
     }
     while (at && *p == '/') {
@@ -80,7 +85,7 @@ const json_t *schema_resolve(struct schema *s, const char *ref)
         } else
             at = json_object_get(at, key);
     }
-    if (!at) schema_refuse(s, "$ref", "'%.200s' leads nowhere", ref);
+    if (!at) schema_refuse(s, "$ref", "to '%.200s' leads nowhere", ref);
     return at;
 }
 
@@ -137,8 +142,7 @@ static json_t *type_list(struct schema *s, unsigned bits)
     json_t *list = json_array();
     if (bits & TYPE_NUMBER) bits &= ~(unsigned)TYPE_INTEGER;
     for (int i = 0; i < 7; i++)
-        if (bits >> i & 1 && json_array_append_new(list, json_string(names[i])) != 0)
-            rules_fail(s->r, ERR_MEMORY, "no memory for a grammar");
+        if (bits >> i & 1) append(s, list, json_string(names[i]));
     return list;
 }
 
@@ -174,13 +178,13 @@ static bool contains(const json_t *list, const json_t *x)
     return false;
 }
 
-static json_t *merge_lists(const json_t *a, const json_t *b, bool is_union)
+static json_t *merge_lists(struct schema *s, const json_t *a, const json_t *b, bool is_union)
 {
     json_t *out = json_array();
     for (size_t i = 0; i < json_array_size(a); i++)
-        if (is_union || contains(b, json_array_get(a, i))) json_array_append(out, json_array_get(a, i));
+        if (is_union || contains(b, json_array_get(a, i))) append(s, out, hold(json_array_get(a, i)));
     for (size_t i = 0; is_union && i < json_array_size(b); i++)
-        if (!contains(a, json_array_get(b, i))) json_array_append(out, json_array_get(b, i));
+        if (!contains(a, json_array_get(b, i))) append(s, out, hold(json_array_get(b, i)));
     return out;
 }
 
@@ -189,12 +193,12 @@ static json_t *merge_choices(struct schema *s, const json_t *a, const json_t *b)
 {
     json_t *out = json_array();
     if (json_array_size(a) * json_array_size(b) > 256) {
-        schema_refuse(s, "anyOf", "several of them give more than 256 combinations");
+        schema_refuse(s, "anyOf", "beside others gives more than 256 combinations");
         return out;
     }
     for (size_t i = 0; i < json_array_size(a); i++)
         for (size_t k = 0; k < json_array_size(b); k++)
-            json_array_append_new(out, both(s, json_array_get(a, i), json_array_get(b, k)));
+            append(s, out, both(s, json_array_get(a, i), json_array_get(b, k)));
     return out;
 }
 
@@ -204,7 +208,7 @@ static json_t *merge_items(struct schema *s, const json_t *a, const json_t *b)
     if (json_array_size(a) != json_array_size(b))
         schema_refuse(s, "allOf", "cannot merge prefixItems of different lengths");
     for (size_t i = 0; i < json_array_size(a) && !s->r->failed; i++)
-        json_array_append_new(out, both(s, json_array_get(a, i), json_array_get(b, i)));
+        append(s, out, both(s, json_array_get(a, i), json_array_get(b, i)));
     return out;
 }
 
@@ -219,8 +223,8 @@ static json_t *merge_keyword(struct schema *s, const char *key, const json_t *x,
         if ((is_largest || strcmp(key, least[i]) == 0) && json_is_number(x) && json_is_number(y))
             return hold((json_number_value(x) > json_number_value(y)) == is_largest ? x : y);
     }
-    if (strcmp(key, "required") == 0) return merge_lists(x, y, true);
-    if (strcmp(key, "enum") == 0) return merge_lists(x, y, false);
+    if (strcmp(key, "required") == 0) return merge_lists(s, x, y, true);
+    if (strcmp(key, "enum") == 0) return merge_lists(s, x, y, false);
     if (strcmp(key, "items") == 0 || strcmp(key, "additionalProperties") == 0 ||
         strcmp(key, "propertyNames") == 0)
         return both(s, x, y);

@@ -44,19 +44,8 @@ static int32_t format_expr(struct schema *s, const char *name, enum chars_form f
             return regex_expr(s->r, formats[i].regex, strlen(formats[i].regex), form, false);
     return schema_refuse(
         s, "format",
-        "'%.40s' is not supported: date, time, date-time, uuid, email, hostname, ipv4, ipv6, uri are", name);
-}
-
-/* One character of a free text. As JSON: raw or any escape of it. Raw: no <, which might begin a tag. */
-static int32_t character(struct schema *s, enum chars_form form)
-{
-    if (form == CHARS_JSON) return expr_call(s->r, s->j.character);
-    struct chars set = { 0 };
-    chars_add(s->r, &set, '<', '<');
-    chars_complement(s->r, &set);
-    int32_t x = chars_expr(s->r, &set, CHARS_RAW);
-    chars_free(&set);
-    return x;
+        "of '%.40s' is not supported: date, time, date-time, uuid, email, hostname, ipv4, ipv6, uri are",
+        name);
 }
 
 int32_t schema_string(struct schema *s, const json_t *schema, enum chars_form form)
@@ -66,7 +55,9 @@ int32_t schema_string(struct schema *s, const json_t *schema, enum chars_form fo
     if (pattern && !json_is_string(pattern)) return schema_refuse(s, "pattern", "must be a string");
     if (format && !json_is_string(format)) return schema_refuse(s, "format", "must be a string");
     if (s->r->failed) return 0;
-    if (!pattern && !format) return expr_repeat(s->r, character(s, form), least, most);
+    if (!pattern && !format)
+        return expr_repeat(s->r, form == CHARS_JSON ? expr_call(s->r, s->j.character) : chars_any(s->r, form),
+                           least, most);
     if (pattern && format)
         return schema_refuse(s, "format", "beside pattern is not supported: leave one out");
     if (least > 0 || most >= 0)

@@ -302,11 +302,25 @@ int32_t sets_start(struct sets *s)
     return set;
 }
 
+/* close_set(), unless the last one began with the same pairs. */
+static int32_t close_again(struct sets *s)
+{
+    if (s->n_last == s->n_todo && same_pairs(s->last, s->todo, s->n_todo)) return s->last_set;
+    s->n_last = -1;
+    if (!rules_room(&s->last, 0, &s->last_room, s->n_todo, sizeof *s->last)) return SETS_FAILED;
+    int64_t n = s->n_todo;
+    if (n) memcpy(s->last, s->todo, (size_t)n * sizeof *s->last);
+    s->last_set = close_set(s);
+    if (s->last_set != SETS_FAILED) s->n_last = n;
+    return s->last_set;
+}
+
 int32_t sets_step(struct sets *s, int32_t set, int class)
 {
     const struct grammar *g = s->g;
-    int32_t *known = &s->rows[(int64_t)set * g->n_classes + class];
-    if (*known >= 0) return *known;
+    int32_t known = s->rows[(int64_t)set * g->n_classes + class];
+    if (known >= 0) return known;
+    int byte = g->member[class], low = 0, high = 255;
     bool ok = true;
     for (int32_t i = 0; i < s->sets[set].n && ok; i++) {
         struct pair p = s->pairs[s->sets[set].first + i];
@@ -314,15 +328,21 @@ int32_t sets_step(struct sets *s, int32_t set, int class)
         s->work += 1 + x->n / 8;
         for (int32_t k = 0; k < x->n && ok; k++) {
             const struct edge *edge = &g->edges[x->first + k];
-            if (g->member[class] >= edge->low && g->member[class] <= edge->high)
+            if (edge->low > byte)
+                high = edge->low - 1 < high ? edge->low - 1 : high;
+            else if (edge->high < byte)
+                low = edge->high + 1 > low ? edge->high + 1 : low;
+            else {
+                low = edge->low > low ? edge->low : low;
+                high = edge->high < high ? edge->high : high;
                 ok = visit(s, edge->to, p.frame);
+            }
         }
     }
-    int32_t to = ok && s->work <= SETS_WORK_MAX ? close_set(s) : SETS_FAILED;
-    if (to == SETS_FAILED)
-        forget_closure(s);
-    else
-        s->rows[(int64_t)set * g->n_classes + class] = to;
+    int32_t to = ok && s->work <= SETS_WORK_MAX ? close_again(s) : SETS_FAILED;
+    forget_closure(s);
+    int32_t *row = &s->rows[(int64_t)set * g->n_classes];
+    for (int c = g->class_of[low]; to != SETS_FAILED && c <= g->class_of[high]; c++) row[c] = to;
     return to;
 }
 
@@ -339,7 +359,7 @@ static bool all_lead(struct sets *s, int32_t set, const uint8_t (*ranges)[2], in
     return true;
 }
 
-static int32_t find_uniform(struct sets *s, int32_t set, const struct slice *slice)
+static int32_t find_uniform(struct sets *s, int32_t set, const struct slice_chars *chars)
 {
     static const struct {
         uint8_t ranges[4][2];
@@ -354,30 +374,38 @@ static int32_t find_uniform(struct sets *s, int32_t set, const struct slice *sli
         { { { 0xf1, 0xf3 }, { 0x80, 0xbf }, { 0x80, 0xbf }, { 0x80, 0xbf } }, 4 },
         { { { 0xf4, 0xf4 }, { 0x80, 0x8f }, { 0x80, 0xbf }, { 0x80, 0xbf } }, 4 },
     };
-    int32_t want = sets_next(s, set, 'a');
-    int last = -1;
+    int32_t want = SETS_DEAD;
     for (int b = 0; b < 0x80; b++) {
-        if (slice->excluded[b] || s->g->class_of[b] == last) continue;
-        last = s->g->class_of[b];
-        if (want <= 0 || sets_next(s, set, (uint8_t)b) != want) return SETS_DEAD;
+        if (!chars->ascii[b]) continue;
+        int32_t to = sets_next(s, set, (uint8_t)b);
+        if (to <= 0 || (want != SETS_DEAD && to != want)) return SETS_DEAD;
+        want = to;
     }
-    for (size_t i = 0; i < sizeof utf8 / sizeof *utf8; i++)
+    for (size_t i = 0; chars->others && i < sizeof utf8 / sizeof *utf8; i++)
         if (!all_lead(s, set, utf8[i].ranges, utf8[i].n, want)) return SETS_DEAD;
     return want;
 }
 
-int32_t sets_uniform(struct sets *s, int32_t set, const struct slice *slice, int which)
+int32_t sets_uniform(struct sets *s, int32_t set, const struct slice_chars *chars, int which)
 {
-    if (s->sets[set].uniform[which] < 0) {
-        int32_t to = find_uniform(s, set, slice);
-        s->sets[set].uniform[which] = to;
-    }
-    return s->sets[set].uniform[which];
+    if (which >= 0 && s->sets[set].uniform[which] >= 0) return s->sets[set].uniform[which];
+    int32_t to = find_uniform(s, set, chars);
+    if (which >= 0) s->sets[set].uniform[which] = to;
+    return to;
+}
+
+bool sets_is_closed(struct sets *s, int32_t set, const struct slice_chars *chars)
+{
+    for (int b = 0; b <= 0xf4; b++)
+        if ((b < 0x80 ? chars->ascii[b] : chars->others && b >= 0xc2) &&
+            sets_next(s, set, (uint8_t)b) != SETS_DEAD)
+            return false;
+    return true;
 }
 
 bool sets_init(struct sets *s, const struct grammar *g)
 {
-    *s = (struct sets){ .g = g, .round = 1 };
+    *s = (struct sets){ .g = g, .round = 1, .n_last = -1 };
     s->first_call = malloc(((size_t)g->n_rules + 1) * sizeof *s->first_call);
     s->heap = malloc(((size_t)g->n_rules + 1) * sizeof *s->heap);
     if (s->first_call && s->heap) {
@@ -396,6 +424,7 @@ void sets_deinit(struct sets *s)
     free(s->rows);
     free(s->frame_table);
     free(s->set_table);
+    free(s->last);
     free(s->todo);
     free(s->kernel);
     free(s->content);

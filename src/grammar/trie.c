@@ -2,11 +2,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t length(const struct token_trie *t, int32_t id)
-{
-    return t->begin[id + 1] - t->begin[id];
-}
-
 static bool is_stop(const struct token_trie *t, int64_t id)
 {
     for (int i = 0; i < t->n_stop; i++)
@@ -14,122 +9,224 @@ static bool is_stop(const struct token_trie *t, int64_t id)
     return false;
 }
 
-static int compare(const void *x, const void *y, void *ctx)
+/* A token from its byte `begin` on. */
+struct piece {
+    const unsigned char *bytes;
+    uint32_t n;
+    int32_t id;
+};
+
+static int compare(const void *x, const void *y)
 {
-    const struct token_trie *t = ctx;
-    int32_t a = *(const int32_t *)x, b = *(const int32_t *)y;
-    size_t n = length(t, a), m = length(t, b);
-    int order = memcmp(t->bytes + t->begin[a], t->bytes + t->begin[b], n < m ? n : m);
-    if (order == 0) order = (n > m) - (n < m);
-    return order ? order : (a > b) - (a < b);
+    const struct piece *a = x, *b = y;
+    int order = memcmp(a->bytes, b->bytes, a->n < b->n ? a->n : b->n);
+    if (order == 0) order = (a->n > b->n) - (a->n < b->n);
+    return order ? order : (a->id > b->id) - (a->id < b->id);
 }
 
-/* How many bytes of b, which follows a in order, are new. */
-static size_t shared(const struct token_trie *t, int32_t a, int32_t b)
+static uint32_t shared(const struct piece *a, const struct piece *b)
 {
-    size_t n = length(t, a) < length(t, b) ? length(t, a) : length(t, b), i = 0;
-    while (i < n && t->bytes[t->begin[a] + i] == t->bytes[t->begin[b] + i]) i++;
+    uint32_t i = 0;
+    while (i < a->n && i < b->n && a->bytes[i] == b->bytes[i]) i++;
     return i;
 }
 
-/* order: tokens sorted by their bytes, without two of the same. */
-static bool build(struct trie *out, const struct token_trie *t, const int32_t *order, int64_t n)
+static int32_t *make_chains(int64_t n_vocab)
+{
+    int32_t *same = malloc(((size_t)n_vocab + 1) * sizeof *same);
+    for (int64_t i = 0; same && i < n_vocab; i++) same[i] = -1;
+    return same;
+}
+
+/* Sorts the pieces. same: from make_chains, of one or several tries that have no token in common. */
+static bool build(struct trie *out, int32_t *same, struct piece *pieces, int64_t n)
 {
     int32_t open[TRIE_TOKEN_MAX + 1]; /* the node of each depth above the last one */
-    size_t depth = 0;
-    int64_t total = 0;
-    for (int64_t i = 0; i < n; i++)
-        total += (int64_t)(length(t, order[i]) - (i ? shared(t, order[i - 1], order[i]) : 0));
-    out->nodes = malloc(((size_t)total + 1) * sizeof *out->nodes);
+    uint32_t depth = 0;
+    int64_t total = 1;
+    if (n) qsort(pieces, (size_t)n, sizeof *pieces, compare);
+    for (int64_t i = 0; i < n; i++) total += pieces[i].n - (i ? shared(&pieces[i - 1], &pieces[i]) : 0);
+    out->nodes = malloc((size_t)total * sizeof *out->nodes);
+    out->same = same;
     if (!out->nodes) return false;
     for (int64_t i = 0; i < n; i++) {
-        size_t common = i ? shared(t, order[i - 1], order[i]) : 0, bytes = length(t, order[i]);
+        const struct piece *p = &pieces[i];
+        uint32_t common = i ? shared(p - 1, p) : 0;
         while (depth > common) out->nodes[open[depth--]].end = out->n;
-        while (depth < bytes) {
-            uint8_t byte = (uint8_t)t->bytes[t->begin[order[i]] + depth];
-            open[++depth] = out->n;
-            out->nodes[out->n++] = (struct trie_node){ .token = -1, .depth = (uint16_t)depth, .byte = byte };
+        while (depth < p->n) {
+            open[depth + 1] = out->n;
+            out->nodes[out->n++] =
+                (struct trie_node){ .token = -1, .depth = (uint16_t)(depth + 1), .byte = p->bytes[depth] };
+            depth++;
         }
-        out->nodes[open[depth]].token = order[i];
+        same[p->id] = out->nodes[open[depth]].token;
+        out->nodes[open[depth]].token = p->id;
     }
     while (depth > 0) out->nodes[open[depth--]].end = out->n;
     return true;
 }
 
-/* Characters of which the token consists, the last one perhaps cut; -1: it is not such text. */
-static int count_chars(const unsigned char *s, size_t n, const bool *excluded)
+/* Range of the k-th byte of a character that begins with lead. Source: Unicode table 3-7. */
+static bool continues(unsigned lead, int k, unsigned byte)
 {
-    int chars = 0;
-    for (size_t i = 0; i < n; chars++) {
-        unsigned char lead = s[i];
-        size_t bytes = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-        if (lead < 0x80 ? excluded[lead] : lead < 0xc2 || lead > 0xf4) return -1;
-        for (size_t k = 1; k < bytes && i + k < n; k++) {
-            unsigned low = k > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-            unsigned high = k > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-            if (s[i + k] < low || s[i + k] > high) return -1;
-        }
-        i += bytes;
-    }
-    return chars;
+    unsigned low = k > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    unsigned high = k > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    return byte >= low && byte <= high;
 }
 
-static bool make_slice(struct slice *s, const struct token_trie *t, const int32_t *order, int64_t n,
-                       int32_t *rest, int32_t *brief_rest)
+static int char_length(const struct slice_chars *c, unsigned lead)
 {
-    int64_t n_rest = 0, n_brief = 0;
-    s->all = calloc((size_t)t->words, sizeof *s->all);
-    s->brief = calloc((size_t)t->words, sizeof *s->brief);
-    if (!s->all || !s->brief) return false;
+    if (lead < 0x80) return c->ascii[lead] ? 1 : 0;
+    if (!c->others || lead < 0xc2 || lead > 0xf4) return 0;
+    return lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+}
+
+/* Whether the character that begins at node i belongs, with all that is below it up to its end. */
+static bool belongs(const struct slice_chars *c, const struct trie *t, int32_t i)
+{
+    const struct trie_node *first = &t->nodes[i];
+    int length = char_length(c, first->byte);
+    for (int32_t k = i + 1; length > 1 && k < first->end; k++) {
+        int at = t->nodes[k].depth - first->depth;
+        if (at >= length)
+            k = t->nodes[k].end - 1;
+        else if (!continues(first->byte, at, t->nodes[k].byte))
+            return false;
+    }
+    return length > 0;
+}
+
+/* Where a walk over whole stands: characters before the node of each depth, and bytes left of the last one.
+ */
+struct walk {
+    uint8_t chars[TRIE_TOKEN_MAX + 1], left[TRIE_TOKEN_MAX + 1];
+};
+
+/* Calls exit for each node that leaves the slice, token for each that ends within. */
+static void each_node(struct slice *s, const struct token_trie *t, struct walk *w,
+                      void (*exit)(struct slice *s, const struct token_trie *t, int32_t node, int chars))
+{
+    w->chars[0] = w->left[0] = 0;
+    for (int32_t i = 0; i < t->whole.n;) {
+        const struct trie_node *node = &t->whole.nodes[i];
+        int chars = w->chars[node->depth - 1], left = w->left[node->depth - 1];
+        if (left == 0 && (chars == SLICE_CHARS || !belongs(&s->chars, &t->whole, i))) {
+            exit(s, t, i, chars);
+            i = node->end;
+            continue;
+        }
+        chars += left == 0;
+        w->chars[node->depth] = (uint8_t)chars;
+        w->left[node->depth] = (uint8_t)(left ? left - 1 : char_length(&s->chars, node->byte) - 1);
+        for (int32_t id = node->token; id >= 0 && !s->exits; id = t->same[id])
+            s->upto[chars][id / 32] |= 1u << id % 32;
+        i++;
+    }
+}
+
+static int32_t *place(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    return &s->begin[chars * 256 + t->whole.nodes[node].byte];
+}
+
+static void count_exit(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    ++*place(s, t, node, chars);
+}
+
+static void put_exit(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    s->exits[--*place(s, t, node, chars)] = node;
+}
+
+bool slice_init(struct slice *s, const struct token_trie *t, const struct slice_chars *chars)
+{
+    *s = (struct slice){ .chars = *chars };
+    struct walk *w = malloc(sizeof *w);
+    bool ok = w && (s->all = calloc((size_t)t->words + 1, sizeof *s->all));
+    for (int k = 0; k <= SLICE_CHARS && ok; k++)
+        ok = (s->upto[k] = calloc((size_t)t->words + 1, sizeof *s->all)) != NULL;
+    if (ok) each_node(s, t, w, count_exit);
+    for (int k = 1; k <= SLICE_CHARS && ok; k++)
+        for (int64_t i = 0; i < t->words; i++) s->upto[k][i] |= s->upto[k - 1][i];
+    enum { PLACES = (SLICE_CHARS + 1) * 256 };
+    for (int i = 1; i <= PLACES; i++) s->begin[i] += s->begin[i - 1];
+    ok = ok && (s->exits = malloc(((size_t)s->begin[PLACES] + 1) * sizeof *s->exits));
+    if (ok) each_node(s, t, w, put_exit);
+    if (ok && t->words) memcpy(s->all, s->upto[SLICE_CHARS], (size_t)t->words * sizeof *s->all);
+    free(w);
+    return ok;
+}
+
+void slice_deinit(struct slice *s)
+{
+    free(s->all);
+    free(s->tails.nodes);
+    free(s->same);
+    free(s->exits);
+    for (int k = 0; k <= SLICE_CHARS; k++) free(s->upto[k]);
+    *s = (struct slice){ 0 };
+}
+
+/* Bytes at the beginning that belong to the slice, a cut character at the end with them. */
+static uint32_t clean_bytes(const struct slice_chars *c, const unsigned char *s, uint32_t n)
+{
+    for (uint32_t i = 0; i < n;) {
+        int length = char_length(c, s[i]);
+        if (length == 0) return i;
+        for (int k = 1; k < length && i + (uint32_t)k < n; k++)
+            if (!continues(s[i], k, s[i + (uint32_t)k])) return i;
+        i += (uint32_t)length;
+    }
+    return n;
+}
+
+/* Tokens of more than SLICE_CHARS characters are among all as well. */
+static bool add_tails(struct slice *s, const struct token_trie *t, const struct piece *all, int64_t n,
+                      struct piece *work)
+{
+    int64_t some = 0;
     for (int64_t i = 0; i < n; i++) {
-        const unsigned char *bytes = (const unsigned char *)t->bytes + t->begin[order[i]];
-        int chars = count_chars(bytes, length(t, order[i]), s->excluded);
-        if (chars < 0) rest[n_rest++] = order[i];
-        if (chars < 0 || chars > SLICE_BRIEF) brief_rest[n_brief++] = order[i];
-        for (int32_t id = order[i]; chars >= 0 && id >= 0; id = t->same[id]) {
-            s->all[id / 32] |= 1u << id % 32;
-            if (chars <= SLICE_BRIEF) s->brief[id / 32] |= 1u << id % 32;
-        }
+        uint32_t clean = clean_bytes(&s->chars, all[i].bytes, all[i].n);
+        if (clean == all[i].n)
+            s->all[all[i].id / 32] |= 1u << all[i].id % 32;
+        else
+            work[some++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
     }
-    return build(&s->rest, t, rest, n_rest) && build(&s->brief_rest, t, brief_rest, n_brief);
+    s->same = make_chains(t->n_vocab);
+    return s->same && build(&s->tails, s->same, work, some);
 }
 
-static void exclude(struct token_trie *t)
+static void usual_chars(struct slice_chars c[SLICES])
 {
-    for (int b = 0; b < 0x20; b++) t->slices[SLICE_JSON].excluded[b] = true;
-    t->slices[SLICE_JSON].excluded['"'] = t->slices[SLICE_JSON].excluded['\\'] = true;
-    t->slices[SLICE_MARKUP].excluded['<'] = true;
-    t->slices[SLICE_LINE].excluded['\n'] = true;
+    for (int i = 0; i < SLICES; i++) {
+        memset(c[i].ascii, true, sizeof c[i].ascii);
+        c[i].others = true;
+    }
+    memset(c[SLICE_JSON].ascii, false, 0x20);
+    c[SLICE_JSON].ascii['"'] = c[SLICE_JSON].ascii['\\'] = false;
+    c[SLICE_MARKUP].ascii['<'] = c[SLICE_MARKUP].ascii['\n'] = false;
+    c[SLICE_LINE].ascii['\n'] = false;
 }
 
 static bool arrange(struct token_trie *t)
 {
     size_t room = (size_t)t->n_vocab + 1;
-    int32_t *order = malloc(room * sizeof *order), *rest = malloc(room * sizeof *rest);
-    int32_t *brief_rest = malloc(room * sizeof *brief_rest);
-    bool ok = order && rest && brief_rest;
-    int64_t n = 0, kept = 0;
+    struct piece *all = malloc(room * sizeof *all), *work = malloc(room * sizeof *work);
+    struct slice_chars usual[SLICES];
+    int64_t n = 0;
+    bool ok = all && work && (t->same = make_chains(t->n_vocab));
     for (int64_t id = 0; ok && id < t->n_vocab; id++) {
-        if (length(t, (int32_t)id)) order[n++] = (int32_t)id;
-        if ((int)length(t, (int32_t)id) > t->depth_max) t->depth_max = (int)length(t, (int32_t)id);
+        uint32_t bytes = t->begin[id + 1] - t->begin[id];
+        if (bytes) all[n++] = (struct piece){ (unsigned char *)t->bytes + t->begin[id], bytes, (int32_t)id };
+        if ((int)bytes > t->depth_max) t->depth_max = (int)bytes;
     }
-    if (n) qsort_r(order, (size_t)n, sizeof *order, compare, t);
-    for (int64_t i = 0; i < n; i++) {
-        size_t bytes = length(t, order[i]);
-        int32_t last = i ? order[i - 1] : -1;
-        if (last >= 0 && length(t, last) == bytes && shared(t, last, order[i]) == bytes) {
-            t->same[last] = order[i];
-            continue;
-        }
-        rest[kept++] = order[i];
-    }
-    if (kept) memcpy(order, rest, (size_t)kept * sizeof *order);
-    ok = ok && build(&t->whole, t, order, kept);
-    exclude(t);
-    for (int i = 0; i < SLICES && ok; i++) ok = make_slice(&t->slices[i], t, order, kept, rest, brief_rest);
-    free(order);
-    free(rest);
-    free(brief_rest);
+    usual_chars(usual);
+    ok = ok && build(&t->whole, t->same, all, n);
+    for (int i = 0; i < SLICES && ok; i++)
+        ok = slice_init(&t->slices[i], t, &usual[i]) && add_tails(&t->slices[i], t, all, n, work);
+    free(all);
+    free(work);
     return ok;
 }
 
@@ -151,7 +248,6 @@ static bool copy_bytes(struct token_trie *t, const char *(*bytes)(void *, int32_
         if (n) memcpy(t->bytes + used, text, n);
         used += n;
         t->begin[id + 1] = (uint32_t)used;
-        t->same[id] = -1;
     }
     return t->bytes;
 }
@@ -168,9 +264,8 @@ bool token_trie_create(struct token_trie **out, int64_t n_vocab,
     t->n_vocab = n_vocab;
     t->words = (n_vocab + 31) / 32;
     t->begin = calloc((size_t)n_vocab + 1, sizeof *t->begin);
-    t->same = malloc(((size_t)n_vocab + 1) * sizeof *t->same);
     t->stop = malloc(((size_t)n_stop + 1) * sizeof *t->stop);
-    bool ok = t->begin && t->same && t->stop;
+    bool ok = t->begin && t->stop;
     for (int i = 0; ok && i < n_stop; i++)
         if (stop[i] >= 0 && stop[i] < n_vocab) t->stop[t->n_stop++] = stop[i];
     if (ok && copy_bytes(t, bytes, ctx) && arrange(t)) {
@@ -184,16 +279,11 @@ bool token_trie_create(struct token_trie **out, int64_t n_vocab,
 void token_trie_free(struct token_trie *t)
 {
     if (!t) return;
-    for (int i = 0; i < SLICES; i++) {
-        free(t->slices[i].all);
-        free(t->slices[i].brief);
-        free(t->slices[i].rest.nodes);
-        free(t->slices[i].brief_rest.nodes);
-    }
+    for (int i = 0; i < SLICES; i++) slice_deinit(&t->slices[i]);
     free(t->whole.nodes);
+    free(t->same);
     free(t->bytes);
     free(t->begin);
-    free(t->same);
     free(t->stop);
     free(t);
 }

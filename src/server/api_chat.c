@@ -30,24 +30,6 @@ static void write_call(struct exchange *x, const struct choice *c, int index, bo
     json_out_close(o, '}');
 }
 
-static void write_stop_reason(struct exchange *x, const struct choice *c)
-{
-    const struct stop_string *s = c->stop_string >= 0 ? &x->params.stops[c->stop_string] : NULL;
-    if (s)
-        json_out_key_string(&x->out, "stop_reason", s->text, s->n);
-    else if (c->stop_token >= 0)
-        json_out_key_int(&x->out, "stop_reason", c->stop_token);
-    else
-        json_out_key_null(&x->out, "stop_reason");
-}
-
-static void write_ids(struct json_out *o, const char *key, const int32_t *ids, size_t n)
-{
-    json_out_key_open(o, key, '[');
-    for (size_t i = 0; i < n; i++) json_out_int(o, ids[i]);
-    json_out_close(o, ']');
-}
-
 /* Scores and ids of the tokens since the last chunk. */
 static void write_tokens(struct exchange *x, struct choice *c)
 {
@@ -62,7 +44,7 @@ static void write_tokens(struct exchange *x, struct choice *c)
         json_out_key_null(&x->out, "logprobs");
     }
     if (!x->params.return_token_ids) return;
-    write_ids(&x->out, "token_ids", c->tokens + p->tokens_listed, (size_t)c->n_tokens - p->tokens_listed);
+    json_out_key_ids(&x->out, "token_ids", c->tokens, p->tokens_listed, (size_t)c->n_tokens);
     p->tokens_listed = (size_t)c->n_tokens;
 }
 
@@ -86,7 +68,7 @@ static void close_chunk(struct exchange *x, struct choice *c, const char *finish
     else
         json_out_key_null(&x->out, "logprobs");
     json_out_key_text(&x->out, "finish_reason", finish);
-    if (finish) write_stop_reason(x, c);
+    if (finish) exchange_write_stop_reason(x, c);
     json_out_close(&x->out, '}');
     json_out_close(&x->out, ']');
     if (x->params.continuous_usage) exchange_write_usage(x, c);
@@ -141,27 +123,14 @@ static void finish(struct exchange *x, struct choice *c)
     close_chunk(x, c, c->finish, true);
 }
 
-static void end(struct exchange *x)
+static void end_head(struct exchange *x)
 {
-    if (x->params.include_usage) {
-        exchange_event(x, NULL);
-        json_out_open(&x->out, '{');
-        write_head(x, "chat.completion.chunk");
-        json_out_key_open(&x->out, "choices", '[');
-        json_out_close(&x->out, ']');
-        exchange_write_usage(x, NULL);
-        json_out_close(&x->out, '}');
-        exchange_event_end(x);
-    }
-    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
+    write_head(x, "chat.completion.chunk");
 }
 
-static void fail(struct exchange *x)
+static void end(struct exchange *x)
 {
-    exchange_event(x, NULL);
-    fault_write(&x->out, x->route, x->fault.status, NULL, x->fault.param.text, x->fault.code, x->fault.text);
-    exchange_event_end(x);
-    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
+    exchange_write_end(x, end_head);
 }
 
 static void write_message(struct exchange *x, const struct choice *c)
@@ -199,7 +168,7 @@ static void whole(struct exchange *x)
         write_message(x, c);
         write_tokens(x, c);
         json_out_key_text(o, "finish_reason", c->finish);
-        write_stop_reason(x, c);
+        exchange_write_stop_reason(x, c);
         json_out_close(o, '}');
     }
     json_out_close(o, ']');
@@ -209,13 +178,17 @@ static void whole(struct exchange *x)
         score_out_prompt(o, x->api, &x->choices[0].prompt_scores, x->params.prompt_logprobs);
     }
     if (x->params.return_token_ids)
-        write_ids(o, "prompt_token_ids", x->prompts[0].ids, (size_t)x->prompts[0].n);
+        json_out_key_ids(o, "prompt_token_ids", x->prompts[0].ids, 0, (size_t)x->prompts[0].n);
     json_out_close(o, '}');
 }
 
-static const struct shape shape = {
-    .begin = begin, .delta = delta, .call = call, .finish = finish, .end = end, .whole = whole, .fail = fail
-};
+static const struct shape shape = { .begin = begin,
+                                    .delta = delta,
+                                    .call = call,
+                                    .finish = finish,
+                                    .end = end,
+                                    .whole = whole,
+                                    .fail = exchange_write_failure };
 
 bool api_chat_begin_as(struct exchange *x, const struct shape *as)
 {
@@ -234,7 +207,7 @@ bool api_chat_begin_as(struct exchange *x, const struct shape *as)
     if (!prompt_fit(x->prompts, x->api, &x->params, f)) return false;
     if (x->params.prompt_logprobs >= 0 && x->prompts->n_pictures)
         return fault_set(f, "prompt_logprobs", "prompt_logprobs: not with images in the prompt");
-    return constraint_read(&x->grammar, x->chat, f) && exchange_start(x);
+    return constraint_read(&x->grammar, x->chat, x->tools, f) && exchange_start(x);
 }
 
 bool api_chat_begin(struct exchange *x)

@@ -15,24 +15,6 @@ static void write_head(struct exchange *x)
     json_out_key_text(&x->out, "model", x->model);
 }
 
-static void write_ids(struct json_out *o, const char *key, const int32_t *ids, size_t n)
-{
-    json_out_key_open(o, key, '[');
-    for (size_t i = 0; i < n; i++) json_out_int(o, ids[i]);
-    json_out_close(o, ']');
-}
-
-static void write_stop_reason(struct exchange *x, const struct choice *c)
-{
-    const struct stop_string *s = c->stop_string >= 0 ? &x->params.stops[c->stop_string] : NULL;
-    if (s)
-        json_out_key_string(&x->out, "stop_reason", s->text, s->n);
-    else if (c->stop_token >= 0)
-        json_out_key_int(&x->out, "stop_reason", c->stop_token);
-    else
-        json_out_key_null(&x->out, "stop_reason");
-}
-
 /* What was asked to be said of the tokens since the last chunk; the first one has the prompt's too. */
 static void write_tokens(struct exchange *x, struct choice *c)
 {
@@ -49,8 +31,9 @@ static void write_tokens(struct exchange *x, struct choice *c)
         json_out_key_null(&x->out, "logprobs");
     }
     if (q->return_token_ids) {
-        if (!p->prompt_said) write_ids(&x->out, "prompt_token_ids", c->o.prompt->ids, (size_t)c->o.prompt->n);
-        write_ids(&x->out, "token_ids", c->tokens + p->tokens_listed, (size_t)c->n_tokens - p->tokens_listed);
+        if (!p->prompt_said)
+            json_out_key_ids(&x->out, "prompt_token_ids", c->o.prompt->ids, 0, (size_t)c->o.prompt->n);
+        json_out_key_ids(&x->out, "token_ids", c->tokens, p->tokens_listed, (size_t)c->n_tokens);
         p->tokens_listed = (size_t)c->n_tokens;
     }
     p->prompt_said = true;
@@ -68,7 +51,7 @@ static void chunk(struct exchange *x, struct choice *c, const char *text, size_t
     json_out_key_string(o, "text", text, n);
     write_tokens(x, c);
     json_out_key_text(o, "finish_reason", finish);
-    if (finish) write_stop_reason(x, c);
+    if (finish) exchange_write_stop_reason(x, c);
     json_out_close(o, '}');
     json_out_close(o, ']');
     if (x->params.continuous_usage) exchange_write_usage(x, c);
@@ -94,25 +77,7 @@ static void finish(struct exchange *x, struct choice *c)
 
 static void end(struct exchange *x)
 {
-    if (x->params.include_usage) {
-        exchange_event(x, NULL);
-        json_out_open(&x->out, '{');
-        write_head(x);
-        json_out_key_open(&x->out, "choices", '[');
-        json_out_close(&x->out, ']');
-        exchange_write_usage(x, NULL);
-        json_out_close(&x->out, '}');
-        exchange_event_end(x);
-    }
-    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
-}
-
-static void fail(struct exchange *x)
-{
-    exchange_event(x, NULL);
-    fault_write(&x->out, x->route, x->fault.status, NULL, x->fault.param.text, x->fault.code, x->fault.text);
-    exchange_event_end(x);
-    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
+    exchange_write_end(x, write_head);
 }
 
 static void write_text(struct exchange *x, const struct choice *c)
@@ -138,7 +103,7 @@ static void whole(struct exchange *x)
         write_text(x, c);
         write_tokens(x, c);
         json_out_key_text(o, "finish_reason", c->finish);
-        write_stop_reason(x, c);
+        exchange_write_stop_reason(x, c);
         if (x->params.prompt_logprobs >= 0) {
             json_out_key(o, "prompt_logprobs");
             score_out_prompt(o, x->api, &c->prompt_scores, x->params.prompt_logprobs);
@@ -156,7 +121,7 @@ static const struct shape shape = { .is_plain = true,
                                     .finish = finish,
                                     .end = end,
                                     .whole = whole,
-                                    .fail = fail };
+                                    .fail = exchange_write_failure };
 
 /* Token ids as a prompt; the text they stand for is needed where it is echoed. */
 static bool from_ids(struct prompt_text *out, const struct exchange *x, const json_t *list, const char *param,
@@ -215,6 +180,6 @@ bool api_completions_prompts(struct exchange *x)
 bool api_completions_begin(struct exchange *x)
 {
     x->shape = &shape;
-    return api_completions_prompts(x) && constraint_read(&x->grammar, x->body, &x->fault) &&
+    return api_completions_prompts(x) && constraint_read(&x->grammar, x->body, NULL, &x->fault) &&
            exchange_start(x);
 }

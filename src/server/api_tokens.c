@@ -5,13 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void write_ids(struct json_out *o, const char *key, const struct prompt_text *p)
-{
-    json_out_key_open(o, key, '[');
-    for (int64_t i = 0; i < p->n; i++) json_out_int(o, p->ids[i]);
-    json_out_close(o, ']');
-}
-
 static bool one_prompt(struct exchange *x)
 {
     x->prompts = calloc(1, sizeof *x->prompts);
@@ -48,7 +41,7 @@ bool api_tokenize(struct exchange *x)
     json_out_open(&x->out, '{');
     json_out_key_int(&x->out, "count", x->prompts->n);
     json_out_key_int(&x->out, "max_model_len", x->api->o.max_model_len);
-    write_ids(&x->out, "tokens", x->prompts);
+    json_out_key_ids(&x->out, "tokens", x->prompts->ids, 0, (size_t)x->prompts->n);
     if (with_strings)
         write_strings(x);
     else
@@ -105,7 +98,7 @@ static void write_rendered(struct exchange *x, const struct prompt_text *p)
 {
     json_out_open(&x->out, '{');
     if (p->text) json_out_key_string(&x->out, "prompt", p->text, p->bytes);
-    write_ids(&x->out, "token_ids", p);
+    json_out_key_ids(&x->out, "token_ids", p->ids, 0, (size_t)p->n);
     json_out_key_int(&x->out, "count", p->n);
     json_out_key_int(&x->out, "images", p->n_pictures);
     json_out_key_int(&x->out, "max_model_len", x->api->o.max_model_len);

@@ -8,6 +8,7 @@ enum { EVENTS = 32 };
 
 static void take_call(struct choice *c, const struct reply_event *event)
 {
+    if (c->o.params->one_call && c->n_calls > 0) return;
     struct tool_call *grown = realloc(c->calls, (size_t)(c->n_calls + 1) * sizeof *grown);
     if (!grown) {
         c->content.failed = true;
@@ -238,13 +239,22 @@ static bool take(struct choice *c, const struct request_event *event)
     }
 }
 
+/* One call was asked for, and has come. */
+static bool has_enough(const struct choice *c)
+{
+    return c->o.params->one_call && c->n_calls > 0;
+}
+
 bool choice_pump(struct choice *c)
 {
     struct request_event events[EVENTS];
     bool ok = true;
     int n;
     while (ok && !c->is_over && (n = request_take(c->request, events, EVENTS)) > 0)
-        for (int i = 0; ok && i < n && !c->is_over; i++) ok = take(c, &events[i]);
+        for (int i = 0; ok && i < n && !c->is_over; i++) {
+            ok = take(c, &events[i]);
+            if (ok && !c->is_over && has_enough(c)) end(c, "stop");
+        }
     if (!c->is_over || !ok) return ok && !c->content.failed && !c->reasoning.failed;
     ok = flush(c);
     request_usage(c->request, &c->usage);

@@ -6,27 +6,31 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Of several grammars an answer follows any: the form asked for, or calls of tools instead. */
+enum { GRAMMARS_MAX = 2 };
+
 struct grammar_share {
-    struct grammar *grammar;
+    struct grammar *grammars[GRAMMARS_MAX];
+    int n;
     atomic_int holders; /* answers are let go of on the scheduler's thread */
 };
 
 static bool share(struct grammar_share **out, struct grammar *g, struct fault *f)
 {
-    *out = calloc(1, sizeof **out);
+    if (!*out) *out = calloc(1, sizeof **out);
     if (!*out) {
         grammar_free(g);
         return fault_memory(f);
     }
-    (*out)->grammar = g;
     (*out)->holders = 1;
+    (*out)->grammars[(*out)->n++] = g;
     return true;
 }
 
 void grammar_share_release(struct grammar_share *g)
 {
     if (!g || atomic_fetch_sub(&g->holders, 1) > 1) return;
-    grammar_free(g->grammar);
+    for (int i = 0; i < g->n; i++) grammar_free(g->grammars[i]);
     free(g);
 }
 
@@ -132,16 +136,16 @@ static bool compile(struct grammar **out, const struct wish *w, struct err *e)
     return w->kind == WISH_REGEX ? grammar_from_regex(out, text, n, e) : grammar_from_ebnf(out, text, n, e);
 }
 
-bool constraint_read(struct grammar_share **out, const json_t *body, struct fault *f)
+static bool read_form(struct grammar_share **out, const json_t *body, bool *has_form, struct fault *f)
 {
     struct wish w = { .kind = WISH_NONE };
     struct grammar *g;
     struct err e = { 0 };
-    *out = NULL;
     if (!read_response_format(&w, body, f) || !read_structured_outputs(&w, body, f) ||
         !read_guided(&w, body, f))
         return false;
-    if (w.kind == WISH_NONE) return true;
+    *has_form = w.kind != WISH_NONE;
+    if (!*has_form) return true;
     if (!compile(&g, &w, &e)) {
         err_note(&e, "%s", w.param);
         return fault_from_err(f, w.param, &e);
@@ -149,45 +153,149 @@ bool constraint_read(struct grammar_share **out, const json_t *body, struct faul
     return share(out, g, f);
 }
 
+/* Whether a call must come, and of which function. */
+struct choice_of_tool {
+    bool is_forced;
+    const char *name; /* NULL: any */
+};
+
+static const json_t *function_of(const json_t *tools, size_t i)
+{
+    return json_object_get(json_array_get(tools, i), "function");
+}
+
+static bool has_tool(const json_t *tools, const char *name)
+{
+    for (size_t i = 0; i < json_array_size(tools); i++) {
+        const char *own = json_string_value(json_object_get(function_of(tools, i), "name"));
+        if (own && strcmp(own, name) == 0) return true;
+    }
+    return false;
+}
+
+static bool is_strict(const json_t *tools)
+{
+    for (size_t i = 0; i < json_array_size(tools); i++)
+        if (json_is_true(json_object_get(function_of(tools, i), "strict"))) return true;
+    return false;
+}
+
+static bool read_tool_choice(struct choice_of_tool *out, const json_t *body, const json_t *tools,
+                             struct fault *f)
+{
+    static const char param[] = "tool_choice";
+    const struct fields in = { body, "", f };
+    const json_t *choice = fields_get(&in, param);
+    const char *word = json_string_value(choice);
+    if (!choice || (word && (strcmp(word, "auto") == 0 || strcmp(word, "none") == 0))) return true;
+    if (word && strcmp(word, "required") != 0)
+        return fault_set(f, param, "%s: expected none, auto, required or a function, found \"%.40s\"", param,
+                         word);
+    out->is_forced = true;
+    if (!word) {
+        const json_t *name = json_object_get(json_object_get(choice, "function"), "name");
+        if (!json_is_string(name)) return fields_wrong(f, "tool_choice.function.name", "a string", name);
+        out->name = json_string_value(name);
+        if (!has_tool(tools, out->name))
+            return fault_set(f, "tool_choice.function.name", "tool_choice: there is no tool \"%.60s\"",
+                             out->name);
+    }
+    return json_array_size(tools) > 0 || fault_set(f, param, "%s: there are no tools to call", param);
+}
+
+/* Calls are constrained where one must come, where a tool is strict, and where an answer without one has a
+ * form. */
+static bool read_calls(struct grammar_share **out, const json_t *body, const json_t *tools, bool has_form,
+                       struct fault *f)
+{
+    struct choice_of_tool c = { 0 };
+    struct grammar *g;
+    struct err e = { 0 };
+    if (!read_tool_choice(&c, body, tools, f)) return false;
+    if (c.is_forced && has_form)
+        return fault_set(f, "tool_choice",
+                         "tool_choice: an answer cannot be a call and have another form as well");
+    if (json_array_size(tools) == 0 || !(c.is_forced || has_form || is_strict(tools))) return true;
+    const struct tool_call_options o = { .name = c.name,
+                                         .only_one =
+                                             json_is_false(json_object_get(body, "parallel_tool_calls")),
+                                         .is_optional = !c.is_forced && !has_form };
+    if (!grammar_from_tool_calls(&g, tools, &o, &e)) return fault_from_err(f, "tools", &e);
+    return share(out, g, f);
+}
+
+bool constraint_read(struct grammar_share **out, const json_t *body, const json_t *tools, struct fault *f)
+{
+    bool has_form = false;
+    *out = NULL;
+    return read_form(out, body, &has_form, f) && read_calls(out, body, tools, has_form, f);
+}
+
 /* On the scheduler's thread. */
 struct follower {
     struct constraint constraint;
     struct grammar_share *share;
-    struct matcher *matcher;
+    struct matcher *matchers[GRAMMARS_MAX]; /* NULL: the answer is none of this grammar */
+    uint32_t *bits;                         /* of one of several */
 };
 
 static void mask(void *state, uint32_t *bits, int64_t n_vocab)
 {
     struct follower *w = state;
-    matcher_mask(w->matcher, bits, n_vocab);
+    size_t words = (size_t)(n_vocab + 31) / 32;
+    if (w->share->n == 1) {
+        matcher_mask(w->matchers[0], bits, n_vocab);
+        return;
+    }
+    uint32_t *either = w->bits, *one = w->bits + words;
+    memset(either, 0, words * sizeof *either);
+    for (int i = 0; i < w->share->n; i++) {
+        if (!w->matchers[i]) continue;
+        memset(one, 0xff, words * sizeof *one);
+        matcher_mask(w->matchers[i], one, n_vocab);
+        for (size_t k = 0; k < words; k++) either[k] |= one[k];
+    }
+    for (size_t k = 0; k < words; k++) bits[k] &= either[k];
 }
 
 static bool advance(void *state, int32_t id)
 {
     struct follower *w = state;
-    return matcher_advance(w->matcher, id) && !matcher_must_end(w->matcher);
+    bool more = false;
+    for (int i = 0; i < w->share->n; i++) {
+        if (w->matchers[i] && !matcher_advance(w->matchers[i], id)) {
+            matcher_free(w->matchers[i]);
+            w->matchers[i] = NULL;
+        }
+        more |= w->matchers[i] && !matcher_must_end(w->matchers[i]);
+    }
+    return more;
 }
 
 static void release(void *state)
 {
     struct follower *w = state;
-    matcher_free(w->matcher);
+    for (int i = 0; i < GRAMMARS_MAX; i++) matcher_free(w->matchers[i]);
     grammar_share_release(w->share);
+    free(w->bits);
     free(w);
 }
 
 bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a, struct err *e)
 {
     struct follower *w = calloc(1, sizeof *w);
+    size_t words = (size_t)(a->o.config->vocab_size + 31) / 32;
     *out = NULL;
     if (!w) return err_memory(e, "a constraint", sizeof *w);
-    if (!matcher_create(&w->matcher, g->grammar, a->trie, e)) {
-        free(w);
-        return false;
-    }
     atomic_fetch_add(&g->holders, 1);
     w->share = g;
     w->constraint = (struct constraint){ .state = w, .mask = mask, .advance = advance, .free = release };
-    *out = &w->constraint;
-    return true;
+    w->bits = malloc(2 * words * sizeof *w->bits);
+    bool ok = w->bits || err_memory(e, "a constraint", words);
+    for (int i = 0; ok && i < g->n; i++) ok = matcher_create(&w->matchers[i], g->grammars[i], a->trie, e);
+    if (ok)
+        *out = &w->constraint;
+    else
+        release(w);
+    return ok;
 }

@@ -4,11 +4,12 @@
 #include "server/api_struct.h"
 #include "server/fault.h"
 
-/* A compiled grammar and the answers that still follow it. */
+/* Compiled grammars and the answers that still follow them. */
 struct grammar_share;
-/* response_format, structured_outputs and the older guided_*, of a body in the form of chat completions. *out
- * NULL: answers are free. More than one of them is refused, as is what grammar.h does not support. */
-bool constraint_read(struct grammar_share **out, const json_t *body, struct fault *f);
+/* response_format, structured_outputs and the older guided_*, tool_choice and strict tools, of a body in the
+ * form of chat completions. *out NULL: answers are free. More than one form is refused, as is what grammar.h
+ * does not support. tools: NULL where there are none. */
+bool constraint_read(struct grammar_share **out, const json_t *body, const json_t *tools, struct fault *f);
 void grammar_share_release(struct grammar_share *g); /* NULL is fine */
 /* For one answer; to be handed to scheduler_submit, which frees it. */
 bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a, struct err *e);

@@ -38,6 +38,40 @@ void exchange_write_id(struct exchange *x, const char *prefix)
     json_out_key_text(&x->out, "id", id);
 }
 
+void exchange_write_stop_reason(struct exchange *x, const struct choice *c)
+{
+    const struct stop_string *s = c->stop_string >= 0 ? &x->params.stops[c->stop_string] : NULL;
+    if (s)
+        json_out_key_string(&x->out, "stop_reason", s->text, s->n);
+    else if (c->stop_token >= 0)
+        json_out_key_int(&x->out, "stop_reason", c->stop_token);
+    else
+        json_out_key_null(&x->out, "stop_reason");
+}
+
+void exchange_write_end(struct exchange *x, void (*head)(struct exchange *x))
+{
+    if (x->params.include_usage) {
+        exchange_event(x, NULL);
+        json_out_open(&x->out, '{');
+        head(x);
+        json_out_key_open(&x->out, "choices", '[');
+        json_out_close(&x->out, ']');
+        exchange_write_usage(x, NULL);
+        json_out_close(&x->out, '}');
+        exchange_event_end(x);
+    }
+    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
+}
+
+void exchange_write_failure(struct exchange *x)
+{
+    exchange_event(x, NULL);
+    fault_write(&x->out, x->route, x->fault.status, NULL, x->fault.param.text, x->fault.code, x->fault.text);
+    exchange_event_end(x);
+    json_out_raw(&x->out, "data: [DONE]\n\n", 14);
+}
+
 void exchange_usage(const struct exchange *x, const struct choice *only, struct request_usage *out,
                     int64_t *reasoning)
 {

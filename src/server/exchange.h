@@ -64,6 +64,12 @@ void exchange_event_end(struct exchange *x);
 
 /* "chatcmpl-" and the request's id. */
 void exchange_write_id(struct exchange *x, const char *prefix);
+/* "stop_reason": the stop string or the token that ended an answer, or null. */
+void exchange_write_stop_reason(struct exchange *x, const struct choice *c);
+/* The end of OpenAI's streams: usage where it was asked for, [DONE]. head: writes the members of a chunk. */
+void exchange_write_end(struct exchange *x, void (*head)(struct exchange *x));
+/* An error as the end of such a stream. */
+void exchange_write_failure(struct exchange *x);
 /* OpenAI's usage object of all choices, or of one. */
 void exchange_write_usage(struct exchange *x, const struct choice *only);
 /* Sums over choices; prompts count once. */

@@ -196,3 +196,10 @@ void json_out_key_open(struct json_out *o, const char *key, char bracket)
     json_out_key(o, key);
     json_out_open(o, bracket);
 }
+
+void json_out_key_ids(struct json_out *o, const char *key, const int32_t *ids, size_t from, size_t n)
+{
+    json_out_key_open(o, key, '[');
+    for (size_t i = from; i < n; i++) json_out_int(o, ids[i]);
+    json_out_close(o, ']');
+}

@@ -37,5 +37,7 @@ void json_out_key_int(struct json_out *o, const char *key, int64_t v);
 void json_out_key_bool(struct json_out *o, const char *key, bool v);
 void json_out_key_null(struct json_out *o, const char *key);
 void json_out_key_value(struct json_out *o, const char *key, const json_t *v);
+/* ids[from] .. ids[n - 1] */
+void json_out_key_ids(struct json_out *o, const char *key, const int32_t *ids, size_t from, size_t n);
 void json_out_key_open(struct json_out *o, const char *key, char bracket);
 #endif

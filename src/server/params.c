@@ -353,7 +353,7 @@ bool params_read_template(struct params *p, const struct api *a, const json_t *b
 {
     const struct fields in = { body, "", f };
     const json_t *kwargs = NULL;
-    bool reasoning = true;
+    bool reasoning = true, parallel = true;
     p->thinking_budget = -1;
     p->add_generation_prompt = true;
     if (a->o.chat_kwargs && !read_kwargs(p, a->o.chat_kwargs, f)) return false;
@@ -361,9 +361,11 @@ bool params_read_template(struct params *p, const struct api *a, const json_t *b
         (kwargs && !read_kwargs(p, kwargs, f)) ||
         !fields_int(&in, "thinking_token_budget", 0, INT32_MAX, &p->thinking_budget) ||
         !fields_bool(&in, "include_reasoning", &reasoning) ||
+        !fields_bool(&in, "parallel_tool_calls", &parallel) ||
         !fields_bool(&in, "continue_final_message", &p->continue_final_message))
         return false;
     p->no_reasoning = !reasoning;
+    p->one_call = !parallel;
     p->add_generation_prompt = !p->continue_final_message;
     if (!fields_bool(&in, "add_generation_prompt", &p->add_generation_prompt)) return false;
     if (p->add_generation_prompt && p->continue_final_message)

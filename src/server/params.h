@@ -37,6 +37,7 @@ struct params {
     enum chat_thinking thinking;
     bool preserve_thinking, add_vision_id, add_generation_prompt, continue_final_message;
     int64_t thinking_budget; /* < 0: none */
+    bool one_call;           /* parallel_tool_calls: false */
 };
 
 /* Of a body in the form of the chat or the completions route. Borrows from body. False: *f says why; to be

@@ -1,6 +1,7 @@
 #include "server/score_out.h"
 #include "tokenizer/utf8.h"
 #include <stdio.h>
+#include <string.h>
 
 static void bytes_name(struct json_out *o, const char *bytes, size_t n)
 {
@@ -24,7 +25,7 @@ void score_out_token(struct json_out *o, const struct api *a, int32_t id, bool a
         char name[32];
         snprintf(name, sizeof name, "token_id:%d", id);
         json_out_text(o, name);
-    } else if (utf8_valid_prefix(bytes, n) == n) {
+    } else if (utf8_valid_prefix(bytes, n) == n && !memchr(bytes, 0, n)) {
         json_out_string(o, bytes, n);
     } else {
         bytes_name(o, bytes, n);

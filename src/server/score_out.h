@@ -3,7 +3,7 @@
 #define SERVER_SCORE_OUT_H
 #include "server/choice.h"
 
-/* A token as text: its own where that is UTF-8, else "bytes:\xe2\x82"; as_ids: "token_id:17". */
+/* A token as text: its own where that is UTF-8 without NUL, else "bytes:\xe2\x82"; as_ids: "token_id:17". */
 void score_out_token(struct json_out *o, const struct api *a, int32_t id, bool as_ids);
 /* Chat: the array of `content`, entries from..l->n. */
 void score_out_chat(struct json_out *o, const struct api *a, const struct score_list *l, size_t from,

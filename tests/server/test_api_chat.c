@@ -585,6 +585,101 @@ static void test_leaving(void **state)
     }
 }
 
+/* The scripted tokens are let through as far as the grammar goes. */
+static void test_forms(void **state)
+{
+    struct fixture *x = *state;
+    static const struct {
+        const char *format, *script, *content;
+    } cases[] = {
+        { "\"response_format\":{\"type\":\"json_object\"}", "{\"a\": 1} and more", "{\"a\": 1}" },
+        { "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"n\",\"schema\":{"
+          "\"type\":"
+          "\"object\",\"properties\":{\"a\":{\"type\":\"integer\"}},\"required\":[\"a\"],"
+          "\"additionalProperties\":"
+          "false}}}",
+          "{\"a\": 12}x", "{\"a\": 12}" },
+        { "\"structured_outputs\":{\"choice\":[\"yes\",\"no\"]}", "no way", "no" },
+        { "\"guided_choice\":[\"yes\",\"no\"]", "yes sir", "yes" },
+        { "\"guided_regex\":\"[a-c]+;\"",
+          "\x01"
+          "abc;a",
+          "abc;" },
+        { "\"guided_grammar\":\"root ::= \\\"x\\\" [0-9] \\\".\\\"\"",
+          "\x01"
+          "x7.8",
+          "x7." },
+        { "\"guided_json\":\"{\\\"type\\\": \\\"boolean\\\"}\"", "true or", "true" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char body[600];
+        fixture_script(x, cases[i].script);
+        snprintf(body, sizeof body, "{\"reasoning_effort\":\"none\",%s," USER "}", cases[i].format);
+        json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
+        assert_string_equal(text_at(r, "choices.0.message.content"), cases[i].content);
+        assert_string_equal(text_at(r, "choices.0.finish_reason"), "stop");
+        json_decref(r);
+    }
+    static const struct wrong wrongs[] = {
+        { "{\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":\"object\","
+          "\"unevaluatedProperties\":false}}}," USER "}",
+          400, "response_format.json_schema.schema", "unevaluatedProperties" },
+        { "{\"guided_regex\":\"(\"," USER "}", 400, "guided_regex", "guided_regex" },
+        { "{\"guided_regex\":7," USER "}", 400, "guided_regex", "a string" },
+        { "{\"guided_choice\":[]," USER "}", 400, "guided_choice", "array" },
+    };
+    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, sizeof wrongs / sizeof *wrongs);
+}
+
+#define CHOOSE "\"reasoning_effort\":\"none\",\"tool_choice\":"
+
+static void test_tool_choice(void **state)
+{
+    struct fixture *x = *state;
+    fixture_script(x, CALL("i", "12") " and");
+    x->scheduler.n_tokens--; /* no end of turn */
+    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS,
+                            "{" CHOOSE "\"required\",\"parallel_tool_calls\":false," TOOLS "," USER "}");
+    assert_int_equal(json_array_size(at(r, "choices.0.message.tool_calls")), 1);
+    assert_string_equal(text_at(r, "choices.0.finish_reason"), "tool_calls");
+    assert_true(json_is_null(at(r, "choices.0.message.content")));
+    assert_non_null(x->scheduler.last.constraint);
+    json_decref(r);
+    r = fixture_ask(x, API_CHAT_COMPLETIONS,
+                    "{" CHOOSE "{\"type\":\"function\",\"function\":{\"name\":\"f\"}}," TOOLS "," USER "}");
+    assert_int_equal(json_array_size(at(r, "choices.0.message.tool_calls")), 1);
+    json_decref(r);
+    r = fixture_ask(x, API_CHAT_COMPLETIONS, "{" CHOOSE "\"auto\"," TOOLS "," USER "}");
+    assert_null(x->scheduler.last.constraint);
+    json_decref(r);
+    /* A form, or a call instead. */
+    static const char *const scripts[] = { CALL("i", "12"), "{\"a\": 1}" };
+    for (int i = 0; i < 2; i++) {
+        fixture_script(x, scripts[i]);
+        r = fixture_ask(x, API_CHAT_COMPLETIONS,
+                        "{" CHOOSE "\"auto\",\"response_format\":{\"type\":\"json_object\"}," TOOLS "," USER
+                        "}");
+        assert_string_equal(text_at(r, "choices.0.finish_reason"), i ? "stop" : "tool_calls");
+        assert_string_equal(text_at(r, "choices.0.message.content"), i ? "{\"a\": 1}" : "(none)");
+        json_decref(r);
+    }
+    /* Without a grammar the second call is not waited for. */
+    fixture_script(x, CALL("i", "1") CALL("i", "2"));
+    r = fixture_ask(x, API_CHAT_COMPLETIONS,
+                    "{" CHOOSE "\"auto\",\"parallel_tool_calls\":false," TOOLS "," USER "}");
+    assert_int_equal(json_array_size(at(r, "choices.0.message.tool_calls")), 1);
+    json_decref(r);
+    static const struct wrong wrongs[] = {
+        { "{\"tool_choice\":\"required\"," USER "}", 400, "tool_choice", "no tools" },
+        { "{\"tool_choice\":\"maybe\"," TOOLS "," USER "}", 400, "tool_choice", "\"maybe\"" },
+        { "{\"tool_choice\":{\"function\":{\"name\":\"g\"}}," TOOLS "," USER "}", 400,
+          "tool_choice.function.name", "no tool \"g\"" },
+        { "{\"tool_choice\":\"required\",\"response_format\":{\"type\":\"json_object\"}," TOOLS "," USER "}",
+          400, "tool_choice", "another form" },
+    };
+    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, sizeof wrongs / sizeof *wrongs);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, fixture_setup, fixture_teardown)
 
 int main(void)
@@ -597,7 +692,8 @@ int main(void)
         TEST(test_prompt_logprobs), TEST(test_several),      TEST(test_parameters),
         TEST(test_defaults),        TEST(test_messages),     TEST(test_images),
         TEST(test_errors),          TEST(test_strict),       TEST(test_busy),
-        TEST(test_failure),         TEST(test_leaving),
+        TEST(test_forms),           TEST(test_tool_choice),  TEST(test_failure),
+        TEST(test_leaving),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
