@@ -55,7 +55,8 @@ struct settings {
     /* limits */
     const char *header_text, *body_text;
     int64_t headers, connections;
-    double header_seconds, body_seconds, idle_seconds, send_seconds, stall_seconds, shutdown_seconds;
+    double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
+        shutdown_seconds;
     const char *log;
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes;
@@ -134,6 +135,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--body-timeout", s->body_seconds, 0.001, 1e6 },
         { "--idle-timeout", s->idle_seconds, 0.001, 1e6 },
         { "--send-timeout", s->send_seconds, 0.001, 1e6 },
+        { "--comment-interval", s->comment_seconds, 0.001, 1e6 },
         { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
         { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
         { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
@@ -249,6 +251,7 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .body_seconds = s->body_seconds,
                                 .idle_seconds = s->idle_seconds,
                                 .send_seconds = s->send_seconds,
+                                .comment_seconds = s->comment_seconds,
                                 .stall_seconds = s->stall_seconds,
                                 .shutdown_seconds = s->shutdown_seconds > 0 ? s->shutdown_seconds : -1,
                                 .request_log = s->log,
@@ -451,6 +454,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "between two requests of a connection (default 60)", NULL },
         { "--send-timeout", 0, FLAG_NUMBER, &s->send_seconds, "S",
           "a client may stop reading for (default 30)", NULL },
+        { "--comment-interval", 0, FLAG_NUMBER, &s->comment_seconds, "S",
+          "of silence, then a stream gets a comment line (default 10)", NULL },
         { "--stall-timeout", 0, FLAG_NUMBER, &s->stall_seconds, "S",
           "without a step while requests wait, then /ready fails (default 60)", NULL },
         { "--shutdown-timeout", 0, FLAG_NUMBER, &s->shutdown_seconds, "S",
@@ -510,6 +515,7 @@ int cli_serve(int argc, char **argv)
                           .body_seconds = 30,
                           .idle_seconds = 60,
                           .send_seconds = 30,
+                          .comment_seconds = 10,
                           .stall_seconds = 60,
                           .shutdown_seconds = 30 };
     struct flag flags[FLAGS_MAX];
