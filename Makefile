@@ -13,7 +13,7 @@ CC      := gcc
 endif
 BUILD   ?= build
 OPT     ?= -O3
-PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp
+PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp libcrypto
 COMMIT  := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 WARN    := -Wall -Wextra -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
@@ -26,7 +26,7 @@ override CFLAGS += -std=c17 -D_GNU_SOURCE -Isrc $(WARN) $(SAN) -MMD -MP -fno-mat
                    -ffp-contract=off $(shell pkg-config --cflags $(PKGS))
 LDFLAGS += $(SAN) -pthread
 ifeq ($(STATIC),1)
-LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -Wl,-Bdynamic -lm
+LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -lcrypto -Wl,-Bdynamic -lm
 else
 LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lgif -lm
 endif
