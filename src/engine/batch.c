@@ -122,10 +122,10 @@ static bool see_pictures(struct batch *b, struct request *r, int64_t end, struct
 {
     for (int i = 0; i < r->n_pictures; i++) {
         struct request_picture *p = &r->pictures[i];
-        int64_t n = p->picture.height * p->picture.width, cols = p->picture.cols;
-        if (p->first >= end || p->first + n <= r->done || p->picture.rows) continue;
+        int64_t first = p->place.first, n = p->place.height * p->place.width, cols = p->picture.cols;
+        if (first >= end || first + n <= r->done || p->picture.rows) continue;
         if (!picture_see(b->reader, &p->picture, &p->patches, e)) return err_note(e, "image %d", i + 1);
-        for (int64_t k = 0; k < n; k++) r->prompt.rows[p->first + k].embedding = p->picture.rows + k * cols;
+        for (int64_t k = 0; k < n; k++) r->prompt.rows[first + k].embedding = p->picture.rows + k * cols;
         patches_free(&p->patches);
     }
     return true;
@@ -215,8 +215,8 @@ static void take_token(struct batch *b, struct request *r, const float *logits)
 static bool is_token(const struct request *r, int64_t row)
 {
     for (int i = 0; i < r->n_pictures; i++) {
-        const struct request_picture *p = &r->pictures[i];
-        if (row > p->first && row < p->first + p->picture.height * p->picture.width) return false;
+        const struct cut_picture *p = &r->pictures[i].place;
+        if (row > p->first && row < p->first + p->height * p->width) return false;
     }
     return true;
 }
@@ -259,7 +259,7 @@ static void advance_prompt(struct request *r)
     r->done += r->n_rows;
     for (int i = 0; i < r->n_pictures; i++) {
         struct request_picture *p = &r->pictures[i];
-        if (p->first + p->picture.height * p->picture.width > r->done) continue;
+        if (p->place.first + p->place.height * p->place.width > r->done) continue;
         free(p->picture.rows);
         p->picture.rows = NULL;
     }

@@ -447,14 +447,222 @@ static void refusals(void **state)
     unload(&f);
 }
 
-int main(void)
+/* Few pages: the youngest go to host memory and come back with the same bits. */
+static void preempted_ones_go_on_with_the_same_bits(void **state)
 {
+    (void)state;
+    struct fixture f;
+    struct variety v;
+    struct answer *alone = calloc(16, sizeof *alone), *now = calloc(16, sizeof *now);
+    load(&f);
+    make_variety(&f, &v);
+    for (int i = 0; i < 16; i++)
+        if (v.o[i].max_tokens > 1 && i % 3) v.o[i].max_tokens = 120;
+    for (int drafts = 0; drafts <= 2; drafts += 2) {
+        start(&f,
+              (struct engine_options){
+                  .context = 384, .sequences = 8, .pages = 10, .drafts = drafts, .snapshots = drafts },
+              (struct scheduler_options){ 0 });
+        for (int i = 0; drafts == 0 && i < 16; i++) ask(&f, &alone[i], &v.o[i]);
+        for (int round = 0; round < 3; round++) {
+            for (int i = 0; i < 16; i++) {
+                v.o[i].priority = round == 1 ? i % 3 : 0;
+                submit(&f, &now[i], &v.o[i]);
+            }
+            finish_all(&f, now, 16);
+            for (int i = 0; i < 16; i++) same(&alone[i], &now[i], "with few pages");
+        }
+        struct scheduler_stats stats;
+        scheduler_stats(f.scheduler, &stats);
+        printf("note: %d drafts: preempted %d times\n", drafts, (int)stats.preemptions);
+        assert_true(stats.preemptions > 5);
+        assert_int_equal(stats.pages, 10);
+        if (drafts == 0) assert_int_equal(stats.pages_used, 0);
+        stop(&f);
+    }
+    free(v.text.ids);
+    free(alone);
+    free(now);
+    unload(&f);
+}
+
+/* One sequence, so requests come one after the other. */
+static void turns(void **state)
+{
+    (void)state;
+    enum { N = 12 };
+    struct fixture f;
+    struct answer *a = calloc(N, sizeof *a), first;
+    int order[N], done = 0;
+    load(&f);
+    struct token_list t = encode(&f, text);
+    start(&f, (struct engine_options){ .sequences = 1 }, (struct scheduler_options){ 0 });
+    struct request_options o = plain(t.ids, 60, 120);
+    submit(&f, &first, &o); /* its ring fills, so it holds the sequence until it is read */
+    o.max_tokens = 2;
+    for (int i = 0; i < N; i++) { /* six of owner 1, three of owner 2, three urgent ones of owner 1 */
+        o.owner = i < 6 || i >= 9 ? 1 : 2;
+        o.priority = i >= 9 ? -1 : 0;
+        submit(&f, &a[i], &o);
+    }
+    bool counted[N] = { false };
+    while (done < N) {
+        int64_t seen = wakes(&f);
+        pump(&first, 16);
+        for (int i = 0; i < N; i++) {
+            pump(&a[i], 16);
+            if (!a[i].finished || counted[i]) continue;
+            counted[i] = true;
+            order[done++] = i;
+        }
+        if (done < N) await(&f, seen);
+    }
+    int place[N];
+    for (int i = 0; i < N; i++) place[order[i]] = i;
+    for (int i = 0; i < 9; i++)
+        for (int k = 9; k < N; k++) assert_true(place[k] < place[i] || a[i].usage.queued_seconds == 0);
+    /* of the others each owner has a turn in each of the first rounds: 0 6 1 7 2 8 3 4 5 */
+    static const int want[] = { 9, 10, 11, 0, 6, 1, 7, 2, 8, 3, 4, 5 };
+    for (int i = 0; i < N; i++) assert_int_equal(order[i], want[i]);
+    finish_all(&f, &first, 1);
+    free(t.ids);
+    free(a);
+    stop(&f);
+    unload(&f);
+}
+
+/* Conversations: each grows from an answer, or branches off where an earlier turn is changed. */
+enum { TALKS = 5, TALK_MOST = 600 };
+static const char *const shapes[] = { "tests/golden/images/grey.png", "tests/golden/images/cmyk.jpg",
+                                      "tests/golden/images/full_colour.jpg" };
+
+struct talk {
+    int32_t ids[TALK_MOST + 200];
+    int64_t n, rows, turns[64];
+    const char *pictures[3];
+    int n_turns, n_pictures, pictures_at[64];
+};
+
+static void say(struct talk *t, const int32_t *ids, int64_t n)
+{
+    memcpy(t->ids + t->n, ids, (size_t)n * sizeof *ids);
+    t->n += n;
+}
+
+static void say_user(struct talk *t, const struct token_list *words)
+{
+    int64_t n = 5 + random_below(90), from = random_below((int64_t)words->n - n);
+    t->turns[t->n_turns] = t->n;
+    t->pictures_at[t->n_turns++] = t->n_pictures;
+    say(t, (int32_t[]){ 2023, 1000, NEWLINE }, 3);
+    if (t->n_pictures < 2 && random_below(4) == 0) {
+        t->pictures[t->n_pictures++] = shapes[random_below(3)];
+        say(t, (int32_t[]){ 2031, 2034, 2032 }, 3);
+    }
+    say(t, words->ids + from, n);
+    say(t, (int32_t[]){ IM_END, NEWLINE, 2023, 1001, NEWLINE }, 5);
+}
+
+static void say_answer(struct talk *t, const struct answer *a)
+{
+    for (int i = 0; i < a->n; i++) say(t, &a->tokens[i].token.id, 1);
+    say(t, (int32_t[]){ IM_END, NEWLINE }, 2);
+}
+
+/* The next prompt of a conversation. */
+static void go_on(struct talk *t, const struct answer *a, const struct token_list *words)
+{
+    if (t->n > 0) say_answer(t, a);
+    int64_t how = random_below(6);
+    if (t->n > TALK_MOST - 120 || (how == 0 && t->n_turns > 1)) { /* back to an earlier turn */
+        int turn = (int)random_below(t->n_turns);
+        t->n = t->turns[turn];
+        t->n_pictures = t->pictures_at[turn];
+        t->n_turns = turn;
+    }
+    say_user(t, words);
+}
+
+static void check_histories(struct fixture *f, int n, int drafts, uint64_t host)
+{
+    struct talk *talks = calloc(TALKS, sizeof *talks);
+    struct answer *warm = calloc(TALKS, sizeof *warm), *cold = calloc(1, sizeof *cold);
+    struct token_list words = encode(f, text);
+    static const int32_t stops[] = { IM_END, 2022 }, never[] = { 2023, 2031, 2032, 2034, 2035 },
+                         turn_end[] = { IM_END, NEWLINE };
+    start(f, (struct engine_options){ .sequences = 4, .snapshots = 12, .drafts = drafts, .pages = 60 },
+          (struct scheduler_options){ .turn_end = turn_end,
+                                      .n_turn_end = 2,
+                                      .interval = 128,
+                                      .host_cache_bytes = host,
+                                      .step_tokens = 200 });
+    int compared = 0;
+    for (int done = 0; done < n; done += TALKS) {
+        struct request_options o[TALKS];
+        for (int i = 0; i < TALKS; i++) {
+            go_on(&talks[i], &warm[i], &words);
+            o[i] = plain(talks[i].ids, talks[i].n, 4 + random_below(8));
+            o[i].stop_tokens = stops;
+            o[i].n_stop_tokens = 2;
+            o[i].never = never;
+            o[i].n_never = 5;
+            o[i].pictures = talks[i].pictures;
+            o[i].n_pictures = talks[i].n_pictures;
+            o[i].salt[0] = i == 4;
+            if (i % 2) o[i].sampling = (struct sampling){ 1, 50, 0.95f, 0, (uint64_t)done };
+            submit(f, &warm[i], &o[i]);
+        }
+        finish_all(f, warm, TALKS);
+        for (int i = 0; i < TALKS; i++) {
+            char what[64];
+            o[i].no_prefix_cache = true;
+            ask(f, cold, &o[i]);
+            snprintf(what, sizeof what, "history %d, %d drafts, %d of %d cached", done + i, drafts,
+                     (int)warm[i].usage.cached_tokens, (int)warm[i].usage.prompt_tokens);
+            assert_int_equal(cold->usage.cached_tokens, 0);
+            same(&warm[i], cold, what);
+            compared++;
+        }
+    }
+    struct scheduler_stats stats;
+    scheduler_stats(f->scheduler, &stats);
+    printf("note: %d histories, %d drafts, host tier %d MB: %d of %d rows found; %d of %d drafts right\n",
+           compared, drafts, (int)(host >> 20), (int)stats.prefix_hits, (int)stats.prefix_queries,
+           (int)stats.accepted, (int)stats.drafted);
+    assert_true(stats.prefix_hits * 4 > stats.prefix_queries);
+    stop(f);
+    free(words.ids);
+    free(talks);
+    free(warm);
+    free(cold);
+}
+
+static void a_known_prefix_changes_no_bit(void **state)
+{
+    (void)state;
+    struct fixture f;
+    const char *n = getenv("QUENCH_HISTORIES");
+    int most = n ? atoi(n) : 100;
+    load(&f);
+    for (int drafts = 0; drafts <= 2; drafts += 2) {
+        check_histories(&f, most, drafts, 0);
+        check_histories(&f, most / 2, drafts, 64 << 20);
+    }
+    unload(&f);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1) cmocka_set_test_filter(argv[1]); /* a pattern */
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(agrees_with_generate),
         cmocka_unit_test(the_same_alone_and_among_others),
         cmocka_unit_test(cancelled_at_any_moment),
         cmocka_unit_test(a_slow_reader_holds_up_nobody),
         cmocka_unit_test(refusals),
+        cmocka_unit_test(preempted_ones_go_on_with_the_same_bits),
+        cmocka_unit_test(turns),
+        cmocka_unit_test(a_known_prefix_changes_no_bit),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
