@@ -125,7 +125,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--max-num-seqs", (double)s->sequences, 0, 4096 },
         { "--mtp", (double)s->mtp, 0, DRAFTS_MAX },
         { "--max-queued", (double)s->queued, 0, 1 << 20 },
-        { "--gpu-memory-utilization", s->utilization, 0.01, 1 },
+        { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
         { "--max-connections", (double)s->connections, 1, 1 << 20 },
@@ -283,6 +283,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .backend = b,
                               .kv = common_kv_dtype(&s->common),
                               .drafts = s->drafts,
+                              .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
                               .budget = s->memory,
@@ -299,6 +300,8 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
                                 .sequences = (int)p->sequences,
                                 .step_rows = (int64_t)s->step_tokens,
                                 .kv = common_kv_dtype(&s->common),
+                                .pages = p->pages,
+                                .snapshots = (int)p->snapshots,
                                 .drafts = s->drafts };
     return engine_create(&v->engine, &v->opened.model, &o, e);
 }
@@ -424,7 +427,7 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
-          "of the device's memory (default 0.92; on a CPU of what is available)", NULL },
+          "of the device's memory (default 0.92; on a CPU 0.5 of what is available)", NULL },
         { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },
         { "--host-cache", 0, FLAG_TEXT, &s->host_cache_text, "BYTES", "prefixes kept in host memory besides",
           NULL },
@@ -504,7 +507,6 @@ int cli_serve(int argc, char **argv)
 {
     struct settings s = { .common.inputs = 1,
                           .port = 8000,
-                          .utilization = 0.92,
                           .decode_ms = 100,
                           .prefix_caching = true,
                           .headers = 100,

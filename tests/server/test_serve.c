@@ -6,6 +6,7 @@
 #include <jansson.h>
 #include <openssl/ssl.h>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <sys/un.h>
 
 #define START(s, ...) serving_start(s, (const char *const[]){ __VA_ARGS__, NULL })
@@ -684,6 +685,10 @@ static void test_slow_sockets(void **state)
     struct serving s;
     int n = (int)count_of("QUENCH_SLOW", 60);
     int *fds = calloc((size_t)n, sizeof *fds);
+    struct rlimit files;
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
+    files.rlim_cur = files.rlim_max;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
     START(&s, "--header-timeout", "2", "--body-timeout", "2", "--send-timeout", "2",
           "--no-enable-prefix-caching", "--max-num-seqs", "4");
     int descriptors = serving_descriptors(&s);
