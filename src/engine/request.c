@@ -353,11 +353,16 @@ void request_post(struct request *r, const struct request_event *event)
     pthread_mutex_unlock(&r->lock);
 }
 
-void request_end(struct request *r, enum request_finish finish, int32_t stop_token)
+void request_finish(struct request *r, enum request_finish finish)
 {
-    struct request_event event = { .kind = REQUEST_FINISHED, .finish = finish, .stop_token = stop_token };
+    r->is_over = true;
+    r->last = (struct request_event){ .kind = REQUEST_FINISHED, .finish = finish, .stop_token = -1 };
+}
+
+void request_end(struct request *r)
+{
     pthread_mutex_lock(&r->lock);
-    post_locked(r, &event);
+    post_locked(r, &r->last);
     r->inbox = NULL;
     pthread_mutex_unlock(&r->lock);
 }

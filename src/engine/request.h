@@ -75,9 +75,8 @@ struct request {
     bool tentative;
     int right;    /* rows of a tentative run that stay */
     bool ended;   /* no more rows of this step count */
-    bool is_over; /* what follows says how; its last event may be still to come */
-    enum request_finish finish;
-    int32_t stop_token;
+    bool is_over; /* `last` says how; it may be still to post */
+    struct request_event last;
     double submitted, began, decoding;
 };
 
@@ -98,8 +97,9 @@ bool request_is_cancelled(struct request *r);
 /* Room of the ring for events; less than `needed`: taking some rings the inbox. */
 int request_room(struct request *r, int needed);
 void request_post(struct request *r, const struct request_event *event);
-/* Posts the last event, for which there always is room. FINISHED_ERROR: `error` is set. */
-void request_end(struct request *r, enum request_finish finish, int32_t stop_token);
+/* Posts `last`, for which there always is room. FINISHED_ERROR: `error` is set. */
+void request_end(struct request *r);
+void request_finish(struct request *r, enum request_finish finish); /* sets `last` and is_over */
 
 /* Requests that wait: lowest priority number first; of one priority the owners take turns; of one owner in
  * order of arrival. */

@@ -79,7 +79,8 @@ static void drop_waiting(struct scheduler *s, struct request *r, enum request_fi
     waiting_remove(&s->waiting, r);
     inbox_count(&s->inbox, -1);
     if (s->stuck == r) s->stuck = NULL;
-    request_end(r, finish, -1);
+    request_finish(r, finish);
+    request_end(r);
     request_let_go(r);
 }
 
@@ -96,11 +97,22 @@ static int sweep(struct scheduler *s, bool all)
     for (int i = s->n_running - 1; i >= 0; i--) {
         struct request *r = s->running[i];
         if (!all && !r->is_over && !request_is_cancelled(r)) continue;
-        if (!r->is_over) request_end(r, FINISHED_CANCELLED, -1);
+        if (!r->is_over) {
+            request_finish(r, FINISHED_CANCELLED);
+            request_end(r);
+        }
         leave(s, i);
         n++;
     }
     return n;
+}
+
+/* A request that cannot go on for a reason of its own. */
+static void fail_one(struct request *r, const struct err *e)
+{
+    r->error = *e;
+    request_finish(r, FINISHED_ERROR);
+    request_end(r);
 }
 
 /* The backend is lost. */
@@ -116,20 +128,9 @@ static void fail_all(struct scheduler *s, const struct err *e)
     }
     while (s->n_running > 0) {
         struct request *r = s->running[s->n_running - 1];
-        if (!r->is_over) {
-            r->error = *e;
-            request_end(r, FINISHED_ERROR, -1);
-        }
+        if (!r->is_over) fail_one(r, e);
         leave(s, s->n_running - 1);
     }
-}
-
-/* A request that cannot go on for a reason of its own. */
-static void fail_one(struct request *r, const struct err *e)
-{
-    r->error = *e;
-    r->is_over = true;
-    request_end(r, FINISHED_ERROR, -1);
 }
 
 /* Starts of requests, and stops for want of memory. */

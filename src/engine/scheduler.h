@@ -108,7 +108,7 @@ struct request_event {
     int n_top;
     struct token_score top[TOP_LOGPROBS_MAX];
     enum request_finish finish;
-    int32_t stop_token; /* of FINISHED_STOP: which, no REQUEST_TOKEN came of it; -1: none */
+    int32_t stop_token; /* of FINISHED_STOP: which; token, rank and top are its score; -1: none */
 };
 
 struct request_usage {
