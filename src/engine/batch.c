@@ -196,6 +196,7 @@ static void take_token(struct batch *b, struct request *r, const float *logits)
         return;
     }
     if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
+        if (r->o.top_logprobs >= 0) logits_score(&r->stop_score, logits, b->vocab, id, r->o.top_logprobs);
         end(r, FINISHED_STOP, id);
         return;
     }

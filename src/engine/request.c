@@ -336,7 +336,10 @@ void request_post(struct request *r, const struct request_event *event)
 
 void request_end(struct request *r, enum request_finish finish, int32_t stop_token)
 {
-    struct request_event event = { .kind = REQUEST_FINISHED, .finish = finish, .stop_token = stop_token };
+    struct request_event event = r->stop_score;
+    event.kind = REQUEST_FINISHED;
+    event.finish = finish;
+    event.stop_token = stop_token;
     pthread_mutex_lock(&r->lock);
     post_locked(r, &event);
     r->inbox = NULL;

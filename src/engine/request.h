@@ -74,6 +74,7 @@ struct request {
     bool is_over; /* what follows says how; its last event may be still to come */
     enum request_finish finish;
     int32_t stop_token;
+    struct request_event stop_score; /* of the stop token, as of one of the answer */
     double submitted, began, decoding;
 };
 

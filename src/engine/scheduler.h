@@ -107,7 +107,8 @@ struct request_event {
     int n_top;
     struct token_score top[TOP_LOGPROBS_MAX];
     enum request_finish finish;
-    int32_t stop_token; /* of FINISHED_STOP: which, no REQUEST_TOKEN came of it; -1: none */
+    /* Of FINISHED_STOP: which, no REQUEST_TOKEN came of it, but its score is here; -1: none. */
+    int32_t stop_token;
 };
 
 struct request_usage {

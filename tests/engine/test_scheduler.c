@@ -116,6 +116,7 @@ struct answer {
     bool finished;
     enum request_finish finish;
     int32_t stop_token;
+    struct request_event last;
     struct request_usage usage;
 };
 
@@ -143,6 +144,7 @@ static void pump(struct answer *a, int most)
                 a->finished = true;
                 a->finish = events[i].finish;
                 a->stop_token = events[i].stop_token;
+                a->last = events[i];
             }
         }
     if (!a->request || !a->finished) return;
@@ -317,6 +319,36 @@ static void agrees_with_generate(void **state)
     unload(&f);
 }
 
+/* A stop token is no token of the answer, but scored as one. */
+static void stop_tokens_are_scored(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct answer free_running, stopped;
+    load(&f);
+    struct token_list t = encode(&f, text);
+    start(&f, (struct engine_options){ 0 }, (struct scheduler_options){ 0 });
+    struct request_options r = plain(t.ids, (int64_t)t.n, 5);
+    r.top_logprobs = 3;
+    ask(&f, &free_running, &r);
+    assert_int_equal(free_running.n, 5);
+    const struct request_event *want = &free_running.tokens[4];
+    r.stop_tokens = &want->token.id;
+    r.n_stop_tokens = 1;
+    ask(&f, &stopped, &r);
+    assert_int_equal(stopped.stop_token, want->token.id);
+    assert_int_equal(stopped.last.token.id, want->token.id);
+    int first = 0;
+    while (free_running.tokens[first].token.id != want->token.id) first++;
+    want = &free_running.tokens[first];
+    assert_true(stopped.last.token.logprob == want->token.logprob && stopped.last.rank == want->rank);
+    assert_int_equal(stopped.last.n_top, 3);
+    assert_memory_equal(stopped.last.top, want->top, 3 * sizeof *want->top);
+    free(t.ids);
+    stop(&f);
+    unload(&f);
+}
+
 static void cancelled_at_any_moment(void **state)
 {
     (void)state;
@@ -450,11 +482,9 @@ static void refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(agrees_with_generate),
-        cmocka_unit_test(the_same_alone_and_among_others),
-        cmocka_unit_test(cancelled_at_any_moment),
-        cmocka_unit_test(a_slow_reader_holds_up_nobody),
-        cmocka_unit_test(refusals),
+        cmocka_unit_test(agrees_with_generate),          cmocka_unit_test(the_same_alone_and_among_others),
+        cmocka_unit_test(stop_tokens_are_scored),        cmocka_unit_test(cancelled_at_any_moment),
+        cmocka_unit_test(a_slow_reader_holds_up_nobody), cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
