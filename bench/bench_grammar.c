@@ -160,6 +160,10 @@ static void run(const struct vocabulary *v, const struct token_trie *t)
     if (!grammar_from_regex(&g, "[a-z ]*", 7, NULL)) abort();
     measure("regex [a-z ]*", g, t, v, "a");
     grammar_free(g);
+    static const char word[] = "[\\w-]{1,64}";
+    if (!grammar_from_regex(&g, word, sizeof word - 1, NULL)) abort();
+    measure("regex [\\w-]{1,64}", g, t, v, "a");
+    grammar_free(g);
     json_decref(schema);
     json_decref(tools);
 }

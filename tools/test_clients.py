@@ -1,328 +1,380 @@
 #!/usr/bin/env python3
-"""The official clients against `quench serve`: their streaming, tool, schema, image and log-probability
-examples, and lm-eval's own code for log-likelihoods.
+"""quench as a client: bench serve and doctor against a server that knows what it did: tests/server/mock_openai.py keeps the moments at which it got
+requests and sent tokens, on the same clock; every sum is computed again here from the requests' own figures.
 
-usage: test_clients.py QUENCH MODEL          needs openai, anthropic, and for its part lm_eval
-"""
-import base64
+python3 tools/test_clients.py [PROGRAM]     build/quench; standard library only, about 20 s"""
 import json
+import math
 import os
-import socket
-import struct
+import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-import zlib
 
-KEY = "sk-test"
-CAPITAL = "What is the capital of Finland?"
-WEATHER = {
-    "name": "get_weather",
-    "description": "Current weather of a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]}},
-        "required": ["city"],
-    },
-}
-ASK_WEATHER = "What is the weather in Oslo in fahrenheit?"
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+PROGRAM = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "build/quench"))
+FOLDER = tempfile.mkdtemp(prefix="quench-load-")
 
 
-def check(claim, what, found=None):
-    if not claim:
-        raise SystemExit(f"test_clients: {what}: {found!r}")
+class Mock:
+    def __init__(self, *words):
+        self.record = os.path.join(FOLDER, "record.json")
+        self.process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tests/server/mock_openai.py"), "--keep", "--fill",
+                                         "--record", self.record, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+        with open(self.record, encoding="utf-8") as f:
+            return json.load(f)
 
 
-def png(rgb, side=64):
-    rows = b"".join(b"\0" + bytes(rgb) * side for _ in range(side))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return base64.b64encode(data).decode()
+def bench(*words, key=None):
+    env = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
+    if key:
+        env["OPENAI_API_KEY"] = key
+    return subprocess.run([PROGRAM, "bench", "serve", *words], env=env, capture_output=True, text=True, timeout=120)
 
 
-class Server:
-    def __init__(self, quench, model, *flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [quench, "serve", model, "--port", str(port), "--max-model-len", "2048", "--served-model-name", "demo",
-             *flags], stdout=self.log, stderr=self.log)
-
-    def __enter__(self):
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(self.url + "/ready", timeout=5)
-                return self
-            except OSError:
-                time.sleep(0.1)
-                if self.process.poll() is not None:
-                    break
-        self.log.seek(0)
-        raise SystemExit("test_clients: the server does not start: " + self.log.read().decode())
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(30)
+def result(*words, **more):
+    r = bench("--json", "--quiet", "--save-detailed", *words, **more)
+    assert r.returncode == 0, f"{r.returncode}: {r.stderr}"
+    return json.loads(r.stdout)
 
 
-def openai_chat(client, openai):
-    models = client.models.list()
-    check([m.id for m in models] == ["demo"], "models", models)
-    check(client.models.retrieve("demo").max_model_len == 2048, "a model's length")
-    ask = {"model": "demo", "messages": [{"role": "user", "content": CAPITAL}], "temperature": 0}
-    whole = client.chat.completions.create(**ask)
-    check("Helsinki" in whole.choices[0].message.content, "an answer", whole)
-    check(whole.choices[0].message.reasoning, "its reasoning", whole)
-    text, usage = "", None
-    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
-        usage = chunk.usage or usage
-        text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-    check(text == whole.choices[0].message.content, "a stream's text", text)
-    check(usage.completion_tokens == whole.usage.completion_tokens, "a stream's usage", usage)
-    with client.chat.completions.stream(**ask) as stream:
-        events = [e.type for e in stream]
-        final = stream.get_final_completion()
-    check(final.choices[0].message.content == text and "content.done" in events, "the stream helper", final)
-    several = client.chat.completions.create(**{**ask, "temperature": 1}, n=3, seed=7, max_tokens=20)
-    again = client.chat.completions.create(**{**ask, "temperature": 1}, n=3, seed=7, max_tokens=20)
-    texts = [[(c.message.reasoning, c.message.content) for c in r.choices] for r in (several, again)]
-    check(len(texts[0]) == 3 and texts[0] == texts[1], "a seed's texts", texts)
-    stopped = client.chat.completions.create(**ask, stop=["Hels"], reasoning_effort="none")
-    check(stopped.choices[0].message.content == "The capital of Finland is ", "a stop string", stopped)
-    scored = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3)
-    entry = scored.choices[0].logprobs.content[0]
-    check(len(entry.top_logprobs) == 3 and entry.logprob == entry.top_logprobs[0].logprob, "log-probabilities", entry)
-    for kind, make in ((openai.NotFoundError, {**ask, "model": "gpt-4"}),
-                       (openai.BadRequestError, {**ask, "temperature": -1}),
-                       (openai.BadRequestError, {**ask, "max_tokens": 5000})):
-        try:
-            client.chat.completions.create(**make)
-            check(False, "no error", make)
-        except kind as e:
-            check(e.body["message"] and e.param in ("model", "temperature", "max_tokens"), "an error", e)
+def near(found, want, relative=1e-9):
+    assert math.isclose(found, want, rel_tol=relative, abs_tol=1e-12), f"expected {want}, found {found}"
+
+
+def quantile(x, p):
+    x = sorted(x)
+    place = p / 100 * (len(x) - 1)
+    low = int(place)
+    return x[low] + (x[min(low + 1, len(x) - 1)] - x[low]) * (place - low)
+
+
+def check_sums(d, goals=None):
+    """From the requests' figures to every sum, by the definitions of vLLM's client."""
+    ok = [i for i, e in enumerate(d["errors"]) if not e]
+    assert d["completed"] == len(ok) and d["failed"] == d["num_prompts"] - len(ok)
+    near(d["total_input_tokens"], sum(d["input_lens"][i] for i in ok))
+    near(d["total_output_tokens"], sum(d["output_lens"]))
+    near(d["request_throughput"], len(ok) / d["duration"])
+    near(d["output_throughput"], sum(d["output_lens"]) / d["duration"])
+    near(d["total_token_throughput"], (d["total_input_tokens"] + d["total_output_tokens"]) / d["duration"])
+    tpot = {i: (d["latencies"][i] - d["ttfts"][i]) / (d["output_lens"][i] - 1) if d["output_lens"][i] > 1 else 0 for i in ok}
+    for name, values in (("ttft", [d["ttfts"][i] for i in ok]), ("tpot", [tpot[i] for i in ok if d["output_lens"][i] > 1]),
+                         ("itl", [x for i in ok for x in d["itls"][i]]), ("e2el", [d["latencies"][i] for i in ok])):
+        near(d[f"mean_{name}_ms"], 1e3 * statistics.fmean(values))
+        near(d[f"median_{name}_ms"], 1e3 * statistics.median(values))
+        near(d[f"std_{name}_ms"], 1e3 * statistics.pstdev(values), 1e-6)
+        for p in (50, 90, 99, 99.9):
+            if f"p{p}_{name}_ms" in d:
+                near(d[f"p{p}_{name}_ms"], 1e3 * quantile(values, p))
+        assert f"p99_{name}_ms" in d
+    for i in ok:
+        near(d["latencies"][i], d["ttfts"][i] + sum(d["itls"][i]), 1e-6)
+    if goals:
+        good = sum(d["ttfts"][i] <= goals.get("ttft", 1e9) and tpot[i] <= goals.get("tpot", 1e9) and
+                   d["latencies"][i] <= goals.get("e2el", 1e9) for i in ok)
+        near(d["request_goodput"], good / d["duration"])
+        return good
+    assert d["request_goodput"] is None
+    first = min(d["start_times"][i] for i in ok)
+    seconds = {}
+    for i in ok:
+        at = d["start_times"][i] + d["ttfts"][i] - first
+        for gap in [0] + d["itls"][i]:
+            at += gap
+            seconds[int(at)] = seconds.get(int(at), 0) + 1
+    assert d["max_output_tokens_per_s"] == max(seconds.values())
+    events = sorted([(d["start_times"][i], 1) for i in ok] + [(d["start_times"][i] + d["latencies"][i], -1) for i in ok])
+    now = most = 0
+    for _, step in events:
+        now += step
+        most = max(most, now)
+    assert d["max_concurrent_requests"] == most
+    return None
+
+
+def check_times(d, record):
+    """Every token of every request was seen when it was sent: never before, and soon after."""
+    late, by_number = [], {e["number"]: e for e in record}
+    for i, start in enumerate(d["start_times"]):
+        if d["errors"][i]:
+            continue
+        e = by_number[int(re.match(r"n(\d+) ", d["generated_texts"][i]).group(1))]
+        at, seen = start + d["ttfts"][i], []
+        seen.append(at)
+        for gap in d["itls"][i]:
+            at += gap
+            seen.append(at)
+        assert len(seen) == len(e["sent"]), (len(seen), len(e["sent"]))
+        assert start <= e["arrived"] + 1e-4, "the server had it before it was sent"
+        late += [s - t for s, t in zip(seen, e["sent"])]
+    assert min(late) > -1e-3, f"a token was seen {-min(late):.4f} s before it was sent"
+    assert statistics.median(late) < 5e-3 and quantile(late, 95) < 0.1, (statistics.median(late), quantile(late, 95))
+    return statistics.median(late)
+
+
+def poisson_completions():
+    m = Mock("--ttft", "40", "--itl", "8")
+    d = result("--base-url", m.url, "--num-prompts", "60", "--request-rate", "40", "--random-input-len", "50", "--random-output-len", "20",
+               "--seed", "7", "--metric-percentiles", "50,90,99,99.9")
+    record = m.stop()
+    check_sums(d)
+    late = check_times(d, record)
+    assert 40 <= d["median_ttft_ms"] < 70 and 7.5 < d["median_itl_ms"] < 9 and 7.9 < d["mean_tpot_ms"] < 10, d["median_ttft_ms"]
+    starts = [s - d["start_times"][0] for s in d["start_times"]]
+    assert starts == sorted(starts) and 1.2 < starts[-1] < 1.7, starts[-1]  # 60 at 40 a second: the last at 1.5 s after the begin
+    gaps = [b - a for a, b in zip(starts, starts[1:])]
+    assert 0.6 < statistics.pstdev(gaps) / statistics.fmean(gaps) < 1.5, "arrivals are not Poisson"
+    body = record[-1]["body"]
+    assert body["ignore_eos"] is True and body["max_tokens"] == 20 and len(body["prompt"].split()) == 50 and body["stream_options"] == {"include_usage": True}
+    assert len({e["body"]["prompt"] for e in record}) == 61, "prompts repeat"
+    assert d["total_input_tokens"] == 60 * 50 and d["total_output_tokens"] == 60 * 20
+    assert d["spec_decode_acceptance_rate"] == 50 and d["spec_decode_draft_tokens"] == 1200 and d["spec_decode_per_position_acceptance_rates"] == [0.5]
+    return f"a token is noted {1e3 * late:.2f} ms after it was sent (median)"
+
+
+def same_seed_same_load():
+    m = Mock("--ttft", "1", "--itl", "1")
+    words = ("--base-url", m.url, "--num-prompts", "10", "--random-input-len", "12", "--random-output-len", "3", "--random-range-ratio", "0.5",
+             "--random-prefix-len", "5", "--request-rate", "100", "--burstiness", "0.5")
+    a, b, c = result(*words), result(*words), result(*words, "--seed", "1")
+    record = m.stop()
+    prompts = [sorted(e["body"]["prompt"] for e in record[i:i + 11]) for i in (0, 11, 22)]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert len({" ".join(p.split()[:5]) for p in prompts[0]}) == 1, "the prefix is not shared"
+    assert {len(p.split()) for p in prompts[0]} <= set(range(11, 24)) and len({len(p.split()) for p in prompts[0]}) > 2
+    assert a["output_lens"] == b["output_lens"] and set(a["output_lens"]) <= {1, 2, 3, 4} and c["num_prompts"] == 10
+    return None
+
+
+def goodput_splits():
+    m = Mock("--ttft", "10", "--itl", "2")
+    d = result("--base-url", m.url, "--num-prompts", "30", "--max-concurrency", "5", "--random-input-len", "4", "--random-output-len", "10",
+               "--random-range-ratio", "0.9", "--goodput", "ttft:1000", "e2el:28", "tpot:50")
+    m.stop()
+    good = check_sums(d, {"ttft": 1, "e2el": 0.028, "tpot": 0.05})
+    assert 0 < good < 30, good
+    return None
+
+
+def chat_waits_its_turn():
+    m = Mock("--ttft", "20", "--itl", "5")
+    d = result("--base-url", m.url, "--backend", "openai-chat", "--model", "mock", "--num-prompts", "24", "--max-concurrency", "6",
+               "--random-input-len", "10", "--random-output-len", "12", "--temperature", "0.5", "--top-k", "5", "--extra-body", '{"min_p": 0.1}')
+    record = m.stop()
+    check_sums(d)
+    spans = sorted([(e["arrived"], 1) for e in record] + [(e["sent"][-1], -1) for e in record])
+    now = most = 0
+    for _, step in spans:
+        now += step
+        most = max(most, now)
+    assert most <= 6 and d["max_concurrent_requests"] <= 6
+    assert d["queue_times"][0] < 0.05 < max(d["queue_times"]), d["queue_times"]
+    body = record[-1]["body"]
+    assert body["temperature"] == 0.5 and body["top_k"] == 5 and body["min_p"] == 0.1 and body["max_completion_tokens"] == 12
+    assert body["messages"][0]["role"] == "user" and len(body["messages"]) == 1
+    assert d["output_lens"] == [12] * 24 and all(len(i) == 11 for i in d["itls"]), "the role's event was taken for a token"
+    return None
+
+
+def failures_are_counted():
+    m = Mock("--ttft", "1", "--itl", "1", "--fail-every", "4")
+    d = result("--base-url", m.url, "--num-prompts", "20", "--random-input-len", "4", "--random-output-len", "4")
+    m.stop()
+    check_sums(d)
+    assert d["failed"] == 5 and sum("HTTP status 503" in e and "the queue is full" in e for e in d["errors"]) == 5, d["errors"]
+    m = Mock("--ttft", "1", "--itl", "30")
+    path = os.path.join(FOLDER, "lines.jsonl")
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"messages": [{"role": "user", "content": "cut" if i < 2 else "whole"}], "output_tokens": 3}) + "\n" for i in range(6))
+    d = result("--base-url", m.url, "--backend", "openai-chat", "--dataset-name", path, "--num-prompts", "5")
+    m.stop()
+    assert d["failed"] == 2 and all(("closed" in e or "ended" in e) == (i < 2) for i, e in enumerate(d["errors"])), d["errors"]
+    return None
+
+
+def server_dies():
+    m = Mock("--ttft", "50", "--itl", "400")
+    p = subprocess.Popen([PROGRAM, "bench", "serve", "--base-url", m.url, "--num-prompts", "8", "--random-input-len", "2", "--random-output-len", "5"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        client.with_options(api_key="wrong").models.list()
-        check(False, "a wrong key was taken")
-    except openai.AuthenticationError:
+        p.wait(3.2)  # the first request takes 1.65 s
+    except subprocess.TimeoutExpired:
         pass
+    m.process.kill()
+    out, err = p.communicate(timeout=10)
+    assert p.returncode == 1 and "no request was answered" in err and "Failed requests:                         8" in out, (p.returncode, out, err)
+    m.process.wait()
+    return None
 
 
-def openai_tools(client):
-    tools = [{"type": "function", "function": WEATHER}]
-    messages = [{"role": "user", "content": ASK_WEATHER}]
-    ask = {"model": "demo", "messages": messages, "tools": tools, "temperature": 0}
-    first = client.chat.completions.create(**ask).choices[0]
-    check(first.finish_reason == "tool_calls", "a call", first)
-    call = first.message.tool_calls[0]
-    check(json.loads(call.function.arguments) == {"city": "Oslo", "unit": "fahrenheit"}, "its arguments", call)
-    pieces = {}
-    for chunk in client.chat.completions.create(**ask, stream=True):
-        for piece in chunk.choices[0].delta.tool_calls or []:
-            name, arguments = pieces.get(piece.index, ("", ""))
-            pieces[piece.index] = (name + (piece.function.name or ""), arguments + (piece.function.arguments or ""))
-    check(pieces == {0: ("get_weather", call.function.arguments)}, "a streamed call", pieces)
-    messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}]
-    after = client.chat.completions.create(**ask).choices[0]
-    check(after.message.content, "an answer after a call", after)
-    forced = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "Hello."}], tools=tools, temperature=0, max_tokens=200,
-        reasoning_effort="none", tool_choice={"type": "function", "function": {"name": "get_weather"}})
-    arguments = json.loads(forced.choices[0].message.tool_calls[0].function.arguments)
-    check(isinstance(arguments["city"], str) and arguments.get("unit", "celsius") in ("celsius", "fahrenheit"),
-          "a forced call", arguments)
+def ways_of_ending_a_body():
+    for words in ((), ("--close",)):
+        m = Mock("--ttft", "2", "--itl", "1", *words)
+        d = result("--base-url", m.url + "/", "--backend", "vllm", "--num-prompts", "10", "--random-input-len", "3", "--random-output-len", "9")
+        m.stop()
+        check_sums(d)
+        assert d["completed"] == 10 and d["total_output_tokens"] == 90
+    return None
 
 
-def openai_schema(client):
-    from pydantic import BaseModel
-
-    class City(BaseModel):
-        name: str
-        is_large: bool
-        rank: int
-
-    ask = {"model": "demo", "messages": [{"role": "user", "content": CAPITAL}], "temperature": 0, "max_tokens": 300}
-    for effort in ("none", "low"):
-        r = client.chat.completions.create(
-            **ask, reasoning_effort=effort,
-            response_format={"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": {
-                "type": "object", "required": ["name", "rank"], "additionalProperties": False,
-                "properties": {"name": {"type": "string", "maxLength": 12}, "rank": {"enum": [1, 2, 3]}}}}})
-        value = json.loads(r.choices[0].message.content)
-        check(set(value) == {"name", "rank"} and value["rank"] in (1, 2, 3), "a schema", r)
-    r = client.chat.completions.create(**ask, reasoning_effort="none", extra_body={
-        "structured_outputs": {"choice": ["Oslo", "Helsinki", "Rome"]}})
-    check(r.choices[0].message.content == "Helsinki", "a choice", r)
-    r = client.chat.completions.create(**ask, reasoning_effort="none", extra_body={
-        "structured_outputs": {"regex": "[A-Z][a-z]{3,9}!"}})
-    check(r.choices[0].message.content.endswith("!") and r.choices[0].message.content[0].isupper(), "a regex", r)
-    # The model knows little of numbers: bound what pydantic's schema leaves free.
-    class Small(BaseModel):
-        is_large: bool
-
-    parsed = client.chat.completions.parse(**ask, reasoning_effort="none", response_format=Small)
-    check(isinstance(parsed.choices[0].message.parsed, Small), "parse()", parsed)
+def keys_and_headers():
+    m = Mock("--ttft", "2", "--itl", "1", "--key", "sesame")
+    words = ("--base-url", m.url, "--num-prompts", "3", "--random-input-len", "3", "--random-output-len", "2")
+    r = bench(*words)
+    assert r.returncode == 1 and "401" in r.stderr and "Invalid API key" in r.stderr, r.stderr
+    r = bench(*words, key="wrong")
+    assert r.returncode == 1 and "wrong" not in r.stderr + r.stdout, "the key was printed"
+    assert result(*words, key="sesame")["completed"] == 3
+    assert result(*words, "--header", "Authorization=Bearer sesame", "X-Other=1")["completed"] == 3
+    m.stop()
+    return None
 
 
-def openai_image(client):
-    url = "data:image/png;base64," + png((220, 30, 30))
-    r = client.chat.completions.create(model="demo", temperature=0, messages=[{"role": "user", "content": [
-        {"type": "text", "text": "What is in the picture?"}, {"type": "image_url", "image_url": {"url": url}}]}])
-    check(r.choices[0].message.content, "an answer about an image", r)
-    check(r.usage.prompt_tokens_details.image_tokens >= 4, "tokens of an image", r.usage)
+def tls():
+    if not shutil.which("openssl"):
+        return "SKIP: no openssl program to make a certificate"
+    pem = os.path.join(FOLDER, "both.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", pem + ".key", "-out", pem + ".crt", "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)
+    with open(pem, "w", encoding="utf-8") as f:
+        for part in (".key", ".crt"):
+            with open(pem + part, encoding="utf-8") as g:
+                f.write(g.read())
+    m = Mock("--ttft", "5", "--itl", "2", "--cert", pem)
+    words = ("--base-url", m.url, "--num-prompts", "20", "--random-input-len", "3", "--random-output-len", "5", "--model", "mock")
+    r = bench(*words)
+    assert r.returncode == 1 and "certificate" in r.stderr, r.stderr
+    assert result(*words, "--insecure")["completed"] == 20
+    os.environ["SSL_CERT_FILE"] = pem + ".crt"
+    try:
+        assert result(*words)["completed"] == 20
+        assert result("--base-url", m.url.replace("127.0.0.1", "localhost"), *words[2:])["completed"] == 20
+    finally:
+        del os.environ["SSL_CERT_FILE"]
+    m.stop()
+    return None
 
 
-def openai_completions(client):
-    ask = {"model": "demo", "temperature": 0, "max_tokens": 6}
-    whole = client.completions.create(prompt="The first", **ask)
-    text = "".join(c.choices[0].text for c in client.completions.create(prompt="The first", stream=True, **ask))
-    check(whole.choices[0].text == text and text, "a completion's stream", text)
-    ids = [100, 101, 102, 103]
-    r = client.completions.create(prompt=[ids, ids[:2]], echo=True, logprobs=2, model="demo", max_tokens=1)
-    check([len(c.logprobs.token_logprobs) for c in r.choices] == [5, 3], "lengths of arrays", r)
-    r = client.completions.create(prompt=ids, echo=True, logprobs=0, model="demo", max_tokens=0)
-    check(len(r.choices[0].logprobs.tokens) == 4 and r.usage.completion_tokens == 0, "scores alone", r)
+def hundreds_of_streams():
+    m = Mock("--ttft", "300", "--itl", "40")
+    d = result("--base-url", m.url, "--num-prompts", "400", "--random-input-len", "5", "--random-output-len", "10")
+    m.stop()
+    check_sums(d)
+    assert d["completed"] == 400 and d["max_concurrent_requests"] > 300, (d["completed"], d["max_concurrent_requests"])
+    return f"{d['max_concurrent_requests']} at a time"
 
 
-def openai_responses(client):
-    ask = {"model": "demo", "temperature": 0}
-    r = client.responses.create(input=CAPITAL, instructions="You are a helpful assistant.", **ask)
-    check("Helsinki" in r.output_text and r.output[0].type == "reasoning", "a response", r)
-    kinds, text, final = [], "", None
-    for event in client.responses.create(input=CAPITAL, stream=True, **ask):
-        kinds.append(event.type)
-        text += event.delta if event.type == "response.output_text.delta" else ""
-        final = event.response if event.type == "response.completed" else final
-    check(final.output_text == text and "Helsinki" in text, "a response's stream", kinds)
-    with client.responses.stream(input=CAPITAL, **ask) as stream:
-        for event in stream:
-            pass
-        check(stream.get_final_response().output_text == text, "the stream helper of responses")
-    tools = [{"type": "function", **WEATHER}]
-    r = client.responses.create(input=ASK_WEATHER, tools=tools, **ask)
-    call = next(item for item in r.output if item.type == "function_call")
-    check(json.loads(call.arguments)["city"] == "Oslo", "a response's call", call)
-    items = [{"role": "user", "content": ASK_WEATHER}, *r.output,
-             {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}]
-    check(client.responses.create(input=items, tools=tools, **ask).output_text, "a response after a call")
-    r = client.responses.create(input=CAPITAL, reasoning={"effort": "none"}, max_output_tokens=100, text={"format": {
-        "type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}},
-                                                       "required": ["a"], "additionalProperties": False}}}, **ask)
-    check(isinstance(json.loads(r.output_text)["a"], bool), "a response's schema", r)
+def datasets():
+    path = os.path.join(FOLDER, "sharegpt.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump([{"conversations": [{"from": "human", "value": f"Question {i} about the river and its banks?"},
+                                      {"from": "gpt", "value": "An answer that is long enough. " * (i % 3 + 1)}]} for i in range(20)] +
+                  [{"conversations": [{"value": "short"}, {"value": "x"}]}, {"conversations": []}, {"id": 1}], f)
+    m = Mock("--ttft", "1", "--itl", "1")
+    d = result("--base-url", m.url, "--dataset-name", "sharegpt", "--dataset-path", path, "--num-prompts", "50", "--tokenizer",
+               os.path.join(ROOT, "models/demo"))
+    assert d["num_prompts"] == 20 and len(set(d["output_lens"])) == 3, d["output_lens"]
+    d = result("--base-url", m.url, "--dataset-name", "sharegpt", "--dataset-path", path, "--num-prompts", "4", "--sharegpt-output-len", "6")
+    assert d["output_lens"] == [6] * 4
+    lines = os.path.join(FOLDER, "prompts.jsonl")
+    with open(lines, "w", encoding="utf-8") as f:
+        f.write('{"prompt": "one two three"}\n\n{"prompt": "four", "output_tokens": 9}\n')
+    d = result("--base-url", m.url, "--dataset-name", "custom", "--dataset-path", lines, "--num-prompts", "2", "--custom-output-len", "4")
+    assert d["output_lens"] == [4, 4] and d["input_lens"] == [3, 1] and d["generated_texts"][0] .endswith(" w1 w2 w3 ")
+    assert result("--base-url", m.url, "--dataset-name", lines, "--num-prompts", "2")["output_lens"] == [256, 9]
+    m.stop()
+    return None
 
 
-def anthropic_messages(client, anthropic):
-    ask = {"model": "demo", "max_tokens": 200, "extra_body": {"temperature": 0},
-           "messages": [{"role": "user", "content": CAPITAL}]}
-    r = client.messages.create(**ask)
-    check("Helsinki" in r.content[0].text and r.stop_reason == "end_turn", "a message", r)
-    with client.messages.stream(**ask) as stream:
-        text = "".join(stream.text_stream)
-        final = stream.get_final_message()
-    check(text == r.content[0].text and final.usage.output_tokens == r.usage.output_tokens, "a message's stream", final)
-    n = client.messages.count_tokens(model="demo", messages=ask["messages"]).input_tokens
-    check(n == r.usage.input_tokens + r.usage.cache_read_input_tokens, "count_tokens", n)
-    r = client.messages.create(**{**ask, "max_tokens": 1500}, thinking={"type": "enabled", "budget_tokens": 1024})
-    check([b.type for b in r.content] == ["thinking", "text"], "thinking", r)
-    tools = [{"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}]
-    messages = [{"role": "user", "content": ASK_WEATHER}]
-    with client.messages.stream(**{**ask, "messages": messages}, tools=tools) as stream:
-        final = stream.get_final_message()
-    use = final.content[-1]
-    check(use.type == "tool_use" and use.input == {"city": "Oslo", "unit": "fahrenheit"}, "a tool's use", final)
-    check(final.stop_reason == "tool_use", "its stop reason", final)
-    messages += [{"role": "assistant", "content": final.content},
-                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "21 degrees"}]}]
-    check(client.messages.create(**{**ask, "messages": messages}, tools=tools).content[0].text, "an answer after it")
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png((30, 30, 220))}}
-    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What is in the picture?"}]}]
-    r = client.messages.create(**{**ask, "messages": messages})
-    n = client.messages.count_tokens(model="demo", messages=messages).input_tokens
-    check(n == r.usage.input_tokens + r.usage.cache_read_input_tokens, "count_tokens with an image", (n, r.usage))
-    r = client.messages.create(**ask, stop_sequences=["Hels"])
-    check(r.stop_reason == "stop_sequence" and r.stop_sequence == "Hels", "a stop sequence", r)
-    for kind, make in ((anthropic.NotFoundError, {**ask, "model": "claude"}),
-                       (anthropic.BadRequestError, {**ask, "messages": [{"role": "user", "content": [{"type": "x"}]}]})):
-        try:
-            client.messages.create(**make)
-            check(False, "no error", make)
-        except kind as e:
-            check(e.body["error"]["message"], "an error", e)
+def saved_and_printed():
+    m = Mock("--ttft", "5", "--itl", "2")
+    r = bench("--base-url", m.url, "--num-prompts", "5", "--random-input-len", "3", "--random-output-len", "5", "--save-result", "--result-dir",
+              os.path.join(FOLDER, "out"), "--label", "here", "--metadata", "tp=1", "note=two words", "--request-rate", "50", "--goodput",
+              "ttft:500", "tpot:50", "--disable-tqdm", "--trust-remote-code")
+    m.stop()
+    assert r.returncode == 0, r.stderr
+    names = os.listdir(os.path.join(FOLDER, "out"))
+    assert len(names) == 1 and names[0].startswith("here-50qps-mock-") and names[0].endswith(".json"), names
+    with open(os.path.join(FOLDER, "out", names[0]), encoding="utf-8") as f:
+        d = json.load(f)
+    assert d["tp"] == "1" and d["note"] == "two words" and d["label"] == "here" and "ttfts" not in d and d["backend"] == "openai"
+    lines = r.stdout.splitlines()
+    assert lines[0] == " Serving Benchmark Result ".center(50, "=") and lines[-1] == "=" * 50
+    for label, value in (("Successful requests:", "5"), ("Request rate configured (RPS):", "50.00"),
+                         ("Output token throughput (tok/s):", f"{d['output_throughput']:.2f}"), ("Mean TTFT (ms):", f"{d['mean_ttft_ms']:.2f}"),
+                         ("P99 ITL (ms):", f"{d['p99_itl_ms']:.2f}"), ("Request goodput (req/s):", f"{d['request_goodput']:.2f}")):
+        assert f"{label:<40} {value:<10}" in lines, (label, value, r.stdout)
+    for header in ("Time to First Token", "Time per Output Token (excl. 1st token)", "Inter-token Latency", "End-to-end Latency", "Speculative Decoding"):
+        assert header.center(50, "-") in lines or any(l.strip("-") == header and len(l) == 50 for l in lines), header
+    return None
 
 
-# Answers to choose from; lm-eval scores each after its question.
-CAPITALS = {"Finland": "Helsinki", "Norway": "Oslo", "India": "Delhi", "France": "Paris", "Italy": "Rome",
-            "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo"}
+def sentences():
+    m = Mock()
+    for words, status, text in (
+            (("--base-url", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: connect: Connection refused"),
+            (("--base-url", "ftp://x"), 2, "'ftp://x': expected http://HOST[:PORT] or https://HOST[:PORT]"),
+            (("--base-url", m.url, "--goodput", "speed:1"), 2, "--goodput: expected ttft:MS, tpot:MS or e2el:MS, found 'speed:1'"),
+            (("--base-url", m.url, "--metric-percentiles", "50,101"), 2, "found '50,101'"),
+            (("--base-url", m.url, "--request-rate", "0"), 2, "--request-rate: expected more than 0, or inf"),
+            (("--base-url", m.url, "--dataset-name", "sharegpt"), 2, "--dataset-path: expected the file of --dataset-name"),
+            (("--base-url", m.url, "--dataset-name", "custom", "--dataset-path", "/nowhere"), 1, "/nowhere: No such file"),
+            (("--base-url", m.url, "--extra-body", "["), 1, "--extra-body"),
+            (("--base-url", m.url, "--header", "novalue"), 2, "'novalue': expected NAME=VALUE of a header"),
+            (("--base-url", m.url, "--endpoint", "/v2/none/completions/", "--extra-body", '{"stream": false}'), 1, "this mock only streams"),
+            (("--base-url", m.url, "--percentile-metrics", "ttft,speed"), 2, "found 'ttft,speed'"),
+            (("positional",), 2, "one argument too many")):
+        r = bench(*words)
+        assert r.returncode == status and text in r.stderr and not r.stdout, (words, r.returncode, r.stderr)
+    m.stop()
+    return None
 
 
-def lm_eval_scores(url):
-    """Multiple choice through lm-eval's own client: requests, remote tokenizer, parsing and all."""
-    os.environ.update(OPENAI_API_KEY=KEY, TQDM_DISABLE="1")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    client = LocalCompletionsAPI(base_url=url + "/v1/completions", model="demo", tokenizer_backend="remote",
-                                 auth_token=KEY, batch_size=4, max_length=2048)
-    names = list(CAPITALS)
-    requests, right = [], 0
-    for country in names:
-        question = (f"<|im_start|>user\nWhat is the capital of {country}?<|im_end|>\n<|im_start|>assistant\n<think>\n\n"
-                    f"</think>\n\nThe capital of {country} is")
-        for other in names:
-            requests.append(Instance("loglikelihood", {}, (question, f" {CAPITALS[other]}.<|im_end|>"), 0))
-    scores = client.loglikelihood(requests, disable_tqdm=True)
-    for i, country in enumerate(names):
-        row = scores[i * len(names):(i + 1) * len(names)]
-        right += max(range(len(names)), key=lambda k: row[k][0]) == i
-        if row[i][1]:
-            check(row[i][0] == max(s for s, _ in row), "greedy, but not the best", row)
-    check(right >= 7, f"lm-eval: {right} of {len(names)} right, chance is one", scores)
-    # Its parsing adds what the server says of each token: the same as tokens scored alone.
-    import requests as http
-
-    context, answer = client.tok_encode("The first"), client.tok_encode(" time")
-    score, _ = client.loglikelihood([Instance("loglikelihood", {}, ("The first", " time"), 0)], disable_tqdm=True)[0]
-    body = {"model": "demo", "prompt": context + answer, "echo": True, "logprobs": 1, "max_tokens": 0}
-    r = http.post(url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
-    check(abs(sum(r["choices"][0]["logprobs"]["token_logprobs"][len(context):]) - score) < 1e-6, "a sum", score)
-    text = client.generate_until([Instance("generate_until", {}, (
-        f"<|im_start|>user\n{CAPITAL}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        {"until": ["."], "max_gen_toks": 30}), 0)], disable_tqdm=True)
-    check(text == ["The capital of Finland is Helsinki"], "lm-eval's generation", text)
-    return right
+def doctor_asks_a_server():
+    def lines(url, key=None):
+        env = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
+        r = subprocess.run([PROGRAM, "doctor", "--json", "--url", url], env={**env, **({"OPENAI_API_KEY": key} if key else {})},
+                           capture_output=True, text=True, timeout=60)
+        found = {l["check"]: l for l in json.loads(r.stdout)["lines"]}
+        assert r.returncode == (1 if any(l["state"] == "fail" for l in found.values()) else 0), r.returncode
+        return found
+    m = Mock("--loading")
+    d = lines(m.url)
+    m.stop()
+    assert d["server"]["state"] == "ok" and "alive" in d["server"]["text"] and d["ready"]["state"] == "warn" and "models" not in d
+    m = Mock("--key", "sesame")
+    d = lines(m.url)
+    assert d["ready"]["state"] == "ok"
+    assert d["models"]["state"] == "warn" and "OPENAI_API_KEY" in d["models"]["advice"]
+    assert lines(m.url, "wrong")["models"]["state"] == "fail"
+    d = lines(m.url, "sesame")
+    assert d["models"] == {"check": "models", "state": "ok", "text": "mock, up to 4096 tokens", "advice": None}
+    m.stop()
+    assert lines("http://127.0.0.1:1")["server"]["state"] == "fail"
+    return None
 
 
 def main():
-    import anthropic
-    import openai
-
-    quench, model = sys.argv[1:3]
-    begin = time.time()
-    with Server(quench, model, "--api-key", KEY) as server:
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60)
-        openai_chat(client, openai)
-        openai_tools(client)
-        openai_schema(client)
-        openai_image(client)
-        openai_completions(client)
-        openai_responses(client)
-        anthropic_messages(anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60), anthropic)
+    failed = 0
+    for test in (poisson_completions, same_seed_same_load, goodput_splits, chat_waits_its_turn, failures_are_counted, server_dies,
+                 ways_of_ending_a_body, keys_and_headers, tls, hundreds_of_streams, datasets, saved_and_printed, sentences, doctor_asks_a_server):
         try:
-            import lm_eval  # noqa: F401
-        except ImportError:
-            print("SKIP: lm-eval's own client: the package lm-eval is not installed")
-        else:
-            print(f"lm-eval's local-completions: {lm_eval_scores(server.url)} of {len(CAPITALS)} right")
-    print(f"openai {openai.__version__}, anthropic {anthropic.__version__}: their examples pass, "
-          f"{time.time() - begin:.0f} s")
+            note = test()
+            print(f"client: {test.__name__:24} ok{'  ' + note if note else ''}", flush=True)
+        except (AssertionError, KeyError, subprocess.TimeoutExpired) as e:
+            failed += 1
+            print(f"client: {test.__name__:24} FAILED at line {e.__traceback__.tb_next.tb_lineno}: {e!r}", flush=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    return 1 if failed else 0
 
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -158,9 +158,6 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)
 {
-    if (drafts && strcmp(o->model.backend->ops->name, "cuda") == 0)
-        return err_set(e, ERR_UNSUPPORTED,
-                       "--speculative-config: drafting is not supported on a GPU yet; use --device cpu");
     return !drafts || model_bind_mtp(&o->model, e);
 }
 

@@ -217,6 +217,6 @@ void doctor_server(struct doctor *d)
         doctor_say(d, status == 200 ? DOCTOR_OK : DOCTOR_WARN, "ready",
                    status == 200 ? NULL : "it loads, drains or stands still; its log says which", "%s",
                    status == 200 ? "takes requests" : "takes no requests now");
-    say_models(d, h);
+    if (status != 503) say_models(d, h);
     load_http_free(h);
 }

@@ -8,6 +8,8 @@
 #include <string.h>
 
 enum {
+    SLICES_MAX = 4,       /* made here */
+    SLICE_LEAST = 8,      /* characters of ASCII that are worth one */
     ENDED = -1,           /* a position: after the stop token */
     MASKS_MAX = 64,       /* kept */
     MASK_WORTH = 1 << 10, /* nodes whose visit costs more than a copy of the mask */
@@ -30,6 +32,8 @@ struct matcher {
     struct kept_mask masks[MASKS_MAX];
     int n_masks, next_mask;
     int64_t visited;
+    struct slice slices[SLICES_MAX]; /* of texts that this grammar asks for */
+    int n_slices, next_slice;
 };
 
 bool matcher_create(struct matcher **out, const struct grammar *g, const struct token_trie *t, struct err *e)
@@ -58,6 +62,7 @@ void matcher_free(struct matcher *m)
 {
     if (!m) return;
     for (int i = 0; i < m->n_masks; i++) free(m->masks[i].bits);
+    for (int i = 0; i < m->n_slices; i++) slice_deinit(&m->slices[i]);
     sets_deinit(&m->sets);
     free(m->path);
     free(m->bits);
@@ -85,12 +90,13 @@ static void prepare(struct matcher *m)
     for (int i = 0; i < m->n_masks; i++) m->masks[i].set = -1;
 }
 
-static void walk(struct matcher *m, const struct trie *trie, int32_t from)
+/* Tokens of nodes[begin .. end) into m->bits; `from` is where the first of them is reached. */
+static void walk(struct matcher *m, const struct trie *trie, int32_t begin, int32_t end, int32_t from)
 {
     const struct trie_node *nodes = trie->nodes;
     int32_t *path = m->path;
-    path[0] = from;
-    for (int32_t i = 0; i < trie->n;) {
+    if (begin < end) path[nodes[begin].depth - 1] = from;
+    for (int32_t i = begin; i < end;) {
         const struct trie_node *node = &nodes[i];
         int32_t to = sets_next(&m->sets, path[node->depth - 1], node->byte);
         m->visited++;
@@ -108,40 +114,76 @@ static void walk(struct matcher *m, const struct trie *trie, int32_t from)
     }
 }
 
-/* Nothing of the slice may follow. */
-static bool is_closed(struct matcher *m, int32_t set, const struct slice *s)
+/* Tokens that leave the slice after n characters, which led to `from`. */
+static void walk_exits(struct matcher *m, const struct slice *s, int n, int32_t from)
 {
-    for (int b = 0; b <= 0xf4; b++) {
-        if (b < 0x80 ? s->excluded[b] : b < 0xc2) continue;
-        if (sets_next(&m->sets, set, (uint8_t)b) != SETS_DEAD) return false;
+    const struct trie *whole = &m->t->whole;
+    for (int b = 0; b < 256 && !m->is_stuck; b++) {
+        int32_t i = s->begin[n * 256 + b], end = s->begin[n * 256 + b + 1];
+        if (i == end) continue;
+        int32_t to = sets_next(&m->sets, from, (uint8_t)b);
+        if (to == SETS_FAILED) m->is_stuck = true;
+        for (; to > 0 && i < end; i++) walk(m, whole, s->exits[i], whole->nodes[s->exits[i]].end, from);
     }
-    return true;
 }
 
 /* Where any n characters of the slice, whatever they are, lead to at[n], the tokens made of them need no
  * walk, and the others only from where they leave the slice. False: this is no such place. */
-static bool find_by_slice(struct matcher *m, int which)
+static bool find_by_slice(struct matcher *m, const struct slice *s, int which)
 {
-    const struct slice *s = &m->t->slices[which];
     size_t bytes = (size_t)m->t->words * sizeof *m->bits;
     int32_t at[SLICE_CHARS + 1] = { m->now };
     int n = 0;
     bool loops = false;
     while (n < SLICE_CHARS && !loops) {
-        int32_t to = sets_uniform(&m->sets, at[n], s, which);
+        int32_t to = sets_uniform(&m->sets, at[n], &s->chars, which);
         if (to == SETS_DEAD) break;
         loops = to == at[n];
         at[++n] = to;
     }
-    if (n == 0 || (n < SLICE_CHARS && !loops && !is_closed(m, at[n], s))) return false;
-    memcpy(m->bits, loops ? s->all : s->upto[n], bytes);
-    if (loops && n == 1) {
-        walk(m, &s->tails, m->now);
-        return true;
-    }
-    for (int k = 0; k <= (loops ? SLICE_CHARS : n); k++) walk(m, &s->after[k], at[k < n ? k : n]);
-    if (n == SLICE_CHARS || loops) walk(m, &s->longer, m->now);
+    if (n == 0 || (n < SLICE_CHARS && !loops && !sets_is_closed(&m->sets, at[n], &s->chars))) return false;
+    for (int k = n + 1; loops && k <= SLICE_CHARS; k++) at[k] = at[n];
+    if (loops) n = SLICE_CHARS;
+    bool has_tails = loops && at[1] == at[0] && s->tails.nodes;
+    memcpy(m->bits, has_tails ? s->all : s->upto[n], bytes);
+    if (has_tails) walk(m, &s->tails, 0, s->tails.n, m->now);
+    for (int k = 0; k <= n && !has_tails; k++) walk_exits(m, s, k, at[k]);
     return true;
+}
+
+/* Characters that all lead from here to one other set, where that is worth a slice: a text of them is
+ * counted, and further sets like this one follow. (Of a set that leads to itself the mask is kept.) */
+static bool find_chars(struct matcher *m, struct slice_chars *c)
+{
+    static const char usual[] = "aA0 ";
+    int32_t want = SETS_DEAD;
+    int n = 0;
+    for (int i = 0; usual[i] && want <= 0; i++) want = sets_next(&m->sets, m->now, (uint8_t)usual[i]);
+    if (want <= 0 || want == m->now) return false;
+    *c = (struct slice_chars){ 0 };
+    for (int b = 0; b < 0x80; b++) n += c->ascii[b] = sets_next(&m->sets, m->now, (uint8_t)b) == want;
+    struct slice_chars with_others = *c;
+    with_others.others = true;
+    c->others = sets_uniform(&m->sets, m->now, &with_others, -1) == want;
+    return n >= SLICE_LEAST && sets_uniform(&m->sets, want, c, -1) != SETS_DEAD;
+}
+
+/* A slice for this position, made now or before; NULL: none is worth it. */
+static const struct slice *own_slice(struct matcher *m)
+{
+    struct slice_chars c;
+    if (!find_chars(m, &c)) return NULL;
+    for (int i = 0; i < m->n_slices; i++)
+        if (memcmp(&m->slices[i].chars, &c, sizeof c) == 0) return &m->slices[i];
+    struct slice s;
+    if (!slice_init(&s, m->t, &c)) {
+        slice_deinit(&s);
+        return NULL;
+    }
+    int slot = m->n_slices < SLICES_MAX ? m->n_slices++ : m->next_slice++ % SLICES_MAX;
+    slice_deinit(&m->slices[slot]);
+    m->slices[slot] = s;
+    return &m->slices[slot];
 }
 
 /* All tokens that may follow, into m->bits. */
@@ -149,9 +191,11 @@ static void find_tokens(struct matcher *m)
 {
     m->visited = 0;
     for (int i = 0; i < SLICES; i++)
-        if (find_by_slice(m, i)) return;
+        if (find_by_slice(m, &m->t->slices[i], i)) return;
+    const struct slice *own = own_slice(m);
+    if (own && find_by_slice(m, own, -1)) return;
     memset(m->bits, 0, (size_t)m->t->words * sizeof *m->bits);
-    walk(m, &m->t->whole, m->now);
+    walk(m, &m->t->whole, 0, m->t->whole.n, m->now);
 }
 
 /* Kept or found; NULL: the matcher is stuck. */

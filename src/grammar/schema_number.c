@@ -309,10 +309,11 @@ static int32_t number(struct schema *s, const struct bounds *b, int most)
                       decimals(r, from_zero ? &zero : &low, !from_zero && b->excludes_low,
                                b->high ? &high : NULL, b->excludes_high, most));
     }
-    if (!b->low || low.is_negative) { /* -0 is left to the other half */
-        bool to_zero = !b->high || !high.is_negative;
-        int32_t size = decimals(r, to_zero ? &zero : &high, to_zero || b->excludes_high, b->low ? &low : NULL,
-                                b->excludes_low, most);
+    if (!b->low || low.is_negative) {
+        bool to_zero = !b->high || !high.is_negative; /* -0 is 0 */
+        bool is_below = b->excludes_high && (!to_zero || number_of(b->high) == 0);
+        int32_t size =
+            decimals(r, to_zero ? &zero : &high, is_below, b->low ? &low : NULL, b->excludes_low, most);
         expr_list_add(r, &parts, SEQ(r, expr_text(r, "-"), size));
     }
     return expr_list_alt(r, &parts);

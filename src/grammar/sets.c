@@ -359,7 +359,7 @@ static bool all_lead(struct sets *s, int32_t set, const uint8_t (*ranges)[2], in
     return true;
 }
 
-static int32_t find_uniform(struct sets *s, int32_t set, const struct slice *slice)
+static int32_t find_uniform(struct sets *s, int32_t set, const struct slice_chars *chars)
 {
     static const struct {
         uint8_t ranges[4][2];
@@ -374,25 +374,33 @@ static int32_t find_uniform(struct sets *s, int32_t set, const struct slice *sli
         { { { 0xf1, 0xf3 }, { 0x80, 0xbf }, { 0x80, 0xbf }, { 0x80, 0xbf } }, 4 },
         { { { 0xf4, 0xf4 }, { 0x80, 0x8f }, { 0x80, 0xbf }, { 0x80, 0xbf } }, 4 },
     };
-    int32_t want = sets_next(s, set, 'a');
-    int last = -1;
+    int32_t want = SETS_DEAD;
     for (int b = 0; b < 0x80; b++) {
-        if (slice->excluded[b] || s->g->class_of[b] == last) continue;
-        last = s->g->class_of[b];
-        if (want <= 0 || sets_next(s, set, (uint8_t)b) != want) return SETS_DEAD;
+        if (!chars->ascii[b]) continue;
+        int32_t to = sets_next(s, set, (uint8_t)b);
+        if (to <= 0 || (want != SETS_DEAD && to != want)) return SETS_DEAD;
+        want = to;
     }
-    for (size_t i = 0; i < sizeof utf8 / sizeof *utf8; i++)
+    for (size_t i = 0; chars->others && i < sizeof utf8 / sizeof *utf8; i++)
         if (!all_lead(s, set, utf8[i].ranges, utf8[i].n, want)) return SETS_DEAD;
     return want;
 }
 
-int32_t sets_uniform(struct sets *s, int32_t set, const struct slice *slice, int which)
+int32_t sets_uniform(struct sets *s, int32_t set, const struct slice_chars *chars, int which)
 {
-    if (s->sets[set].uniform[which] < 0) {
-        int32_t to = find_uniform(s, set, slice);
-        s->sets[set].uniform[which] = to;
-    }
-    return s->sets[set].uniform[which];
+    if (which >= 0 && s->sets[set].uniform[which] >= 0) return s->sets[set].uniform[which];
+    int32_t to = find_uniform(s, set, chars);
+    if (which >= 0) s->sets[set].uniform[which] = to;
+    return to;
+}
+
+bool sets_is_closed(struct sets *s, int32_t set, const struct slice_chars *chars)
+{
+    for (int b = 0; b <= 0xf4; b++)
+        if ((b < 0x80 ? chars->ascii[b] : chars->others && b >= 0xc2) &&
+            sets_next(s, set, (uint8_t)b) != SETS_DEAD)
+            return false;
+    return true;
 }
 
 bool sets_init(struct sets *s, const struct grammar *g)

@@ -30,7 +30,7 @@ struct set {
     int32_t first, n;        /* of sets.pairs; only states that read a byte */
     bool accepts;            /* the text may end here */
     int32_t mask;            /* the matcher's */
-    int32_t uniform[SLICES]; /* see sets_uniform */
+    int32_t uniform[SLICES]; /* what sets_uniform said of slices made with the trie; -1: not asked yet */
 };
 
 struct seen_pair {
@@ -71,9 +71,11 @@ bool sets_init(struct sets *s, const struct grammar *g); /* false: out of memory
 void sets_deinit(struct sets *s);
 int32_t sets_start(struct sets *s);
 int32_t sets_step(struct sets *s, int32_t set, int class); /* computes what rows do not know yet */
-/* The set in which every single character of the slice leads, and all bytes of one character on the way to it
- * are possible; SETS_DEAD: there is no such set. */
-int32_t sets_uniform(struct sets *s, int32_t set, const struct slice *slice, int which);
+/* The set to which each of these characters leads, whichever it is; SETS_DEAD: there is no such set. which:
+ * of the slices made with the trie, the answer is kept; -1: another. */
+int32_t sets_uniform(struct sets *s, int32_t set, const struct slice_chars *chars, int which);
+bool sets_is_closed(struct sets *s, int32_t set,
+                    const struct slice_chars *chars); /* none of these may come */
 uint64_t sets_bytes(const struct sets *s);
 /* Forgets all but the sets in keep[n], which get new numbers. */
 bool sets_flush(struct sets *s, int32_t *keep, int n);

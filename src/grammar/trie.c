@@ -66,102 +66,167 @@ static bool build(struct trie *out, int32_t *same, struct piece *pieces, int64_t
     return true;
 }
 
-/* How many characters at the beginning belong to the slice, the last one perhaps cut; *clean: their bytes. */
-static int count_chars(const unsigned char *s, uint32_t n, const bool *excluded, uint32_t *clean)
+/* Range of the k-th byte of a character that begins with lead. Source: Unicode table 3-7. */
+static bool continues(unsigned lead, int k, unsigned byte)
 {
-    int chars = 0;
-    uint32_t i = 0;
-    for (*clean = 0; i < n; *clean = i, chars++) {
-        unsigned char lead = s[i];
-        uint32_t bytes = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-        if (lead < 0x80 ? excluded[lead] : lead < 0xc2 || lead > 0xf4) return chars;
-        for (uint32_t k = 1; k < bytes && i + k < n; k++) {
-            unsigned low = k > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-            unsigned high = k > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-            if (s[i + k] < low || s[i + k] > high) return chars;
-        }
-        i = i + bytes < n ? i + bytes : n;
-    }
-    return chars;
+    unsigned low = k > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    unsigned high = k > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    return byte >= low && byte <= high;
 }
 
-static bool make_bits(struct slice *s, int64_t words)
+static int char_length(const struct slice_chars *c, unsigned lead)
 {
-    s->all = calloc((size_t)words + 1, sizeof *s->all);
-    bool ok = s->all;
-    for (int k = 0; k <= SLICE_CHARS && ok; k++) {
-        s->upto[k] = calloc((size_t)words + 1, sizeof **s->upto);
-        ok = s->upto[k];
+    if (lead < 0x80) return c->ascii[lead] ? 1 : 0;
+    if (!c->others || lead < 0xc2 || lead > 0xf4) return 0;
+    return lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+}
+
+/* Whether the character that begins at node i belongs, with all that is below it up to its end. */
+static bool belongs(const struct slice_chars *c, const struct trie *t, int32_t i)
+{
+    const struct trie_node *first = &t->nodes[i];
+    int length = char_length(c, first->byte);
+    for (int32_t k = i + 1; length > 1 && k < first->end; k++) {
+        int at = t->nodes[k].depth - first->depth;
+        if (at >= length)
+            k = t->nodes[k].end - 1;
+        else if (!continues(first->byte, at, t->nodes[k].byte))
+            return false;
     }
+    return length > 0;
+}
+
+/* Where a walk over whole stands: characters before the node of each depth, and bytes left of the last one.
+ */
+struct walk {
+    uint8_t chars[TRIE_TOKEN_MAX + 1], left[TRIE_TOKEN_MAX + 1];
+};
+
+/* Calls exit for each node that leaves the slice, token for each that ends within. */
+static void each_node(struct slice *s, const struct token_trie *t, struct walk *w,
+                      void (*exit)(struct slice *s, const struct token_trie *t, int32_t node, int chars))
+{
+    w->chars[0] = w->left[0] = 0;
+    for (int32_t i = 0; i < t->whole.n;) {
+        const struct trie_node *node = &t->whole.nodes[i];
+        int chars = w->chars[node->depth - 1], left = w->left[node->depth - 1];
+        if (left == 0 && (chars == SLICE_CHARS || !belongs(&s->chars, &t->whole, i))) {
+            exit(s, t, i, chars);
+            i = node->end;
+            continue;
+        }
+        chars += left == 0;
+        w->chars[node->depth] = (uint8_t)chars;
+        w->left[node->depth] = (uint8_t)(left ? left - 1 : char_length(&s->chars, node->byte) - 1);
+        for (int32_t id = node->token; id >= 0 && !s->exits; id = t->same[id])
+            s->upto[chars][id / 32] |= 1u << id % 32;
+        i++;
+    }
+}
+
+static int32_t *place(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    return &s->begin[chars * 256 + t->whole.nodes[node].byte];
+}
+
+static void count_exit(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    ++*place(s, t, node, chars);
+}
+
+static void put_exit(struct slice *s, const struct token_trie *t, int32_t node, int chars)
+{
+    s->exits[--*place(s, t, node, chars)] = node;
+}
+
+bool slice_init(struct slice *s, const struct token_trie *t, const struct slice_chars *chars)
+{
+    *s = (struct slice){ .chars = *chars };
+    struct walk *w = malloc(sizeof *w);
+    bool ok = w && (s->all = calloc((size_t)t->words + 1, sizeof *s->all));
+    for (int k = 0; k <= SLICE_CHARS && ok; k++)
+        ok = (s->upto[k] = calloc((size_t)t->words + 1, sizeof *s->all)) != NULL;
+    if (ok) each_node(s, t, w, count_exit);
+    for (int k = 1; k <= SLICE_CHARS && ok; k++)
+        for (int64_t i = 0; i < t->words; i++) s->upto[k][i] |= s->upto[k - 1][i];
+    enum { PLACES = (SLICE_CHARS + 1) * 256 };
+    for (int i = 1; i <= PLACES; i++) s->begin[i] += s->begin[i - 1];
+    ok = ok && (s->exits = malloc(((size_t)s->begin[PLACES] + 1) * sizeof *s->exits));
+    if (ok) each_node(s, t, w, put_exit);
+    if (ok && t->words) memcpy(s->all, s->upto[SLICE_CHARS], (size_t)t->words * sizeof *s->all);
+    free(w);
     return ok;
 }
 
-/* begins: [n] a byte for each; work: [n]. Of the tokens with `chars` characters before: after[chars], or
- * longer. */
-static bool build_after(struct slice *s, const struct piece *all, const uint8_t *begins, int64_t n,
-                        struct piece *work, int chars)
+void slice_deinit(struct slice *s)
+{
+    free(s->all);
+    free(s->tails.nodes);
+    free(s->same);
+    free(s->exits);
+    for (int k = 0; k <= SLICE_CHARS; k++) free(s->upto[k]);
+    *s = (struct slice){ 0 };
+}
+
+/* Bytes at the beginning that belong to the slice, a cut character at the end with them. */
+static uint32_t clean_bytes(const struct slice_chars *c, const unsigned char *s, uint32_t n)
+{
+    for (uint32_t i = 0; i < n;) {
+        int length = char_length(c, s[i]);
+        if (length == 0) return i;
+        for (int k = 1; k < length && i + (uint32_t)k < n; k++)
+            if (!continues(s[i], k, s[i + (uint32_t)k])) return i;
+        i += (uint32_t)length;
+    }
+    return n;
+}
+
+/* Tokens of more than SLICE_CHARS characters are among all as well. */
+static bool add_tails(struct slice *s, const struct token_trie *t, const struct piece *all, int64_t n,
+                      struct piece *work)
 {
     int64_t some = 0;
     for (int64_t i = 0; i < n; i++) {
-        uint32_t clean;
-        if (begins[i] != chars) continue;
-        count_chars(all[i].bytes, all[i].n, s->excluded, &clean);
-        if (chars > SLICE_CHARS) clean = 0;
-        if (clean < all[i].n)
+        uint32_t clean = clean_bytes(&s->chars, all[i].bytes, all[i].n);
+        if (clean == all[i].n)
+            s->all[all[i].id / 32] |= 1u << all[i].id % 32;
+        else
             work[some++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
     }
-    return build(chars > SLICE_CHARS ? &s->longer : &s->after[chars], s->same_apart, work, some);
-}
-
-static bool make_slice(struct slice *s, const struct token_trie *t, const struct piece *all, int64_t n,
-                       struct piece *work, uint8_t *begins)
-{
-    int64_t n_tails = 0;
     s->same = make_chains(t->n_vocab);
-    s->same_apart = make_chains(t->n_vocab);
-    if (!s->same || !s->same_apart || !make_bits(s, t->words)) return false;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t clean, bit = 1u << all[i].id % 32;
-        int chars = count_chars(all[i].bytes, all[i].n, s->excluded, &clean);
-        begins[i] = (uint8_t)(chars <= SLICE_CHARS ? chars : SLICE_CHARS + 1);
-        if (clean == all[i].n) {
-            s->all[all[i].id / 32] |= bit;
-            for (int k = chars; k <= SLICE_CHARS; k++) s->upto[k][all[i].id / 32] |= bit;
-        } else
-            work[n_tails++] = (struct piece){ all[i].bytes + clean, all[i].n - clean, all[i].id };
-    }
-    bool ok = build(&s->tails, s->same, work, n_tails);
-    for (int chars = 0; chars <= SLICE_CHARS + 1 && ok; chars++)
-        ok = build_after(s, all, begins, n, work, chars);
-    return ok;
+    return s->same && build(&s->tails, s->same, work, some);
 }
 
-static void exclude(struct token_trie *t)
+static void usual_chars(struct slice_chars c[SLICES])
 {
-    for (int b = 0; b < 0x20; b++) t->slices[SLICE_JSON].excluded[b] = true;
-    t->slices[SLICE_JSON].excluded['"'] = t->slices[SLICE_JSON].excluded['\\'] = true;
-    t->slices[SLICE_MARKUP].excluded['<'] = t->slices[SLICE_MARKUP].excluded['\n'] = true;
-    t->slices[SLICE_LINE].excluded['\n'] = true;
+    for (int i = 0; i < SLICES; i++) {
+        memset(c[i].ascii, true, sizeof c[i].ascii);
+        c[i].others = true;
+    }
+    memset(c[SLICE_JSON].ascii, false, 0x20);
+    c[SLICE_JSON].ascii['"'] = c[SLICE_JSON].ascii['\\'] = false;
+    c[SLICE_MARKUP].ascii['<'] = c[SLICE_MARKUP].ascii['\n'] = false;
+    c[SLICE_LINE].ascii['\n'] = false;
 }
 
 static bool arrange(struct token_trie *t)
 {
     size_t room = (size_t)t->n_vocab + 1;
     struct piece *all = malloc(room * sizeof *all), *work = malloc(room * sizeof *work);
-    uint8_t *begins = malloc(room);
+    struct slice_chars usual[SLICES];
     int64_t n = 0;
-    bool ok = all && work && begins && (t->same = make_chains(t->n_vocab));
+    bool ok = all && work && (t->same = make_chains(t->n_vocab));
     for (int64_t id = 0; ok && id < t->n_vocab; id++) {
         uint32_t bytes = t->begin[id + 1] - t->begin[id];
         if (bytes) all[n++] = (struct piece){ (unsigned char *)t->bytes + t->begin[id], bytes, (int32_t)id };
         if ((int)bytes > t->depth_max) t->depth_max = (int)bytes;
     }
-    exclude(t);
+    usual_chars(usual);
     ok = ok && build(&t->whole, t->same, all, n);
-    for (int i = 0; i < SLICES && ok; i++) ok = make_slice(&t->slices[i], t, all, n, work, begins);
+    for (int i = 0; i < SLICES && ok; i++)
+        ok = slice_init(&t->slices[i], t, &usual[i]) && add_tails(&t->slices[i], t, all, n, work);
     free(all);
     free(work);
-    free(begins);
     return ok;
 }
 
@@ -211,23 +276,10 @@ bool token_trie_create(struct token_trie **out, int64_t n_vocab,
     return err_memory(e, "the trie of tokens", (unsigned long long)n_vocab * 64);
 }
 
-static void slice_free(struct slice *s)
-{
-    free(s->all);
-    free(s->tails.nodes);
-    free(s->longer.nodes);
-    free(s->same);
-    free(s->same_apart);
-    for (int k = 0; k <= SLICE_CHARS; k++) {
-        free(s->upto[k]);
-        free(s->after[k].nodes);
-    }
-}
-
 void token_trie_free(struct token_trie *t)
 {
     if (!t) return;
-    for (int i = 0; i < SLICES; i++) slice_free(&t->slices[i]);
+    for (int i = 0; i < SLICES; i++) slice_deinit(&t->slices[i]);
     free(t->whole.nodes);
     free(t->same);
     free(t->bytes);

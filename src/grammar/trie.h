@@ -1,6 +1,7 @@
 /* The vocabulary as matchers walk it: nodes in depth-first order, so that the tokens below a byte that cannot
- * come are skipped at once. Most positions of most answers are inside of some text that almost any token may
- * continue; for the usual kinds of text the tokens that are nothing else are known beforehand (slices). */
+ * come are skipped at once. Most positions of most answers are inside of some text that almost any token, or
+ * any word, may continue; of such a kind of text a slice knows the tokens that consist of it, and where the
+ * others leave it. The usual kinds are made with the trie, others by the matcher that meets them. */
 #ifndef GRAMMAR_TRIE_H
 #define GRAMMAR_TRIE_H
 #include "grammar/grammar.h"
@@ -23,7 +24,6 @@ struct trie {
     int32_t n;
 };
 
-/* Tokens of whole UTF-8 characters, the last one perhaps not complete, none of them one of `excluded`. */
 enum slice_kind {
     SLICE_JSON,   /* no " \ or control */
     SLICE_MARKUP, /* no < or newline */
@@ -31,15 +31,23 @@ enum slice_kind {
     SLICES
 };
 
+struct slice_chars {
+    bool ascii[128]; /* these */
+    bool others;     /* and every other character; its token may end inside of it */
+};
+
 struct slice {
-    bool excluded[128];
-    uint32_t *all;                   /* [words] tokens of such text */
-    uint32_t *upto[SLICE_CHARS + 1]; /* [words] those of at most so many characters */
-    struct trie tails;               /* the other tokens, from the first character on that does not belong */
-    struct trie after[SLICE_CHARS + 1]; /* the same apart by how many characters stand before */
-    struct trie longer;                 /* all tokens that begin with more characters */
-    int32_t *same;                      /* owned here, for tails; after and longer share another */
-    int32_t *same_apart;
+    struct slice_chars chars;
+    uint32_t *all;                   /* [words] tokens of such characters */
+    uint32_t *upto[SLICE_CHARS + 1]; /* [words] those of at most so many */
+    /* Nodes of token_trie.whole with which tokens leave the slice, by the number of characters before and by
+     * the first byte: exits[begin[n * 256 + byte] ...). With SLICE_CHARS before, every character leaves. */
+    int32_t *exits;
+    int32_t begin[(SLICE_CHARS + 1) * 256 + 1];
+    /* Only of those made with the trie: the other tokens from the first character on that does not belong.
+     * All that counts where the characters before lead back to where they began. */
+    struct trie tails;
+    int32_t *same;
 };
 
 struct token_trie {
@@ -52,4 +60,8 @@ struct token_trie {
     int32_t *same; /* for whole */
     struct slice slices[SLICES];
 };
+
+/* Without tails. False: out of memory; *s may be freed then as well. */
+bool slice_init(struct slice *s, const struct token_trie *t, const struct slice_chars *chars);
+void slice_deinit(struct slice *s);
 #endif

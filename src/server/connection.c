@@ -44,10 +44,17 @@ static void free_body(struct connection *c)
     c->body_bytes = c->body_room = 0;
 }
 
+bool connection_is_answering(const struct connection *c)
+{
+    return c->job || c->exchange;
+}
+
 static void end_exchange(struct connection *c)
 {
-    if (!c->exchange) return;
+    if (!connection_is_answering(c)) return;
+    if (c->job) c->job->connection = NULL; /* what comes of it is freed when it comes */
     exchange_free(c->exchange);
+    c->job = NULL;
     c->exchange = NULL;
     c->server->n_exchanges--;
 }
@@ -77,7 +84,7 @@ static void forget_request(struct connection *c)
 void connection_close(struct connection *c)
 {
     struct server *s = c->server;
-    if (c->exchange) account_request(c, true);
+    if (connection_is_answering(c)) account_request(c, true);
     forget_request(c);
     *(c->previous ? &c->previous->next : &s->connections) = c->next;
     if (c->next) c->next->previous = c->previous;
@@ -227,7 +234,6 @@ void connection_pump(struct connection *c)
 
 void connection_abort(struct connection *c)
 {
-    if (!c->exchange) return;
     account_request(c, true);
     if (!c->head_sent) {
         end_exchange(c);
@@ -246,24 +252,56 @@ void connection_abort(struct connection *c)
     enter(c, PHASE_FLUSH);
 }
 
+/* What there is to read is in the job, which has the body from now on. */
+static struct job *make_job(struct connection *c)
+{
+    struct job *job = calloc(1, sizeof *job);
+    if (!job) return NULL;
+    *job = (struct job){ .connection = c,
+                         .api = c->server->api,
+                         .route = c->route->api,
+                         .argument = strdup(c->argument),
+                         .body = c->body ? c->body : strdup(""),
+                         .bytes = c->body_bytes,
+                         .room = c->body_room,
+                         .caller = c->caller };
+    strcpy(job->request_id, c->request_id);
+    job->caller.request_id = job->request_id;
+    c->body = NULL;
+    c->body_bytes = c->body_room = 0;
+    return job;
+}
+
 static void dispatch(struct connection *c)
 {
-    struct server *s = c->server;
     c->begun = c->heard = clock_seconds();
     if (c->route->kind != ROUTE_API) {
         answer_local(c);
         return;
     }
-    c->exchange = exchange_create(s->api, c->route->api, c->argument, c->body ? c->body : "", c->body_bytes,
-                                  &c->caller);
-    free_body(c);
-    if (!c->exchange) {
-        connection_error(c, 503, "Retry-After: 1\r\n", "out of memory");
+    struct job *job = make_job(c);
+    if (!job || !job->argument || !job->body || !workers_give(c->server->workers, job)) {
+        c->server->body_bytes -= job ? job->room : 0;
+        job_free(job);
+        connection_error(c, 503, "Retry-After: 1\r\n", "too many requests at once");
         return;
     }
-    s->n_exchanges++;
+    c->job = job;
+    c->server->n_exchanges++;
     enter(c, PHASE_ANSWER);
-    pump(c);
+}
+
+void connection_take(struct connection *c, struct exchange *x)
+{
+    c->job = NULL;
+    c->exchange = x;
+    if (x) {
+        connection_pump(c);
+        return;
+    }
+    c->server->n_exchanges--;
+    connection_error(c, 503, "Retry-After: 1\r\n", "out of memory");
+    advance(c);
 }
 
 /* Reading. */
@@ -441,11 +479,11 @@ static void on_event(struct bufferevent *events, short what, void *ctx)
     struct connection *c = ctx;
     if (what & BEV_EVENT_CONNECTED) return;
     bool only_reads = (what & BEV_EVENT_EOF) && (what & BEV_EVENT_READING);
-    if (only_reads && !c->exchange && unread(c) > 0 && c->phase != PHASE_BODY) {
+    if (only_reads && !connection_is_answering(c) && unread(c) > 0 && c->phase != PHASE_BODY) {
         enter(c, PHASE_FLUSH); /* answered already; the client has said all it had to say */
         return;
     }
-    if (c->exchange) c->server->metrics.disconnects++;
+    if (connection_is_answering(c)) c->server->metrics.disconnects++;
     connection_close(c);
 }
 

@@ -81,7 +81,7 @@ static void on_relisten(evutil_socket_t fd, short what, void *ctx)
 static void abort_all(struct server *s)
 {
     for (struct connection *c = s->connections; c; c = c->next)
-        if (c->exchange) {
+        if (connection_is_answering(c)) {
             s->clean = false;
             connection_abort(c);
         }
@@ -171,6 +171,25 @@ static void on_wake(evutil_socket_t fd, short what, void *ctx)
         connection_pump(c);
     }
     if (s->draining) check_drain(s, clock_seconds());
+}
+
+static void on_made(evutil_socket_t fd, short what, void *ctx)
+{
+    (void)fd, (void)what;
+    struct server *s = ctx;
+    for (struct job *job; (job = workers_take(s->workers)); job_free(job)) {
+        s->body_bytes -= job->room;
+        if (!job->connection) continue;
+        struct exchange *x = job->exchange;
+        job->exchange = NULL;
+        connection_take(job->connection, x);
+    }
+    if (s->draining) check_drain(s, clock_seconds());
+}
+
+static void wake_made(void *server)
+{
+    event_active(((struct server *)server)->made, EV_READ, 0);
 }
 
 static void on_tick(evutil_socket_t fd, short what, void *ctx)
@@ -347,11 +366,13 @@ static bool make_events(struct server *s, struct err *e)
     static const int numbers[] = { SIGTERM, SIGINT, SIGHUP };
     if (evthread_use_pthreads() != 0 || !(s->base = event_base_new())) return err_memory(e, "libevent", 0);
     s->wake = event_new(s->base, -1, EV_PERSIST, on_wake, s);
+    s->made = event_new(s->base, -1, EV_PERSIST, on_made, s);
     s->attach = event_new(s->base, -1, EV_PERSIST, on_attach, s);
     s->stop = event_new(s->base, -1, EV_PERSIST, on_stop, s);
     s->tick = event_new(s->base, -1, EV_PERSIST, on_tick, s);
     s->relisten = event_new(s->base, -1, 0, on_relisten, s);
-    bool ok = s->wake && s->attach && s->stop && s->tick && s->relisten && event_add(s->tick, &TICK) == 0;
+    bool ok = s->wake && s->made && s->attach && s->stop && s->tick && s->relisten &&
+              event_add(s->tick, &TICK) == 0;
     for (int i = 0; i < 3; i++) {
         s->signals[i] = evsignal_new(s->base, numbers[i], on_signal, s);
         ok = ok && s->signals[i] && event_add(s->signals[i], NULL) == 0;
@@ -365,6 +386,8 @@ static void *run(void *ctx)
     struct server *s = ctx;
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
     while (s->connections) connection_close(s->connections);
+    workers_free(s->workers);
+    s->workers = NULL;
     event_base_loop(s->base, EVLOOP_NONBLOCK); /* closed descriptors are given back in the loop */
     for (int i = 0; i < 3; i++) {
         event_free(s->signals[i]); /* from now on a signal ends the program */
@@ -394,6 +417,7 @@ static bool start(struct server *s, struct err *e)
 {
     if (!keys_load(&s->keys, s->o.keys, s->o.n_keys, s->o.key_file, e) || !tls_load(&s->tls, &s->o.tls, e) ||
         (s->o.request_log && !request_log_open(&s->log, s->o.request_log, e)) || !make_events(s, e) ||
+        !workers_create(&s->workers, WORKERS, wake_made, s, e) ||
         !(s->o.uds ? listen_unix(s, e) : listen_tcp(s, e)))
         return false;
     int fault = pthread_create(&s->thread, NULL, run, s);
@@ -444,7 +468,9 @@ void server_free(struct server *s)
         evconnlistener_free(s->listener);
         if (s->o.uds) unlink(s->o.uds);
     }
+    workers_free(s->workers);
     free_event(s->wake);
+    free_event(s->made);
     free_event(s->attach);
     free_event(s->stop);
     free_event(s->tick);

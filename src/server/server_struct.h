@@ -7,18 +7,19 @@
 #include "server/metrics.h"
 #include "server/routes.h"
 #include "server/server.h"
+#include "server/workers.h"
 #include <event2/bufferevent.h>
 #include <event2/event.h>
 #include <event2/listener.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
-enum { ROUTES_MAX = 64, REQUEST_ID_MAX = 128 };
+enum { ROUTES_MAX = 64, WORKERS = 3 };
 
 enum phase {
     PHASE_HEAD,   /* a request's headers are awaited */
     PHASE_BODY,   /* its body */
-    PHASE_ANSWER, /* an exchange runs */
+    PHASE_ANSWER, /* an exchange is made, then runs */
     PHASE_FLUSH,  /* the last bytes go out */
     PHASE_LINGER  /* all is sent; what the client still sends is dropped until it closes */
 };
@@ -47,7 +48,8 @@ struct connection {
     bool refused;       /* before its body was read */
 
     /* the answer */
-    struct exchange *exchange;
+    struct job *job;           /* makes the exchange; borrow, the workers' */
+    struct exchange *exchange; /* owned */
     bool head_sent, streams;
     int status;
     double begun, heard; /* when the request was here; when the stream said something last */
@@ -66,7 +68,7 @@ struct server {
     struct server_options o;
     struct http_limits limits;
     struct event_base *base;
-    struct event *wake, *attach, *stop, *tick, *signals[3], *relisten;
+    struct event *wake, *attach, *made, *stop, *tick, *signals[3], *relisten;
     struct evconnlistener *listener;
     pthread_t thread;
     bool thread_runs, clean;
@@ -83,6 +85,7 @@ struct server {
     SSL_CTX *tls;
     struct keys keys;
     struct request_log *log;
+    struct workers *workers;
     struct metrics metrics;
     struct metrics_route routes[ROUTES_MAX + 1]; /* the last: paths that are not in the table */
 
@@ -99,6 +102,9 @@ struct server {
 /* connection.c */
 bool connection_open(struct server *s, evutil_socket_t fd);
 void connection_close(struct connection *c);
+bool connection_is_answering(const struct connection *c);
+void connection_take(struct connection *c,
+                     struct exchange *x);               /* the one it waits for; NULL: out of memory */
 void connection_pump(struct connection *c);             /* the exchange has news, or there is room for it */
 void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
 void connection_abort(struct connection *c);            /* the server ends: an error in place of the rest */

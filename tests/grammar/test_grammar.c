@@ -128,7 +128,13 @@ static void test_masks(void **state)
                                            "(\\d+\\.\\d\\d|\u20ac)+",
                                            "[^a]*a",
                                            "(a|ab|abc)*(bc)?",
-                                           "[\\w ]{5,18}" };
+                                           "[\\w ]{5,18}",
+                                           "[a-z]{1,64}",
+                                           "[0-9a-f]{8}(-[0-9a-f]{4}){2}",
+                                           "[^a]{3,60}a?",
+                                           ".{3,9}",
+                                           "([a-z]{2,9}[0-9\u20ac]{0,50})*",
+                                           "[a-c]{1,45}[a-z]{2,3}" };
     for (size_t i = 0; i < sizeof regexes / sizeof *regexes; i++) {
         struct grammar *g;
         struct err e = { 0 };

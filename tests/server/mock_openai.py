@@ -136,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
     def completion(self, body, entry):
         self.start()
         n, prompt = body["max_tokens"], len(body["prompt"].split())
-        self.words(entry, ["w%d " % i for i in range(n)],
+        # the first word says which entry of the record this is
+        self.words(entry, ["n%d " % entry["number"], *("w%d " % i for i in range(1, n))],
                    lambda text, i: {"choices": [{"index": 0, "text": text, "finish_reason": "length" if i == n else None}]},
                    options.ttft / 1e3, options.itl / 1e3)
         self.end({"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n})
@@ -154,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         if "slow" in text:
             deltas, itl = [{"content": "word%d " % i} for i in range(400)], 0.05
         elif "think" in text:
-            deltas = [{"reasoning": "step%d " % i, "reasoning_content": "step%d " % i} for i in range(5)] + [{"content": "Thought "}, {"content": "out."}]
+            deltas = [{"reasoning": "step%d " % i, "reasoning_content": "step%d " % i} for i in range(5)] + [{"content": "Thought "}, {"content": "out."}] * ("only" not in text)
         elif "tool" in text and last["role"] == "user":
             a = TOOL["arguments"]
             deltas = [{"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": TOOL["name"], "arguments": ""}}]}]

@@ -511,18 +511,19 @@ static void test_malformed(void **state)
         int fd = dial(&s), status = 0;
         reply.n = reply.used = 0;
         send_bytes(fd, text, n);
-        shutdown(fd, SHUT_WR);
+        status = receive(&reply, fd, 0.02);
+        if (!status) shutdown(fd, SHUT_WR); /* it may wait for more: there is none */
         for (bool first = true; first || (status && !reply.closed); first = false) {
-            status = receive(&reply, fd, 20);
+            if (!status || !first) status = receive(&reply, fd, first ? 20 : 0.02);
             if (status == 500) fail_msg("%s after %.*s", reply.bytes, (int)n, text);
             if (status || first) by_class[status / 100]++;
         }
+        shutdown(fd, SHUT_WR);
         if (!is_closed_within(fd, 20)) fail_msg("still open after %.*s", (int)n, text);
         close(fd);
     }
     stop_traffic("malformed requests");
-    printf("note: %lld malformed requests: %lld answered 1xx, %lld 2xx, %lld 4xx, %lld 5xx, %lld ends "
-           "without one\n",
+    printf("note: %lld malformed requests: %lld answers 1xx, %lld 2xx, %lld 4xx, %lld 5xx, %lld without\n",
            (long long)i, (long long)by_class[1], (long long)by_class[2], (long long)by_class[4],
            (long long)by_class[5], (long long)by_class[0]);
     assert_true(by_class[4] > i / 4);
@@ -622,6 +623,74 @@ static void test_slow_reader(void **state)
     close(fd);
     check_idle(&s, descriptors);
     check_no_pages(&s);
+    serving_stop(&s);
+}
+
+/* Everything of a stream is read, the largest gap between two pieces goes to *gap. */
+struct reader {
+    int fd;
+    double gap;
+};
+
+static void *read_stream(void *ctx)
+{
+    struct reader *r = ctx;
+    char tail[8] = "", piece[65536];
+    for (double last = clock_seconds(), now; !strstr(tail, "0\r\n\r\n"); last = now) {
+        ssize_t n = recv(r->fd, piece, sizeof piece, 0);
+        now = clock_seconds();
+        if (n < 5) break;
+        if (now - last > r->gap) r->gap = now - last;
+        memcpy(tail, piece + n - 5, 5);
+    }
+    return NULL;
+}
+
+/* Texts of 16 MB that are cut into tokens and then refused: work of a second and more, beside the loop. */
+static void test_heavy_requests(void **state)
+{
+    (void)state;
+    enum { HEAVY = 16 << 20 };
+    struct serving s;
+    struct reader r = { 0 };
+    pthread_t thread;
+    START(&s, "--max-num-seqs", "2", "--max-model-len", "8k");
+    int descriptors = serving_descriptors(&s);
+    const char *request = post_text(COMPLETIONS, "", LONG(4000) ",\"stream\":true}");
+    r.fd = dial(&s);
+    send_bytes(r.fd, request, strlen(request));
+    assert_int_equal(pthread_create(&thread, NULL, read_stream, &r), 0);
+    usleep(100000);
+    char *heavy = malloc(HEAVY + 256);
+    int n =
+        snprintf(heavy, 256,
+                 "POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                 "{\"model\":\"models/demo\",\"prompt\":\"",
+                 COMPLETIONS, HEAVY);
+    char *body = strstr(heavy, "\r\n\r\n") + 4;
+    memset(heavy + n, 'a', (size_t)(body + HEAVY - heavy - n));
+    memcpy(body + HEAVY - 2, "\"}", 2);
+    double slowest = 0, begin = clock_seconds();
+    int fd = dial(&s);
+    reply.n = reply.used = 0;
+    assert_true(send_bytes(fd, heavy, (size_t)(body - heavy) + HEAVY));
+    for (struct pollfd p = { fd, POLLIN, 0 }; poll(&p, 1, 0) == 0;) {
+        double asked = clock_seconds();
+        static struct reply other;
+        assert_int_equal(get(&s, &other, "/health"), 200);
+        if (clock_seconds() - asked > slowest) slowest = clock_seconds() - asked;
+    }
+    assert_int_equal(receive(&reply, fd, 60), 400);
+    double took = clock_seconds() - begin;
+    close(fd);
+    free(heavy);
+    pthread_join(thread, NULL);
+    close(r.fd);
+    printf(
+        "note: %.2f s for a text of 16 MB; beside it /health took %.3f s at most, a stream paused %.3f s\n",
+        took, slowest, r.gap);
+    assert_true(slowest < took / 2 && r.gap < took);
+    check_idle(&s, descriptors);
     serving_stop(&s);
 }
 
@@ -794,12 +863,13 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_answers),       cmocka_unit_test(test_framing),
-        cmocka_unit_test(test_keys),          cmocka_unit_test(test_origins),
-        cmocka_unit_test(test_limits),        cmocka_unit_test(test_malformed),
-        cmocka_unit_test(test_disconnects),   cmocka_unit_test(test_slow_sockets),
-        cmocka_unit_test(test_slow_reader),   cmocka_unit_test(test_sigterm),
-        cmocka_unit_test(test_second_signal), cmocka_unit_test(test_tls),
+        cmocka_unit_test(test_answers),     cmocka_unit_test(test_framing),
+        cmocka_unit_test(test_keys),        cmocka_unit_test(test_origins),
+        cmocka_unit_test(test_limits),      cmocka_unit_test(test_malformed),
+        cmocka_unit_test(test_disconnects), cmocka_unit_test(test_slow_sockets),
+        cmocka_unit_test(test_slow_reader), cmocka_unit_test(test_heavy_requests),
+        cmocka_unit_test(test_sigterm),     cmocka_unit_test(test_second_signal),
+        cmocka_unit_test(test_tls),
     };
     signal(SIGPIPE, SIG_IGN);
     const char *only = getenv("QUENCH_ONLY"); /* a test by name, for large counts */
