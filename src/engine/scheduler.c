@@ -424,8 +424,9 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
 
 static bool start(struct scheduler *s, struct err *e)
 {
-    if ((errno = pthread_create(&s->thread, NULL, run, s)) != 0) return err_errno(e, "scheduler's thread");
-    return true;
+    errno = pthread_create(&s->thread, NULL, run, s);
+    if (errno == EAGAIN || errno == ENOMEM) return err_memory(e, "scheduler's thread", 0);
+    return errno == 0 || err_errno(e, "scheduler's thread");
 }
 
 static void destroy(struct scheduler *s)
