@@ -43,7 +43,7 @@ struct choice {
     struct choice_options o;
     struct exchange *exchange;
     int index;               /* in the exchange */
-    struct request *request; /* NULL: not submitted, or over */
+    struct request *request; /* NULL: not submitted yet, or over */
     struct detokenizer detokenizer;
     struct stops *stops; /* NULL: none asked for */
     struct reply *reply; /* NULL: is_plain */
@@ -55,7 +55,7 @@ struct choice {
     struct score_list scores, prompt_scores;
     int32_t *tokens; /* where they are to be returned */
     size_t tokens_capacity;
-    bool is_over;
+    bool is_submitted, is_over;
     const char *finish;             /* "stop", "length", "tool_calls", "abort", "error" */
     int stop_string;                /* which ended it; -1: none */
     int32_t stop_token;             /* not one of the model's own; -1: none */
