@@ -238,6 +238,7 @@ struct ops {
     void (*download)(struct queue *q, void *host, const void *from,
                      uint64_t bytes); /* done when it returns */
     void (*zero)(struct queue *q, void *memory, uint64_t bytes);
+    void (*copy)(struct queue *q, void *to, const void *from, uint64_t bytes); /* within it; no overlap */
     /* Room for what operations need inside. To be called before the first step and whenever a limit grows. */
     bool (*reserve)(struct queue *q, const struct step_limits *limits, struct err *e);
     /* To be called once the lists are complete, before the first use; x->bound is the backend's until

@@ -194,6 +194,11 @@ static void upload(struct queue *q, void *to, const void *host, uint64_t bytes)
     trace_of(q)->op->upload(trace_of(q)->q, to, host, bytes);
 }
 
+static void copy(struct queue *q, void *to, const void *from, uint64_t bytes)
+{
+    trace_of(q)->op->copy(trace_of(q)->q, to, from, bytes);
+}
+
 static void download(struct queue *q, void *host, const void *from, uint64_t bytes)
 {
     trace_of(q)->op->download(trace_of(q)->q, host, from, bytes);
@@ -550,6 +555,7 @@ static const struct ops trace_ops = {
     .memory_create = memory_create,
     .memory_free = memory_free,
     .upload = upload,
+    .copy = copy,
     .download = download,
     .zero = zero,
     .reserve = reserve,

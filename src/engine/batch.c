@@ -122,10 +122,10 @@ static bool see_pictures(struct batch *b, struct request *r, int64_t end, struct
 {
     for (int i = 0; i < r->n_pictures; i++) {
         struct request_picture *p = &r->pictures[i];
-        int64_t n = p->picture.height * p->picture.width, cols = p->picture.cols;
-        if (p->first >= end || p->first + n <= r->done || p->picture.rows) continue;
+        int64_t first = p->place.first, n = p->place.height * p->place.width, cols = p->picture.cols;
+        if (first >= end || first + n <= r->done || p->picture.rows) continue;
         if (!picture_see(b->reader, &p->picture, &p->patches, e)) return err_note(e, "image %d", i + 1);
-        for (int64_t k = 0; k < n; k++) r->prompt.rows[p->first + k].embedding = p->picture.rows + k * cols;
+        for (int64_t k = 0; k < n; k++) r->prompt.rows[first + k].embedding = p->picture.rows + k * cols;
         patches_free(&p->patches);
     }
     return true;
@@ -146,11 +146,10 @@ bool batch_add_prompt(struct batch *b, struct request *r, int64_t n, struct err 
 
 /* What comes out. */
 
-static void end(struct request *r, enum request_finish finish, int32_t stop_token)
+static void end(struct request *r, enum request_finish finish)
 {
-    r->ended = r->is_over = true;
-    r->finish = finish;
-    r->stop_token = stop_token;
+    r->ended = true;
+    request_finish(r, finish);
 }
 
 static bool is_one_of(const int32_t *ids, int n, int32_t id)
@@ -176,13 +175,13 @@ static int32_t choose(struct batch *b, struct request *r, const float *logits)
 static void end_without_token(struct request *r)
 {
     if (r->rules.constrained) {
-        end(r, FINISHED_STOP, -1);
+        end(r, FINISHED_STOP);
         return;
     }
     err_set(&r->error, ERR_ARGUMENT,
             "no token may come after %lld of the answer: bans, bias and allowed tokens exclude all",
             (long long)r->n_answer);
-    end(r, FINISHED_ERROR, -1);
+    end(r, FINISHED_ERROR);
 }
 
 /* The next token of the answer, by its row of logits. The rows of a round count for as long as each token is
@@ -195,29 +194,32 @@ static void take_token(struct batch *b, struct request *r, const float *logits)
         end_without_token(r);
         return;
     }
-    if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
-        if (r->o.top_logprobs >= 0) logits_score(&r->stop_score, logits, b->vocab, id, r->o.top_logprobs);
-        end(r, FINISHED_STOP, id);
-        return;
-    }
     struct request_event event = { .kind = REQUEST_TOKEN, .token.id = id };
     if (r->o.top_logprobs >= 0) logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
+    if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
+        end(r, FINISHED_STOP);
+        event.kind = REQUEST_FINISHED;
+        event.finish = FINISHED_STOP;
+        event.stop_token = id;
+        r->last = event;
+        return;
+    }
     request_post(r, &event);
     r->n_answer++;
     r->ended = !r->tentative || row == r->draft.n || id != r->draft.tokens[row];
     r->draft.next = id;
     if (!logits_rules_take(&r->rules, id))
-        end(r, FINISHED_STOP, -1);
+        end(r, FINISHED_STOP);
     else if (r->n_answer == r->most)
-        end(r, FINISHED_LENGTH, -1);
+        end(r, FINISHED_LENGTH);
 }
 
 /* Of pictures only the first row is a token of the prompt as the caller wrote it. */
 static bool is_token(const struct request *r, int64_t row)
 {
     for (int i = 0; i < r->n_pictures; i++) {
-        const struct request_picture *p = &r->pictures[i];
-        if (row > p->first && row < p->first + p->picture.height * p->picture.width) return false;
+        const struct cut_picture *p = &r->pictures[i].place;
+        if (row > p->first && row < p->first + p->height * p->width) return false;
     }
     return true;
 }
@@ -260,11 +262,11 @@ static void advance_prompt(struct request *r)
     r->done += r->n_rows;
     for (int i = 0; i < r->n_pictures; i++) {
         struct request_picture *p = &r->pictures[i];
-        if (p->first + p->picture.height * p->picture.width > r->done) continue;
+        if (p->place.first + p->place.height * p->place.width > r->done) continue;
         free(p->picture.rows);
         p->picture.rows = NULL;
     }
-    if (r->done == r->prompt.n && r->most == 0) end(r, FINISHED_LENGTH, -1);
+    if (r->done == r->prompt.n && r->most == 0) end(r, FINISHED_LENGTH);
 }
 
 static void count(struct request *r, struct scheduler_stats *stats, double now)
@@ -298,7 +300,7 @@ bool batch_run(struct batch *b, struct scheduler_stats *stats, struct err *e)
         if (r->done < r->prompt.n) advance_prompt(r);
         if (r->tentative) engine_keep(b->engine, r->handle, r->right);
         count(r, stats, now);
-        if (r->is_over) request_end(r, r->finish, r->stop_token);
+        if (r->is_over) request_end(r);
     }
     return true;
 }

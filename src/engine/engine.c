@@ -1,40 +1,10 @@
-#include "engine/engine.h"
+#include "engine/sequence.h"
 #include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { LOGITS_BYTES = 64 << 20 }; /* of one batch of logits: bounds memory for large vocabularies */
-
-struct sequence {
-    bool open, tentative; /* the last step's rows wait for engine_keep */
-    int64_t length;
-    int64_t shift; /* of the next token's position against `length`: pictures take more rows than positions */
-    int32_t kept;  /* rows of the slot's log that count */
-    int64_t head_length;          /* rows in the MTP head's cache */
-    int64_t fresh_first, n_fresh; /* rows of the last step that the head has not seen; 0: none */
-    int64_t n_pages;
-    int32_t *pages; /* [pages_each] */
-};
-
-struct engine {
-    struct model *model;
-    struct engine_options o;
-    struct step *step;
-    struct layer_state *states; /* [n_layers + 1], the last the MTP head's */
-    struct sequence *sequences;
-    int64_t pages_each, n_free, logits_rows;
-    int32_t *page_memory; /* every sequence's list, then the free list */
-    int32_t *free_pages;
-    struct row *rows; /* [step_rows] of the last step */
-    struct span *spans;
-    struct mat hidden;
-    struct row *head_rows; /* [step_rows] of the MTP head's, with the hidden row that each goes with */
-    int64_t *head_index;
-    struct span *head_spans;
-    int32_t *guesses;   /* [sequences] */
-    float *host_logits; /* [logits_rows][vocab] */
-};
 
 static void set_defaults(struct engine_options *o, const struct config *c, const struct backend *backend)
 {
@@ -47,9 +17,10 @@ static void set_defaults(struct engine_options *o, const struct config *c, const
 
 static bool take_host_memory(struct engine *g, struct err *e)
 {
-    int64_t n_seq = g->o.sequences, pages = g->pages_each * n_seq;
+    int64_t n_seq = g->o.sequences, lists = (n_seq + g->o.snapshots) * g->pages_each, pages = g->o.pages;
     g->sequences = calloc((size_t)n_seq, sizeof *g->sequences);
-    g->page_memory = calloc((size_t)(2 * pages), sizeof *g->page_memory);
+    g->snapshots = calloc((size_t)g->o.snapshots + 1, sizeof *g->snapshots);
+    g->page_memory = calloc((size_t)(lists + 2 * pages), sizeof *g->page_memory);
     g->rows = calloc((size_t)g->o.step_rows, sizeof *g->rows);
     g->spans = calloc((size_t)n_seq, sizeof *g->spans);
     g->states = calloc((size_t)g->model->config->n_layers + 1, sizeof *g->states);
@@ -58,25 +29,28 @@ static bool take_host_memory(struct engine *g, struct err *e)
     g->head_spans = calloc((size_t)n_seq, sizeof *g->head_spans);
     g->guesses = calloc((size_t)n_seq, sizeof *g->guesses);
     g->host_logits = malloc((size_t)(g->logits_rows * g->model->config->vocab_size) * sizeof *g->host_logits);
-    if (!g->sequences || !g->page_memory || !g->rows || !g->spans || !g->states || !g->host_logits ||
-        !g->head_rows || !g->head_index || !g->head_spans || !g->guesses)
-        return err_memory(e, "sequences", (uint64_t)pages * 2 * sizeof *g->page_memory);
-    g->free_pages = g->page_memory + pages;
+    if (!g->sequences || !g->snapshots || !g->page_memory || !g->rows || !g->spans || !g->states ||
+        !g->host_logits || !g->head_rows || !g->head_index || !g->head_spans || !g->guesses)
+        return err_memory(e, "sequences", (uint64_t)(lists + 2 * pages) * sizeof *g->page_memory);
+    g->free_pages = g->page_memory + lists;
+    g->holders = g->free_pages + pages;
     for (int64_t i = 0; i < n_seq; i++) g->sequences[i].pages = g->page_memory + i * g->pages_each;
+    for (int64_t i = 0; i < g->o.snapshots; i++)
+        g->snapshots[i].pages = g->page_memory + (n_seq + i) * g->pages_each;
     for (int64_t i = 0; i < pages; i++) g->free_pages[g->n_free++] = (int32_t)(pages - 1 - i);
     return true;
 }
 
-static int n_states(const struct engine *g)
+int engine_states(const struct engine *g)
 {
     return g->model->config->n_layers + (g->o.drafts > 0);
 }
 
 static bool take_state(struct engine *g, struct err *e)
 {
-    for (int i = 0; i < n_states(g); i++)
-        if (!layer_state_create(&g->states[i], g->model, i, g->o.kv, g->pages_each * g->o.sequences,
-                                g->o.sequences, e) ||
+    for (int i = 0; i < engine_states(g); i++)
+        if (!layer_state_create(&g->states[i], g->model, i, g->o.kv, g->o.pages,
+                                g->o.sequences + g->o.snapshots, e) ||
             (g->o.drafts &&
              !layer_state_add_log(&g->states[i], g->model, i, g->o.sequences, g->o.drafts + 1, e)))
             return err_note(e, "context of %" PRId64 " tokens for %d sequences", g->o.context,
@@ -93,6 +67,7 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
     g->o = *o;
     set_defaults(&g->o, m->config, m->backend);
     g->pages_each = (g->o.context + KV_PAGE - 1) / KV_PAGE;
+    if (g->o.pages == 0) g->o.pages = g->pages_each * g->o.sequences;
     g->logits_rows = LOGITS_BYTES / (m->config->vocab_size * (int64_t)sizeof(float));
     if (g->logits_rows < g->o.drafts + 1) g->logits_rows = g->o.drafts + 1;
     if (g->logits_rows > g->o.step_rows) g->logits_rows = g->o.step_rows;
@@ -118,6 +93,7 @@ void engine_free(struct engine *g)
         layer_state_free(&g->states[i], g->model);
     free(g->states);
     free(g->sequences);
+    free(g->snapshots);
     free(g->page_memory);
     free(g->rows);
     free(g->spans);
@@ -142,6 +118,21 @@ int64_t engine_step_rows(const struct engine *g)
 int engine_sequences(const struct engine *g)
 {
     return g->o.sequences;
+}
+
+int engine_snapshots(const struct engine *g)
+{
+    return g->o.snapshots;
+}
+
+int64_t engine_pages(const struct engine *g)
+{
+    return g->o.pages;
+}
+
+int64_t engine_pages_free(const struct engine *g)
+{
+    return g->n_free;
 }
 
 int engine_drafts(const struct engine *g)
@@ -199,7 +190,7 @@ bool engine_open(struct engine *g, int *handle, struct err *e)
 void engine_close(struct engine *g, int handle)
 {
     struct sequence *s = &g->sequences[handle];
-    while (s->n_pages > 0) g->free_pages[g->n_free++] = s->pages[--s->n_pages];
+    while (s->n_pages > 0) engine_let_page(g, s->pages[--s->n_pages]);
     *s = (struct sequence){ .pages = s->pages };
 }
 
@@ -208,22 +199,54 @@ static bool no_room(const struct engine *g, int64_t tokens, struct err *e)
     return err_set(e, ERR_LIMIT, "%" PRId64 " tokens do not fit a context of %" PRId64, tokens, g->o.context);
 }
 
-/* Each sequence has a share of pages_each, so the free list cannot run out. */
-static void take_pages(struct engine *g, struct sequence *s, int64_t tokens)
+int32_t engine_take_page(struct engine *g)
 {
-    while (s->n_pages * KV_PAGE < tokens) s->pages[s->n_pages++] = g->free_pages[--g->n_free];
+    int32_t page = g->free_pages[--g->n_free];
+    g->holders[page] = 1;
+    return page;
+}
+
+void engine_let_page(struct engine *g, int32_t page)
+{
+    if (--g->holders[page] == 0) g->free_pages[g->n_free++] = page;
+}
+
+/* Pages that a sequence of so many tokens lacks. */
+static int64_t lacking(const struct sequence *s, int64_t tokens)
+{
+    int64_t n = (tokens + KV_PAGE - 1) / KV_PAGE - s->n_pages;
+    return n > 0 ? n : 0;
+}
+
+static bool take_pages(struct engine *g, struct sequence *s, int64_t tokens)
+{
+    int64_t n = lacking(s, tokens);
+    if (n > g->n_free) return false;
+    for (; n > 0; n--) s->pages[s->n_pages++] = engine_take_page(g);
+    return true;
+}
+
+bool engine_reserve(struct engine *g, int handle, int64_t n)
+{
+    struct sequence *s = &g->sequences[handle];
+    return take_pages(g, s, s->length + n);
+}
+
+static bool no_pages(const struct engine *g, struct err *e)
+{
+    return err_set(e, ERR_BUSY, "all %" PRId64 " KV pages are in use", g->o.pages);
 }
 
 bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e)
 {
     struct sequence *s = &g->sequences[handle];
     if (n > g->o.context - s->length) return no_room(g, s->length + n, e);
-    take_pages(g, s, s->length + n);
+    if (!take_pages(g, s, s->length + n)) return no_pages(g, e);
     s->length += n;
     s->head_length += n;
     s->kept = 0;
     s->n_fresh = 0;
-    for (int i = 0; n > 0 && i < n_states(g); i++)
+    for (int i = 0; n > 0 && i < engine_states(g); i++)
         if (!layer_state_noise(&g->states[i], g->model, i, s->pages, s->n_pages, handle, e)) return false;
     return true;
 }
@@ -298,6 +321,7 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
                  struct err *e)
 {
     struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs };
+    int64_t pages = 0;
     for (int i = 0; i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
         if (runs[i].n > g->o.context - s->length) return no_room(g, s->length + runs[i].n, e);
@@ -305,7 +329,9 @@ bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, st
         if (step.n > g->o.step_rows)
             return err_set(e, ERR_LIMIT, "%" PRId64 " rows in a step of at most %" PRId64, step.n,
                            g->o.step_rows);
+        pages += lacking(s, s->length + runs[i].n);
     }
+    if (pages > g->n_free) return no_pages(g, e);
     show_boundaries(g, runs, n_runs);
     int64_t first = 0;
     for (int i = 0; i < g->o.sequences; i++) g->sequences[i].n_fresh = 0;
@@ -354,7 +380,6 @@ static void add_fresh(struct engine *g, struct head_step *h, const struct engine
     struct sequence *s = &g->sequences[d->handle];
     struct row next = { .token = d->next };
     assert(s->open && !s->tentative && s->n_fresh > 0);
-    take_pages(g, s, s->head_length + s->n_fresh + d->n - 1);
     begin_span(g, h, s, s->head_length);
     for (int64_t r = s->fresh_first; r < s->fresh_first + s->n_fresh; r++)
         add_row(g, h, r, &g->rows[r], r + 1 < s->fresh_first + s->n_fresh ? &g->rows[r + 1] : &next);
@@ -397,6 +422,7 @@ bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct e
         struct sequence *s = &g->sequences[drafts[i].handle];
         int64_t room = g->o.context - s->length - 1;
         if (drafts[i].n > room) drafts[i].n = (int)room;
+        if (!take_pages(g, s, s->length + drafts[i].n)) drafts[i].n = 0;
         if (drafts[i].n > 0) add_fresh(g, &h, &drafts[i]);
     }
     struct mat hidden = g->hidden;

@@ -9,8 +9,10 @@ struct engine_options {
     int sequences;     /* at a time; 0: 1 */
     int64_t step_rows; /* most rows of a step; 0: as the backend likes */
     enum kv_dtype kv;
-    int drafts; /* most tokens drafted ahead of a sequence, up to DRAFTS_MAX; 0: none. Else the model's MTP
-                   head must be bound */
+    int64_t pages; /* of KV_PAGE tokens each, that sequences share; 0: as many as all of them can fill */
+    int snapshots; /* see engine/snapshot.h; 0: none */
+    int drafts;    /* most tokens drafted ahead of a sequence, up to DRAFTS_MAX; 0: none. Else the model's MTP
+                      head must be bound */
 };
 enum { DRAFTS_MAX = 8 };
 
@@ -20,6 +22,9 @@ void engine_free(struct engine *g); /* NULL is fine */
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
 int engine_sequences(const struct engine *g);
+int engine_snapshots(const struct engine *g);
+int64_t engine_pages(const struct engine *g);
+int64_t engine_pages_free(const struct engine *g);
 int engine_drafts(const struct engine *g);          /* as asked for */
 int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */
@@ -27,6 +32,9 @@ int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_l
 /* An empty sequence, 0 <= handle < sequences; false with ERR_LIMIT when all are in use. */
 bool engine_open(struct engine *g, int *handle, struct err *e);
 void engine_close(struct engine *g, int handle);
+/* Takes the pages that the sequence's next n rows go to, which else engine_step and engine_draft do; false,
+ * and nothing is taken: too few are free. */
+bool engine_reserve(struct engine *g, int handle, int64_t n);
 int64_t engine_length(const struct engine *g, int handle);
 /* Of the next token, if it is text: the length, less what pictures save. */
 int64_t engine_position(const struct engine *g, int handle);
@@ -40,7 +48,7 @@ struct engine_run {
 };
 /* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the
  * normed hidden rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT
- * past the context. */
+ * past the context, ERR_BUSY without free pages: nothing has happened then. */
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
                  struct err *e);
 /* Logits of chosen rows of `hidden`, n <= engine_logits_rows. In the backend's memory, valid until the next
@@ -64,7 +72,7 @@ void engine_keep(struct engine *g, int handle, int64_t n);
 struct engine_draft {
     int handle;
     int32_t next;               /* the token sampled after the sequence's last row */
-    int n;                      /* wanted; what fits the context is given */
+    int n;                      /* wanted; what the context and free pages allow is given */
     int32_t tokens[DRAFTS_MAX]; /* guessed to come after `next` */
 };
 /* Drafts for n sequences that were in the last step, before any other. A sequence that was stepped without

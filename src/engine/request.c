@@ -68,10 +68,10 @@ struct request *inbox_take(struct inbox *b, bool wait, bool *closed)
     return all;
 }
 
-void inbox_no_longer_waits(struct inbox *b)
+void inbox_count(struct inbox *b, int more)
 {
     pthread_mutex_lock(&b->lock);
-    b->n_waiting--;
+    b->n_waiting += more;
     pthread_mutex_unlock(&b->lock);
 }
 
@@ -156,6 +156,12 @@ static bool open_pictures(struct request *r, const struct request_options *o,
         struct request_picture *p = &r->pictures[r->n_pictures];
         if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], NULL, e))
             return err_note(e, "image %d", r->n_pictures + 1);
+        p->place.height = p->picture.height;
+        p->place.width = p->picture.width;
+        uint64_t values = (uint64_t)(p->patches.height * p->patches.width * p->patches.cols);
+        if (cuts_digest(p->place.digest, p->patches.values, values * sizeof(float), e)) continue;
+        r->n_pictures++;
+        return false;
     }
     return true;
 }
@@ -171,15 +177,25 @@ static bool make_rows(struct request *r, const struct model *m, struct err *e)
                             r->n_pictures, 0, e);
     free(all);
     for (int64_t i = 0, n = 0; ok && n < r->n_pictures; i++) {
-        if (r->o.prompt[i] != token) {
-            row++;
-            continue;
+        struct cut_picture *p = &r->pictures[n].place;
+        bool here = r->o.prompt[i] == token;
+        if (here) {
+            p->first = row;
+            r->usage.picture_tokens += p->height * p->width;
+            n++;
         }
-        struct picture *p = &r->pictures[n].picture;
-        r->pictures[n++].first = row;
-        row += p->height * p->width;
-        r->usage.picture_tokens += p->height * p->width;
+        row += here ? p->height * p->width : 1;
     }
+    return ok;
+}
+
+static bool make_cuts(struct request *r, const struct cut_rules *rules, struct err *e)
+{
+    struct cut_picture *places = calloc((size_t)r->n_pictures + 1, sizeof *places);
+    if (!places) return err_memory(e, "images", (size_t)r->n_pictures * sizeof *places);
+    for (int i = 0; i < r->n_pictures; i++) places[i] = r->pictures[i].place;
+    bool ok = cuts_make(&r->cuts, rules, &r->prompt, places, r->n_pictures, r->o.salt, e);
+    free(places);
     return ok;
 }
 
@@ -193,16 +209,17 @@ static bool find_room(struct request *r, int64_t limit, struct err *e)
     return true;
 }
 
-static bool create(struct request *r, const struct request_options *o, const struct model *m,
-                   const struct picture_reader *reader, int64_t limit, struct err *e)
+static bool create(struct request *r, const struct request_options *o, const struct request_maker *maker,
+                   struct err *e)
 {
-    int64_t vocab = m->config->vocab_size;
+    int64_t vocab = maker->model->config->vocab_size;
     if (!check(o, vocab, e)) return false;
     copy_options(r, o, &r->memory);
     if (!arena_back(&r->memory, "a request", e)) return false;
     copy_options(r, o, &r->memory);
     qsort((void *)(uintptr_t)r->o.allowed, (size_t)r->o.n_allowed, sizeof *r->o.allowed, by_id);
-    return open_pictures(r, o, reader, e) && make_rows(r, m, e) && find_room(r, limit, e) &&
+    return open_pictures(r, o, maker->reader, e) && make_rows(r, maker->model, e) &&
+           find_room(r, maker->limit, e) && make_cuts(r, &maker->rules, e) &&
            logits_rules_init(&r->rules, &r->o, vocab, e);
 }
 
@@ -217,13 +234,15 @@ static void destroy(struct request *r)
         patches_free(&r->pictures[i].patches);
     }
     free(r->pictures);
+    cuts_free(&r->cuts);
+    parcel_free(r->parcel);
     arena_free(&r->memory);
     pthread_mutex_destroy(&r->lock);
     free(r);
 }
 
-bool request_create(struct request **out, const struct request_options *o, const struct model *m,
-                    const struct picture_reader *reader, int64_t limit, struct err *e)
+bool request_create(struct request **out, const struct request_options *o, const struct request_maker *maker,
+                    struct err *e)
 {
     struct constraint *c = o->constraint;
     struct request *r = *out = calloc(1, sizeof *r);
@@ -236,7 +255,7 @@ bool request_create(struct request **out, const struct request_options *o, const
     r->o.constraint = c;
     r->handle = -1;
     r->submitted = clock_seconds();
-    if (create(r, o, m, reader, limit, e)) {
+    if (create(r, o, maker, e)) {
         r->usage.prompt_tokens = r->prompt.n;
         return true;
     }
@@ -334,14 +353,16 @@ void request_post(struct request *r, const struct request_event *event)
     pthread_mutex_unlock(&r->lock);
 }
 
-void request_end(struct request *r, enum request_finish finish, int32_t stop_token)
+void request_finish(struct request *r, enum request_finish finish)
 {
-    struct request_event event = r->stop_score;
-    event.kind = REQUEST_FINISHED;
-    event.finish = finish;
-    event.stop_token = stop_token;
+    r->is_over = true;
+    r->last = (struct request_event){ .kind = REQUEST_FINISHED, .finish = finish, .stop_token = -1 };
+}
+
+void request_end(struct request *r)
+{
     pthread_mutex_lock(&r->lock);
-    post_locked(r, &event);
+    post_locked(r, &r->last);
     r->inbox = NULL;
     pthread_mutex_unlock(&r->lock);
 }
@@ -375,7 +396,7 @@ void waiting_add(struct waiting *w, struct request *r)
     insert(w, r);
 }
 
-void waiting_return(struct waiting *w, struct request *r)
+void waiting_add_again(struct waiting *w, struct request *r)
 {
     insert(w, r);
 }

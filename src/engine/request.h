@@ -4,10 +4,12 @@
 #ifndef ENGINE_REQUEST_H
 #define ENGINE_REQUEST_H
 #include "base/arena.h"
+#include "engine/cuts.h"
 #include "engine/logits.h"
 #include "engine/picture.h"
 #include "engine/prompt.h"
 #include "engine/scheduler.h"
+#include "engine/snapshot.h"
 #include <pthread.h>
 
 enum {
@@ -30,12 +32,12 @@ void inbox_ring(struct inbox *b);
 bool inbox_put(struct inbox *b, struct request *r, struct err *e);
 /* Everything in it, oldest first. wait: until there is something, or a ring. *closed: nothing more comes. */
 struct request *inbox_take(struct inbox *b, bool wait, bool *closed);
-void inbox_no_longer_waits(struct inbox *b);
+void inbox_count(struct inbox *b, int more); /* of those that wait */
 
 struct request_picture {
     struct picture picture; /* its rows come when they are wanted */
     struct patches patches;
-    int64_t first; /* row of the prompt */
+    struct cut_picture place; /* among the rows of the prompt */
 };
 
 struct request {
@@ -44,6 +46,7 @@ struct request {
     struct prompt prompt;
     struct request_picture *pictures;
     int n_pictures;
+    struct cuts cuts;
     int64_t most; /* tokens of the answer */
 
     /* Of both sides, under the lock. */
@@ -61,8 +64,9 @@ struct request {
     struct request *next;
     int64_t number, round; /* of arrival; of its owner's turn */
     struct logits_rules rules;
-    int handle;   /* the engine's; -1: none */
-    int64_t done; /* rows of the prompt that are computed */
+    struct parcel *parcel; /* what it knew when it was preempted */
+    int handle;            /* the engine's; -1: none */
+    int64_t done;          /* rows of the prompt that are computed */
 
     int64_t n_answer;          /* tokens posted */
     struct engine_draft draft; /* draft.next: the token sampled last */
@@ -71,16 +75,20 @@ struct request {
     bool tentative;
     int right;    /* rows of a tentative run that stay */
     bool ended;   /* no more rows of this step count */
-    bool is_over; /* what follows says how; its last event may be still to come */
-    enum request_finish finish;
-    int32_t stop_token;
-    struct request_event stop_score; /* of the stop token, as of one of the answer */
+    bool is_over; /* `last` says how; it may be still to post */
+    struct request_event last;
     double submitted, began, decoding;
 };
 
-/* reader may be NULL where the model sees no pictures. */
-bool request_create(struct request **out, const struct request_options *o, const struct model *m,
-                    const struct picture_reader *reader, int64_t limit, struct err *e);
+/* What all requests are made with. */
+struct request_maker {
+    const struct model *model;
+    const struct picture_reader *reader; /* NULL: pictures are refused */
+    int64_t limit;                       /* rows of a sequence */
+    struct cut_rules rules;
+};
+bool request_create(struct request **out, const struct request_options *o, const struct request_maker *maker,
+                    struct err *e);
 /* One holder fewer; the last one's call frees it. */
 void request_let_go(struct request *r);
 
@@ -89,8 +97,9 @@ bool request_is_cancelled(struct request *r);
 /* Room of the ring for events; less than `needed`: taking some rings the inbox. */
 int request_room(struct request *r, int needed);
 void request_post(struct request *r, const struct request_event *event);
-/* Posts the last event, for which there always is room. FINISHED_ERROR: `error` is set. */
-void request_end(struct request *r, enum request_finish finish, int32_t stop_token);
+/* Posts `last`, for which there always is room. FINISHED_ERROR: `error` is set. */
+void request_end(struct request *r);
+void request_finish(struct request *r, enum request_finish finish); /* sets `last` and is_over */
 
 /* Requests that wait: lowest priority number first; of one priority the owners take turns; of one owner in
  * order of arrival. */
@@ -98,9 +107,9 @@ struct waiting {
     struct request *first;
     int64_t n, tokens, arrivals, round;
 };
-void waiting_add(struct waiting *w, struct request *r);    /* a new one */
-void waiting_return(struct waiting *w, struct request *r); /* one that has run: keeps its turn */
-struct request *waiting_best(const struct waiting *w);     /* NULL: empty */
+void waiting_add(struct waiting *w, struct request *r);       /* a new one */
+void waiting_add_again(struct waiting *w, struct request *r); /* one that has run: keeps its turn */
+struct request *waiting_best(const struct waiting *w);        /* NULL: empty */
 void waiting_remove(struct waiting *w, struct request *r);
 /* Whether a is to run before b. */
 bool request_before(const struct request *a, const struct request *b);

@@ -1,19 +1,20 @@
 #include "engine/scheduler.h"
 #include "base/clock.h"
 #include "engine/batch.h"
+#include "engine/prefix.h"
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* A prompt is divided at multiples of DELTA_CHUNK rows from where a part of it begins, and no piece may be
- * short enough for the other form of the delta rule: so a row has the same bits however the prompt was
- * divided. */
-enum { PIECE_LEAST = DELTA_CHUNK + ROWS_EXACT };
+/* Between two cuts a prompt is divided at multiples of DELTA_CHUNK rows, and no piece may be short enough for
+ * the other form of the delta rule: so a row has the same bits however the prompt was divided. */
+enum { PIECE_LEAST = DELTA_CHUNK + ROWS_EXACT, INTERVAL = 4096 };
 
 struct scheduler {
     struct scheduler_options o;
     struct engine *engine;
     struct picture_reader *reader;
+    struct request_maker maker;
     struct inbox inbox;
     pthread_t thread;
     bool has_lock, has_inbox;
@@ -26,6 +27,9 @@ struct scheduler {
     int n_running;
     struct request **ready; /* those that generate in this step */
     struct batch *batch;
+    struct prefix_cache *prefixes; /* NULL: none are kept */
+    const struct request *stuck;   /* found no pages while so many were free */
+    int64_t stuck_pages;
     struct scheduler_stats stats;
     double row_seconds, decode_seconds; /* of a prompt's row, and of a step without any, of late */
 };
@@ -36,6 +40,8 @@ static void publish(struct scheduler *s)
     t->running = s->n_running;
     t->waiting = s->waiting.n;
     t->waiting_tokens = s->waiting.tokens;
+    t->pages = engine_pages(s->engine);
+    t->pages_used = t->pages - engine_pages_free(s->engine);
     t->states = engine_sequences(s->engine);
     t->states_used = s->n_running;
     pthread_mutex_lock(&s->lock);
@@ -52,20 +58,29 @@ void scheduler_stats(struct scheduler *s, struct scheduler_stats *out)
 
 /* Ends of requests. */
 
-/* Its last event is posted: the engine's sequence is free again. */
-static void leave(struct scheduler *s, int at)
+/* The engine's sequence is free again. */
+static struct request *take_off(struct scheduler *s, int at)
 {
     struct request *r = s->running[at];
     engine_close(s->engine, r->handle);
+    r->handle = -1;
     memmove(s->running + at, s->running + at + 1, (size_t)(--s->n_running - at) * sizeof *s->running);
-    request_let_go(r);
+    return r;
+}
+
+/* Its last event is posted. */
+static void leave(struct scheduler *s, int at)
+{
+    request_let_go(take_off(s, at));
 }
 
 static void drop_waiting(struct scheduler *s, struct request *r, enum request_finish finish)
 {
     waiting_remove(&s->waiting, r);
-    inbox_no_longer_waits(&s->inbox);
-    request_end(r, finish, -1);
+    inbox_count(&s->inbox, -1);
+    if (s->stuck == r) s->stuck = NULL;
+    request_finish(r, finish);
+    request_end(r);
     request_let_go(r);
 }
 
@@ -82,11 +97,22 @@ static int sweep(struct scheduler *s, bool all)
     for (int i = s->n_running - 1; i >= 0; i--) {
         struct request *r = s->running[i];
         if (!all && !r->is_over && !request_is_cancelled(r)) continue;
-        if (!r->is_over) request_end(r, FINISHED_CANCELLED, -1);
+        if (!r->is_over) {
+            request_finish(r, FINISHED_CANCELLED);
+            request_end(r);
+        }
         leave(s, i);
         n++;
     }
     return n;
+}
+
+/* A request that cannot go on for a reason of its own. */
+static void fail_one(struct request *r, const struct err *e)
+{
+    r->error = *e;
+    request_finish(r, FINISHED_ERROR);
+    request_end(r);
 }
 
 /* The backend is lost. */
@@ -102,32 +128,142 @@ static void fail_all(struct scheduler *s, const struct err *e)
     }
     while (s->n_running > 0) {
         struct request *r = s->running[s->n_running - 1];
-        if (!r->is_over) {
-            r->error = *e;
-            request_end(r, FINISHED_ERROR, -1);
-        }
+        if (!r->is_over) fail_one(r, e);
         leave(s, s->n_running - 1);
     }
 }
 
-/* Starts of requests. */
+/* Starts of requests, and stops for want of memory. */
+
+/* The last of those that run waits again, what it knows in host memory. */
+static void preempt(struct scheduler *s)
+{
+    struct err e = { 0 };
+    struct request *r = s->running[s->n_running - 1];
+    bool packed = parcel_pack(&r->parcel, s->engine, r->handle, &e);
+    take_off(s, s->n_running - 1);
+    r->drafts_ready = false;
+    s->stats.preemptions++;
+    if (packed) {
+        waiting_add_again(&s->waiting, r);
+        inbox_count(&s->inbox, 1);
+    } else {
+        fail_one(r, &e);
+        request_let_go(r);
+    }
+}
+
+static bool make_room(struct scheduler *s)
+{
+    return s->prefixes && prefix_give_up(s->prefixes);
+}
+
+/* Where the prompt begins: at its first row, or where a prefix is known. */
+static void begin(struct scheduler *s, struct request *r)
+{
+    bool looks = s->prefixes && !r->o.no_prefix_cache && r->o.prompt_logprobs < 0;
+    r->done = looks ? prefix_begin(s->prefixes, r->handle, &r->cuts, r->prompt.n) : 0;
+}
+
+/* It has its place. */
+static void began(struct scheduler *s, struct request *r)
+{
+    r->began = clock_seconds();
+    if (s->prefixes && !r->o.no_prefix_cache) s->stats.prefix_queries += r->prompt.n;
+    s->stats.prefix_hits += r->done;
+    pthread_mutex_lock(&r->lock);
+    r->usage.cached_tokens = r->usage.prefilled = r->done;
+    pthread_mutex_unlock(&r->lock);
+}
+
+static bool resume(struct scheduler *s, struct request *r)
+{
+    while (!parcel_unpack(r->parcel, s->engine, r->handle))
+        if (!make_room(s)) return false;
+    return true;
+}
+
+/* Rows of the sequence that are sure to come: the prompt and the first round after it, or the next. */
+static int64_t rows_ahead(const struct scheduler *s, const struct request *r)
+{
+    int64_t left = r->most - r->n_answer, round = engine_drafts(s->engine) + 1;
+    return r->prompt.n - r->done + (left < round ? left : round);
+}
+
+/* A sequence with pages for what is sure to come. Requests of lower priority make room; others do not. */
+static bool seat(struct scheduler *s, struct request *r)
+{
+    if (!engine_open(s->engine, &r->handle, NULL)) return false;
+    bool ok = true;
+    if (r->parcel)
+        ok = resume(s, r);
+    else
+        begin(s, r);
+    while (ok && !engine_reserve(s->engine, r->handle, rows_ahead(s, r))) {
+        if (make_room(s)) continue;
+        ok = s->n_running > 0 && s->running[s->n_running - 1]->o.priority > r->o.priority;
+        if (ok) preempt(s);
+    }
+    if (!ok) {
+        engine_close(s->engine, r->handle);
+        r->handle = -1;
+        return false;
+    }
+    if (!r->parcel) began(s, r);
+    parcel_free(r->parcel);
+    r->parcel = NULL;
+    return true;
+}
 
 static void enter(struct scheduler *s, struct request *r)
 {
     int at = s->n_running++;
     for (; at > 0 && request_before(r, s->running[at - 1]); at--) s->running[at] = s->running[at - 1];
     s->running[at] = r;
-    if (r->began == 0) r->began = clock_seconds();
+}
+
+/* A seat was looked for in vain, and no pages have become free since: each try costs the copy of a state. */
+static bool is_stuck(struct scheduler *s, const struct request *r)
+{
+    int64_t pages = engine_pages_free(s->engine);
+    if (s->stuck != r || s->n_running == 0 || pages > s->stuck_pages) return false;
+    s->stuck_pages = pages;
+    return true;
+}
+
+static bool try_seat(struct scheduler *s, struct request *r)
+{
+    if (is_stuck(s, r)) return false;
+    bool seated = seat(s, r);
+    s->stuck = seated ? NULL : r;
+    s->stuck_pages = engine_pages_free(s->engine);
+    return seated;
 }
 
 static void admit(struct scheduler *s)
 {
-    for (struct request *r; (r = waiting_best(&s->waiting)) && s->n_running < engine_sequences(s->engine);) {
-        if (!engine_open(s->engine, &r->handle, NULL)) return;
+    for (struct request *r; (r = waiting_best(&s->waiting));) {
+        bool full = s->n_running == engine_sequences(s->engine);
+        if (full && s->running[s->n_running - 1]->o.priority <= r->o.priority) return;
+        if (full) preempt(s);
+        if (!try_seat(s, r)) return;
         waiting_remove(&s->waiting, r);
-        inbox_no_longer_waits(&s->inbox);
+        inbox_count(&s->inbox, -1);
         enter(s, r);
     }
+}
+
+/* Pages for the next round of the request at `at`; those after it, or it itself, may have to stop. False: it
+ * did. */
+static bool keep_seat(struct scheduler *s, int at)
+{
+    struct request *r = s->running[at];
+    while (!engine_reserve(s->engine, r->handle, rows_ahead(s, r))) {
+        if (make_room(s)) continue;
+        preempt(s);
+        if (s->n_running == at) return false;
+    }
+    return true;
 }
 
 /* A step. */
@@ -169,24 +305,14 @@ static void learn(struct scheduler *s, int64_t answers, int64_t prompts, double 
 
 static bool add_answers(struct scheduler *s, struct err *e)
 {
-    int n = 0;
+    int n = 0, rows = engine_drafts(s->engine) + 1;
     for (int i = 0; i < s->n_running; i++) {
         struct request *r = s->running[i];
-        if (r->done == r->prompt.n &&
-            request_room(r, engine_drafts(s->engine) + 1) > engine_drafts(s->engine))
-            s->ready[n++] = r;
+        if (r->done == r->prompt.n && request_room(r, rows) >= rows && keep_seat(s, i)) s->ready[n++] = r;
     }
     if (!batch_draft(s->batch, s->ready, n, e)) return false;
     for (int i = 0; i < n; i++) batch_add_round(s->batch, s->ready[i]);
     return true;
-}
-
-/* A request that cannot go on for a reason of its own. */
-static void fail_one(struct request *r, const struct err *e)
-{
-    r->error = *e;
-    r->is_over = true;
-    request_end(r, FINISHED_ERROR, -1);
 }
 
 static void add_prompts(struct scheduler *s)
@@ -195,8 +321,8 @@ static void add_prompts(struct scheduler *s)
     for (int i = 0; i < s->n_running && budget > 0; i++) {
         struct request *r = s->running[i];
         struct err e = { 0 };
-        int64_t left = r->prompt.n - r->done, most = budget;
-        if (left == 0) continue;
+        int64_t left = cuts_next(&r->cuts, r->done, r->prompt.n) - r->done, most = budget;
+        if (left == 0 || r->is_over) continue;
         if (r->o.prompt_logprobs >= 0) most = least(most, request_room(r, (int)least(left, PIECE_LEAST)));
         int64_t n = most > 0 ? piece_of(left, most) : 0;
         if (n <= 0) continue;
@@ -205,6 +331,14 @@ static void add_prompts(struct scheduler *s)
         else
             fail_one(r, &e);
     }
+}
+
+/* What is known at a cut now is kept for prompts to come. */
+static void remember(struct scheduler *s, struct request *r)
+{
+    const struct cut *cut = cuts_at(&r->cuts, r->done);
+    if (s->prefixes && cut && !r->o.no_prefix_cache && engine_length(s->engine, r->handle) == r->done)
+        prefix_add(s->prefixes, r->handle, cut);
 }
 
 /* *worked: there was something to do. */
@@ -220,7 +354,11 @@ static bool step(struct scheduler *s, bool *worked, struct err *e)
     *worked = rows > 0;
     if (rows == 0) return true;
     if (!batch_run(s->batch, &s->stats, e)) return false;
-    for (int i = 0; i < s->n_running; i++) s->running[i]->drafts_ready = s->running[i]->n_rows > 0;
+    for (int i = 0; i < s->n_running; i++) {
+        struct request *r = s->running[i];
+        r->drafts_ready = r->n_rows > 0;
+        if (r->n_rows > 0) remember(s, r);
+    }
     s->stats.last_step = clock_seconds();
     s->stats.steps++;
     s->stats.step_rows += rows;
@@ -264,6 +402,7 @@ static void *run(void *ctx)
 static bool set_defaults(struct scheduler *s, const struct scheduler_options *o, struct err *e)
 {
     int sequences = engine_sequences(o->engine), drafts = engine_drafts(o->engine);
+    int64_t pool = engine_pages(o->engine) * KV_PAGE, interval = o->interval ? o->interval : INTERVAL;
     int64_t needed = (int64_t)(sequences - 1) * (drafts + 1) + least(PIECE_LEAST, engine_context(o->engine));
     s->o = *o;
     s->engine = o->engine;
@@ -271,6 +410,11 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
     if (s->o.decode_seconds == 0) s->o.decode_seconds = 0.1;
     if (s->o.step_tokens == 0 || s->o.step_tokens > engine_step_rows(o->engine))
         s->o.step_tokens = engine_step_rows(o->engine);
+    s->maker =
+        (struct request_maker){ .model = o->model,
+                                .limit = least(engine_context(o->engine), pool),
+                                .rules = { o->turn_end, o->n_turn_end,
+                                           (interval + DELTA_CHUNK - 1) / DELTA_CHUNK * DELTA_CHUNK } };
     return s->o.step_tokens >= needed ||
            err_set(e, ERR_LIMIT,
                    "steps of %lld tokens are too short: %d sequences with %d drafts and a piece of a prompt "
@@ -280,13 +424,15 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
 
 static bool start(struct scheduler *s, struct err *e)
 {
-    if ((errno = pthread_create(&s->thread, NULL, run, s)) != 0) return err_errno(e, "scheduler's thread");
-    return true;
+    errno = pthread_create(&s->thread, NULL, run, s);
+    if (errno == EAGAIN || errno == ENOMEM) return err_memory(e, "scheduler's thread", 0);
+    return errno == 0 || err_errno(e, "scheduler's thread");
 }
 
 static void destroy(struct scheduler *s)
 {
     batch_free(s->batch);
+    prefix_free(s->prefixes);
     picture_reader_free(s->reader);
     if (s->has_inbox) inbox_deinit(&s->inbox);
     if (s->has_lock) pthread_mutex_destroy(&s->lock);
@@ -309,6 +455,9 @@ bool scheduler_create(struct scheduler **out, const struct scheduler_options *o,
     ok = ok && set_defaults(s, o, e);
     if (ok) ok = s->has_inbox = inbox_init(&s->inbox, s->o.max_queued, e);
     if (ok && m->config->has_vision && !o->no_pictures) ok = picture_reader_create(&s->reader, m, e);
+    s->maker.reader = s->reader;
+    if (ok && engine_snapshots(s->engine) > 0 && !o->no_prefix_cache)
+        ok = prefix_create(&s->prefixes, s->engine, o->host_cache_bytes, e);
     ok = ok && batch_create(&s->batch, s->engine, m, s->reader, e) && start(s, e);
     if (ok)
         *out = s;
@@ -331,7 +480,7 @@ void scheduler_free(struct scheduler *s)
 bool scheduler_submit(struct scheduler *s, struct request **out, const struct request_options *o,
                       struct err *e)
 {
-    if (!request_create(out, o, s->o.model, s->reader, engine_context(s->engine), e)) return false;
+    if (!request_create(out, o, &s->maker, e)) return false;
     if (inbox_put(&s->inbox, *out, e)) return true;
     request_let_go(*out);
     *out = NULL;

@@ -15,12 +15,13 @@ struct scheduler_options {
     int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
     double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
     bool no_pictures;          /* the vision tower is not bound, pictures are refused */
-    bool no_prefix_cache;
+    bool no_prefix_cache;      /* as if the engine had no snapshots */
     uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
     /* The run of tokens that ends a turn, <|im_end|> and the newline after it: where prompts are likely to
      * part, so what is known there is kept. 0: none */
-    const int32_t *turn_end;
+    const int32_t *turn_end; /* borrow */
     int n_turn_end;
+    int64_t interval; /* and so many rows after the last such place; 0: 4096 */
     void *ctx;
     void (*wake)(void *ctx); /* from the scheduler's thread: some request has news. At most once a step */
 };
@@ -107,8 +108,7 @@ struct request_event {
     int n_top;
     struct token_score top[TOP_LOGPROBS_MAX];
     enum request_finish finish;
-    /* Of FINISHED_STOP: which, no REQUEST_TOKEN came of it, but its score is here; -1: none. */
-    int32_t stop_token;
+    int32_t stop_token; /* of FINISHED_STOP: which; token, rank and top are its score; -1: none */
 };
 
 struct request_usage {

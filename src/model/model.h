@@ -132,6 +132,16 @@ bool layer_state_add_log(struct layer_state *state, const struct model *m, int l
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);
+/* Where a layer keeps what belongs to a slot, or to a KV page: memory of the backend. bytes 0: it has none. */
+struct state_piece {
+    void *data;
+    uint64_t bytes;
+};
+enum { STATE_PIECES = 2 };
+void layer_state_slot(struct state_piece out[STATE_PIECES], const struct layer_state *state,
+                      const struct model *m, int layer, int32_t slot);
+void layer_state_page(struct state_piece out[STATE_PIECES], const struct layer_state *state,
+                      const struct model *m, int layer, int32_t page);
 /* Noise in place of what a sequence with these pages and this slot would remember: for throughput runs. */
 bool layer_state_noise(struct layer_state *state, const struct model *m, int layer, const int32_t *pages,
                        int64_t n_pages, int32_t slot, struct err *e);

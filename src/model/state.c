@@ -23,6 +23,13 @@ static uint64_t conv_elements(const struct delta_shape *s)
     return (uint64_t)(s->kernel - 1) * channels;
 }
 
+/* Of keys or values of one layer. */
+static uint64_t page_bytes(const struct model *m, enum kv_dtype dtype)
+{
+    return (uint64_t)KV_PAGE * (uint64_t)m->config->n_kv_heads * (uint64_t)m->config->head_dim *
+           kv_bytes(dtype);
+}
+
 static bool create(void **out, const struct model *m, uint64_t each, int64_t count, struct err *e)
 {
     uint64_t bytes;
@@ -39,7 +46,7 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
     *state = (struct layer_state){ 0 };
     bool ok;
     if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) {
-        uint64_t page = (uint64_t)KV_PAGE * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim * kv_bytes(dtype);
+        uint64_t page = page_bytes(m, dtype);
         ok = create(&a, m, page, pages, e) && create(&b, m, page, pages, e);
         state->kv = (struct kv_cache){ a, b, dtype, c->n_kv_heads, c->head_dim };
     } else {
@@ -71,13 +78,33 @@ void layer_state_free(struct layer_state *state, const struct model *m)
     *state = (struct layer_state){ 0 };
 }
 
+void layer_state_slot(struct state_piece out[STATE_PIECES], const struct layer_state *state,
+                      const struct model *m, int layer, int32_t slot)
+{
+    uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
+    memset(out, 0, STATE_PIECES * sizeof *out);
+    if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) return;
+    out[0] = (struct state_piece){ state->delta.matrix + (uint64_t)slot * matrix, matrix * sizeof(float) };
+    out[1] = (struct state_piece){ state->delta.conv + (uint64_t)slot * conv, conv * sizeof(float) };
+}
+
+void layer_state_page(struct state_piece out[STATE_PIECES], const struct layer_state *state,
+                      const struct model *m, int layer, int32_t page)
+{
+    const struct kv_cache *kv = &state->kv;
+    uint64_t bytes = page_bytes(m, kv->dtype);
+    memset(out, 0, STATE_PIECES * sizeof *out);
+    if (layer_kind_of(m, layer) != LAYER_FULL_ATTENTION) return;
+    out[0] = (struct state_piece){ (uint8_t *)kv->keys + (uint64_t)page * bytes, bytes };
+    out[1] = (struct state_piece){ (uint8_t *)kv->values + (uint64_t)page * bytes, bytes };
+}
+
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot)
 {
-    if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) return; /* lines are written before they are read */
-    uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
-    const struct ops *op = m->backend->ops;
-    op->zero(m->backend->queue, state->delta.matrix + (uint64_t)slot * matrix, matrix * sizeof(float));
-    op->zero(m->backend->queue, state->delta.conv + (uint64_t)slot * conv, conv * sizeof(float));
+    struct state_piece p[STATE_PIECES]; /* of KV nothing: lines are written before they are read */
+    layer_state_slot(p, state, m, layer, slot);
+    for (int i = 0; i < STATE_PIECES; i++)
+        if (p[i].bytes) m->backend->ops->zero(m->backend->queue, p[i].data, p[i].bytes);
 }
 
 /* Uniform in -1 .. 1, the same each time. malloc'd. */

@@ -2,6 +2,7 @@
  * to know of each token. Knows no API's shape. */
 #ifndef SERVER_CHOICE_H
 #define SERVER_CHOICE_H
+#include "server/constraint.h"
 #include "server/conversation.h"
 #include "tokenizer/reply.h"
 
@@ -31,9 +32,10 @@ struct choice_options {
     const struct api *api;
     const struct params *params;
     const struct prompt_text *prompt;
-    const json_t *tools; /* NULL: text that looks like a call is content */
-    bool is_plain;       /* text as it comes: neither reasoning nor calls */
-    bool wants_prompt;   /* scores of the prompt are kept */
+    const json_t *tools;                 /* NULL: text that looks like a call is content */
+    bool is_plain;                       /* text as it comes: neither reasoning nor calls */
+    bool wants_prompt;                   /* scores of the prompt are kept */
+    const struct grammar_share *grammar; /* that it follows, or NULL */
     void *ctx;
     /* Certain text, never empty; PART_NONE: calls[n_calls - 1] is complete. */
     void (*part)(void *ctx, enum part_kind kind, const char *text, size_t n);

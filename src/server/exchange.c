@@ -227,7 +227,7 @@ static bool submit(struct exchange *x, struct choice *c, struct err *e)
         o.n_thinking_end = (int)a->force_end.n;
     }
     if (!salt(o.salt, x)) return err_memory(e, "a cache salt", 32);
-    if (x->grammar && !constraint_create(&o.constraint, x->grammar, a, e)) return false;
+    if (x->grammar && !constraint_create(&o.constraint, x->grammar, a, t->in_reasoning, e)) return false;
     return scheduler_submit(a->o.scheduler, &c->request, &o, e);
 }
 
@@ -311,6 +311,7 @@ bool exchange_start(struct exchange *x)
                                           .is_plain = x->shape->is_plain,
                                           .wants_prompt = x->params.prompt_logprobs >= 0 ||
                                                           (x->params.echo && x->params.logprobs >= 0),
+                                          .grammar = x->grammar,
                                           .ctx = c,
                                           .part = take_part };
         c->exchange = x;

@@ -6,8 +6,12 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include "engine/cuts.h"
 #include "engine/generate.h"
+#include "engine/scheduler.h"
 #include "support/models.h"
+#include <errno.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +42,7 @@ static bool refused(void)
     if (atomic_load(&allowed) < 0) return false;
     if (atomic_fetch_sub(&allowed, 1) > 0) return false;
     atomic_store(&allowed, 0);
+    errno = ENOMEM;
     return true;
 }
 
@@ -118,6 +123,44 @@ static bool generate_text(struct fixture *f, struct err *e)
     return ok;
 }
 
+static void ignore(void *state)
+{
+    (void)state;
+}
+
+/* Without pictures, whose preprocessor_config.json is read by a library that calls a lack of memory a fault
+ * of the file. */
+static bool schedule(struct fixture *f, struct err *e)
+{
+    static const int32_t prompt[] = { 40, 41, 42, 2024, 198, 44 }, turn_end[] = { 2024, 198 };
+    static const struct token_run bad[] = { { prompt, 2 } };
+    struct constraint none = { .free = ignore };
+    struct engine_options g = { .context = 128, .snapshots = 2, .sequences = 2, .step_rows = 128 };
+    struct scheduler_options o = {
+        .model = &f->loaded.model, .no_pictures = true, .turn_end = turn_end, .n_turn_end = 2
+    };
+    struct request_options r = { .prompt = prompt,
+                                 .n_prompt = 6,
+                                 .max_tokens = 3,
+                                 .bad_words = bad,
+                                 .n_bad_words = 1,
+                                 .presence_penalty = 1,
+                                 .constraint = &none,
+                                 .constraint_after = 5 };
+    struct scheduler *s = NULL;
+    struct request *asked = NULL;
+    struct request_event event = { 0 };
+    bool ok = engine_create(&o.engine, &f->loaded.model, &g, e) && scheduler_create(&s, &o, e) &&
+              scheduler_submit(s, &asked, &r, e);
+    while (ok && event.kind != REQUEST_FINISHED)
+        if (request_take(asked, &event, 1) == 0) sched_yield();
+    if (ok && event.finish == FINISHED_ERROR) ok = err_set(e, ERR_MEMORY, "%s", request_error(asked));
+    request_free(asked);
+    scheduler_free(s);
+    engine_free(o.engine);
+    return ok;
+}
+
 static void check_device(enum device device)
 {
     struct fixture f = { 0 };
@@ -131,6 +174,12 @@ static void check_device(enum device device)
     must(tokenizer_load(&f.tokenizer, "models/demo", &e), &e);
     assert_true(fail_each(create_engine, &f, 1 << 20, 1) >= 15);
     assert_true(fail_each(generate_text, &f, 1 << 20, 1) >= 20);
+    uint8_t digest[32];
+    must(cuts_digest(digest, "", 0, &e),
+         &e); /* libcrypto does not survive a refusal while it sets itself up */
+    int scheduled = fail_each(schedule, &f, 1 << 20, 1);
+    printf("note: %d allocations of a scheduler and a request\n", scheduled);
+    assert_true(scheduled >= 30);
     assert_true(fail_each(bind_all, &f, 60, 23) >= 70);
     tokenizer_free(f.tokenizer);
     unload_model(&f.loaded);

@@ -7,8 +7,10 @@
 #include <cmocka.h>
 #include "base/clock.h"
 #include "engine/generate.h"
+#include "engine/logits.h"
 #include "engine/scheduler.h"
 #include "support/models.h"
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -116,7 +118,6 @@ struct answer {
     bool finished;
     enum request_finish finish;
     int32_t stop_token;
-    struct request_event last;
     struct request_usage usage;
 };
 
@@ -144,7 +145,6 @@ static void pump(struct answer *a, int most)
                 a->finished = true;
                 a->finish = events[i].finish;
                 a->stop_token = events[i].stop_token;
-                a->last = events[i];
             }
         }
     if (!a->request || !a->finished) return;
@@ -319,36 +319,6 @@ static void agrees_with_generate(void **state)
     unload(&f);
 }
 
-/* A stop token is no token of the answer, but scored as one. */
-static void stop_tokens_are_scored(void **state)
-{
-    (void)state;
-    struct fixture f;
-    struct answer free_running, stopped;
-    load(&f);
-    struct token_list t = encode(&f, text);
-    start(&f, (struct engine_options){ 0 }, (struct scheduler_options){ 0 });
-    struct request_options r = plain(t.ids, (int64_t)t.n, 5);
-    r.top_logprobs = 3;
-    ask(&f, &free_running, &r);
-    assert_int_equal(free_running.n, 5);
-    const struct request_event *want = &free_running.tokens[4];
-    r.stop_tokens = &want->token.id;
-    r.n_stop_tokens = 1;
-    ask(&f, &stopped, &r);
-    assert_int_equal(stopped.stop_token, want->token.id);
-    assert_int_equal(stopped.last.token.id, want->token.id);
-    int first = 0;
-    while (free_running.tokens[first].token.id != want->token.id) first++;
-    want = &free_running.tokens[first];
-    assert_true(stopped.last.token.logprob == want->token.logprob && stopped.last.rank == want->rank);
-    assert_int_equal(stopped.last.n_top, 3);
-    assert_memory_equal(stopped.last.top, want->top, 3 * sizeof *want->top);
-    free(t.ids);
-    stop(&f);
-    unload(&f);
-}
-
 static void cancelled_at_any_moment(void **state)
 {
     (void)state;
@@ -479,12 +449,416 @@ static void refusals(void **state)
     unload(&f);
 }
 
-int main(void)
+/* Rules by their definitions, worked out anew for each row, against what was sampled greedily. */
+static void rules_by_definition(void **state)
 {
+    (void)state;
+    enum { VOCAB = 40, STEPS = 60 };
+    static const int32_t prompt[] = { 3, 4, 4, 5 }, allowed[] = { 1, 3, 4, 5, 7, 9, 11, 13, 20, 39 },
+                         stops[] = { 20 }, never[] = { 9 }, one[] = { 7 }, two[] = { 3, 11 },
+                         three[] = { 1, 1, 13 };
+    static const struct token_run bad[] = { { one, 1 }, { two, 2 }, { three, 3 } };
+    static const struct logit_bias bias[] = { { 13, 1.5f }, { 5, -2 } };
+    struct request_options o = plain(prompt, 4, STEPS);
+    struct logits_rules l;
+    struct err e = { 0 };
+    o.presence_penalty = 0.4f;
+    o.frequency_penalty = 0.2f;
+    o.repetition_penalty = 1.7f;
+    o.allowed = allowed, o.n_allowed = 10;
+    o.stop_tokens = stops, o.n_stop_tokens = 1;
+    o.min_tokens = 10;
+    o.never = never, o.n_never = 1;
+    o.bad_words = bad, o.n_bad_words = 3;
+    o.bias = bias, o.n_bias = 2;
+    must(logits_rules_init(&l, &o, VOCAB, &e), &e);
+    int32_t said[STEPS];
+    int banned = 0;
+    for (int n = 0; n < STEPS; n++) {
+        float logits[VOCAB], want[VOCAB];
+        for (int i = 0; i < VOCAB; i++) logits[i] = (float)(random_below(2001) - 1000) / 100;
+        for (int i = 0; i < VOCAB; i++) {
+            int count = 0;
+            bool in_prompt = i >= 3 && i <= 5, ok = false;
+            for (int k = 0; k < 10; k++) ok |= allowed[k] == i;
+            for (int k = 0; k < n; k++) count += said[k] == i;
+            ok = ok && i != 9 && i != 7 && !(i == 20 && n < 10);
+            if (i == 11 && n >= 1 && said[n - 1] == 3) ok = false, banned++;
+            if (i == 13 && n >= 2 && said[n - 1] == 1 && said[n - 2] == 1) ok = false, banned++;
+            float x = logits[i] + (i == 13 ? 1.5f : i == 5 ? -2 : 0);
+            if (in_prompt || count) x = x > 0 ? x / 1.7f : x * 1.7f;
+            if (count) x -= 0.2f * (float)count + 0.4f;
+            want[i] = ok ? x : -INFINITY;
+        }
+        assert_true(logits_rules_apply(&l, logits));
+        for (int i = 0; i < VOCAB; i++)
+            if (logits[i] != want[i])
+                fail_msg("token %d of row %d: %g, expected %g", i, n, (double)logits[i], (double)want[i]);
+        said[n] = n % 5 == 0 ? 3 : n % 3 ? 1 : 13;
+        assert_true(logits_rules_take(&l, said[n]));
+    }
+    assert_true(banned > 10);
+    logits_rules_deinit(&l);
+}
+
+/* Log-softmax in double, the order by sorting. */
+static void scores_by_definition(void **state)
+{
+    (void)state;
+    enum { VOCAB = 300 };
+    float x[VOCAB];
+    for (int round = 0; round < 50; round++) {
+        struct request_event got = { 0 };
+        double total = 0;
+        int id = (int)random_below(VOCAB), above = 0;
+        for (int i = 0; i < VOCAB; i++) x[i] = (float)random_below(200) / 10;
+        for (int i = 0; i < VOCAB; i++) total += exp((double)x[i]);
+        for (int i = 0; i < VOCAB; i++) above += x[i] > x[id];
+        logits_score(&got, x, VOCAB, id, TOP_LOGPROBS_MAX);
+        assert_int_equal(got.token.id, id);
+        assert_int_equal(got.rank, above + 1);
+        assert_true(fabs((double)got.token.logprob - ((double)x[id] - log(total))) < 2e-6);
+        assert_int_equal(got.n_top, TOP_LOGPROBS_MAX);
+        for (int k = 0; k < got.n_top; k++) {
+            int before = 0; /* equals go by id */
+            int32_t at = got.top[k].id;
+            for (int i = 0; i < VOCAB; i++) before += x[i] > x[at] || (x[i] == x[at] && i < at);
+            assert_int_equal(before, k);
+            assert_true(fabs((double)got.top[k].logprob - ((double)x[at] - log(total))) < 2e-6);
+        }
+    }
+}
+
+/* Even and odd ids by turns, nine of them. */
+struct by_turns {
+    struct constraint c;
+    int n, freed;
+};
+
+static void mask_turns(void *state, uint32_t *mask, int64_t n_vocab)
+{
+    const struct by_turns *t = state;
+    for (int64_t i = 0; i < (n_vocab + 31) / 32; i++) mask[i] &= t->n % 2 ? 0xaaaaaaaau : 0x55555555u;
+}
+
+static bool advance_turns(void *state, int32_t id)
+{
+    struct by_turns *t = state;
+    assert_int_equal(id % 2, t->n % 2);
+    return ++t->n < 9;
+}
+
+static void free_turns(void *state)
+{
+    ((struct by_turns *)state)->freed++;
+}
+
+static void constraints_and_thinking(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct answer a, plain_answer;
+    static const int32_t end[] = { 50, 60, 71 };
+    load(&f);
+    struct token_list t = encode(&f, text);
+    for (int drafts = 0; drafts <= 2; drafts++) {
+        start(&f, (struct engine_options){ .drafts = drafts }, (struct scheduler_options){ 0 });
+        for (int after = 0; after < 2; after++) {
+            struct by_turns turns = { { &turns, mask_turns, advance_turns, free_turns }, 0, 0 };
+            struct request_options o = plain(t.ids, 50, 60);
+            o.sampling = (struct sampling){ .temperature = 1, .seed = 5 };
+            ask(&f, &plain_answer, &o);
+            o.constraint = &turns.c;
+            if (after) { /* thinks freely for 6 tokens, then is made to stop, then is bound */
+                o.thinking_budget = 6;
+                o.thinking_end = end;
+                o.n_thinking_end = 3;
+                o.constraint_after = 71;
+            }
+            ask(&f, &a, &o);
+            assert_int_equal(turns.freed, 1);
+            assert_int_equal(a.finish, FINISHED_STOP);
+            assert_int_equal(a.stop_token, -1);
+            assert_int_equal(a.n, after ? 6 + 3 + 9 : 9);
+            for (int i = 0; after && i < 6; i++)
+                assert_int_equal(a.tokens[i].token.id, plain_answer.tokens[i].token.id);
+            for (int i = 0; after && i < 3; i++) assert_int_equal(a.tokens[6 + i].token.id, end[i]);
+            static int32_t kept[2][ANSWER_MOST];
+            for (int i = 0; i < a.n; i++) {
+                if (drafts == 0) kept[after][i] = a.tokens[i].token.id;
+                assert_int_equal(kept[after][i], a.tokens[i].token.id);
+            }
+        }
+        stop(&f);
+    }
+    free(t.ids);
+    unload(&f);
+}
+
+/* A backend that is lost after some steps. */
+static int waits_left;
+static bool (*real_wait)(struct queue *q, struct err *e);
+static bool failing_wait(struct queue *q, struct err *e)
+{
+    if (--waits_left >= 0) return real_wait(q, e);
+    return err_set(e, ERR_IO, "the device fell off the bus");
+}
+
+static void a_lost_backend_ends_every_request(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct answer *a = calloc(6, sizeof *a);
+    struct err e = { 0 };
+    struct request *r;
+    struct scheduler_stats stats;
+    load(&f);
+    struct token_list t = encode(&f, text);
+    struct ops broken = *f.loaded.backend.ops;
+    real_wait = broken.wait;
+    broken.wait = failing_wait;
+    waits_left = 1 << 20;
+    f.loaded.backend.ops = &broken;
+    start(&f, (struct engine_options){ .sequences = 3 }, (struct scheduler_options){ 0 });
+    waits_left = 30; /* the thread sleeps until the first request */
+    struct request_options o = plain(t.ids, 40, 100);
+    for (int i = 0; i < 6; i++) {
+        a[i] = (struct answer){ .finished = true };
+        if (scheduler_submit(f.scheduler, &a[i].request, &o, &e)) a[i].finished = false;
+    }
+    finish_all(&f, a, 6);
+    for (int i = 0; i < 6; i++)
+        if (a[i].usage.prompt_tokens) assert_int_equal(a[i].finish, FINISHED_ERROR);
+    assert_false(scheduler_submit(f.scheduler, &r, &o, &e));
+    assert_int_equal(e.code, ERR_IO);
+    scheduler_stats(f.scheduler, &stats);
+    assert_true(stats.failed);
+    stop(&f);
+    free(t.ids);
+    free(a);
+    unload(&f);
+}
+
+/* Few pages: the youngest go to host memory and come back with the same bits. */
+static void preempted_ones_go_on_with_the_same_bits(void **state)
+{
+    (void)state;
+    struct fixture f;
+    struct variety v;
+    struct answer *alone = calloc(16, sizeof *alone), *now = calloc(16, sizeof *now);
+    load(&f);
+    make_variety(&f, &v);
+    for (int i = 0; i < 16; i++)
+        if (v.o[i].max_tokens > 1 && i % 3) v.o[i].max_tokens = 120;
+    for (int drafts = 0; drafts <= 2; drafts += 2) {
+        start(&f,
+              (struct engine_options){
+                  .context = 384, .sequences = 8, .pages = 10, .drafts = drafts, .snapshots = drafts },
+              (struct scheduler_options){ 0 });
+        for (int i = 0; drafts == 0 && i < 16; i++) ask(&f, &alone[i], &v.o[i]);
+        for (int round = 0; round < 3; round++) {
+            for (int i = 0; i < 16; i++) {
+                v.o[i].priority = round == 1 ? i % 3 : 0;
+                submit(&f, &now[i], &v.o[i]);
+            }
+            finish_all(&f, now, 16);
+            for (int i = 0; i < 16; i++) same(&alone[i], &now[i], "with few pages");
+        }
+        struct scheduler_stats stats;
+        scheduler_stats(f.scheduler, &stats);
+        printf("note: %d drafts: preempted %d times\n", drafts, (int)stats.preemptions);
+        assert_true(stats.preemptions > 5);
+        assert_int_equal(stats.pages, 10);
+        if (drafts == 0) assert_int_equal(stats.pages_used, 0);
+        stop(&f);
+    }
+    free(v.text.ids);
+    free(alone);
+    free(now);
+    unload(&f);
+}
+
+/* One sequence, so requests come one after the other. */
+static void turns(void **state)
+{
+    (void)state;
+    enum { N = 12 };
+    struct fixture f;
+    struct answer *a = calloc(N, sizeof *a), first;
+    int order[N], done = 0;
+    load(&f);
+    struct token_list t = encode(&f, text);
+    start(&f, (struct engine_options){ .sequences = 1 }, (struct scheduler_options){ 0 });
+    struct request_options o = plain(t.ids, 60, 120);
+    submit(&f, &first, &o); /* its ring fills, so it holds the sequence until it is read */
+    o.max_tokens = 2;
+    for (int i = 0; i < N; i++) { /* six of owner 1, three of owner 2, three urgent ones of owner 1 */
+        o.owner = i < 6 || i >= 9 ? 1 : 2;
+        o.priority = i >= 9 ? -1 : 0;
+        submit(&f, &a[i], &o);
+    }
+    bool counted[N] = { false };
+    while (done < N) {
+        int64_t seen = wakes(&f);
+        pump(&first, 16);
+        for (int i = 0; i < N; i++) {
+            pump(&a[i], 16);
+            if (!a[i].finished || counted[i]) continue;
+            counted[i] = true;
+            order[done++] = i;
+        }
+        if (done < N) await(&f, seen);
+    }
+    int place[N];
+    for (int i = 0; i < N; i++) place[order[i]] = i;
+    for (int i = 0; i < 9; i++)
+        for (int k = 9; k < N; k++) assert_true(place[k] < place[i] || a[i].usage.queued_seconds == 0);
+    /* of the others each owner has a turn in each of the first rounds: 0 6 1 7 2 8 3 4 5 */
+    static const int want[] = { 9, 10, 11, 0, 6, 1, 7, 2, 8, 3, 4, 5 };
+    for (int i = 0; i < N; i++) assert_int_equal(order[i], want[i]);
+    finish_all(&f, &first, 1);
+    free(t.ids);
+    free(a);
+    stop(&f);
+    unload(&f);
+}
+
+/* Conversations: each grows from an answer, or branches off where an earlier turn is changed. */
+enum { TALKS = 5, TALK_MOST = 600 };
+static const char *const shapes[] = { "tests/golden/images/grey.png", "tests/golden/images/cmyk.jpg",
+                                      "tests/golden/images/full_colour.jpg" };
+
+struct talk {
+    int32_t ids[TALK_MOST + 200];
+    int64_t n, rows, turns[64];
+    const char *pictures[3];
+    int n_turns, n_pictures, pictures_at[64];
+};
+
+static void say(struct talk *t, const int32_t *ids, int64_t n)
+{
+    memcpy(t->ids + t->n, ids, (size_t)n * sizeof *ids);
+    t->n += n;
+}
+
+static void say_user(struct talk *t, const struct token_list *words)
+{
+    int64_t n = 5 + random_below(90), from = random_below((int64_t)words->n - n);
+    t->turns[t->n_turns] = t->n;
+    t->pictures_at[t->n_turns++] = t->n_pictures;
+    say(t, (int32_t[]){ 2023, 1000, NEWLINE }, 3);
+    if (t->n_pictures < 2 && random_below(4) == 0) {
+        t->pictures[t->n_pictures++] = shapes[random_below(3)];
+        say(t, (int32_t[]){ 2031, 2034, 2032 }, 3);
+    }
+    say(t, words->ids + from, n);
+    say(t, (int32_t[]){ IM_END, NEWLINE, 2023, 1001, NEWLINE }, 5);
+}
+
+static void say_answer(struct talk *t, const struct answer *a)
+{
+    for (int i = 0; i < a->n; i++) say(t, &a->tokens[i].token.id, 1);
+    say(t, (int32_t[]){ IM_END, NEWLINE }, 2);
+}
+
+/* The next prompt of a conversation. */
+static void go_on(struct talk *t, const struct answer *a, const struct token_list *words)
+{
+    if (t->n > 0) say_answer(t, a);
+    int64_t how = random_below(6);
+    if (t->n > TALK_MOST - 120 || (how == 0 && t->n_turns > 1)) { /* back to an earlier turn */
+        int turn = (int)random_below(t->n_turns);
+        t->n = t->turns[turn];
+        t->n_pictures = t->pictures_at[turn];
+        t->n_turns = turn;
+    }
+    say_user(t, words);
+}
+
+static void check_histories(struct fixture *f, int n, int drafts, uint64_t host)
+{
+    struct talk *talks = calloc(TALKS, sizeof *talks);
+    struct answer *warm = calloc(TALKS, sizeof *warm), *cold = calloc(1, sizeof *cold);
+    struct token_list words = encode(f, text);
+    static const int32_t stops[] = { IM_END, 2022 }, never[] = { 2023, 2031, 2032, 2034, 2035 },
+                         turn_end[] = { IM_END, NEWLINE };
+    start(f, (struct engine_options){ .sequences = 4, .snapshots = 12, .drafts = drafts, .pages = 60 },
+          (struct scheduler_options){ .turn_end = turn_end,
+                                      .n_turn_end = 2,
+                                      .interval = 128,
+                                      .host_cache_bytes = host,
+                                      .step_tokens = 200 });
+    int compared = 0;
+    for (int done = 0; done < n; done += TALKS) {
+        struct request_options o[TALKS];
+        for (int i = 0; i < TALKS; i++) {
+            go_on(&talks[i], &warm[i], &words);
+            o[i] = plain(talks[i].ids, talks[i].n, 4 + random_below(8));
+            o[i].stop_tokens = stops;
+            o[i].n_stop_tokens = 2;
+            o[i].never = never;
+            o[i].n_never = 5;
+            o[i].pictures = talks[i].pictures;
+            o[i].n_pictures = talks[i].n_pictures;
+            o[i].salt[0] = i == 4;
+            if (i % 2) o[i].sampling = (struct sampling){ 1, 50, 0.95f, 0, (uint64_t)done };
+            submit(f, &warm[i], &o[i]);
+        }
+        finish_all(f, warm, TALKS);
+        for (int i = 0; i < TALKS; i++) {
+            char what[64];
+            o[i].no_prefix_cache = true;
+            ask(f, cold, &o[i]);
+            snprintf(what, sizeof what, "history %d, %d drafts, %d of %d cached", done + i, drafts,
+                     (int)warm[i].usage.cached_tokens, (int)warm[i].usage.prompt_tokens);
+            assert_int_equal(cold->usage.cached_tokens, 0);
+            same(&warm[i], cold, what);
+            compared++;
+        }
+    }
+    struct scheduler_stats stats;
+    scheduler_stats(f->scheduler, &stats);
+    printf("note: %d histories, %d drafts, host tier %d MB: %d of %d rows found; %d of %d drafts right\n",
+           compared, drafts, (int)(host >> 20), (int)stats.prefix_hits, (int)stats.prefix_queries,
+           (int)stats.accepted, (int)stats.drafted);
+    assert_true(stats.prefix_hits * 4 > stats.prefix_queries);
+    stop(f);
+    free(words.ids);
+    free(talks);
+    free(warm);
+    free(cold);
+}
+
+static void a_known_prefix_changes_no_bit(void **state)
+{
+    (void)state;
+    struct fixture f;
+    const char *n = getenv("QUENCH_HISTORIES");
+    int most = n ? atoi(n) : 100;
+    load(&f);
+    for (int drafts = 0; drafts <= 2; drafts += 2) {
+        check_histories(&f, most, drafts, 0);
+        check_histories(&f, most / 2, drafts, 64 << 20);
+    }
+    unload(&f);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1) cmocka_set_test_filter(argv[1]); /* a pattern */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(agrees_with_generate),          cmocka_unit_test(the_same_alone_and_among_others),
-        cmocka_unit_test(stop_tokens_are_scored),        cmocka_unit_test(cancelled_at_any_moment),
-        cmocka_unit_test(a_slow_reader_holds_up_nobody), cmocka_unit_test(refusals),
+        cmocka_unit_test(agrees_with_generate),
+        cmocka_unit_test(the_same_alone_and_among_others),
+        cmocka_unit_test(cancelled_at_any_moment),
+        cmocka_unit_test(a_slow_reader_holds_up_nobody),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(rules_by_definition),
+        cmocka_unit_test(scores_by_definition),
+        cmocka_unit_test(constraints_and_thinking),
+        cmocka_unit_test(a_lost_backend_ends_every_request),
+        cmocka_unit_test(preempted_ones_go_on_with_the_same_bits),
+        cmocka_unit_test(turns),
+        cmocka_unit_test(a_known_prefix_changes_no_bit),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -622,6 +622,17 @@ static void test_forms(void **state)
         assert_string_equal(text_at(r, "choices.0.finish_reason"), "stop");
         json_decref(r);
     }
+    /* Behind the reasoning, and newlines that belong to neither. */
+    static const char *const gaps[] = { "", "\n", "\n\n" };
+    for (int i = 0; i < 3; i++) {
+        char script[80];
+        snprintf(script, sizeof script, "{\"why\n</think>%s{\"a\": 1} and more", gaps[i]);
+        fixture_script(x, script);
+        json_t *r =
+            fixture_ask(x, API_CHAT_COMPLETIONS, "{\"response_format\":{\"type\":\"json_object\"}," USER "}");
+        assert_string_equal(text_at(r, "choices.0.message.content"), "{\"a\": 1}");
+        json_decref(r);
+    }
     static const struct wrong wrongs[] = {
         { "{\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":\"object\","
           "\"unevaluatedProperties\":false}}}," USER "}",

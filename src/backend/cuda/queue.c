@@ -161,6 +161,12 @@ static void upload(struct queue *q, void *to, const void *host, uint64_t bytes)
     if (q->shared_memory) queue_check(q, cudaStreamSynchronize(q->stream), "upload");
 }
 
+static void copy(struct queue *q, void *to, const void *from, uint64_t bytes)
+{
+    if (queue_failed(q)) return;
+    queue_check(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "copy");
+}
+
 static void download(struct queue *q, void *host, const void *from, uint64_t bytes)
 {
     if (queue_failed(q)) return;
@@ -271,6 +277,7 @@ const struct ops cuda_ops = {
     .memory_create = memory_create,
     .memory_free = memory_free,
     .upload = upload,
+    .copy = copy,
     .download = download,
     .zero = zero,
     .reserve = cuda_reserve,

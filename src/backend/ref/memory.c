@@ -145,6 +145,7 @@ const struct ops ref_ops = {
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,
     .upload = host_copy,
+    .copy = host_copy,
     .download = host_copy,
     .zero = host_zero,
     .reserve = reserve,
