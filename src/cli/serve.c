@@ -420,7 +420,7 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "requests at a time (default: what fits, up to 32)", NULL },
         { "--max-num-batched-tokens", 0, FLAG_TEXT, &s->step_text, "N",
           "most tokens of a step, prompts' pieces included", NULL },
-        { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 429",
+        { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 503",
           NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },

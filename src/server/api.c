@@ -102,6 +102,16 @@ static const char *token_bytes(void *ctx, int32_t id, size_t *n)
     return bytes;
 }
 
+/* The token that this text is; -1 where it is several. */
+static bool find_text(int32_t *id, const struct tokenizer *t, const char *text, struct err *e)
+{
+    struct token_list list = { 0 };
+    bool ok = tokenizer_encode(t, &list, text, strlen(text), 0, e);
+    *id = ok && list.n == 1 ? list.ids[0] : -1;
+    free(list.ids);
+    return ok;
+}
+
 static bool read_tokens(struct api *a, struct err *e)
 {
     static const char force[] = "\n</think>\n\n";
@@ -112,7 +122,8 @@ static bool read_tokens(struct api *a, struct err *e)
     a->im_start = tokenizer_find(t, "<|im_start|>");
     add_never(a, a->o.config->image_token);
     add_never(a, a->o.config->video_token);
-    return tokenizer_encode(t, &a->force_end, force, strlen(force), 0, e);
+    return find_text(&a->newlines[0], t, "\n", e) && find_text(&a->newlines[1], t, "\n\n", e) &&
+           tokenizer_encode(t, &a->force_end, force, strlen(force), 0, e);
 }
 
 static bool read_patch_rule(struct api *a, struct err *e)

@@ -25,6 +25,7 @@ struct api {
     int32_t never[4]; /* placeholders */
     int n_never;
     int32_t think, think_end, im_start; /* tokens; -1: none */
+    int32_t newlines[2];                /* tokens of one and of two newlines; -1: none */
     struct token_list force_end;        /* closes the reasoning */
     int64_t n_vocab;                    /* ids below have a meaning */
     struct token_trie *trie;

@@ -223,6 +223,8 @@ static bool take_finish(struct choice *c, const struct request_event *event)
     static const char *const names[] = { "stop", "length", "abort", "error" };
     if (event->finish == FINISHED_STOP && event->stop_token >= 0 && !take_stop_token(c, event)) return false;
     end(c, names[event->finish]);
+    if (event->finish == FINISHED_STOP && event->stop_token < 0 && grammar_share_is_stuck(c->o.grammar))
+        c->finish = "length";
     if (event->finish == FINISHED_ERROR) {
         const char *text = request_error(c->request);
         snprintf(c->error, sizeof c->error, "%s", text ? text : "the request failed");

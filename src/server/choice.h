@@ -2,6 +2,7 @@
  * to know of each token. Knows no API's shape. */
 #ifndef SERVER_CHOICE_H
 #define SERVER_CHOICE_H
+#include "server/constraint.h"
 #include "server/conversation.h"
 #include "tokenizer/reply.h"
 
@@ -31,9 +32,10 @@ struct choice_options {
     const struct api *api;
     const struct params *params;
     const struct prompt_text *prompt;
-    const json_t *tools; /* NULL: text that looks like a call is content */
-    bool is_plain;       /* text as it comes: neither reasoning nor calls */
-    bool wants_prompt;   /* scores of the prompt are kept */
+    const json_t *tools;                 /* NULL: text that looks like a call is content */
+    bool is_plain;                       /* text as it comes: neither reasoning nor calls */
+    bool wants_prompt;                   /* scores of the prompt are kept */
+    const struct grammar_share *grammar; /* that it follows, or NULL */
     void *ctx;
     /* Certain text, never empty; PART_NONE: calls[n_calls - 1] is complete. */
     void (*part)(void *ctx, enum part_kind kind, const char *text, size_t n);
@@ -43,7 +45,7 @@ struct choice {
     struct choice_options o;
     struct exchange *exchange;
     int index;               /* in the exchange */
-    struct request *request; /* NULL: not submitted, or over */
+    struct request *request; /* NULL: not submitted yet, or over */
     struct detokenizer detokenizer;
     struct stops *stops; /* NULL: none asked for */
     struct reply *reply; /* NULL: is_plain */
@@ -55,7 +57,7 @@ struct choice {
     struct score_list scores, prompt_scores;
     int32_t *tokens; /* where they are to be returned */
     size_t tokens_capacity;
-    bool is_over;
+    bool is_submitted, is_over;
     const char *finish;             /* "stop", "length", "tool_calls", "abort", "error" */
     int stop_string;                /* which ended it; -1: none */
     int32_t stop_token;             /* not one of the model's own; -1: none */

@@ -13,6 +13,7 @@ struct grammar_share {
     struct grammar *grammars[GRAMMARS_MAX];
     int n;
     atomic_int holders; /* answers are let go of on the scheduler's thread */
+    atomic_bool is_stuck;
 };
 
 static bool share(struct grammar_share **out, struct grammar *g, struct fault *f)
@@ -32,6 +33,11 @@ void grammar_share_release(struct grammar_share *g)
     if (!g || atomic_fetch_sub(&g->holders, 1) > 1) return;
     for (int i = 0; i < g->n; i++) grammar_free(g->grammars[i]);
     free(g);
+}
+
+bool grammar_share_is_stuck(const struct grammar_share *g)
+{
+    return g && atomic_load(&g->is_stuck);
 }
 
 /* What the fields ask for, before it is compiled. */
@@ -234,14 +240,15 @@ bool constraint_read(struct grammar_share **out, const json_t *body, const json_
 /* On the scheduler's thread. */
 struct follower {
     struct constraint constraint;
+    const struct api *api;
     struct grammar_share *share;
     struct matcher *matchers[GRAMMARS_MAX]; /* NULL: the answer is none of this grammar */
     uint32_t *bits;                         /* of one of several */
+    int newlines;                           /* that may still come before the answer */
 };
 
-static void mask(void *state, uint32_t *bits, int64_t n_vocab)
+static void mask_grammars(struct follower *w, uint32_t *bits, int64_t n_vocab)
 {
-    struct follower *w = state;
     size_t words = (size_t)(n_vocab + 31) / 32;
     if (w->share->n == 1) {
         matcher_mask(w->matchers[0], bits, n_vocab);
@@ -258,17 +265,46 @@ static void mask(void *state, uint32_t *bits, int64_t n_vocab)
     for (size_t k = 0; k < words; k++) bits[k] &= either[k];
 }
 
+/* Behind </think> models write two newlines, which belong to nobody's grammar. */
+static void mask(void *state, uint32_t *bits, int64_t n_vocab)
+{
+    struct follower *w = state;
+    uint32_t kept[2] = { 0, 0 };
+    for (int i = 0; i < w->newlines; i++) {
+        int32_t id = w->api->newlines[i];
+        if (id >= 0) kept[i] = bits[id / 32] & 1u << id % 32;
+    }
+    mask_grammars(w, bits, n_vocab);
+    for (int i = 0; i < w->newlines; i++)
+        if (kept[i]) bits[w->api->newlines[i] / 32] |= kept[i];
+}
+
+static bool take_newlines(struct follower *w, int32_t id)
+{
+    for (int i = 0; i < w->newlines; i++) {
+        if (id != w->api->newlines[i]) continue;
+        w->newlines -= i + 1;
+        return true;
+    }
+    w->newlines = 0;
+    return false;
+}
+
 static bool advance(void *state, int32_t id)
 {
     struct follower *w = state;
-    bool more = false;
+    bool more = false, is_stuck = true;
+    if (take_newlines(w, id)) return true;
     for (int i = 0; i < w->share->n; i++) {
         if (w->matchers[i] && !matcher_advance(w->matchers[i], id)) {
             matcher_free(w->matchers[i]);
             w->matchers[i] = NULL;
         }
-        more |= w->matchers[i] && !matcher_must_end(w->matchers[i]);
+        if (!w->matchers[i]) continue;
+        more |= !matcher_must_end(w->matchers[i]);
+        is_stuck &= matcher_is_stuck(w->matchers[i]);
     }
+    if (is_stuck) atomic_store(&w->share->is_stuck, true);
     return more;
 }
 
@@ -281,7 +317,8 @@ static void release(void *state)
     free(w);
 }
 
-bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a, struct err *e)
+bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a,
+                       bool in_reasoning, struct err *e)
 {
     struct follower *w = calloc(1, sizeof *w);
     size_t words = (size_t)(a->o.config->vocab_size + 31) / 32;
@@ -289,6 +326,8 @@ bool constraint_create(struct constraint **out, struct grammar_share *g, const s
     if (!w) return err_memory(e, "a constraint", sizeof *w);
     atomic_fetch_add(&g->holders, 1);
     w->share = g;
+    w->api = a;
+    w->newlines = in_reasoning ? 2 : 0;
     w->constraint = (struct constraint){ .state = w, .mask = mask, .advance = advance, .free = release };
     w->bits = malloc(2 * words * sizeof *w->bits);
     bool ok = w->bits || err_memory(e, "a constraint", words);

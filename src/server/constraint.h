@@ -11,6 +11,10 @@ struct grammar_share;
  * does not support. tools: NULL where there are none. */
 bool constraint_read(struct grammar_share **out, const json_t *body, const json_t *tools, struct fault *f);
 void grammar_share_release(struct grammar_share *g); /* NULL is fine */
-/* For one answer; to be handed to scheduler_submit, which frees it. */
-bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a, struct err *e);
+/* A limit of the grammar's engine ended an answer before its form was complete. */
+bool grammar_share_is_stuck(const struct grammar_share *g);
+/* For one answer; to be handed to scheduler_submit, which frees it. in_reasoning: it begins behind </think>.
+ */
+bool constraint_create(struct constraint **out, struct grammar_share *g, const struct api *a,
+                       bool in_reasoning, struct err *e);
 #endif

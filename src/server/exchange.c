@@ -227,34 +227,42 @@ static bool submit(struct exchange *x, struct choice *c, struct err *e)
         o.n_thinking_end = (int)a->force_end.n;
     }
     if (!salt(o.salt, x)) return err_memory(e, "a cache salt", 32);
-    if (x->grammar && !constraint_create(&o.constraint, x->grammar, a, e)) return false;
+    if (x->grammar && !constraint_create(&o.constraint, x->grammar, a, t->in_reasoning, e)) return false;
     return scheduler_submit(a->o.scheduler, &c->request, &o, e);
 }
 
-static int n_running(const struct exchange *x)
+/* Those after the first of a prompt wait until that one's prompt is computed: then they find it in the prefix
+ * cache. */
+static bool may_submit(const struct exchange *x, int i)
 {
-    int n = 0;
-    for (int i = 0; i < x->n_submitted; i++) n += !x->choices[i].is_over;
-    return n;
+    const struct choice *first = &x->choices[i - i % x->params.n];
+    return !x->choices[i].is_submitted && (i % x->params.n == 0 || first->n_tokens > 0 || first->is_over);
 }
 
-/* A full queue is an answer only while nothing has been taken yet. */
+static bool submit_one(struct exchange *x, int i, bool *is_full)
+{
+    struct err e = { 0 };
+    if (submit(x, &x->choices[i], &e)) {
+        x->choices[i].is_submitted = true;
+        x->n_submitted++;
+        return true;
+    }
+    /* A full queue is an answer only while nothing has been taken yet. */
+    *is_full = e.code == ERR_BUSY && x->n_submitted > 0;
+    if (*is_full) return true;
+    fault_from_err(&x->fault, NULL, &e);
+    if (e.code == ERR_LIMIT) {
+        x->fault.status = 400;
+        x->fault.code = "context_length_exceeded";
+    }
+    return false;
+}
+
 static bool submit_more(struct exchange *x)
 {
-    while (x->n_submitted < x->n_choices && n_running(x) < SUBMITTED_MAX) {
-        struct err e = { 0 };
-        if (submit(x, &x->choices[x->n_submitted], &e)) {
-            x->n_submitted++;
-            continue;
-        }
-        if (e.code == ERR_BUSY && x->n_submitted > 0) return true;
-        fault_from_err(&x->fault, NULL, &e);
-        if (e.code == ERR_LIMIT) {
-            x->fault.status = 400;
-            x->fault.code = "context_length_exceeded";
-        }
-        return false;
-    }
+    bool is_full = false;
+    for (int i = 0; i < x->n_choices && !is_full && x->n_submitted - x->n_over < SUBMITTED_MAX; i++)
+        if (may_submit(x, i) && !submit_one(x, i, &is_full)) return false;
     return true;
 }
 
@@ -262,7 +270,7 @@ static bool submit_more(struct exchange *x)
 
 static void cancel(struct exchange *x)
 {
-    for (int i = 0; i < x->n_submitted; i++) {
+    for (int i = 0; i < x->n_choices; i++) {
         request_free(x->choices[i].request);
         x->choices[i].request = NULL;
         x->choices[i].is_over = true;
@@ -303,6 +311,7 @@ bool exchange_start(struct exchange *x)
                                           .is_plain = x->shape->is_plain,
                                           .wants_prompt = x->params.prompt_logprobs >= 0 ||
                                                           (x->params.echo && x->params.logprobs >= 0),
+                                          .grammar = x->grammar,
                                           .ctx = c,
                                           .part = take_part };
         c->exchange = x;
@@ -371,15 +380,16 @@ int exchange_retry_after(const struct exchange *x)
 
 static bool take_news(struct exchange *x)
 {
-    if (!submit_more(x)) return false;
-    for (int i = 0; i < x->n_submitted; i++) {
+    for (int i = 0; i < x->n_choices; i++) {
         struct choice *c = &x->choices[i];
-        if (!c->is_over && !choice_pump(c)) return fault_memory(&x->fault);
+        if (!c->is_submitted || c->is_over) continue;
+        if (!choice_pump(c)) return fault_memory(&x->fault);
         if (c->is_over && strcmp(c->finish, "error") == 0)
             return fault_status(&x->fault, 500, NULL, "%s", c->error);
         if (x->params.stream) say(x, i);
+        x->n_over += c->is_over;
     }
-    return true;
+    return submit_more(x);
 }
 
 bool exchange_answered(struct exchange *x)
@@ -402,7 +412,7 @@ static void pump(struct exchange *x)
         fail(x);
         return;
     }
-    if (x->n_submitted == x->n_choices && n_running(x) == 0) {
+    if (x->n_over == x->n_choices) {
         x->is_done = true;
         if (x->params.stream)
             x->shape->end(x);
@@ -451,7 +461,7 @@ void exchange_account(const struct exchange *x, struct exchange_account *out)
                                       .n_choices = x->n_choices,
                                       .max_tokens = x->params.max_tokens };
     if (x->fault.status) out->finish = "error";
-    for (int i = 0; i < x->n_submitted; i++) {
+    for (int i = 0; i < x->n_choices; i++) {
         const struct choice *c = &x->choices[i];
         if (c->first_token > 0 && (first == 0 || c->first_token < first)) first = c->first_token;
         if (c->last_token > last) last = c->last_token;

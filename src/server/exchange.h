@@ -46,7 +46,7 @@ struct exchange {
     int n_prompts;
     struct choice *choices;  /* [n_prompts * n], those of one prompt together */
     struct pending *pending; /* [n_choices] */
-    int n_choices, n_submitted;
+    int n_choices, n_submitted, n_over;
     struct json_out out;
     int status;
     bool is_done, was_taken;       /* the body is complete; and has been handed out */

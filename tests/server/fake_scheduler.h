@@ -51,6 +51,7 @@ static inline bool fake_stops(const struct request_options *o, int32_t id)
 static inline void fake_answer(struct request *r, const struct request_options *o)
 {
     const struct scheduler *s = r->s;
+    bool follows = o->constraint && o->constraint_after < 0;
     struct request_event end = { .kind = REQUEST_FINISHED, .finish = FINISHED_LENGTH, .stop_token = -1 };
     for (int64_t i = 1; o->prompt_logprobs >= 0 && i < o->n_prompt; i++) {
         r->events[r->n] = (struct request_event){ .kind = REQUEST_PROMPT };
@@ -71,8 +72,8 @@ static inline void fake_answer(struct request *r, const struct request_options *
         r->events[r->n] = (struct request_event){ .kind = REQUEST_TOKEN, .token.id = s->tokens[i] };
         if (o->top_logprobs >= 0) fake_score(&r->events[r->n], s->tokens[i], o->top_logprobs);
         r->n++;
-        if (o->constraint && o->constraint_after < 0)
-            more = o->constraint->advance(o->constraint->state, s->tokens[i]);
+        if (follows) more = o->constraint->advance(o->constraint->state, s->tokens[i]);
+        if (o->constraint && s->tokens[i] == o->constraint_after) follows = true;
         if (more) continue;
         end.finish = FINISHED_STOP;
         break;

@@ -578,8 +578,10 @@ static void test_leaving(void **state)
         const char *comment = exchange_comment(e, &n);
         assert_int_equal(strncmp(comment, ": prompt ", 9), 0);
         assert_int_equal(strncmp(comment + n - 2, "\n\n", 2), 0);
+        /* The others find the first one's prompt in the cache. */
+        assert_int_equal(x->scheduler.open, 1);
         for (int i = 0; i < pumps; i++) exchange_pump(e, &n, &done);
-        assert_int_equal(x->scheduler.open, 3);
+        assert_int_equal(x->scheduler.open, pumps ? 3 : 1);
         exchange_free(e);
         assert_int_equal(x->scheduler.open, 0);
     }
@@ -618,6 +620,17 @@ static void test_forms(void **state)
         json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
         assert_string_equal(text_at(r, "choices.0.message.content"), cases[i].content);
         assert_string_equal(text_at(r, "choices.0.finish_reason"), "stop");
+        json_decref(r);
+    }
+    /* Behind the reasoning, and newlines that belong to neither. */
+    static const char *const gaps[] = { "", "\n", "\n\n" };
+    for (int i = 0; i < 3; i++) {
+        char script[80];
+        snprintf(script, sizeof script, "{\"why\n</think>%s{\"a\": 1} and more", gaps[i]);
+        fixture_script(x, script);
+        json_t *r =
+            fixture_ask(x, API_CHAT_COMPLETIONS, "{\"response_format\":{\"type\":\"json_object\"}," USER "}");
+        assert_string_equal(text_at(r, "choices.0.message.content"), "{\"a\": 1}");
         json_decref(r);
     }
     static const struct wrong wrongs[] = {
