@@ -75,12 +75,20 @@ static void apply_scales(float *sums, const struct packed *in, const struct cpu_
                     w->scale[(panel + p) * PANEL + i] * (in->row_scale ? in->row_scale[r] : 1);
 }
 
+static cpu_wide *wide_of(const struct queue *q, enum input_form form)
+{
+    return form == FORM_INT8 ? q->k->wide_int8 : q->k->wide_bf16;
+}
+
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels)
 {
     int64_t each = in->rows * PANEL;
-    for (int p = 0; in->wide && p < panels; p++)
-        q->k->wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
+    for (int p = 0; in->wide && p < panels; p += 2) {
+        const struct panel pair[2] = { { w, panel + p }, { w, panel + p + 1 } };
+        wide_of(q, in->form)(sums + p * each, each, in->words, in->words_each, pair, panels - p < 2 ? 1 : 2,
+                             in->rows);
+    }
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
     cpu_dot *dot = in->form == FORM_INT8 ? q->k->dot_int8 : in->form == FORM_BF16 ? q->k->dot_bf16 : few;
     for (int64_t r = 0; dot && !in->wide && r < in->rows;) {
@@ -90,6 +98,15 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
     }
     for (int p = 0; !dot && p < panels; p++) panel_f32(q, t, sums + p * each, in, w, panel + p);
     apply_scales(sums, in, w, panel, panels);
+}
+
+void cpu_pair_product(struct queue *q, float *a_sums, float *b_sums, const struct packed *in,
+                      const struct cpu_weight *a, const struct cpu_weight *b, int64_t panel)
+{
+    const struct panel pair[2] = { { a, panel }, { b, panel } };
+    wide_of(q, in->form)(a_sums, b_sums - a_sums, in->words, in->words_each, pair, 2, in->rows);
+    apply_scales(a_sums, in, a, panel, 1);
+    apply_scales(b_sums, in, b, panel, 1);
 }
 
 /* One matrix. */
@@ -148,15 +165,15 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
     bool as_is = form == FORM_F32 && rounding_of(weight, q->rounded) == ROUND_NONE, alone = x.rows == 1;
     const uint32_t *words =
         alone ? as_is ? (const uint32_t *)(const void *)x.data : q->rounded_rows : q->packed;
-    struct matmul m = {
-        .q = q, .y = y, .x = x, .w = w, .as_is = as_is, .panels_each = cpu_panels_each(x.rows)
-    };
+    bool wide = cpu_is_wide(q->k, form, x.rows, x.rows);
+    struct matmul m = { .q = q, .y = y, .x = x, .w = w, .as_is = as_is };
+    m.panels_each = wide && w->panels >= 4 * pool_threads(q->pool) ? 2 : cpu_panels_each(x.rows);
     m.in = (struct packed){ words,
                             weight->input == INPUT_FP8_ROW ? q->row_scale : NULL,
                             form,
                             x.rows,
-                            cpu_words(form, weight),
-                            cpu_is_wide(q->k, form, x.rows, x.rows) };
+                            cpu_words_apart(cpu_words(form, weight), wide),
+                            wide };
     if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
     pool_run(q->pool, (w->panels + m.panels_each - 1) / m.panels_each, multiply, &m);
 }
