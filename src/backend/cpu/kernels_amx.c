@@ -119,10 +119,10 @@ static void tiles_of_panel(float *y, const uint32_t *x, int64_t words, const str
 }
 
 static void wide_tiles(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
-                       int n, int64_t rows)
+                       const struct panel *next, int n, int64_t rows)
 {
-    for (int p = 0; p < n; p++)
-        tiles_of_panel(y + p * stride, x, words, panels[p].w, panels[p].at, rows);
+    (void)next;
+    for (int p = 0; p < n; p++) tiles_of_panel(y + p * stride, x, words, panels[p].w, panels[p].at, rows);
 }
 
 static double spin_amx(enum input_form form, int64_t n)
@@ -154,5 +154,5 @@ static double spin_amx(enum input_form form, int64_t n)
     return SUMS * 2.0 * LINES * LINES * 32 * (double)n;
 }
 
-CPU_KERNELS(amx, "amx", 16, .spin = spin_amx, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide_bf16 = wide_tiles,
-            .wide_int8 = wide_int8);
+CPU_KERNELS(amx, "amx", 16, .spin = spin_amx, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8,
+            .wide_bf16 = wide_tiles, .wide_int8 = wide_int8);

@@ -1,6 +1,6 @@
-/* Kernels of one ISA, fourth part: products of the many rows of a prompt, for AVX-512 with VNNI, BF16 and VBMI.
- * Two panels share every word of inputs, which cores read no faster than they multiply. Included by kernels_*.c
- * only. */
+/* Kernels of one ISA, fourth part: products of the many rows of a prompt, for AVX-512 with VNNI, BF16 and
+ * VBMI. Two panels share every word of inputs, which cores read no faster than they multiply. Included by
+ * kernels_*.c only. */
 #ifndef BACKEND_CPU_KERNELS_WIDE_H
 #define BACKEND_CPU_KERNELS_WIDE_H
 #include "backend/cpu/kernels_packed.h"
@@ -73,8 +73,9 @@ static void add_rows_bf16(float *y, int64_t stride, const uint32_t *x, int64_t w
 
 /* BF16 lines are used where they are; FP8 becomes BF16 a slice at a time, which stays in the first cache. */
 static void wide_bf16(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
-                      int n, int64_t rows)
+                      const struct panel *next, int n, int64_t rows)
 {
+    (void)next; /* its streams are long enough for the hardware */
     enum { SLICE = 128 };
     _Alignas(64) uint8_t space[2][64 * SLICE];
     const struct cpu_weight *w = panels[0].w;
@@ -131,8 +132,13 @@ INLINE void add_groups(float *y, int64_t stride, const uint32_t *x, int64_t word
     }
 }
 
-/* Asks for what two groups and their scales are this far ahead; past the end of a panel that is where its
- * stream goes on. */
+INLINE void find_panel(const uint8_t **codes, const uint8_t **scales, struct panel p)
+{
+    *codes = p.w->data + p.at * p.w->panel_bytes;
+    *scales = p.w->groups + p.at * p.w->head.cols;
+}
+
+/* Asks for two groups and their scales. */
 INLINE void fetch_groups(const uint8_t *codes, const uint8_t *scales)
 {
 #pragma GCC unroll 4
@@ -141,25 +147,26 @@ INLINE void fetch_groups(const uint8_t *codes, const uint8_t *scales)
 }
 
 INLINE void wide_panels(float *y, int64_t stride, const uint32_t *x, int64_t words,
-                        const struct panel *panels, const int n, int64_t rows)
+                        const struct panel *panels, const struct panel *next, const int n, int64_t rows)
 {
     enum { AHEAD = 256 }; /* columns */
     const int64_t cols = panels[0].w->head.cols;
-    const bool neighbours = n == 2 && panels[0].w == panels[1].w;
-    const uint8_t *codes[2], *scales[2];
+    const uint8_t *codes[2], *scales[2], *next_codes[2], *next_scales[2];
     struct nvfp4_group g[2][2];
 #pragma GCC unroll 2
     for (int p = 0; p < n; p++) {
-        codes[p] = panels[p].w->data + panels[p].at * panels[p].w->panel_bytes;
-        scales[p] = panels[p].w->groups + panels[p].at * cols;
+        find_panel(&codes[p], &scales[p], panels[p]);
+        find_panel(&next_codes[p], &next_scales[p], next[p]);
         memset(y + p * stride, 0, (size_t)rows * PANEL * sizeof *y);
     }
     int64_t c = 0;
     for (; c + 32 <= cols; c += 32, x += 2 * INT8_WORDS) {
-        int64_t ahead = c + AHEAD + (neighbours && c + AHEAD >= cols ? cols : 0);
+        bool here = c + AHEAD < cols;
+        int64_t ahead = here ? c + AHEAD : c + AHEAD - cols;
 #pragma GCC unroll 2
         for (int p = 0; p < n; p++) {
-            fetch_groups(codes[p] + 8 * ahead, scales[p] + ahead);
+            fetch_groups((here ? codes : next_codes)[p] + 8 * ahead,
+                         (here ? scales : next_scales)[p] + ahead);
             g[p][0] = nvfp4_group(codes[p] + 8 * c, scales[p] + c);
             g[p][1] = nvfp4_group(codes[p] + 8 * c + 128, scales[p] + c + 16);
         }
@@ -173,15 +180,15 @@ INLINE void wide_panels(float *y, int64_t stride, const uint32_t *x, int64_t wor
 
 /* Rows whose sums fit the first cache beside what else is there. */
 static void wide_int8(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
-                      int n, int64_t rows)
+                      const struct panel *next, int n, int64_t rows)
 {
     enum { ROWS = 64 };
     for (int64_t r = 0; r < rows; r += ROWS) {
         int64_t here = rows - r < ROWS ? rows - r : ROWS;
         if (n == 2)
-            wide_panels(y + r * PANEL, stride, x + r * words, words, panels, 2, here);
+            wide_panels(y + r * PANEL, stride, x + r * words, words, panels, next, 2, here);
         else
-            wide_panels(y + r * PANEL, stride, x + r * words, words, panels, 1, here);
+            wide_panels(y + r * PANEL, stride, x + r * words, words, panels, next, 1, here);
     }
 }
 #endif
