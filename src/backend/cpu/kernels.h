@@ -40,10 +40,15 @@ enum { INT8_WORDS = 6 };
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
 
-/* The same with FORM_BF16 for one panel and any number of rows, whose words lie one row after the other,
- * `words` apart. */
-typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
-                      int64_t rows);
+/* The same for n panels, 1 or 2, of one weight or of two that are alike in format and columns, and any number
+ * of rows, whose words lie one row after the other, `words` apart: y[p * stride + i * 16 ..]. next: the n
+ * panels that this thread reads afterwards. */
+struct panel {
+    const struct cpu_weight *w;
+    int64_t at;
+};
+typedef void cpu_wide(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
+                      const struct panel *next, int n, int64_t rows);
 
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */
@@ -99,9 +104,9 @@ struct cpu_kernels {
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
     /* n times the instructions of a form's products on registers alone; the flops that were done. */
     double (*spin)(enum input_form form, int64_t n);
-    cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
-    cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
-    cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
+    cpu_dot *dot_bf16;               /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
+    cpu_dot *dot_int8;               /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_wide *wide_bf16, *wide_int8; /* of these two, in steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);

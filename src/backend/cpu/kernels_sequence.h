@@ -124,27 +124,29 @@ static void delta_replay(float *S, int dk, int dv, const struct delta_past *past
     }
 }
 
+enum { TILE_ROWS = VL == 16 ? 8 : 4 }; /* by two vectors: half of the registers that there are */
+
 /* C[i][j] += sum_k A(i, k) B[k][j], A(i, k) at a[i * a_row + k * a_col]; i < m, j < n, any sizes. */
 INLINE void tile_rows(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b,
                       int64_t ldb, int64_t depth, int64_t n, const int rows)
 {
     int64_t j = 0;
     for (; j + 2 * VL <= n; j += 2 * VL) {
-        vec sum[4][2];
-#pragma GCC unroll 4
+        vec sum[TILE_ROWS][2];
+#pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < 2; v++) sum[i][v] = vload(c + i * ldc + j + v * VL);
         for (int64_t k = 0; k < depth; k++) {
             vec b0 = vload(b + k * ldb + j), b1 = vload(b + k * ldb + j + VL);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
-                float x = a[i * a_row + k * a_col];
+                vec x = vset(a[i * a_row + k * a_col]);
                 sum[i][0] = x * b0 + sum[i][0];
                 sum[i][1] = x * b1 + sum[i][1];
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < 2; v++) vstore(c + i * ldc + j + v * VL, sum[i][v]);
@@ -158,13 +160,13 @@ static void tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a
                  int64_t ldb, int64_t depth, int64_t m, int64_t n)
 {
     int64_t i = 0;
-    for (; i + 4 <= m; i += 4) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 4);
+    for (; i + TILE_ROWS <= m; i += TILE_ROWS)
+        tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, TILE_ROWS);
     for (; i < m; i++) tile_rows(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, depth, n, 1);
 }
 
-/* With c_i the running sum of log decays, A_ij = beta_i (k_i . k_j) e^(c_i - c_j) for j < i and P_ij = (q_i .
- * k_j) e^(c_i
- * - c_j) for j <= i; zero elsewhere, where the exponent may overflow. */
+/* With c_i the running sum of log decays, A_ij = -beta_i (k_i . k_j) e^(c_i - c_j) for j < i and P_ij = (q_i
+ * . k_j) e^(c_i - c_j) for j <= i; zero elsewhere, where the exponent may overflow. */
 static void masked_products(float *A, float *P, const struct delta_head *h, const float *kT, const float *c,
                             int64_t n)
 {
@@ -176,7 +178,7 @@ static void masked_products(float *A, float *P, const struct delta_head *h, cons
         float *a = A + i * DELTA_CHUNK, *p = P + i * DELTA_CHUNK, beta = h->beta[i * h->gate_stride];
         for (int64_t j = 0; j < DELTA_CHUNK; j += VL) {
             vec decay = vexp(c[i] - vload(c + j));
-            vstore(a + j, vload(a + j) * decay * beta);
+            vstore(a + j, vload(a + j) * decay * -beta);
             vstore(p + j, vload(p + j) * decay);
         }
         for (int64_t j = i; j < DELTA_CHUNK; j++) a[j] = 0;
@@ -184,7 +186,8 @@ static void masked_products(float *A, float *P, const struct delta_head *h, cons
     }
 }
 
-/* N = (I + A)^-1 diag(beta) (V - diag(e^c) K S), by forward substitution. */
+/* N = (I - A)^-1 diag(beta) (V - diag(e^c) K S), by forward substitution: of rows before their block as one
+ * product, then within it. */
 static void chunk_updates(float *N, const float *A, const struct delta_head *h, const float *c, int64_t n)
 {
     memset(N, 0, (size_t)n * (size_t)h->dv * sizeof *N);
@@ -194,7 +197,14 @@ static void chunk_updates(float *N, const float *A, const struct delta_head *h, 
         const float *v = h->v + i * h->stride;
         float *row = N + i * h->dv;
         for (int d = 0; d < h->dv; d++) row[d] = beta * (v[d] - decay * row[d]);
-        for (int64_t j = 0; j < i; j++) scale_add(row, N + j * h->dv, -A[i * DELTA_CHUNK + j], h->dv);
+    }
+    for (int64_t block = 0, end; block < n; block = end) {
+        end = block + TILE_ROWS < n ? block + TILE_ROWS : n;
+        tile(N + block * h->dv, h->dv, A + block * DELTA_CHUNK, DELTA_CHUNK, 1, N, h->dv, block, end - block,
+             h->dv);
+        for (int64_t i = block; i < end; i++)
+            for (int64_t j = block; j < i; j++)
+                scale_add(N + i * h->dv, N + j * h->dv, A[i * DELTA_CHUNK + j], h->dv);
     }
 }
 
@@ -211,6 +221,27 @@ static void chunk_outputs(const struct delta_head *h, const float *P, const floa
     tile(h->o, h->o_stride, P, DELTA_CHUNK, 1, N, h->dv, n, n, h->dv);
 }
 
+/* kT[r][i] = k[i * stride + r]; what comes after the n keys is not used. */
+static void transpose_keys(float *kT, const float *k, int64_t stride, int64_t n, int64_t dk)
+{
+    const uint8_t *rows[DELTA_CHUNK];
+    uint32_t *out = (uint32_t *)(void *)kT;
+    int64_t r = 0;
+    for (int64_t i = 0; i < DELTA_CHUNK; i++)
+        rows[i] = (const uint8_t *)(const void *)(k + (i < n ? i : 0) * stride);
+#if defined(__AVX512F__)
+    for (; r + 16 <= dk; r += 16)
+        for (int i = 0; i < DELTA_CHUNK; i += 16)
+            transpose16(out + r * DELTA_CHUNK + i, DELTA_CHUNK, rows + i, 4 * r, 16);
+#elif defined(__AVX2__)
+    for (; r + 8 <= dk; r += 8)
+        for (int i = 0; i < DELTA_CHUNK; i += 8)
+            transpose8(out + r * DELTA_CHUNK + i, DELTA_CHUNK, rows + i, 4 * r);
+#endif
+    for (; r < dk; r++)
+        for (int i = 0; i < DELTA_CHUNK; i++) memcpy(out + r * DELTA_CHUNK + i, rows[i] + 4 * r, 4);
+}
+
 /* A head's rows are a power of two apart, which is one set of the caches: they are worked on side by side. */
 static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
 {
@@ -220,15 +251,14 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
     int64_t dk = head->dk, dv = head->dv, stride = 2 * dk + dv;
     float *o = rows + DELTA_CHUNK * stride, sum = 0;
     assert(n >= 1 && n <= DELTA_CHUNK && head->dk > 0 && head->dv > 0);
-    memset(kT, 0, (size_t)dk * DELTA_CHUNK * sizeof *kT);
     for (int64_t i = 0; i < n; i++) {
         float *row = rows + i * stride;
         memcpy(row, head->q + i * head->stride, (size_t)dk * sizeof *row);
         memcpy(row + dk, head->k + i * head->stride, (size_t)dk * sizeof *row);
         memcpy(row + 2 * dk, head->v + i * head->stride, (size_t)dv * sizeof *row);
         c[i] = sum += head->log_decay[i * head->gate_stride];
-        for (int64_t r = 0; r < dk; r++) kT[r * DELTA_CHUNK + i] = row[dk + r];
     }
+    transpose_keys(kT, rows + dk, stride, n, dk);
     struct delta_head close = *head, *h = &close;
     h->q = rows;
     h->k = rows + dk;
