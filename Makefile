@@ -126,7 +126,7 @@ $(BUILD)/%.h.alone: %.h
 	$(CC) $(filter-out -MMD -MP,$(CFLAGS)) -Wno-unused-function -fsyntax-only -x c $< && touch $@
 
 # The tests that run threads, under TSan; the others hold none.
-THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden
+THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
