@@ -138,8 +138,9 @@ SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit
 asan ubsan tsan sanitize:
 	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
 tsan-threads:
-	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%)
+	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_serve
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
+	BUILD=build-tsan QUENCH_ONLY=test_disconnects build-tsan/tests/server/test_serve
 
 # One instrumented library for all targets: what parses.
 SAN_fuzz := address,undefined -fno-sanitize-recover=all

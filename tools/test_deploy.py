@@ -225,9 +225,67 @@ def nginx_passes_a_drain_over():
     assert tried and len(done) == 8, (tried, done)
 
 
+class Server:
+    """quench itself, with the demo model."""
+
+    def __init__(self):
+        self.port = free_port()
+        self.process = subprocess.Popen([PROGRAM, "serve", os.path.join(ROOT, "models/demo"), "--served-model-name", "demo", "--port", str(self.port),
+                                         "--max-num-seqs", "8", "--max-model-len", "1024", "--device", "cpu", "--quiet"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError("quench serve is not ready: " + self.process.stderr.read())
+
+    def running(self):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as f:
+            return float(re.search(r"^vllm:num_requests_running\S* (\S+)", f.read().decode(), re.M).group(1))
+
+    def end(self):
+        """SIGTERM; the exit status once what runs has ended."""
+        self.process.terminate()
+        return self.process.wait(40)
+
+
+def a_replica_leaves_under_load():
+    if not shutil.which("nginx"):
+        raise Skip("no nginx")
+    serve_flags()
+    servers = [Server(), Server()]
+    process, port = start_nginx(servers)
+    load = [subprocess.Popen([PROGRAM, "bench", "serve", "--base-url", f"http://127.0.0.1:{port}", "--model", "demo", "--num-prompts", "60", "--request-rate",
+                              "15", "--random-input-len", "20", "--random-output-len", "64", "--seed", str(i), "--header", f"X-Session-Id=s{i}", "--json",
+                              "--save-detailed", "--quiet"], stdout=subprocess.PIPE, text=True) for i in range(4)]
+    try:
+        time.sleep(1)
+        for _ in range(500):  # whoever is at work leaves
+            leaving = max(servers, key=Server.running)
+            if leaving.running() > 0:
+                break
+        cut = leaving.running()
+        status = leaving.end()
+        results = [json.loads(p.communicate(timeout=120)[0]) for p in load]
+    finally:
+        process.terminate()
+        process.wait(10)
+        for s in servers:
+            s.end()
+    errors = [e for d in results for e in d["errors"] if e]
+    assert cut > 0, "it had nothing to do when it left"
+    assert not errors, errors[:3]
+    assert status == 0, f"the replica that left has status {status}"
+    assert all(d["completed"] == 60 and d["total_output_tokens"] == 60 * 64 for d in results)
+    return "240 streams, none broken"
+
+
 def main():
     failed = 0
-    for test in (unit, flags_exist, kubernetes, envoy, metrics_exist, nginx, nginx_passes_a_drain_over):
+    for test in (unit, flags_exist, kubernetes, envoy, metrics_exist, nginx, nginx_passes_a_drain_over, a_replica_leaves_under_load):
         try:
             note = test()
             print(f"deploy: {test.__name__:26} ok{'  ' + note if note else ''}", flush=True)

@@ -7,7 +7,8 @@
    through the masks match.
 2. N random grammars in GBNF: random strings match exactly where a plain recogniser below says so.
 3. N random schemas of the supported subset: walks through the masks are valid by jsonschema; random valid values, in
-   the form the engine writes, are accepted; values made invalid are refused.
+   the form the engine writes, are accepted; values made invalid are refused. N more in which keywords meet (allOf,
+   anyOf and $ref beside others, oneOf): what is accepted is valid.
 4. DIR, the official JSON-Schema-Test-Suite's tests/draft2020-12 (it lies in jsonschema's source package): what is
    accepted must be valid. Counted: schemas refused by keyword, valid values refused (the engine may be narrower).
 Exits 1 on any text accepted that should not be, or refused in 1 to 3."""
@@ -184,7 +185,7 @@ def make_number(rng):
     places = rng.randint(0, 4)
     low, high = sorted(round(rng.uniform(-1000, 1000), places) for _ in range(2))
     schema, kind = {"type": "number"}, rng.randrange(4)
-    def between(a, b): return min(max(round(rng.uniform(a, b), rng.randint(0, 6)), a), b)
+    def between(a, b): return min(max(round(rng.uniform(a, b), rng.randint(0, 6)), a), b) + 0.0
     if kind == 0: return {**schema, "minimum": low}, lambda: rng.choice([low, between(low, low + 1), between(low, low + 10**6)])
     if kind == 1: return {**schema, "maximum": high}, lambda: rng.choice([high, between(high - 1, high)])
     if kind == 2 and high - low > 1:
@@ -219,7 +220,7 @@ def make_object(rng, depth):
     if more == 2: schema["additionalProperties"] = False
     if extra: schema["additionalProperties"] = extra[0] if more == 0 else True
     if rng.random() < 0.1 and extra and more == 0:
-        low = rng.randint(0, 2)
+        low = rng.randint(0, 1)
         del schema["properties"], schema["required"]
         schema |= {"minProperties": low, "maxProperties": low + 2}
         return schema, lambda: {f"k{i}": extra[1]() for i in range(rng.randint(low, low + 2))}
@@ -258,6 +259,20 @@ def make(rng, depth):
     return rng.choice(simple if depth <= 0 or rng.random() < 0.4 else nested)()
 
 
+def make_combined(rng, depth):
+    """Keywords that meet: the engine may refuse these or be narrower, but not wider. At the root only."""
+    kind, (a, va), (b, vb) = rng.randrange(5), make_object(rng, depth), make_object(rng, depth)
+    def merged(): return {**va(), **vb()} if rng.random() < 0.7 else rng.choice([va, vb])()
+    names = ["a", "b", "name", "na", "x-y", "tags"]
+    some = lambda: rng.sample(names, rng.randint(1, 2))
+    if kind == 0: return {"allOf": [a, b]}, merged
+    if kind == 1: return {**a, "anyOf": [{"required": some()} for _ in range(rng.randint(1, 3))]}, merged
+    if kind == 2: return {"$ref": "#/$defs/b", **a, "$defs": {"b": b}}, merged
+    if kind == 3: return {"oneOf": [a, b, {"type": "string"}]}, merged
+    (c, vc), (d, vd) = make(rng, depth - 1), make(rng, depth - 1)
+    return {"allOf": [{"anyOf": [a, c]}, rng.choice([b, d, {"anyOf": [b, d]}])]}, lambda: rng.choice([merged, vc, vd])()
+
+
 def written(value):
     return json.dumps(value, ensure_ascii=False)
 
@@ -277,6 +292,25 @@ def spoil(rng, value):
     if isinstance(value, str): return rng.choice([value + "x", value[:-1], 5, value + value])
     if isinstance(value, (int, float)) and not isinstance(value, bool): return rng.choice([value + 1, value - 1, value * 1000, value + 0.5, -value, "1"])
     return rng.choice([None, 0, "", [], {}, True, "spoiled"])
+
+
+def check_combined(engine, n, rng):
+    total = collections.Counter()
+    for _ in range(n):
+        schema, value = make_combined(rng, rng.randint(1, 3))
+        validator = VALIDATOR(schema, format_checker=FORMATS)
+        values = [ordered(v, schema) for v in [value() for _ in range(8)] + [spoil(rng, value()) for _ in range(8)]]
+        out = engine.ask("schema", schema, [written(v) for v in values], 8, rng.randrange(1 << 30))
+        if "error" in out:
+            total["refused"] += 1
+            continue
+        for v, accepted in zip(values, out["accepts"]):
+            if accepted and not validator.is_valid(v): fail(json.dumps(schema), "accepts " + written(v))
+            total["accepted"] += accepted
+        for text in out["walks"]:
+            if not validator.is_valid(loads(text)): fail(json.dumps(schema), "walk " + text, next(validator.iter_errors(loads(text))).message)
+        total["walks"] += len(out["walks"])
+    print(f"schemas of keywords that meet: {n}, {total['refused']} refused; {total['accepted']} values accepted and {total['walks']} walks, all valid")
 
 
 def loads(text):
@@ -370,6 +404,7 @@ def main():
     check_regexes(engine, a.regexes, rng)
     check_grammars(engine, a.grammars, rng)
     check_schemas(engine, a.schemas, rng)
+    check_combined(engine, a.schemas, rng)
     if a.suite: check_suite(engine, a.suite)
     else: print("SKIP: the JSON-Schema-Test-Suite: no folder given")
 

@@ -89,7 +89,7 @@ static void set_name(char *out, size_t size, const struct backend *b)
 
 static void say_cpu(struct doctor *d)
 {
-    static char info[1 << 16];
+    char info[2 * TEXT]; /* the first processor's lines fit */
     char model[256], features[TEXT], used[64], why[TEXT] = "", one[256];
     struct err e = { 0 };
     struct backend b;

@@ -55,7 +55,8 @@ struct settings {
     /* limits */
     const char *header_text, *body_text;
     int64_t headers, connections;
-    double header_seconds, body_seconds, idle_seconds, send_seconds, stall_seconds, shutdown_seconds;
+    double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
+        shutdown_seconds;
     const char *log;
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes;
@@ -124,7 +125,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--max-num-seqs", (double)s->sequences, 0, 4096 },
         { "--mtp", (double)s->mtp, 0, DRAFTS_MAX },
         { "--max-queued", (double)s->queued, 0, 1 << 20 },
-        { "--gpu-memory-utilization", s->utilization, 0.01, 1 },
+        { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
         { "--max-connections", (double)s->connections, 1, 1 << 20 },
@@ -134,6 +135,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--body-timeout", s->body_seconds, 0.001, 1e6 },
         { "--idle-timeout", s->idle_seconds, 0.001, 1e6 },
         { "--send-timeout", s->send_seconds, 0.001, 1e6 },
+        { "--comment-interval", s->comment_seconds, 0.001, 1e6 },
         { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
         { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
         { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
@@ -249,6 +251,7 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .body_seconds = s->body_seconds,
                                 .idle_seconds = s->idle_seconds,
                                 .send_seconds = s->send_seconds,
+                                .comment_seconds = s->comment_seconds,
                                 .stall_seconds = s->stall_seconds,
                                 .shutdown_seconds = s->shutdown_seconds > 0 ? s->shutdown_seconds : -1,
                                 .request_log = s->log,
@@ -280,6 +283,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .backend = b,
                               .kv = common_kv_dtype(&s->common),
                               .drafts = s->drafts,
+                              .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
                               .budget = s->memory,
@@ -296,6 +300,8 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
                                 .sequences = (int)p->sequences,
                                 .step_rows = (int64_t)s->step_tokens,
                                 .kv = common_kv_dtype(&s->common),
+                                .pages = p->pages,
+                                .snapshots = (int)p->snapshots,
                                 .drafts = s->drafts };
     return engine_create(&v->engine, &v->opened.model, &o, e);
 }
@@ -414,14 +420,14 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "requests at a time (default: what fits, up to 32)", NULL },
         { "--max-num-batched-tokens", 0, FLAG_TEXT, &s->step_text, "N",
           "most tokens of a step, prompts' pieces included", NULL },
-        { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 429",
+        { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 503",
           NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
-          "of the device's memory (default 0.92; on a CPU of what is available)", NULL },
+          "of the device's memory (default 0.92; on a CPU 0.5 of what is available)", NULL },
         { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },
         { "--host-cache", 0, FLAG_TEXT, &s->host_cache_text, "BYTES", "prefixes kept in host memory besides",
           NULL },
@@ -451,6 +457,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "between two requests of a connection (default 60)", NULL },
         { "--send-timeout", 0, FLAG_NUMBER, &s->send_seconds, "S",
           "a client may stop reading for (default 30)", NULL },
+        { "--comment-interval", 0, FLAG_NUMBER, &s->comment_seconds, "S",
+          "of silence, then a stream gets a comment line (default 10)", NULL },
         { "--stall-timeout", 0, FLAG_NUMBER, &s->stall_seconds, "S",
           "without a step while requests wait, then /ready fails (default 60)", NULL },
         { "--shutdown-timeout", 0, FLAG_NUMBER, &s->shutdown_seconds, "S",
@@ -499,7 +507,6 @@ int cli_serve(int argc, char **argv)
 {
     struct settings s = { .common.inputs = 1,
                           .port = 8000,
-                          .utilization = 0.92,
                           .decode_ms = 100,
                           .prefix_caching = true,
                           .headers = 100,
@@ -510,6 +517,7 @@ int cli_serve(int argc, char **argv)
                           .body_seconds = 30,
                           .idle_seconds = 60,
                           .send_seconds = 30,
+                          .comment_seconds = 10,
                           .stall_seconds = 60,
                           .shutdown_seconds = 30 };
     struct flag flags[FLAGS_MAX];

@@ -4,7 +4,13 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SEQUENCES_MOST = 32 };
+enum {
+    SEQUENCES_MOST = 32,
+    SNAPSHOTS_MOST = 1024,
+    SNAPSHOT_PART = 4, /* one of so many parts of what is left */
+    AUTO_LEAST = 4096  /* tokens, before sequences are given up for them */
+};
+static const double SHARE_DEVICE = 0.92, SHARE_HOST = 0.5;
 /* For a step's rows, the program and what a backend keeps for itself; the same in all shapes, measured low.
  */
 static const uint64_t RESERVE_DEVICE = 2ull << 30, RESERVE_HOST = 64ull << 20;
@@ -25,40 +31,49 @@ static uint64_t weights_of(const struct plan_options *o)
     return bytes;
 }
 
-static uint64_t kv_token_of(const struct plan_options *o, uint64_t full_layers)
+static uint64_t page_of(const struct plan_options *o, uint64_t full_layers)
 {
     const struct config *c = &o->checkpoint->config;
     uint64_t each = o->kv == KV_F32 ? 4 : o->kv == KV_BF16 ? 2 : 1;
-    return 2 * (full_layers + (o->drafts > 0)) * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim * each;
+    return KV_PAGE * 2 * (full_layers + (o->drafts > 0)) * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim *
+           each;
 }
 
-/* The recurrent state, the convolution's, and while drafting a log of the rows that may be taken back. */
-static uint64_t state_of(const struct plan_options *o, uint64_t linear_layers)
+/* The recurrent state and the convolution's; with drafts a log of the rows that may be taken back. */
+static uint64_t state_of(const struct plan_options *o, uint64_t linear_layers, int drafts)
 {
     const struct config *c = &o->checkpoint->config;
     uint64_t values = (uint64_t)c->linear_value_heads * (uint64_t)c->linear_value_dim;
     uint64_t channels = 2 * (uint64_t)c->linear_key_heads * (uint64_t)c->linear_key_dim + values;
     uint64_t keep = c->conv_kernel > 0 ? (uint64_t)c->conv_kernel - 1 : 0;
-    uint64_t log = o->drafts ? (uint64_t)(o->drafts + 1) * (2 * channels + 2 * values) : 0;
+    uint64_t log = drafts ? (uint64_t)(drafts + 1) * (2 * channels + 2 * values) : 0;
     return linear_layers * 4 * (values * (uint64_t)c->linear_key_dim + keep * channels + log);
 }
 
 static uint64_t budget_of(const struct plan_options *o)
 {
     if (o->budget) return o->budget;
-    uint64_t there = o->backend->memory ? o->backend->memory : memory_available();
-    return (uint64_t)((double)there * o->utilization);
+    bool device = o->backend->memory > 0;
+    double share = o->utilization > 0 ? o->utilization : device ? SHARE_DEVICE : SHARE_HOST;
+    return (uint64_t)((double)(device ? o->backend->memory : memory_available()) * share);
 }
 
-static uint64_t sequences_bytes(const struct plan *p)
+static int64_t pages_for(int64_t tokens)
 {
-    return (uint64_t)p->sequences * (p->state + (uint64_t)p->context * p->kv_token);
+    return (tokens + KV_PAGE - 1) / KV_PAGE;
 }
 
+/* What pages and states may take. */
 static uint64_t rest_of(const struct plan *p)
 {
     uint64_t fixed = p->weights + p->reserve;
     return p->budget > fixed ? p->budget - fixed : 0;
+}
+
+/* At least: every state, one sequence of full length, and a page for each of the others. */
+static uint64_t least(const struct plan *p)
+{
+    return (uint64_t)p->sequences * p->state + (uint64_t)(pages_for(p->context) + p->sequences - 1) * p->page;
 }
 
 static bool too_large(const struct plan *p, struct err *e)
@@ -66,11 +81,45 @@ static bool too_large(const struct plan *p, struct err *e)
     char need[32], have[32];
     return err_set(
         e, ERR_LIMIT,
-        "%lld sequences of %lld tokens need %s with the weights, the budget is %s; lower --max-model-len "
-        "or --max-num-seqs, take --kv-cache-dtype fp8, or raise --memory",
+        "%lld sequences, one of them of %lld tokens, need %s with the weights, the budget is %s; lower "
+        "--max-model-len or --max-num-seqs, take --kv-cache-dtype fp8, or raise --memory",
         (long long)p->sequences, (long long)p->context,
-        common_bytes(need, sizeof need, p->weights + p->reserve + sequences_bytes(p)),
+        common_bytes(need, sizeof need, p->weights + p->reserve + least(p)),
         common_bytes(have, sizeof have, p->budget));
+}
+
+/* Sequences and context, as asked for or as many as fit; of what is for pages the prefix cache keeps its
+ * part. */
+static void choose_size(struct plan *p, int64_t most, bool prefix_cache)
+{
+    uint64_t rest = rest_of(p);
+    int64_t asked = p->context;
+    if (!p->context) p->context = most < AUTO_LEAST ? most : AUTO_LEAST;
+    if (!p->sequences)
+        for (p->sequences = SEQUENCES_MOST; p->sequences > 1 && least(p) > rest;) p->sequences--;
+    if (asked) return;
+    uint64_t others = (uint64_t)p->sequences * p->state + (uint64_t)(p->sequences - 1) * p->page;
+    uint64_t left = rest > others ? rest - others : 0;
+    if (prefix_cache) left -= left / SNAPSHOT_PART;
+    uint64_t fit = left / p->page * KV_PAGE;
+    p->context = fit >= (uint64_t)most ? most : fit > KV_PAGE ? (int64_t)fit : KV_PAGE;
+}
+
+/* What is left: a part for snapshots, by which prompts go on where known ones part, the others for pages. No
+ * more pages than all sequences fill and the snapshots keep of theirs. */
+static void share_rest(struct plan *p, bool prefix_cache)
+{
+    uint64_t left = rest_of(p) - least(p);
+    int64_t full = pages_for(p->context);
+    p->pages = full + p->sequences - 1;
+    if (prefix_cache && p->snapshot_state) {
+        uint64_t n = left / SNAPSHOT_PART / p->snapshot_state;
+        p->snapshots = n < SNAPSHOTS_MOST ? (int64_t)n : SNAPSHOTS_MOST;
+        left -= (uint64_t)p->snapshots * p->snapshot_state;
+    }
+    uint64_t most = (uint64_t)full * (uint64_t)(p->sequences + p->snapshots), more = left / p->page;
+    if ((uint64_t)p->pages + more > most) more = most > (uint64_t)p->pages ? most - (uint64_t)p->pages : 0;
+    p->pages += (int64_t)more;
 }
 
 bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
@@ -78,47 +127,45 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
     const struct config *c = &o->checkpoint->config;
     uint64_t full = 0;
     for (int i = 0; i < c->n_layers; i++) full += c->layer_kinds[i] == LAYER_FULL_ATTENTION;
+    uint64_t linear = (uint64_t)c->n_layers - full;
     *p = (struct plan){ .context = o->context,
                         .sequences = o->sequences,
                         .budget = budget_of(o),
                         .weights = weights_of(o),
                         .reserve = o->backend->memory ? RESERVE_DEVICE : RESERVE_HOST,
-                        .kv_token = kv_token_of(o, full),
-                        .state = state_of(o, (uint64_t)c->n_layers - full) };
-    int64_t most = c->max_position_embeddings;
-    if (p->context > most)
+                        .page = page_of(o, full),
+                        .state = state_of(o, linear, o->drafts),
+                        .snapshot_state = state_of(o, linear, 0) };
+    if (p->context > c->max_position_embeddings)
         return err_set(e, ERR_LIMIT, "--max-model-len: %lld, the model allows %lld", (long long)p->context,
-                       (long long)most);
-    if (p->context && !p->sequences) {
-        uint64_t fit = rest_of(p) / (p->state + (uint64_t)p->context * p->kv_token);
-        p->sequences = fit < 1 ? 1 : fit < SEQUENCES_MOST ? (int64_t)fit : SEQUENCES_MOST;
-    }
-    if (!p->sequences) p->sequences = SEQUENCES_MOST;
-    if (!p->context) {
-        uint64_t states = (uint64_t)p->sequences * p->state, rest = rest_of(p);
-        uint64_t fit = rest > states ? (rest - states) / ((uint64_t)p->sequences * p->kv_token) : 0;
-        p->context = fit < (uint64_t)most ? (int64_t)(fit / KV_PAGE * KV_PAGE) : most;
-        if (p->context == 0) p->context = KV_PAGE;
-    }
-    return sequences_bytes(p) <= rest_of(p) || too_large(p, e);
+                       (long long)c->max_position_embeddings);
+    if (p->page == 0) return err_set(e, ERR_UNSUPPORTED, "a model without attention layers cannot be served");
+    choose_size(p, c->max_position_embeddings, o->prefix_cache);
+    if (least(p) > rest_of(p)) return too_large(p, e);
+    share_rest(p, o->prefix_cache);
+    return true;
+}
+
+static void print_row(const char *what, const char *count, uint64_t bytes)
+{
+    char text[32];
+    fprintf(stderr, "            %-18s %-28s %12s\n", what, count, common_bytes(text, sizeof text, bytes));
 }
 
 void plan_print(const struct plan *p, const struct plan_options *o)
 {
-    char a[32], b[32];
-    uint64_t kv = (uint64_t)p->sequences * (uint64_t)p->context * p->kv_token, vision = 0;
+    char text[64];
+    uint64_t vision = 0;
     for (size_t i = 0; i < o->checkpoint->n_tensors; i++)
         if (is_vision(o->checkpoint->tensors[i]->name)) vision += o->checkpoint->tensors[i]->bytes;
-    fprintf(stderr, "memory      %-38s %12s\n", "weights", common_bytes(a, sizeof a, p->weights));
-    if (vision)
-        fprintf(stderr, "            %-38s %12s\n", "  of these the vision tower",
-                common_bytes(a, sizeof a, vision));
-    snprintf(b, sizeof b, "%lld x %lld tokens", (long long)p->sequences, (long long)p->context);
-    fprintf(stderr, "            keys and values, %-4s %-16s %12s\n", common_kv_name(o->kv), b,
-            common_bytes(a, sizeof a, kv));
-    snprintf(b, sizeof b, "%lld sequences", (long long)p->sequences);
-    fprintf(stderr, "            recurrent state, %-21s %12s\n", b,
-            common_bytes(a, sizeof a, (uint64_t)p->sequences * p->state));
-    fprintf(stderr, "            %-38s %12s\n", "kept for steps", common_bytes(a, sizeof a, p->reserve));
-    fprintf(stderr, "            %-38s %12s\n", "budget", common_bytes(a, sizeof a, p->budget));
+    fprintf(stderr, "memory, of a budget of %s:\n", common_bytes(text, sizeof text, p->budget));
+    print_row("weights", "", p->weights - vision);
+    if (vision) print_row("vision tower", "when the first image comes", vision);
+    snprintf(text, sizeof text, "%lld tokens in %s", (long long)p->pages * KV_PAGE, common_kv_name(o->kv));
+    print_row("keys and values", text, (uint64_t)p->pages * p->page);
+    snprintf(text, sizeof text, "%lld sequences", (long long)p->sequences);
+    print_row("recurrent state", text, (uint64_t)p->sequences * p->state);
+    snprintf(text, sizeof text, "%lld snapshots", (long long)p->snapshots);
+    print_row("prefix cache", text, (uint64_t)p->snapshots * p->snapshot_state);
+    print_row("steps", "kept free", p->reserve);
 }

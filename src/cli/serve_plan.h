@@ -9,15 +9,18 @@ struct plan_options {
     const struct backend *backend;
     enum kv_dtype kv;
     int drafts;
+    bool prefix_cache;
     int64_t context;    /* of a sequence; 0: what fits, up to the model's */
     int64_t sequences;  /* 0: as many as fit, up to 32 */
     uint64_t budget;    /* 0: a share of what there is */
-    double utilization; /* that share */
+    double utilization; /* that share; 0: 0.92 of a device's memory, half of what a host has left */
 };
 
+/* Sequences share the pages: each may take `context` tokens of them, all together what there is. */
 struct plan {
-    int64_t context, sequences;
-    uint64_t budget, weights, reserve, kv_token, state; /* bytes: in all; a token's KV; a sequence's state */
+    int64_t context, sequences, pages, snapshots;
+    uint64_t budget, weights, reserve;    /* bytes */
+    uint64_t page, state, snapshot_state; /* bytes of one; a sequence's state has a log of drafts besides */
 };
 
 /* ERR_LIMIT with both numbers where it does not fit. */

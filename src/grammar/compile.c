@@ -17,6 +17,7 @@ struct compiler {
     int32_t *stack; /* [n_states + 1] of searches */
     int32_t *seen;  /* [n_states] of the search that saw it */
     int32_t search;
+    int32_t *begin; /* [n_rules + 1] the first state of each rule */
 };
 
 static bool too_large(struct compiler *c)
@@ -152,8 +153,13 @@ static bool lower_rules(struct compiler *c, int32_t start)
     if (c->r->failed) return false;
     g->n_rules = (int32_t)c->r->n_rules;
     g->rules = calloc((size_t)g->n_rules, sizeof *g->rules);
-    if (!g->rules) return rules_fail(c->r, ERR_MEMORY, "no memory for a grammar");
-    for (int32_t i = 0; i < g->n_rules; i++) g->rules[i].start = lower(c, c->r->rules[i].body, 0);
+    c->begin = malloc(((size_t)g->n_rules + 1) * sizeof *c->begin);
+    if (!g->rules || !c->begin) return rules_fail(c->r, ERR_MEMORY, "no memory for a grammar");
+    for (int32_t i = 0; i < g->n_rules; i++) {
+        c->begin[i] = g->n_states;
+        g->rules[i].start = lower(c, c->r->rules[i].body, 0);
+    }
+    c->begin[g->n_rules] = g->n_states;
     g->start = add_state(c, STATE_CALL, start, 0);
     return !c->r->failed;
 }
@@ -211,21 +217,35 @@ static bool is_alive(const struct grammar *g, const struct state *s)
     return false;
 }
 
-/* States of a rule mostly lead to earlier ones; loops and calls need more passes. */
+/* States from begin to end; whether one became alive. */
+static bool revive(struct compiler *c, int32_t begin, int32_t end)
+{
+    struct grammar *g = c->g;
+    bool changed = false;
+    for (int32_t i = begin; i < end; i++) {
+        struct state *s = &g->states[i];
+        c->work += 1 + (s->kind == STATE_BYTES ? s->n : 0);
+        if (s->is_alive || !is_alive(g, s)) continue;
+        s->is_alive = changed = true;
+    }
+    return changed;
+}
+
+/* States of a rule mostly lead to earlier ones; of rules, chains run either way. */
 static bool find_alive(struct compiler *c)
 {
     struct grammar *g = c->g;
     bool changed = true;
+    revive(c, 0, 1);
     for (int pass = 0; changed; pass++) {
         changed = false;
-        for (int32_t k = 0; k < g->n_states; k++) {
-            struct state *s = &g->states[pass & 1 ? g->n_states - 1 - k : k];
-            c->work += 1 + s->n * (s->kind == STATE_BYTES);
-            if (s->is_alive || !is_alive(g, s)) continue;
-            s->is_alive = changed = true;
+        for (int32_t k = 0; k < g->n_rules; k++) {
+            int32_t i = pass & 1 ? k : g->n_rules - 1 - k;
+            if (revive(c, c->begin[i], c->begin[i + 1])) changed = true;
         }
         if (c->work > WORK_MAX) return too_large(c);
     }
+    revive(c, g->start, g->start + 1);
     if (g->states[g->start].is_alive) return true;
     return rules_fail(c->r, ERR_ARGUMENT, "no text matches: its parts contradict each other, or never end");
 }
@@ -303,6 +323,7 @@ bool rules_compile(struct grammar **out, struct rules *r, int32_t start)
         ok = (c.stack && c.seen) || rules_fail(r, ERR_MEMORY, "no memory for a grammar");
     }
     ok = ok && find_nullable(&c) && find_order(&c) && find_alive(&c);
+    free(c.begin);
     free(c.stack);
     free(c.seen);
     if (!ok) {

@@ -305,14 +305,14 @@ static int32_t counted_members(struct schema *s, const struct members *m, int64_
     *may_be_empty = n_required == 0 && least == 0;
     bool is_closed = m->extra == expr_none(r);
     if (most >= 0 && is_closed && most >= m->n) most = -1;
-    if (least <= n_required || (least == 1 && !n_required)) least = 0;
-    if (least == 0 && most < 0) return member_list(s, m);
-    if (m->n > 0)
-        return schema_refuse(s, least ? "minProperties" : "maxProperties",
-                             "beside properties is not supported");
-    int32_t more = SEQ(r, expr_call(r, s->j.comma), m->extra);
+    if (least > 1 && least > n_required)
+        return schema_refuse(s, "minProperties",
+                             "over 1 is not supported: a grammar cannot tell whether names differ");
+    if (most < 0) return member_list(s, m);
+    if (m->n > 0) return schema_refuse(s, "maxProperties", "beside properties is not supported");
     if (most == 0) return expr_none(r);
-    return SEQ(r, m->extra, expr_repeat(r, more, least > 0 ? least - 1 : 0, most < 0 ? -1 : most - 1));
+    int32_t more = SEQ(r, expr_call(r, s->j.comma), m->extra);
+    return SEQ(r, m->extra, expr_repeat(r, more, 0, most - 1));
 }
 
 static int32_t object(struct schema *s, const json_t *schema)

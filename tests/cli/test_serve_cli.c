@@ -113,9 +113,9 @@ static void test_refusals(void **state)
     expect(SERVE("models/demo", "--mtp", "9"), 2, "--mtp: expected 0 to 8, found 9");
     expect(SERVE("models/demo", "--max-model-len", "1m", "--port", "0"), 1,
            "--max-model-len: 1000000, the model allows 262144");
-    expect(SERVE("models/demo", "--memory", "80M", "--max-num-seqs", "64", "--max-model-len", "4k", "--port",
+    expect(SERVE("models/demo", "--memory", "70M", "--max-num-seqs", "64", "--max-model-len", "4k", "--port",
                  "0"),
-           1, "64 sequences of 4000 tokens need ");
+           1, "64 sequences, one of them of 4000 tokens, need ");
     expect(SERVE("models/none", "--port", "0"), 1, "models/none");
     expect(SERVE("models/demo", "--limit-mm-per-prompt", "{}"), 2,
            "--limit-mm-per-prompt: expected '{\"image\": N}'");

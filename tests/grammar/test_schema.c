@@ -263,6 +263,8 @@ static void test_messages(void **state)
         { "{\"type\":\"object\",\"properties\":[]}", "schema, #: 'properties' must be an object" },
         { "{\"type\":\"object\",\"properties\":{\"a\":{},\"b\":{}},\"maxProperties\":1}",
           "schema, #: 'maxProperties' beside properties is not supported" },
+        { "{\"type\":\"object\",\"minProperties\":2}",
+          "schema, #: 'minProperties' over 1 is not supported: a grammar cannot tell whether names differ" },
         { "{\"type\":\"object\",\"properties\":{\"xa\":{}},\"patternProperties\":{\"^x\":{}}}",
           "schema, #: 'patternProperties' matches the property 'xa' as well" },
         { "{\"type\":\"object\",\"patternProperties\":{\"^x\":{},\"^y\":{}}}",

@@ -6,6 +6,8 @@
 #include <jansson.h>
 #include <openssl/ssl.h>
 #include <pthread.h>
+#include <sys/resource.h>
+#include <sys/un.h>
 
 #define START(s, ...) serving_start(s, (const char *const[]){ __VA_ARGS__, NULL })
 #define QUESTION                                                                                             \
@@ -112,6 +114,121 @@ static void test_answers(void **state)
     assert_true(metric(&s, "vllm:time_to_first_token_seconds_count") == 2);
     check_idle(&s, descriptors);
     serving_stop(&s);
+}
+
+/* More requests than may run and wait: 503, and when to come again. */
+static void test_queue(void **state)
+{
+    (void)state;
+    enum { REQUESTS = 6 };
+    struct serving s;
+    int fds[REQUESTS], answered = 0, refused = 0;
+    START(&s, "--max-num-seqs", "1", "--max-queued", "1", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s);
+    const char *request = post_text(COMPLETIONS, "", LONG(300) "}");
+    for (int i = 0; i < REQUESTS; i++) {
+        fds[i] = dial(&s);
+        assert_true(send_bytes(fds[i], request, strlen(request)));
+    }
+    for (int i = 0; i < REQUESTS; i++) {
+        reply.n = reply.used = 0;
+        int status = receive(&reply, fds[i], 60);
+        answered += status == 200;
+        refused += status == 503;
+        if (status == 503) assert_non_null(strstr(reply.bytes, "\r\nRetry-After: "));
+        close(fds[i]);
+    }
+    assert_int_equal(answered + refused, REQUESTS);
+    assert_true(answered >= 2 && refused >= 1);
+    check_idle(&s, descriptors);
+    serving_stop(&s);
+}
+
+/* The log has what a request cost and who made it, and nothing of what it said. */
+static void test_log(void **state)
+{
+    (void)state;
+    struct serving s;
+    char path[PATH_MAX], *log;
+    size_t n;
+    struct err e = { 0 };
+    static const char trace[] = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    snprintf(path, sizeof path, "%s", temp_path(&temp, "requests"));
+    START(&s, "--request-log", path, "--max-num-seqs", "1");
+    char headers[128];
+    snprintf(headers, sizeof headers, "X-Request-Id: mine-1\r\ntraceparent: %s\r\n", trace);
+    assert_int_equal(ask(&s, &reply, post_text(CHAT, headers, QUESTION "}")), 200);
+    assert_non_null(strstr(reply.bytes, "X-Request-Id: mine-1\r\n"));
+    assert_int_equal(get(&s, &reply, "/private/path?and=query"), 404);
+    assert_true(file_read(&log, &n, path, 1 << 20, &e));
+    json_t *line = json_loads(log, JSON_DISABLE_EOF_CHECK, NULL);
+    assert_string_equal(json_string_value(json_object_get(line, "id")), "mine-1");
+    assert_string_equal(json_string_value(json_object_get(line, "trace")), trace);
+    assert_string_equal(json_string_value(json_object_get(line, "path")), CHAT);
+    assert_string_equal(json_string_value(json_object_get(line, "finish")), "stop");
+    assert_true(json_integer_value(json_object_get(line, "prompt_tokens")) > 10);
+    assert_true(json_integer_value(json_object_get(line, "answer_tokens")) > 5);
+    json_decref(line);
+    assert_non_null(strstr(log, "\"status\":404"));
+    assert_null(strstr(log, "Finland"));
+    assert_null(strstr(log, "Helsinki"));
+    assert_null(strstr(log, "private"));
+    free(log);
+    /* moved away, as logrotate does */
+    char old[PATH_MAX + 4];
+    snprintf(old, sizeof old, "%s.1", path);
+    assert_int_equal(rename(path, old), 0);
+    kill(s.pid, SIGHUP);
+    assert_true(serving_says(&s, "read again", 10));
+    assert_int_equal(get(&s, &reply, "/health"), 200);
+    assert_true(file_read(&log, &n, path, 1 << 20, &e));
+    assert_non_null(strstr(log, "/health"));
+    free(log);
+    serving_stop(&s);
+}
+
+/* A long prompt gives comment lines until its first token. */
+static void test_comments(void **state)
+{
+    (void)state;
+    enum { WORDS = 3000 };
+    struct serving s;
+    START(&s, "--max-num-seqs", "1", "--comment-interval", "0.05", "--max-model-len", "32k");
+    char *text = malloc(32 * WORDS), *body = malloc(32 * WORDS + 512);
+    int n = sprintf(text, "{\"prompt\":\"");
+    for (int i = 0; i < WORDS; i++) n += sprintf(text + n, "word %d ", i);
+    sprintf(text + n, "\",\"max_tokens\":2,\"stream\":true,\"temperature\":0}");
+    sprintf(body,
+            "POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+            COMPLETIONS, strlen(text), text);
+    if (ask(&s, &reply, body) != 200) fail_msg("%s", reply.bytes);
+    assert_int_equal(reply.body[0], ':');
+    assert_non_null(strstr(reply.body, "data: [DONE]"));
+    free(text);
+    free(body);
+    serving_stop(&s);
+}
+
+static void test_unix_socket(void **state)
+{
+    (void)state;
+    struct serving s;
+    struct sockaddr_un a = { .sun_family = AF_UNIX };
+    snprintf(a.sun_path, sizeof a.sun_path, "%s", temp_path(&temp, "socket"));
+    for (int i = 0; i < 2; i++) { /* the second finds the first one's socket */
+        serving_spawn(&s, (const char *const[]){ "--uds", a.sun_path, "--root-path", "/llm/", NULL });
+        assert_true(serving_says(&s, "ready after", 60));
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
+        reply.n = reply.used = 0;
+        send_bytes(fd, "GET /llm/version HTTP/1.1\r\nHost: a\r\n\r\n", 40);
+        assert_int_equal(receive(&reply, fd, 10), 200);
+        close(fd);
+        if (i == 0) kill(s.pid, SIGKILL);
+        if (i == 0) assert_int_equal(serving_wait(&s, 10), -SIGKILL);
+    }
+    serving_stop(&s);
+    assert_int_equal(access(a.sun_path, F_OK), -1);
 }
 
 static void test_framing(void **state)
@@ -505,7 +622,7 @@ static void test_malformed(void **state)
           "4");
     int descriptors = serving_descriptors(&s);
     start_traffic(&s);
-    double until = clock_seconds() + (getenv("QUENCH_MALFORMED") ? 1e9 : 15);
+    double until = clock_seconds() + (getenv("QUENCH_MALFORMED") ? 1e9 : 8);
     for (; i < most && clock_seconds() < until; i++) {
         size_t n = mutate(text, sizeof text, &seed);
         int fd = dial(&s), status = 0;
@@ -568,6 +685,10 @@ static void test_slow_sockets(void **state)
     struct serving s;
     int n = (int)count_of("QUENCH_SLOW", 60);
     int *fds = calloc((size_t)n, sizeof *fds);
+    struct rlimit files;
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &files), 0);
+    files.rlim_cur = files.rlim_max;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &files), 0);
     START(&s, "--header-timeout", "2", "--body-timeout", "2", "--send-timeout", "2",
           "--no-enable-prefix-caching", "--max-num-seqs", "4");
     int descriptors = serving_descriptors(&s);
@@ -863,6 +984,8 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_queue),       cmocka_unit_test(test_log),
+        cmocka_unit_test(test_comments),    cmocka_unit_test(test_unix_socket),
         cmocka_unit_test(test_answers),     cmocka_unit_test(test_framing),
         cmocka_unit_test(test_keys),        cmocka_unit_test(test_origins),
         cmocka_unit_test(test_limits),      cmocka_unit_test(test_malformed),
