@@ -161,7 +161,7 @@ bool common_bind_mtp(struct opened *o, int drafts, struct err *e)
     if (drafts && strcmp(o->model.backend->ops->name, "cuda") == 0)
         return err_set(e, ERR_UNSUPPORTED,
                        "--speculative-config: drafting is not supported on a GPU yet; use --device cpu");
-    return !drafts || model_bind_mtp(&o->model, e);
+    return !drafts || model_bind_mtp(&o->model, true, e);
 }
 
 void common_close(struct opened *o)

@@ -49,7 +49,7 @@ static void setup(struct bench *b, const char *model, const struct backend_optio
     struct err e = { 0 };
     *b = (struct bench){ 0 };
     load_model(&b->loaded, model, o);
-    must(model_bind_mtp(&b->loaded.model, &e), &e);
+    must(model_bind_mtp(&b->loaded.model, true, &e), &e);
     must(tokenizer_load(&b->tokenizer, model, &e), &e);
     struct engine_options plain = { .context = CONTEXT, .step_rows = 32 };
     struct engine_options drafting = {
