@@ -327,7 +327,7 @@ void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
                const struct step_rows *rows)
 {
     struct delta_job j = { q, o, qkv, a, b, A_log, dt_bias, state, shape, rows };
-    pool_run(q->pool, rows->n, delta_prepare, &j);
+    cpu_run_rows(q, rows->n, 2 * (int64_t)shape->key_heads * shape->key_dim, delta_prepare, &j);
     pool_run(q->pool, rows->n_spans * shape->value_heads, delta_item, &j);
     for (int64_t s = 0; s < rows->n_spans; s++)
         if (rows->spans[s].logged) log_keys(&j, &rows->spans[s]);
