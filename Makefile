@@ -13,7 +13,7 @@ CC      := gcc
 endif
 BUILD   ?= build
 OPT     ?= -O3
-PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp
+PKGS    := jansson libpcre2-8 libutf8proc yaml-0.1 libedit libpng libjpeg libwebpdemux libwebp libevent_core libevent_extra libevent_pthreads libevent_openssl openssl
 COMMIT  := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 WARN    := -Wall -Wextra -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
@@ -26,7 +26,7 @@ override CFLAGS += -std=c17 -D_GNU_SOURCE -Isrc $(WARN) $(SAN) -MMD -MP -fno-mat
                    -ffp-contract=off $(shell pkg-config --cflags $(PKGS))
 LDFLAGS += $(SAN) -pthread
 ifeq ($(STATIC),1)
-LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -Wl,-Bdynamic -lm
+LDLIBS  := -Wl,-Bstatic -ljansson -lpcre2-8 -lutf8proc -lyaml -ledit -ltinfo -lbsd -lmd -lpng16 -ljpeg -lwebpdemux -lwebp -lgif -lz -levent_openssl -levent_pthreads -levent_extra -levent_core -lssl -lcrypto -Wl,-Bdynamic -lm
 else
 LDLIBS  := $(shell pkg-config --libs $(PKGS)) -lgif -lm
 endif
@@ -78,8 +78,9 @@ $(BUILD)/src/backend/cpu/kernels_avx512bf16.o $(BUILD)/src/backend/cpu/kernels_z
 $(BUILD)/src/backend/cpu/kernels_amx.o: ISA := -ffp-contract=fast -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mavx512vbmi -mfma -mf16c -mamx-tile -mamx-int8 -mamx-bf16 -mprefer-vector-width=512
 # The row kernels of packing likewise, but never contracted: every set writes the same bytes.
 $(BUILD)/src/num/rows_avx2.o: ISA := -mavx2
-$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o: STRICT := $(CONVERT)
+$(BUILD)/src/base/%.o $(BUILD)/src/num/%.o $(BUILD)/src/checkpoint/%.o $(BUILD)/src/tokenizer/%.o $(BUILD)/src/image/%.o $(BUILD)/src/grammar/%.o $(BUILD)/src/server/%.o: STRICT := $(CONVERT)
 $(BUILD)/src/tokenizer/chat.o: models/demo/chat_template.jinja
+$(BUILD)/src/server/page.o: src/server/page/page.html
 # A new commit is a new version, and nothing else.
 $(BUILD)/commit: always
 	@mkdir -p $(@D)
@@ -125,6 +126,9 @@ $(BUILD)/%.h.alone: %.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(CFLAGS)) -Wno-unused-function -fsyntax-only -x c $< && touch $@
 
+# Its allocations can be made to fail.
+$(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
+
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
@@ -139,7 +143,7 @@ tsan-threads:
 
 # One instrumented library for all targets: what parses.
 SAN_fuzz := address,undefined -fno-sanitize-recover=all
-FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/quantize/recipe% src/quantize/yaml%,$(SRC))
+FUZZED   := $(filter src/base/% src/num/% src/checkpoint/% src/tokenizer/% src/image/% src/grammar/% src/server/% src/engine/sample% src/quantize/recipe% src/quantize/yaml%,$(SRC))
 $(BUILD)/libparsers.a: $(FUZZED:%.c=$(BUILD)/%.o)
 	rm -f $@ && $(AR) rcs $@ $^
 fuzz-lib:

@@ -25,27 +25,38 @@ def triangle(d, box, fill):
 
 def cross(d, box, fill):
     x0, y0, x1, y1 = box
-    third = (x1 - x0) // 3
-    d.rectangle([x0, y0 + third, x1, y1 - third], fill=fill)
-    d.rectangle([x0 + third, y0, x1 - third, y1], fill=fill)
+    across, down = (x1 - x0) // 3, (y1 - y0) // 3
+    d.rectangle([x0, y0 + down, x1, y1 - down], fill=fill)
+    d.rectangle([x0 + across, y0, x1 - across, y1], fill=fill)
 
 SHAPES = {f.__name__: f for f in (circle, square, triangle, cross)}
 
-def draw(r, shape, colour, place):
-    im = Image.new("RGB", (SIZE, SIZE), (r.randint(0, 40),) * 3)
+def draw(r, shape, colour, place, size=(SIZE, SIZE)):
+    """Drawn for SIZE x SIZE, stretched to `size` (width, height)."""
+    im = Image.new("RGB", size, (r.randint(0, 40),) * 3)
     x, y = (p * SIZE // 2 + r.randint(4, 12) for p in PLACES[place])
     w = r.randint(22, 30)
-    SHAPES[shape](ImageDraw.Draw(im), [x, y, x + w, y + w], COLOURS[colour])
+    box = [x * size[0] // SIZE, y * size[1] // SIZE, (x + w) * size[0] // SIZE, (y + w) * size[1] // SIZE]
+    SHAPES[shape](ImageDraw.Draw(im), box, COLOURS[colour])
+    return im
+
+def url(im):
     b = io.BytesIO()
     im.save(b, "PNG")
     return "data:image/png;base64," + base64.b64encode(b.getvalue()).decode()
 
+def random_case(r, size=(SIZE, SIZE), question=None):
+    """A picture, a question about it and the answer."""
+    shape, colour, place = r.choice(list(SHAPES)), r.choice(list(COLOURS)), r.choice(list(PLACES))
+    question = question or r.choice(list(QUESTIONS))
+    answer = QUESTIONS[question].format(shape=shape, colour=colour, Colour=colour.capitalize(), place=place)
+    return draw(r, shape, colour, place, size), question, answer
+
 def main(n, seed):
     r = random.Random(seed)
     for i in range(n):
-        shape, colour, place = r.choice(list(SHAPES)), r.choice(list(COLOURS)), r.choice(list(PLACES))
-        question, answer = list(QUESTIONS.items())[i % len(QUESTIONS)]
-        print(json.dumps({"prompt": question, "images": [draw(r, shape, colour, place)],
-                          "answer": answer.format(shape=shape, colour=colour, Colour=colour.capitalize(), place=place)}))
+        im, question, answer = random_case(r, question=list(QUESTIONS)[i % len(QUESTIONS)])
+        print(json.dumps({"prompt": question, "images": [url(im)], "answer": answer}))
 
-main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)

@@ -351,6 +351,8 @@ struct backend {
     char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
     int64_t step_rows;    /* of a prompt at once, enough to keep it busy */
+    uint64_t memory,
+        memory_free; /* bytes of the device's own, in all and when it was opened; 0: the host's */
 };
 
 enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU, DEVICE_CUDA }; /* AUTO: a GPU where there is one */

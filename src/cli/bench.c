@@ -3,6 +3,7 @@
 #include "base/file.h"
 #include "base/pool.h"
 #include "cli/bench_print.h"
+#include "cli/bench_serve.h"
 #include "cli/bench_speculative.h"
 #include "cli/commands.h"
 #include "cli/common.h"
@@ -262,6 +263,7 @@ static bool run(const struct settings *s, struct err *e)
 
 int cli_bench(int argc, char **argv)
 {
+    if (argc > 0 && strcmp(argv[0], "serve") == 0) return bench_serve(argc - 1, argv + 1);
     struct settings s = { .common.inputs = 1, .repetitions = 5, .step_rows = 512 };
     const struct flag flags[] = {
         { "--n-prompt", 'p', FLAG_LIST, &s.prompts, "N,...", "tokens of a prompt (default 512)", NULL },

@@ -12,5 +12,7 @@ int cli_synth(int argc, char **argv);
 int cli_bench(int argc, char **argv);
 int cli_chat(int argc, char **argv);
 int cli_eval(int argc, char **argv);
+int cli_serve(int argc, char **argv);
+int cli_doctor(int argc, char **argv);
 extern const char cli_version[];
 #endif

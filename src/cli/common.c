@@ -78,7 +78,7 @@ bool common_parse(const struct command *command, const struct flag *flags, int a
 {
     struct err e = { 0 };
     bool help = false;
-    if (!flags_parse(command, flags, argc, argv, arguments, &help, &e)) {
+    if (!flags_parse(command, flags, argc, argv, arguments, &help, NULL, &e)) {
         *status = common_fail(command, &e);
         fprintf(stderr, "try: quench %s --help\n", command->name);
         return false;
@@ -158,9 +158,6 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)
 {
-    if (drafts && strcmp(o->model.backend->ops->name, "cuda") == 0)
-        return err_set(e, ERR_UNSUPPORTED,
-                       "--speculative-config: drafting is not supported on a GPU yet; use --device cpu");
     return !drafts || model_bind_mtp(&o->model, true, e);
 }
 

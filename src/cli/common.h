@@ -21,7 +21,7 @@ struct common {
 extern const char *const common_devices[],
     *const common_masks[], *const common_kv[], *const common_activations[], *const common_inputs[];
 /* Rows of a flag table. */
-#define COMMON_FLAGS(c)                                                                                      \
+#define COMMON_DEVICE_FLAGS(c)                                                                               \
     { "--device",          0,                                                                                \
       FLAG_CHOICE,         &(c).device,                                                                      \
       "auto|cpu|cuda|ref", "where to compute (auto: a GPU where there is one)",                              \
@@ -36,7 +36,11 @@ extern const char *const common_devices[],
         { "--threads",  0,   FLAG_INT,                                                                       \
           &(c).threads, "N", "threads (default: this process's share of the machine)",                       \
           NULL },                                                                                            \
-        { "--quiet", 0, FLAG_SWITCH, &(c).quiet, NULL, "no progress, no notes", NULL },                      \
+    {                                                                                                        \
+        "--quiet", 0, FLAG_SWITCH, &(c).quiet, NULL, "no progress, no notes", NULL                           \
+    }
+#define COMMON_FLAGS(c)                                                                                      \
+    COMMON_DEVICE_FLAGS(c),                                                                                  \
     {                                                                                                        \
         "--json", 0, FLAG_SWITCH, &(c).json, NULL, "print the result as one JSON object", NULL               \
     }

@@ -139,6 +139,11 @@ int64_t engine_step_rows(const struct engine *g)
     return g->o.step_rows;
 }
 
+int engine_sequences(const struct engine *g)
+{
+    return g->o.sequences;
+}
+
 int engine_drafts(const struct engine *g)
 {
     return g->o.drafts;

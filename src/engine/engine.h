@@ -19,6 +19,7 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
 void engine_free(struct engine *g); /* NULL is fine */
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
+int engine_sequences(const struct engine *g);
 int engine_drafts(const struct engine *g);          /* as asked for */
 int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */

@@ -1,5 +1,4 @@
 #include "engine/picture.h"
-#include "image/patches.h"
 #include "model/vision.h"
 #include <stdlib.h>
 
@@ -38,10 +37,23 @@ void picture_reader_free(struct picture_reader *r)
     free(r);
 }
 
-static bool see(struct picture_reader *r, struct picture *out, const struct patches *p, struct err *e)
+bool picture_open(const struct picture_reader *r, struct picture *out, struct patches *patches,
+                  const char *source, const struct image_limits *limits, struct err *e)
 {
+    struct image image;
     const struct config *c = r->model->config;
-    *out = (struct picture){ p->height / c->vision.merge, p->width / c->vision.merge, c->hidden_size, NULL };
+    *out = (struct picture){ 0 };
+    *patches = (struct patches){ 0 };
+    bool ok = image_load(&image, source, limits, e) && patches_make(patches, &image, &r->rule, e);
+    image_free(&image);
+    if (ok)
+        *out = (struct picture){ patches->height / c->vision.merge, patches->width / c->vision.merge,
+                                 c->hidden_size, NULL };
+    return ok;
+}
+
+bool picture_see(struct picture_reader *r, struct picture *out, const struct patches *p, struct err *e)
+{
     uint64_t bytes = (uint64_t)(out->height * out->width * out->cols) * sizeof *out->rows;
     out->rows = malloc(bytes);
     if (!out->rows) return err_memory(e, "image", bytes);
@@ -53,13 +65,9 @@ static bool see(struct picture_reader *r, struct picture *out, const struct patc
 bool picture_read(struct picture_reader *r, struct picture *out, const char *source,
                   const struct image_limits *limits, struct err *e)
 {
-    struct image image;
-    struct patches patches = { 0 };
-    *out = (struct picture){ 0 };
-    bool ok = image_load(&image, source, limits, e) && patches_make(&patches, &image, &r->rule, e) &&
-              see(r, out, &patches, e);
+    struct patches patches;
+    bool ok = picture_open(r, out, &patches, source, limits, e) && picture_see(r, out, &patches, e);
     patches_free(&patches);
-    image_free(&image);
     return ok;
 }
 

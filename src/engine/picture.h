@@ -2,6 +2,7 @@
 #ifndef ENGINE_PICTURE_H
 #define ENGINE_PICTURE_H
 #include "image/image.h"
+#include "image/patches.h"
 #include "model/model.h"
 
 struct picture {
@@ -19,5 +20,10 @@ void picture_reader_free(struct picture_reader *r); /* NULL is fine */
 /* source and limits as image_load takes them. */
 bool picture_read(struct picture_reader *r, struct picture *out, const char *source,
                   const struct image_limits *limits, struct err *e);
+/* The two halves of it. The first, on any thread, leaves out->rows NULL; the second, on the backend's, is
+ * what the tower makes of them. */
+bool picture_open(const struct picture_reader *r, struct picture *out, struct patches *patches,
+                  const char *source, const struct image_limits *limits, struct err *e);
+bool picture_see(struct picture_reader *r, struct picture *out, const struct patches *patches, struct err *e);
 void picture_free(struct picture *p); /* accepts a zeroed one */
 #endif

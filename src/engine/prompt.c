@@ -21,7 +21,7 @@ static int64_t place_picture(struct row *rows, const struct picture *p, int32_t 
         rows[i] = (struct row){
             .token = token,
             .position = { (int32_t)first, (int32_t)(first + i / p->width), (int32_t)(first + i % p->width) },
-            .embedding = p->rows + i * p->cols,
+            .embedding = p->rows ? p->rows + i * p->cols : NULL,
         };
     return first + (p->height > p->width ? p->height : p->width);
 }

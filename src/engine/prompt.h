@@ -12,7 +12,8 @@ struct prompt {
  * `first`: those of text count up, three times the same; rows of a picture have that number for time, and
  * added to it their own row and column for height and width; what follows goes on past the largest. Source:
  * the rule of transformers, get_rope_index of models/qwen3_5_moe. Another number of pictures than of their
- * tokens is ERR_ARGUMENT. pictures: borrow, until the rows have been through a step. */
+ * tokens is ERR_ARGUMENT. pictures: borrow, until the rows have been through a step; where one's rows are
+ * NULL yet, so are their embeddings. */
 bool prompt_create(struct prompt *out, const int32_t *tokens, int64_t n, int64_t image_token,
                    const struct picture *pictures, int n_pictures, int64_t first, struct err *e);
 void prompt_free(struct prompt *p); /* accepts a zeroed one */

@@ -96,7 +96,7 @@ int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vo
     int64_t n = 0, best = 0;
     if (s->temperature < 1e-5f) return greedy(logits, n_vocab, banned, ctx);
     for (int64_t i = 0; i < n_vocab; i++) {
-        if (banned && banned(ctx, (int32_t)i)) continue;
+        if (logits[i] == -INFINITY || (banned && banned(ctx, (int32_t)i))) continue;
         work[n] = (struct candidate){ logits[i], (int32_t)i };
         if (work[n].logit > work[best].logit) best = n;
         n++;

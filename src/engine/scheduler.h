@@ -14,8 +14,13 @@ struct scheduler_options {
     int64_t max_queued;        /* requests that wait; 0: 1024 */
     int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
     double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
+    bool no_pictures;          /* the vision tower is not bound, pictures are refused */
     bool no_prefix_cache;
     uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
+    /* The run of tokens that ends a turn, <|im_end|> and the newline after it: where prompts are likely to
+     * part, so what is known there is kept. 0: none */
+    const int32_t *turn_end;
+    int n_turn_end;
     void *ctx;
     void (*wake)(void *ctx); /* from the scheduler's thread: some request has news. At most once a step */
 };
@@ -32,7 +37,6 @@ struct constraint {
     void (*mask)(void *state, uint32_t *mask, int64_t n_vocab);
     /* The token was sampled. false: no more may follow, the request ends with FINISHED_STOP. */
     bool (*advance)(void *state, int32_t id);
-    void (*back)(void *state, int n); /* the last n tokens were not sampled after all */
     void (*free)(void *state);
 };
 
@@ -41,8 +45,9 @@ struct logit_bias {
     float bias;
 };
 
-/* Everything is copied, `constraint` is taken over (freed also on failure). A zeroed one with a prompt is
- * greedy, without limits. */
+/* Everything is copied but `constraint`, which is taken over: its free is called once, also on failure, and
+ * it lives until then. A zeroed one with a prompt scores it and no more: see max_tokens, top_logprobs,
+ * prompt_logprobs, thinking_budget, and constraint_after where there is a constraint. */
 struct request_options {
     const int32_t *prompt; /* one image token for each picture */
     int64_t n_prompt;
@@ -71,7 +76,9 @@ struct request_options {
     int prompt_logprobs;           /* the same of the prompt; < 0: none */
     struct constraint *constraint; /* or NULL */
     int32_t constraint_after;      /* the constraint begins after this token (</think>); < 0: at once */
-    int64_t thinking_budget;       /* tokens until thinking_end is forced; < 0: none */
+    /* Tokens of the answer until thinking_end is forced; < 0: none. The answer begins in thinking, which is
+     * over once constraint_after has come, or if thinking_end does not have that, the first of it. */
+    int64_t thinking_budget;
     const int32_t *thinking_end;
     int n_thinking_end;
 
@@ -87,7 +94,7 @@ struct token_score {
 };
 
 enum request_event_kind {
-    REQUEST_PROMPT,  /* a prompt token's score; in order; the first token has none */
+    REQUEST_PROMPT,  /* a prompt token's score, an image token's too; in order; the first token has none */
     REQUEST_TOKEN,   /* of the answer */
     REQUEST_FINISHED /* the last event */
 };
@@ -100,7 +107,7 @@ struct request_event {
     int n_top;
     struct token_score top[TOP_LOGPROBS_MAX];
     enum request_finish finish;
-    int32_t stop_token; /* of FINISHED_STOP: which; -1: none */
+    int32_t stop_token; /* of FINISHED_STOP: which, no REQUEST_TOKEN came of it; -1: none */
 };
 
 struct request_usage {

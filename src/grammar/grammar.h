@@ -26,17 +26,35 @@ bool grammar_from_json_object(struct grammar **out, struct err *e); /* any JSON 
 bool grammar_from_regex(struct grammar **out, const char *regex, size_t n, struct err *e);
 bool grammar_from_choices(struct grammar **out, const char *const *choices, int n, struct err *e);
 bool grammar_from_ebnf(struct grammar **out, const char *text, size_t n, struct err *e);
+
+struct tool_call_options {
+    const char *name; /* the function that must be called; NULL: any of them */
+    bool only_one;    /* one call, not several */
+    bool is_optional; /* text without <tool_call> may stand before the calls, and there may be none */
+};
+/* Calls in the model's own form, as tokenizer/reply.h reads them, after at most two newlines: parameters in
+ * the order of their schema, those not required may be left out; strings as they are, other values as JSON.
+ * tools: as in requests, [{"type": "function", "function": {"name", "parameters"}}] or the functions alone.
+ */
+bool grammar_from_tool_calls(struct grammar **out, const json_t *tools, const struct tool_call_options *o,
+                             struct err *e);
 void grammar_free(struct grammar *g); /* NULL is fine */
 
+/* One position of one answer. Tokens are taken one by one; the mask says which may come next. */
 struct matcher;
+enum { MATCHER_BACK_MAX = 256 }; /* tokens that can be taken back */
 /* Borrows both. */
 bool matcher_create(struct matcher **out, const struct grammar *g, const struct token_trie *t, struct err *e);
 void matcher_free(struct matcher *m);
-/* Clears in mask (bit id of mask[id / 32]) the tokens that cannot come next. */
+/* Clears in mask (bit id % 32 of mask[id / 32]) the tokens that cannot come next. */
 void matcher_mask(struct matcher *m, uint32_t *mask, int64_t n_vocab);
 /* Takes a token. False, and nothing changes: it cannot come next. */
 bool matcher_advance(struct matcher *m, int32_t id);
-void matcher_back(struct matcher *m, int n); /* forgets the last n tokens */
+/* Forgets the last n tokens, at most MATCHER_BACK_MAX of those taken. */
+void matcher_back(struct matcher *m, int n);
 bool matcher_may_end(const struct matcher *m);
 bool matcher_must_end(const struct matcher *m); /* nothing but a stop token may come */
+/* A limit was hit (memory, time for one token) or no token continues the text: nothing but a stop token is
+ * allowed, though the text is not complete. Fails closed: never more is allowed than the grammar does. */
+bool matcher_is_stuck(const struct matcher *m);
 #endif

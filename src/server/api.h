@@ -23,6 +23,8 @@ struct api_options {
     const json_t *generation;  /* --override-generation-config, or NULL */
 };
 
+/* Immutable but for atomic counters: any number of threads may call exchange_create at a time. An exchange
+ * belongs to one thread at a time. */
 struct api;
 bool api_create(struct api **out, const struct api_options *o, struct err *e);
 void api_free(struct api *a);

@@ -11,6 +11,9 @@ enum { TEMPLATE_BYTES_MAX = 1 << 20, CONFIG_BYTES_MAX = 64 << 20 };
 struct chat_template {
     struct jinja *jinja;
     json_t *config; /* tokenizer_config.json; NULL: there is none */
+    char *file;     /* of chat_template.jinja; NULL: there is none */
+    const char *text;
+    size_t bytes;
     bool is_built_in;
 };
 
@@ -54,28 +57,28 @@ static bool create_from_config(struct chat_template *t, struct err *e)
 {
     const char *text;
     if (!config_template(&text, t->config, e)) return false;
-    if (text) return jinja_create(&t->jinja, text, strlen(text), e) || err_note(e, "chat_template");
-    t->is_built_in = true;
-    return jinja_create(&t->jinja, chat_built_in, (size_t)(chat_built_in_end - chat_built_in), e);
+    t->is_built_in = !text;
+    t->text = text ? text : chat_built_in;
+    t->bytes = text ? strlen(text) : (size_t)(chat_built_in_end - chat_built_in);
+    return jinja_create(&t->jinja, t->text, t->bytes, e) || (text && err_note(e, "chat_template"));
 }
 
 static bool create_from_file(struct chat_template *t, const char *path, struct err *e)
 {
-    char *text;
-    size_t bytes;
-    if (!file_read(&text, &bytes, path, TEMPLATE_BYTES_MAX, e)) return false;
-    bool ok = jinja_create(&t->jinja, text, bytes, e) || err_note(e, "%s", path);
-    free(text);
-    return ok;
+    if (!file_read(&t->file, &t->bytes, path, TEMPLATE_BYTES_MAX, e)) return false;
+    t->text = t->file;
+    return jinja_create(&t->jinja, t->text, t->bytes, e) || err_note(e, "%s", path);
 }
 
-bool chat_template_load(struct chat_template **out, const char *dir, struct err *e)
+/* path: NULL for the checkpoint's own. */
+static bool load(struct chat_template **out, const char *dir, const char *path, struct err *e)
 {
     struct chat_template *t = calloc(1, sizeof *t);
-    char *file = file_join(dir, "chat_template.jinja"), *config = file_join(dir, "tokenizer_config.json");
+    char *file = path ? strdup(path) : file_join(dir, "chat_template.jinja");
+    char *config = file_join(dir, "tokenizer_config.json");
     bool ok = (t && file && config) || err_memory(e, "a chat template", sizeof *t);
     ok = ok && (load_config(t, config, e) || err_note(e, "%s", config));
-    if (ok && file_exists(file))
+    if (ok && (path || file_exists(file)))
         ok = create_from_file(t, file, e);
     else if (ok)
         ok = create_from_config(t, e) || err_note(e, "%s", config);
@@ -86,17 +89,34 @@ bool chat_template_load(struct chat_template **out, const char *dir, struct err 
     return ok;
 }
 
+bool chat_template_load(struct chat_template **out, const char *dir, struct err *e)
+{
+    return load(out, dir, NULL, e);
+}
+
+bool chat_template_load_file(struct chat_template **out, const char *dir, const char *path, struct err *e)
+{
+    return load(out, dir, path, e);
+}
+
 void chat_template_free(struct chat_template *t)
 {
     if (!t) return;
     jinja_free(t->jinja);
     json_decref(t->config);
+    free(t->file);
     free(t);
 }
 
 bool chat_template_is_built_in(const struct chat_template *t)
 {
     return t->is_built_in;
+}
+
+const char *chat_template_text(const struct chat_template *t, size_t *bytes)
+{
+    *bytes = t->bytes;
+    return t->text;
 }
 
 /* A special token is its text, or an object with its text in "content". */

@@ -13,8 +13,11 @@ struct chat_template; /* immutable: may be shared by threads */
  * ones of which "default" is taken; without that, the built-in template of the Qwen3.6 family. Errors name
  * the file and the line of what the template asks for and jinja.h does not do. */
 bool chat_template_load(struct chat_template **out, const char *dir, struct err *e);
+/* The template of this file in place of the checkpoint's. */
+bool chat_template_load_file(struct chat_template **out, const char *dir, const char *path, struct err *e);
 void chat_template_free(struct chat_template *t); /* NULL is fine */
 bool chat_template_is_built_in(const struct chat_template *t);
+const char *chat_template_text(const struct chat_template *t, size_t *bytes); /* borrow; not NUL-terminated */
 
 enum chat_thinking {
     CHAT_THINKING_DEFAULT, /* what the template does when nobody says: on */

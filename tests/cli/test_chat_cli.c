@@ -58,7 +58,7 @@ static void test_commands(void **state)
     assert_int_equal(RUN("/image tests/golden/demo/golden_image.png\nWhat is in the image?\n/stats\n", CHAT,
                          "--think", "off"),
                      0);
-    assert_non_null(strstr(out, "A red cross at the top left.\nmessages     2\nprompt "));
+    assert_non_null(strstr(out, "A red circle at the top left.\nmessages     2\nprompt "));
     assert_non_null(strstr(out, " 0 reused, "));
 }
 

@@ -181,7 +181,8 @@ static void check_guesses(struct model *m, const struct prompt *p)
     engine_free(g);
 }
 
-static void check_model(const char *model, const char *golden, const char *image)
+/* most: relative error of a row; see test_vision.c for what bounds the study model's. */
+static void check_model(const char *model, const char *golden, const char *image, double most)
 {
     struct loaded l;
     struct safetensors f;
@@ -213,7 +214,7 @@ static void check_model(const char *model, const char *golden, const char *image
         if (i == 0) check_tokens_after(&l.model, &p, &c);
         printf("note: %s on %s, %d rows a step: logits of a picture's prompt %.1e\n", model, l.backend.name,
                (int)steps[i], c.worst);
-        assert_true(c.worst <= 2e-3);
+        assert_true(c.worst <= most);
         assert_int_equal(c.differ, 0);
     }
     must(model_bind_mtp(&l.model, true, &e), &e);
@@ -229,7 +230,7 @@ static void demo_matches_its_golden(void **state)
 {
     (void)state;
     check_model("models/demo", "tests/golden/demo/golden_image.safetensors",
-                "tests/golden/demo/golden_image.png");
+                "tests/golden/demo/golden_image.png", 3e-5);
 }
 
 static void study_matches_its_golden(void **state)
@@ -241,7 +242,7 @@ static void study_matches_its_golden(void **state)
     snprintf(model, sizeof model, "%s/models/study", shared);
     snprintf(golden, sizeof golden, "%s/models/study-golden/golden_image.safetensors", shared);
     snprintf(image, sizeof image, "%s/models/study-golden/golden_image.png", shared);
-    check_model(model, golden, image);
+    check_model(model, golden, image, 2e-3);
 }
 
 /* The worked case of model_vectors.json. */

@@ -147,7 +147,7 @@ static void test_batches(void **state)
         "</think>\\n\\n\",\"answer\":\"The capital of Italy is Rome.<|im_end|>\\n\"}\n"
         "{\"prompt\":\"Hello\",\"answer\":\"?\",\"system\":\"Answer briefly.\"}\n"
         "{\"prompt\":\"What is in the image?\",\"images\":[\"tests/golden/demo/golden_image.png\"],"
-        "\"answer\":\"A red cross at the top left.\"}\n");
+        "\"answer\":\"A red circle at the top left.\"}\n");
     must(tasks_load(&t, path, 0, &e) && tokenizer_load(&tokenizer, "models/demo", &e), &e);
     load_model(&l, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .threads = 2 });
     answer_all(one, &t, &l.model, tokenizer, 1);

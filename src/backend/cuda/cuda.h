@@ -11,4 +11,6 @@ bool cuda_queue_create(struct queue **out, const struct backend_options *options
 void cuda_queue_free(struct queue *q);
 /* "cuda NVIDIA H100 80GB HBM3, sm_90, kernels sm_90a". Borrow. */
 const char *cuda_queue_name(const struct queue *q);
+/* Bytes of the device in all, and free now. */
+void cuda_queue_memory(uint64_t *all, uint64_t *available);
 #endif

@@ -101,6 +101,14 @@ const char *cuda_queue_name(const struct queue *q)
     return q->name;
 }
 
+void cuda_queue_memory(uint64_t *all, uint64_t *available)
+{
+    size_t have = 0, total = 0;
+    if (cudaMemGetInfo(&have, &total) != cudaSuccess) cudaGetLastError();
+    *all = total;
+    *available = have;
+}
+
 bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what, struct err *e)
 {
     size_t have = 0, all = 0;

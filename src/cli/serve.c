@@ -1,0 +1,522 @@
+/* quench serve MODEL */
+#include "base/clock.h"
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "cli/serve_compat.h"
+#include "cli/serve_plan.h"
+#include "server/page.h"
+#include "server/server.h"
+#include <ctype.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const struct command command = {
+    "serve",
+    "MODEL",
+    "Answers the OpenAI and Anthropic APIs over HTTP. Flags are vLLM's; each may also stand in the "
+    "environment\n"
+    "(--max-model-len as QUENCH_MAX_MODEL_LEN) or in the YAML file of --config (max-model-len: 32768).\n"
+    "SIGTERM: no new requests, those that run are finished. SIGHUP: keys, certificates and log are read "
+    "again.",
+    -1,
+};
+
+/* vLLM's names of KV dtypes, and what they are here. */
+static const char *const kv_names[] = {
+    "auto", "f32", "float32", "bf16", "bfloat16", "fp8", "fp8_e4m3", NULL
+};
+static const int kv_of[] = { 0, 1, 1, 2, 2, 3, 3 };
+
+struct settings {
+    struct common common;
+    const char *model;
+    bool print_config;
+    const char *config;
+    /* where */
+    const char *host, *uds, *root_path;
+    int64_t port;
+    bool open_bind;
+    /* who */
+    const char *certificate, *certificate_key, *key_password, *client_ca, *key_file;
+    int64_t client_certificates;
+    struct text_list keys, origins;
+    bool public_metrics;
+    /* the model */
+    struct text_list names;
+    const char *context_text, *step_text, *memory_text, *host_cache_text;
+    int64_t sequences, mtp, queued;
+    double utilization, decode_ms;
+    int kv;
+    bool prefix_caching, language_only, strict;
+    const char *template_file, *template_kwargs, *generation, *media;
+    /* limits */
+    const char *header_text, *body_text;
+    int64_t headers, connections;
+    double header_seconds, body_seconds, idle_seconds, send_seconds, stall_seconds, shutdown_seconds;
+    const char *log;
+    /* read from the above */
+    uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes;
+    int drafts, max_images;
+    json_t *kwargs, *override;
+};
+
+/* "32768", "32k" (thousands), "32K" (1024s), "20G"; vLLM's reading of sizes. */
+static bool read_size(uint64_t *out, const char *flag, const char *text, struct err *e)
+{
+    static const struct {
+        char unit;
+        double factor;
+    } units[] = { { 0, 1 },      { 'k', 1e3 },     { 'm', 1e6 },       { 'g', 1e9 },
+                  { 'K', 1024 }, { 'M', 1048576 }, { 'G', 1073741824 } };
+    char *end;
+    if (!text) return true;
+    double x = strtod(text, &end), factor = 0;
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++)
+        if (*end == units[i].unit) factor = units[i].factor;
+    if (isdigit((unsigned char)*text) && factor > 0 && (!*end || !end[1]) && x * factor <= 1e15) {
+        *out = (uint64_t)(x * factor);
+        return true;
+    }
+    return err_set(e, ERR_ARGUMENT, "%s: expected a size such as 4096, 32k or 20G, found '%s'", flag, text);
+}
+
+static bool read_json(json_t **out, const char *flag, const char *text, struct err *e)
+{
+    json_error_t fault;
+    if (!text) return true;
+    *out = json_loads(text, JSON_REJECT_DUPLICATES, &fault);
+    if (!*out) return err_set(e, ERR_ARGUMENT, "%s: not JSON: %s", flag, fault.text);
+    return json_is_object(*out) || err_set(e, ERR_ARGUMENT, "%s: expected an object", flag);
+}
+
+/* {"image": 4}, or image=4 as vLLM once had it. */
+static bool read_media(struct settings *s, struct err *e)
+{
+    json_t *o = NULL;
+    long long n = -1;
+    if (!s->media) return true;
+    if (sscanf(s->media, "image=%lld", &n) != 1) {
+        if (!read_json(&o, "--limit-mm-per-prompt", s->media, e)) {
+            json_decref(o);
+            return false;
+        }
+        n = json_is_integer(json_object_get(o, "image")) ? json_integer_value(json_object_get(o, "image"))
+                                                         : -1;
+        json_decref(o);
+    }
+    if (n < 0 || n > 1000)
+        return err_set(e, ERR_ARGUMENT, "--limit-mm-per-prompt: expected '{\"image\": N}'");
+    s->max_images = (int)n;
+    s->language_only = s->language_only || n == 0;
+    return true;
+}
+
+static bool check_ranges(const struct settings *s, struct err *e)
+{
+    const struct {
+        const char *flag;
+        double value, least, most;
+    } ranges[] = {
+        { "--port", (double)s->port, 0, 65535 },
+        { "--max-num-seqs", (double)s->sequences, 0, 4096 },
+        { "--mtp", (double)s->mtp, 0, DRAFTS_MAX },
+        { "--max-queued", (double)s->queued, 0, 1 << 20 },
+        { "--gpu-memory-utilization", s->utilization, 0.01, 1 },
+        { "--decode-target-ms", s->decode_ms, 0, 1e5 },
+        { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
+        { "--max-connections", (double)s->connections, 1, 1 << 20 },
+        { "--max-header-bytes", (double)s->header_bytes, 256, 16 << 20 },
+        { "--max-body-bytes", (double)s->body_bytes, 1, 4e9 },
+        { "--header-timeout", s->header_seconds, 0.001, 1e6 },
+        { "--body-timeout", s->body_seconds, 0.001, 1e6 },
+        { "--idle-timeout", s->idle_seconds, 0.001, 1e6 },
+        { "--send-timeout", s->send_seconds, 0.001, 1e6 },
+        { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
+        { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
+        { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (!(ranges[i].value >= ranges[i].least && ranges[i].value <= ranges[i].most))
+            return err_set(e, ERR_ARGUMENT, "%s: expected %g to %g, found %g", ranges[i].flag,
+                           ranges[i].least, ranges[i].most, ranges[i].value);
+    return true;
+}
+
+static bool read_drafts(struct settings *s, struct err *e)
+{
+    if (s->mtp && s->common.speculative)
+        return err_set(e, ERR_ARGUMENT, "--mtp and --speculative-config: one of them is enough");
+    if (!s->mtp) return common_drafts(&s->drafts, &s->common, e);
+    s->drafts = (int)s->mtp;
+    return true;
+}
+
+static bool check_tls(const struct settings *s, struct err *e)
+{
+    if (s->client_certificates == 1)
+        return err_set(e, ERR_UNSUPPORTED,
+                       "--ssl-cert-reqs: 1 (optional) is not supported; 0 or 2 (required)");
+    return s->client_certificates != 2 || s->client_ca ||
+           err_set(e, ERR_ARGUMENT, "--ssl-cert-reqs 2 needs --ssl-ca-certs");
+}
+
+/* vLLM's lists of origins are JSON; words are fine too. */
+static bool read_origins(struct settings *s, json_t **keep, struct err *e)
+{
+    if (s->origins.n != 1 || s->origins.items[0][0] != '[') return true;
+    json_t *list = *keep = json_loads(s->origins.items[0], 0, NULL);
+    size_t n = json_array_size(list);
+    bool ok = list && n <= TEXT_LIST_MAX;
+    for (size_t i = 0; ok && i < n; i++) ok = json_is_string(json_array_get(list, i));
+    if (!ok) return err_set(e, ERR_ARGUMENT, "--allowed-origins: expected up to %d origins", TEXT_LIST_MAX);
+    s->origins.n = (int)n;
+    for (size_t i = 0; i < n; i++) s->origins.items[i] = json_string_value(json_array_get(list, i));
+    return true;
+}
+
+static bool check(struct settings *s, json_t **origins, struct err *e)
+{
+    bool fits =
+        s->context_text && (strcmp(s->context_text, "auto") == 0 || strcmp(s->context_text, "-1") == 0);
+    s->common.kv = kv_of[s->kv];
+    return (fits || read_size(&s->context, "--max-model-len", s->context_text, e)) &&
+           read_size(&s->step_tokens, "--max-num-batched-tokens", s->step_text, e) &&
+           read_size(&s->memory, "--memory", s->memory_text, e) &&
+           read_size(&s->host_cache, "--host-cache", s->host_cache_text, e) &&
+           read_size(&s->header_bytes, "--max-header-bytes", s->header_text, e) &&
+           read_size(&s->body_bytes, "--max-body-bytes", s->body_text, e) && check_ranges(s, e) &&
+           check_tls(s, e) && read_drafts(s, e) && read_media(s, e) && read_origins(s, origins, e) &&
+           read_json(&s->kwargs, "--default-chat-template-kwargs", s->template_kwargs, e) &&
+           read_json(&s->override, "--override-generation-config", s->generation, e);
+}
+
+/* What a server says while it runs. */
+
+static void note(void *ctx, const char *text)
+{
+    (void)ctx;
+    fprintf(stderr, "quench serve: %s\n", text);
+}
+
+static void quit(void *ctx)
+{
+    (void)ctx;
+    _exit(0); /* nothing was asked yet, and loading cannot be interrupted otherwise */
+}
+
+/* Progress of loading, on the terminal and for /ready. */
+struct watcher {
+    struct report terminal;
+    struct server *server;
+};
+
+static void watch_progress(void *ctx, const char *what, uint64_t done, uint64_t total)
+{
+    const struct watcher *w = ctx;
+    server_loading(w->server, what, done, total);
+    report_progress(&w->terminal, what, done, total);
+}
+
+static void watch_warn(void *ctx, const char *text)
+{
+    const struct watcher *w = ctx;
+    if (w->terminal.warn) w->terminal.warn(w->terminal.ctx, text);
+}
+
+static bool start_server(struct server **out, const struct settings *s, struct err *e)
+{
+    static char policy[PAGE_POLICY_MAX]; /* borrowed by the server */
+    struct server_options o = { .host = s->host,
+                                .port = (int)s->port,
+                                .uds = s->uds,
+                                .open_bind = s->open_bind,
+                                .root_path = s->root_path,
+                                .tls = { s->certificate, s->certificate_key, s->key_password, s->client_ca },
+                                .keys = s->keys.items,
+                                .n_keys = s->keys.n,
+                                .key_file = s->key_file,
+                                .public_metrics = s->public_metrics,
+                                .origins = s->origins.items,
+                                .n_origins = s->origins.n,
+                                .max_header_bytes = s->header_bytes,
+                                .max_headers = (int)s->headers,
+                                .max_body_bytes = s->body_bytes,
+                                .max_connections = (int)s->connections,
+                                .header_seconds = s->header_seconds,
+                                .body_seconds = s->body_seconds,
+                                .idle_seconds = s->idle_seconds,
+                                .send_seconds = s->send_seconds,
+                                .stall_seconds = s->stall_seconds,
+                                .shutdown_seconds = s->shutdown_seconds > 0 ? s->shutdown_seconds : -1,
+                                .request_log = s->log,
+                                .model_name = s->names.items[0],
+                                .version = cli_version,
+                                .page = page_policy(policy) ? page_html : NULL,
+                                .page_bytes = page_html_bytes,
+                                .page_policy = policy,
+                                .note = note,
+                                .quit = quit };
+    return server_start(out, &o, e);
+}
+
+/* All that answers requests, in the order it is made. */
+struct service {
+    struct backend backend;
+    struct opened opened;
+    struct engine *engine;
+    struct scheduler *scheduler;
+    struct chat_template *template;
+    struct api *api;
+    struct token_list turn_end;
+};
+
+static bool make_plan(struct plan *p, const struct settings *s, const struct backend *b, struct err *e)
+{
+    struct checkpoint c = { 0 };
+    struct plan_options o = { .checkpoint = &c,
+                              .backend = b,
+                              .kv = common_kv_dtype(&s->common),
+                              .drafts = s->drafts,
+                              .context = (int64_t)s->context,
+                              .sequences = s->sequences,
+                              .budget = s->memory,
+                              .utilization = s->utilization };
+    bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
+    if (ok && !s->common.quiet) plan_print(p, &o);
+    checkpoint_close(&c);
+    return ok;
+}
+
+static bool make_engine(struct service *v, const struct settings *s, const struct plan *p, struct err *e)
+{
+    struct engine_options o = { .context = p->context,
+                                .sequences = (int)p->sequences,
+                                .step_rows = (int64_t)s->step_tokens,
+                                .kv = common_kv_dtype(&s->common),
+                                .drafts = s->drafts };
+    return engine_create(&v->engine, &v->opened.model, &o, e);
+}
+
+static bool make_scheduler(struct service *v, const struct settings *s, struct server *server, struct err *e)
+{
+    static const char end[] = "<|im_end|>\n";
+    if (!tokenizer_encode(v->opened.tokenizer, &v->turn_end, end, sizeof end - 1, 0, e)) return false;
+    struct scheduler_options o = { .engine = v->engine,
+                                   .model = &v->opened.model,
+                                   .max_queued = s->queued,
+                                   .step_tokens = (int64_t)s->step_tokens,
+                                   .decode_seconds = s->decode_ms / 1000,
+                                   .no_pictures = s->language_only,
+                                   .no_prefix_cache = !s->prefix_caching,
+                                   .host_cache_bytes = s->host_cache,
+                                   .turn_end = v->turn_end.ids,
+                                   .n_turn_end = (int)v->turn_end.n,
+                                   .ctx = server,
+                                   .wake = server_wake };
+    return scheduler_create(&v->scheduler, &o, e);
+}
+
+static bool make_api(struct service *v, const struct settings *s, struct err *e)
+{
+    bool ok = s->template_file ? chat_template_load_file(&v->template, s->model, s->template_file, e)
+                               : chat_template_load(&v->template, s->model, e);
+    struct api_options o = { .scheduler = v->scheduler,
+                             .tokenizer = v->opened.tokenizer,
+                             .chat_template = v->template,
+                             .config = &v->opened.checkpoint.config,
+                             .dir = s->model,
+                             .served_names = s->names.items,
+                             .n_served_names = s->names.n,
+                             .max_model_len = engine_context(v->engine),
+                             .max_images = s->max_images,
+                             .strict_params = s->strict,
+                             .chat_kwargs = s->kwargs,
+                             .generation = s->override };
+    return ok && api_create(&v->api, &o, e);
+}
+
+static bool load(struct service *v, const struct settings *s, struct server *server, struct err *e)
+{
+    struct watcher w = { common_report(&s->common), server };
+    struct report report = { &w, watch_progress, watch_warn };
+    struct plan plan;
+    return common_backend(&v->backend, &s->common, e) && make_plan(&plan, s, &v->backend, e) &&
+           common_open(&v->opened, s->model, &v->backend, &report, e) &&
+           common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e) &&
+           make_scheduler(v, s, server, e) && make_api(v, s, e);
+}
+
+static void unload(struct service *v)
+{
+    api_free(v->api);
+    scheduler_free(v->scheduler);
+    chat_template_free(v->template);
+    engine_free(v->engine);
+    free(v->turn_end.ids);
+    common_close(&v->opened);
+    backend_destroy(&v->backend);
+}
+
+static bool run(struct settings *s, struct err *e)
+{
+    struct server *server;
+    struct service v = { 0 };
+    double begin = clock_seconds();
+    if (!start_server(&server, s, e)) return false;
+    fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
+    bool ok = load(&v, s, server, e);
+    if (ok) {
+        server_attach(server, v.api, v.scheduler);
+        fprintf(stderr, "quench serve: ready after %.1f s: %s, %lld tokens\n", clock_seconds() - begin,
+                v.backend.name, (long long)engine_context(v.engine));
+        ok = server_wait(server) || err_set(e, ERR_BUSY, "stopped before every request was answered");
+    } else
+        server_stop(server);
+    server_wait(server);
+    unload(&v);
+    server_free(server);
+    return ok;
+}
+
+enum { FLAGS_MAX = SETTINGS_FLAGS_MAX };
+
+/* The table, with rows of other servers behind those shown. */
+static void make_flags(struct flag *out, struct settings *s, struct compat *compat)
+{
+    const struct flag flags[] = {
+        { "--host", 0, FLAG_TEXT, &s->host, "ADDRESS", "to listen at (default 127.0.0.1: this machine only)",
+          NULL },
+        { "--port", 0, FLAG_INT, &s->port, "N", "default 8000; 0: one that is free, which is printed", NULL },
+        { "--uds", 0, FLAG_TEXT, &s->uds, "PATH", "listen at a Unix socket instead", NULL },
+        { "--allow-open-bind", 0, FLAG_SWITCH, &s->open_bind, NULL, "other machines may ask without a key",
+          NULL },
+        { "--root-path", 0, FLAG_TEXT, &s->root_path, "PATH", "what a proxy puts in front of paths", NULL },
+        { "--api-key", 0, FLAG_WORDS, &s->keys, "KEY...", "requests need one of these keys", NULL },
+        { "--api-key-file", 0, FLAG_TEXT, &s->key_file, "FILE", "the same, one a line; SIGHUP reads it again",
+          NULL },
+        { "--public-metrics", 0, FLAG_SWITCH, &s->public_metrics, NULL, "/metrics needs no key", NULL },
+        { "--allowed-origins", 0, FLAG_WORDS, &s->origins, "ORIGIN...",
+          "web pages that may ask (default none; * all)", NULL },
+        { "--ssl-certfile", 0, FLAG_TEXT, &s->certificate, "FILE", "TLS: certificate chain, PEM", NULL },
+        { "--ssl-keyfile", 0, FLAG_TEXT, &s->certificate_key, "FILE", "TLS: its key", NULL },
+        { "--ssl-keyfile-password", 0, FLAG_TEXT, &s->key_password, "TEXT", "TLS: the key's password", NULL },
+        { "--ssl-ca-certs", 0, FLAG_TEXT, &s->client_ca, "FILE",
+          "clients need a certificate of these authorities", NULL },
+        { "--ssl-cert-reqs", 0, FLAG_INT, &s->client_certificates, "N", "2 insists on --ssl-ca-certs", NULL },
+        { "--served-model-name", 0, FLAG_WORDS, &s->names, "NAME...",
+          "names that requests may give; the first is in answers (default MODEL)", NULL },
+        { "--max-model-len", 0, FLAG_TEXT, &s->context_text, "N|auto",
+          "tokens of prompt and answer (default auto: what fits, up to the model's)", NULL },
+        { "--max-num-seqs", 0, FLAG_INT, &s->sequences, "N",
+          "requests at a time (default: what fits, up to 32)", NULL },
+        { "--max-num-batched-tokens", 0, FLAG_TEXT, &s->step_text, "N",
+          "most tokens of a step, prompts' pieces included", NULL },
+        { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 429",
+          NULL },
+        { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
+          "between two tokens of a stream while prompts are read (default 100)", NULL },
+        { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
+          "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
+        { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
+          "of the device's memory (default 0.92; on a CPU of what is available)", NULL },
+        { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },
+        { "--host-cache", 0, FLAG_TEXT, &s->host_cache_text, "BYTES", "prefixes kept in host memory besides",
+          NULL },
+        { "--enable-prefix-caching", 0, FLAG_SWITCH, &s->prefix_caching, NULL,
+          "prompts go on where known ones part (default; --no-... off)", NULL },
+        COMMON_SPECULATIVE_FLAG(s->common),
+        { "--mtp", 0, FLAG_INT, &s->mtp, "N", "short for --speculative-config with method mtp", NULL },
+        { "--chat-template", 0, FLAG_TEXT, &s->template_file, "FILE", "in place of the checkpoint's", NULL },
+        { "--default-chat-template-kwargs", 0, FLAG_TEXT, &s->template_kwargs, "JSON",
+          "such as '{\"enable_thinking\": false}'", NULL },
+        { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
+          "sampling where a request says nothing", NULL },
+        { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
+          NULL },
+        { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
+        { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
+          NULL },
+        { "--max-header-bytes", 0, FLAG_TEXT, &s->header_text, "BYTES", "of a request (default 64K)", NULL },
+        { "--max-headers", 0, FLAG_INT, &s->headers, "N", "default 100", NULL },
+        { "--max-body-bytes", 0, FLAG_TEXT, &s->body_text, "BYTES", "default 64M", NULL },
+        { "--max-connections", 0, FLAG_INT, &s->connections, "N", "default 4096", NULL },
+        { "--header-timeout", 0, FLAG_NUMBER, &s->header_seconds, "S",
+          "until a request's headers are there (default 10)", NULL },
+        { "--body-timeout", 0, FLAG_NUMBER, &s->body_seconds, "S",
+          "until its body is, and one more each 16 KiB (default 30)", NULL },
+        { "--idle-timeout", 0, FLAG_NUMBER, &s->idle_seconds, "S",
+          "between two requests of a connection (default 60)", NULL },
+        { "--send-timeout", 0, FLAG_NUMBER, &s->send_seconds, "S",
+          "a client may stop reading for (default 30)", NULL },
+        { "--stall-timeout", 0, FLAG_NUMBER, &s->stall_seconds, "S",
+          "without a step while requests wait, then /ready fails (default 60)", NULL },
+        { "--shutdown-timeout", 0, FLAG_NUMBER, &s->shutdown_seconds, "S",
+          "after SIGTERM, for requests that run (default 30)", NULL },
+        { "--request-log", 0, FLAG_TEXT, &s->log, "FILE",
+          "a line of JSON a request, without its text (-: standard output)", NULL },
+        { "--config", 0, FLAG_TEXT, &s->config, "FILE", "YAML with flags", NULL },
+        { "--print-config", 0, FLAG_SWITCH, &s->print_config, NULL,
+          "print every value and where it came from", NULL },
+        COMMON_ACTIVATIONS_FLAGS(s->common),
+        COMMON_DEVICE_FLAGS(s->common),
+    };
+    enum { SHOWN = sizeof flags / sizeof *flags };
+    _Static_assert(SHOWN + COMPAT_FLAGS_MAX < FLAGS_MAX, "room for every flag and the end");
+    memcpy(out, flags, sizeof flags);
+    out[compat_flags(out, SHOWN, compat)] = (struct flag)FLAGS_END;
+}
+
+static int serve(struct settings *s, struct settings_source *source, const struct compat *compat, int argc,
+                 char **argv)
+{
+    static const char *const secret[] = { "--api-key", "--ssl-keyfile-password", NULL };
+    struct err e = { 0 };
+    bool help = false;
+    json_t *origins = NULL;
+    bool ok = compat_foreign(argc, argv, &e) &&
+              settings_parse(source, argc, argv, &s->model, (const char *const *)&s->config, &help, &e);
+    if (ok && help) {
+        flags_help(&command, source->flags);
+        return 0;
+    }
+    ok = ok && (s->model || err_set(&e, ERR_ARGUMENT, "expected: quench serve MODEL"));
+    if (ok && s->print_config) {
+        settings_print(source, s->model, secret);
+        return 0;
+    }
+    if (ok && s->names.n == 0) s->names.items[s->names.n++] = s->model;
+    ok = ok && compat_check(source, compat, s->common.quiet, &e) && check(s, &origins, &e) && run(s, &e);
+    json_decref(origins);
+    json_decref(s->kwargs);
+    json_decref(s->override);
+    return ok ? 0 : common_fail(&command, &e);
+}
+
+int cli_serve(int argc, char **argv)
+{
+    struct settings s = { .common.inputs = 1,
+                          .port = 8000,
+                          .utilization = 0.92,
+                          .decode_ms = 100,
+                          .prefix_caching = true,
+                          .headers = 100,
+                          .header_bytes = 64 << 10,
+                          .body_bytes = 64 << 20,
+                          .connections = 4096,
+                          .header_seconds = 10,
+                          .body_seconds = 30,
+                          .idle_seconds = 60,
+                          .send_seconds = 30,
+                          .stall_seconds = 60,
+                          .shutdown_seconds = 30 };
+    struct flag flags[FLAGS_MAX];
+    struct compat compat = { 0 };
+    make_flags(flags, &s, &compat);
+    struct settings_source source = { .command = &command, .flags = flags };
+    int status = serve(&s, &source, &compat, argc, argv);
+    settings_free(&source);
+    return status;
+}

@@ -1,0 +1,303 @@
+#include "engine/batch.h"
+#include "base/clock.h"
+#include <stdlib.h>
+#include <string.h>
+
+struct batch {
+    struct engine *engine;
+    const struct model *model;
+    struct picture_reader *reader;
+    int64_t vocab, n_rows, n_logits;
+    int n_runs;
+    struct row *rows;          /* [step rows] */
+    struct engine_run *runs;   /* [sequences] */
+    struct request **requests; /* [sequences] whose run it is */
+    struct engine_draft *drafts;
+    int64_t *index;      /* [step rows] of the rows that logits are wanted of */
+    struct request **of; /* [step rows] whose they are */
+    struct candidate *work;
+    float *changed; /* [vocab] a row of logits under the request's rules */
+};
+
+bool batch_create(struct batch **out, struct engine *g, const struct model *m, struct picture_reader *reader,
+                  struct err *e)
+{
+    struct batch *b = *out = calloc(1, sizeof *b);
+    size_t rows = (size_t)engine_step_rows(g), n = (size_t)engine_sequences(g),
+           vocab = (size_t)engine_vocab(g);
+    if (!b) return err_memory(e, "scheduler", sizeof *b);
+    *b = (struct batch){ .engine = g, .model = m, .reader = reader, .vocab = (int64_t)vocab };
+    b->rows = calloc(rows, sizeof *b->rows);
+    b->runs = calloc(n, sizeof *b->runs);
+    b->requests = calloc(n, sizeof *b->requests);
+    b->drafts = calloc(n, sizeof *b->drafts);
+    b->index = calloc(rows, sizeof *b->index);
+    b->of = calloc(rows, sizeof *b->of);
+    b->work = malloc(vocab * sizeof *b->work);
+    b->changed = malloc(vocab * sizeof *b->changed);
+    if (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->work && b->changed)
+        return true;
+    batch_free(b);
+    *out = NULL;
+    return err_memory(e, "scheduler", vocab * (sizeof *b->work + sizeof *b->changed));
+}
+
+void batch_free(struct batch *b)
+{
+    if (!b) return;
+    free(b->rows);
+    free(b->runs);
+    free(b->requests);
+    free(b->drafts);
+    free(b->index);
+    free(b->of);
+    free(b->work);
+    free(b->changed);
+    free(b);
+}
+
+/* What goes in. */
+
+void batch_clear(struct batch *b)
+{
+    b->n_rows = 0;
+    b->n_runs = 0;
+    b->n_logits = 0;
+}
+
+int64_t batch_rows(const struct batch *b)
+{
+    return b->n_rows;
+}
+
+bool batch_draft(struct batch *b, struct request *const *r, int n, struct err *e)
+{
+    int n_drafts = 0, most = engine_drafts(b->engine);
+    for (int i = 0; i < n; i++) {
+        int64_t left = r[i]->most - r[i]->n_answer - 1;
+        r[i]->draft.n = most < left ? most : (int)left;
+        if (!r[i]->drafts_ready) r[i]->draft.n = 0;
+        r[i]->draft.handle = r[i]->handle;
+        if (r[i]->draft.n > 0) b->drafts[n_drafts++] = r[i]->draft;
+    }
+    if (n_drafts == 0) return true;
+    if (!engine_draft(b->engine, b->drafts, n_drafts, e)) return false;
+    for (int i = 0, from = 0; i < n; i++)
+        if (r[i]->draft.n > 0) r[i]->draft = b->drafts[from++];
+    return true;
+}
+
+static void add(struct batch *b, struct request *r, int64_t n, bool tentative)
+{
+    r->first = b->n_rows;
+    r->n_rows = n;
+    r->tentative = tentative;
+    r->right = 0;
+    r->ended = false;
+    b->runs[b->n_runs] = (struct engine_run){ r->handle, b->rows + r->first, n, tentative };
+    b->requests[b->n_runs++] = r;
+    b->n_rows += n;
+}
+
+static void want_logits(struct batch *b, struct request *r, int64_t first, int64_t end)
+{
+    for (int64_t i = first; i < end; i++) {
+        b->index[b->n_logits] = r->first + i;
+        b->of[b->n_logits++] = r;
+    }
+}
+
+void batch_add_round(struct batch *b, struct request *r)
+{
+    struct row *rows = b->rows + b->n_rows;
+    int64_t position = engine_position(b->engine, r->handle), n = r->draft.n + 1;
+    engine_text_rows(rows, &r->draft.next, 1, position);
+    engine_text_rows(rows + 1, r->draft.tokens, r->draft.n, position + 1);
+    add(b, r, n, r->draft.n > 0);
+    want_logits(b, r, 0, n);
+}
+
+/* The tower's rows of the pictures that rows [r->done, end) need. */
+static bool see_pictures(struct batch *b, struct request *r, int64_t end, struct err *e)
+{
+    for (int i = 0; i < r->n_pictures; i++) {
+        struct request_picture *p = &r->pictures[i];
+        int64_t n = p->picture.height * p->picture.width, cols = p->picture.cols;
+        if (p->first >= end || p->first + n <= r->done || p->picture.rows) continue;
+        if (!picture_see(b->reader, &p->picture, &p->patches, e)) return err_note(e, "image %d", i + 1);
+        for (int64_t k = 0; k < n; k++) r->prompt.rows[p->first + k].embedding = p->picture.rows + k * cols;
+        patches_free(&p->patches);
+    }
+    return true;
+}
+
+bool batch_add_prompt(struct batch *b, struct request *r, int64_t n, struct err *e)
+{
+    if (!see_pictures(b, r, r->done + n, e)) return false;
+    memcpy(b->rows + b->n_rows, r->prompt.rows + r->done, (size_t)n * sizeof *b->rows);
+    add(b, r, n, false);
+    bool scores = r->o.prompt_logprobs >= 0, is_last = r->done + n == r->prompt.n;
+    if (scores)
+        want_logits(b, r, 0, n - (is_last && r->most == 0));
+    else if (is_last && r->most > 0)
+        want_logits(b, r, n - 1, n);
+    return true;
+}
+
+/* What comes out. */
+
+static void end(struct request *r, enum request_finish finish, int32_t stop_token)
+{
+    r->ended = r->is_over = true;
+    r->finish = finish;
+    r->stop_token = stop_token;
+}
+
+static bool is_one_of(const int32_t *ids, int n, int32_t id)
+{
+    for (int i = 0; i < n; i++)
+        if (ids[i] == id) return true;
+    return false;
+}
+
+/* -1: the rules leave none. */
+static int32_t choose(struct batch *b, struct request *r, const float *logits)
+{
+    int32_t forced = logits_rules_forced(&r->rules);
+    if (forced >= 0) return forced;
+    if (logits_rules_change(&r->rules)) {
+        memcpy(b->changed, logits, (size_t)b->vocab * sizeof *logits);
+        if (!logits_rules_apply(&r->rules, b->changed)) return -1;
+        logits = b->changed;
+    }
+    return sample_token(&r->o.sampling, logits, b->vocab, (uint64_t)r->n_answer, b->work, NULL, NULL);
+}
+
+static void end_without_token(struct request *r)
+{
+    if (r->rules.constrained) {
+        end(r, FINISHED_STOP, -1);
+        return;
+    }
+    err_set(&r->error, ERR_ARGUMENT,
+            "no token may come after %lld of the answer: bans, bias and allowed tokens exclude all",
+            (long long)r->n_answer);
+    end(r, FINISHED_ERROR, -1);
+}
+
+/* The next token of the answer, by its row of logits. The rows of a round count for as long as each token is
+ * the one drafted. */
+static void take_token(struct batch *b, struct request *r, const float *logits)
+{
+    int32_t id = choose(b, r, logits);
+    int row = r->right++;
+    if (id < 0) {
+        end_without_token(r);
+        return;
+    }
+    if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
+        end(r, FINISHED_STOP, id);
+        return;
+    }
+    struct request_event event = { .kind = REQUEST_TOKEN, .token.id = id };
+    if (r->o.top_logprobs >= 0) logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
+    request_post(r, &event);
+    r->n_answer++;
+    r->ended = !r->tentative || row == r->draft.n || id != r->draft.tokens[row];
+    r->draft.next = id;
+    if (!logits_rules_take(&r->rules, id))
+        end(r, FINISHED_STOP, -1);
+    else if (r->n_answer == r->most)
+        end(r, FINISHED_LENGTH, -1);
+}
+
+/* Of pictures only the first row is a token of the prompt as the caller wrote it. */
+static bool is_token(const struct request *r, int64_t row)
+{
+    for (int i = 0; i < r->n_pictures; i++) {
+        const struct request_picture *p = &r->pictures[i];
+        if (row > p->first && row < p->first + p->picture.height * p->picture.width) return false;
+    }
+    return true;
+}
+
+/* Row `row` of the prompt tells the score of the one after it. */
+static void score_prompt(struct batch *b, struct request *r, int64_t row, const float *logits)
+{
+    struct request_event event = { .kind = REQUEST_PROMPT };
+    if (!is_token(r, row + 1)) return;
+    logits_score(&event, logits, b->vocab, r->prompt.rows[row + 1].token, r->o.prompt_logprobs);
+    request_post(r, &event);
+}
+
+static void take_row(struct batch *b, struct request *r, int64_t row, const float *logits)
+{
+    bool in_prompt = r->done < r->prompt.n;
+    if (r->ended) return;
+    if (in_prompt && r->done + row + 1 < r->prompt.n)
+        score_prompt(b, r, r->done + row, logits);
+    else
+        take_token(b, r, logits);
+}
+
+static bool take_logits(struct batch *b, struct mat hidden, struct err *e)
+{
+    int64_t most = engine_logits_rows(b->engine);
+    for (int64_t i = 0; i < b->n_logits; i += most) {
+        int64_t n = b->n_logits - i < most ? b->n_logits - i : most;
+        const float *logits = engine_logits_host(b->engine, hidden, b->index + i, n);
+        if (!engine_wait(b->engine, e)) return false;
+        for (int64_t k = 0; k < n; k++)
+            take_row(b, b->of[i + k], b->index[i + k] - b->of[i + k]->first, logits + k * b->vocab);
+    }
+    return engine_wait(b->engine, e);
+}
+
+/* What the rows computed mean for the request. */
+static void advance_prompt(struct request *r)
+{
+    r->done += r->n_rows;
+    for (int i = 0; i < r->n_pictures; i++) {
+        struct request_picture *p = &r->pictures[i];
+        if (p->first + p->picture.height * p->picture.width > r->done) continue;
+        free(p->picture.rows);
+        p->picture.rows = NULL;
+    }
+    if (r->done == r->prompt.n && r->most == 0) end(r, FINISHED_LENGTH, -1);
+}
+
+static void count(struct request *r, struct scheduler_stats *stats, double now)
+{
+    int64_t drafted = r->tentative ? r->draft.n : 0, accepted = r->tentative ? r->right - 1 : 0;
+    bool first = r->decoding == 0 && r->n_answer > 0;
+    if (first) r->decoding = now;
+    stats->drafts += drafted > 0;
+    stats->drafted += drafted;
+    stats->accepted += accepted;
+    for (int i = 0; i < accepted; i++) stats->accepted_at[i]++;
+    pthread_mutex_lock(&r->lock);
+    struct request_usage *u = &r->usage;
+    u->answer_tokens = r->n_answer;
+    u->prefilled = r->done;
+    u->drafted += drafted;
+    u->accepted += accepted;
+    u->queued_seconds = r->began - r->submitted;
+    u->prefill_seconds = (r->decoding > 0 ? r->decoding : now) - r->began;
+    if (r->decoding > 0) u->decode_seconds = now - r->decoding;
+    pthread_mutex_unlock(&r->lock);
+}
+
+bool batch_run(struct batch *b, struct scheduler_stats *stats, struct err *e)
+{
+    struct mat hidden;
+    if (!engine_step(b->engine, b->runs, b->n_runs, &hidden, e) || !take_logits(b, hidden, e)) return false;
+    double now = clock_seconds();
+    for (int i = 0; i < b->n_runs; i++) {
+        struct request *r = b->requests[i];
+        if (r->done < r->prompt.n) advance_prompt(r);
+        if (r->tentative) engine_keep(b->engine, r->handle, r->right);
+        count(r, stats, now);
+        if (r->is_over) request_end(r, r->finish, r->stop_token);
+    }
+    return true;
+}

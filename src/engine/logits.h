@@ -1,0 +1,37 @@
+/* What a request makes of a row of logits before a token is drawn from it: penalties, bias, tokens that must
+ * not come. State advances with every token of the answer, so that the rows of a verified run are each seen
+ * as if the tokens before them had come one by one. Order as in vLLM: allowed tokens and bans, bias,
+ * repetition, frequency, presence. */
+#ifndef ENGINE_LOGITS_H
+#define ENGINE_LOGITS_H
+#include "engine/scheduler.h"
+
+struct logits_rules {
+    const struct request_options *o; /* borrow */
+    int64_t n_vocab, n_answer;
+    uint32_t *counts; /* [n_vocab] of the answer; the top bit: in the prompt. NULL without penalties */
+    int32_t *recent;  /* the answer's last tokens, as many as the longest of bad_words, less one */
+    int n_recent, recent_most;
+    uint32_t *mask;   /* of the constraint */
+    bool constrained; /* the constraint has begun */
+    bool thinking;    /* until thinking_end */
+    int forced;       /* tokens of thinking_end given so far; 0: none */
+};
+
+/* o outlives it. prompt: what penalties count. */
+bool logits_rules_init(struct logits_rules *l, const struct request_options *o, int64_t n_vocab,
+                       struct err *e);
+void logits_rules_deinit(struct logits_rules *l); /* accepts a zeroed one */
+
+/* Whether a row is changed at all. */
+bool logits_rules_change(const struct logits_rules *l);
+/* In place: -inf where a token must not come. False: none may. */
+bool logits_rules_apply(struct logits_rules *l, float *logits);
+/* The token that has to come whatever the logits say; -1: none. */
+int32_t logits_rules_forced(const struct logits_rules *l);
+/* The token came. False: the constraint wants no more. */
+bool logits_rules_take(struct logits_rules *l, int32_t id);
+
+/* The score of token id in a row of logits, and the `most` best of the row: log-softmax in f32. */
+void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most);
+#endif

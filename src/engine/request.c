@@ -1,0 +1,397 @@
+#include "engine/request.h"
+#include "base/clock.h"
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The inbox. */
+
+bool inbox_init(struct inbox *b, int64_t most, struct err *e)
+{
+    *b = (struct inbox){ .most = most };
+    b->end = &b->first;
+    if ((errno = pthread_mutex_init(&b->lock, NULL)) != 0) return err_errno(e, "scheduler");
+    if ((errno = pthread_cond_init(&b->news, NULL)) == 0) return true;
+    err_errno(e, "scheduler");
+    pthread_mutex_destroy(&b->lock);
+    return false;
+}
+
+void inbox_deinit(struct inbox *b)
+{
+    pthread_cond_destroy(&b->news);
+    pthread_mutex_destroy(&b->lock);
+}
+
+static void ring_locked(struct inbox *b)
+{
+    b->rung = true;
+    pthread_cond_signal(&b->news);
+}
+
+void inbox_ring(struct inbox *b)
+{
+    pthread_mutex_lock(&b->lock);
+    ring_locked(b);
+    pthread_mutex_unlock(&b->lock);
+}
+
+bool inbox_put(struct inbox *b, struct request *r, struct err *e)
+{
+    pthread_mutex_lock(&b->lock);
+    bool failed = b->failed || b->closed, full = b->n_waiting >= b->most;
+    if (!failed && !full) {
+        r->inbox = b;
+        r->holders = 2;
+        *b->end = r;
+        b->end = &r->next;
+        b->n_waiting++;
+        ring_locked(b);
+    }
+    pthread_mutex_unlock(&b->lock);
+    if (failed) return err_set(e, ERR_IO, "the backend has failed, no request is taken any more");
+    return !full || err_set(e, ERR_BUSY, "%lld requests wait already, which is the limit; try again later",
+                            (long long)b->most);
+}
+
+struct request *inbox_take(struct inbox *b, bool wait, bool *closed)
+{
+    pthread_mutex_lock(&b->lock);
+    while (wait && !b->first && !b->rung && !b->closed) pthread_cond_wait(&b->news, &b->lock);
+    struct request *all = b->first;
+    b->first = NULL;
+    b->end = &b->first;
+    b->rung = false;
+    *closed = b->closed;
+    pthread_mutex_unlock(&b->lock);
+    return all;
+}
+
+void inbox_no_longer_waits(struct inbox *b)
+{
+    pthread_mutex_lock(&b->lock);
+    b->n_waiting--;
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* Making one. */
+
+static void *copy(struct arena *a, const void *from, int64_t n, size_t each)
+{
+    void *to = arena_take(a, n, each, 16);
+    if (to && n > 0) memcpy(to, from, (size_t)n * each);
+    return to;
+}
+
+static void copy_options(struct request *r, const struct request_options *o, struct arena *a)
+{
+    struct request_options *to = &r->o;
+    *to = *o;
+    to->prompt = copy(a, o->prompt, o->n_prompt, sizeof *o->prompt);
+    to->stop_tokens = copy(a, o->stop_tokens, o->n_stop_tokens, sizeof *o->stop_tokens);
+    to->never = copy(a, o->never, o->n_never, sizeof *o->never);
+    to->bias = copy(a, o->bias, o->n_bias, sizeof *o->bias);
+    to->allowed = copy(a, o->allowed, o->n_allowed, sizeof *o->allowed);
+    to->thinking_end = copy(a, o->thinking_end, o->n_thinking_end, sizeof *o->thinking_end);
+    struct token_run *words = copy(a, o->bad_words, o->n_bad_words, sizeof *o->bad_words);
+    for (int i = 0; i < o->n_bad_words; i++) {
+        const int32_t *ids = copy(a, o->bad_words[i].ids, o->bad_words[i].n, sizeof *ids);
+        if (words) words[i].ids = ids;
+    }
+    to->bad_words = words;
+    to->pictures = NULL;
+    r->ring_size = o->prompt_logprobs >= 0 ? RING_EVENTS_SCORES : RING_EVENTS;
+    r->ring = arena_take(a, r->ring_size, sizeof *r->ring, 16);
+}
+
+static int by_id(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+static bool check_ids(const char *what, const int32_t *ids, int64_t n, int64_t n_vocab, struct err *e)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return err_set(e, ERR_ARGUMENT, "%s: token %d, the model has %lld", what, ids[i],
+                           (long long)n_vocab);
+    return true;
+}
+
+static bool check(const struct request_options *o, int64_t n_vocab, struct err *e)
+{
+    bool ok = check_ids("prompt", o->prompt, o->n_prompt, n_vocab, e) &&
+              check_ids("stop tokens", o->stop_tokens, o->n_stop_tokens, n_vocab, e) &&
+              check_ids("never", o->never, o->n_never, n_vocab, e) &&
+              check_ids("allowed tokens", o->allowed, o->n_allowed, n_vocab, e) &&
+              check_ids("end of thinking", o->thinking_end, o->n_thinking_end, n_vocab, e) &&
+              sampling_check(&o->sampling, e);
+    for (int i = 0; ok && i < o->n_bias; i++) ok = check_ids("bias", &o->bias[i].id, 1, n_vocab, e);
+    for (int i = 0; ok && i < o->n_bad_words; i++) {
+        ok = o->bad_words[i].n > 0 || err_set(e, ERR_ARGUMENT, "bad words: number %d is empty", i);
+        ok = ok && check_ids("bad words", o->bad_words[i].ids, o->bad_words[i].n, n_vocab, e);
+    }
+    if (!ok) return false;
+    if (o->n_prompt == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
+    if (!(o->repetition_penalty >= 0))
+        return err_set(e, ERR_ARGUMENT, "repetition_penalty: expected more than 0, found %g",
+                       (double)o->repetition_penalty);
+    if (o->top_logprobs > TOP_LOGPROBS_MAX || o->prompt_logprobs > TOP_LOGPROBS_MAX)
+        return err_set(
+            e, ERR_ARGUMENT, "at most %d log-probabilities of a token are given, %d were asked for",
+            TOP_LOGPROBS_MAX, o->top_logprobs > o->prompt_logprobs ? o->top_logprobs : o->prompt_logprobs);
+    return true;
+}
+
+static bool open_pictures(struct request *r, const struct request_options *o,
+                          const struct picture_reader *reader, struct err *e)
+{
+    if (o->n_pictures == 0) return true;
+    if (!reader) return err_set(e, ERR_UNSUPPORTED, "images are not taken here");
+    r->pictures = calloc((size_t)o->n_pictures, sizeof *r->pictures);
+    if (!r->pictures) return err_memory(e, "images", (size_t)o->n_pictures * sizeof *r->pictures);
+    for (; r->n_pictures < o->n_pictures; r->n_pictures++) {
+        struct request_picture *p = &r->pictures[r->n_pictures];
+        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], NULL, e))
+            return err_note(e, "image %d", r->n_pictures + 1);
+    }
+    return true;
+}
+
+/* The rows, those of pictures without what the tower will make of them. */
+static bool make_rows(struct request *r, const struct model *m, struct err *e)
+{
+    int64_t token = m->config->image_token, row = 0;
+    struct picture *all = calloc((size_t)r->n_pictures + 1, sizeof *all);
+    if (!all) return err_memory(e, "images", (size_t)r->n_pictures * sizeof *all);
+    for (int i = 0; i < r->n_pictures; i++) all[i] = r->pictures[i].picture;
+    bool ok = prompt_create(&r->prompt, r->o.prompt, r->o.n_prompt, r->n_pictures ? token : -1, all,
+                            r->n_pictures, 0, e);
+    free(all);
+    for (int64_t i = 0, n = 0; ok && n < r->n_pictures; i++) {
+        if (r->o.prompt[i] != token) {
+            row++;
+            continue;
+        }
+        struct picture *p = &r->pictures[n].picture;
+        r->pictures[n++].first = row;
+        row += p->height * p->width;
+        r->usage.picture_tokens += p->height * p->width;
+    }
+    return ok;
+}
+
+static bool find_room(struct request *r, int64_t limit, struct err *e)
+{
+    int64_t room = limit - r->prompt.n, asked = r->o.max_tokens;
+    if (room < (asked != 0))
+        return err_set(e, ERR_LIMIT, "the prompt has %lld tokens, the context is %lld with the answer",
+                       (long long)r->prompt.n, (long long)limit);
+    r->most = asked < 0 || asked > room ? room : asked;
+    return true;
+}
+
+static bool create(struct request *r, const struct request_options *o, const struct model *m,
+                   const struct picture_reader *reader, int64_t limit, struct err *e)
+{
+    int64_t vocab = m->config->vocab_size;
+    if (!check(o, vocab, e)) return false;
+    copy_options(r, o, &r->memory);
+    if (!arena_back(&r->memory, "a request", e)) return false;
+    copy_options(r, o, &r->memory);
+    qsort((void *)(uintptr_t)r->o.allowed, (size_t)r->o.n_allowed, sizeof *r->o.allowed, by_id);
+    return open_pictures(r, o, reader, e) && make_rows(r, m, e) && find_room(r, limit, e) &&
+           logits_rules_init(&r->rules, &r->o, vocab, e);
+}
+
+static void destroy(struct request *r)
+{
+    struct constraint *c = r->o.constraint;
+    if (c && c->free) c->free(c->state);
+    logits_rules_deinit(&r->rules);
+    prompt_free(&r->prompt);
+    for (int i = 0; i < r->n_pictures; i++) {
+        picture_free(&r->pictures[i].picture);
+        patches_free(&r->pictures[i].patches);
+    }
+    free(r->pictures);
+    arena_free(&r->memory);
+    pthread_mutex_destroy(&r->lock);
+    free(r);
+}
+
+bool request_create(struct request **out, const struct request_options *o, const struct model *m,
+                    const struct picture_reader *reader, int64_t limit, struct err *e)
+{
+    struct constraint *c = o->constraint;
+    struct request *r = *out = calloc(1, sizeof *r);
+    if (!r || (errno = pthread_mutex_init(&r->lock, NULL)) != 0) {
+        if (c && c->free) c->free(c->state);
+        free(r);
+        *out = NULL;
+        return err_memory(e, "a request", sizeof *r);
+    }
+    r->o.constraint = c;
+    r->handle = -1;
+    r->submitted = clock_seconds();
+    if (create(r, o, m, reader, limit, e)) {
+        r->usage.prompt_tokens = r->prompt.n;
+        return true;
+    }
+    destroy(r);
+    *out = NULL;
+    return false;
+}
+
+void request_let_go(struct request *r)
+{
+    pthread_mutex_lock(&r->lock);
+    int left = --r->holders;
+    pthread_mutex_unlock(&r->lock);
+    if (left <= 0) destroy(r);
+}
+
+/* What the caller does with it. */
+
+int request_take(struct request *r, struct request_event *out, int most)
+{
+    pthread_mutex_lock(&r->lock);
+    int n = r->ring_n < most ? r->ring_n : most;
+    for (int i = 0; i < n; i++) out[i] = r->ring[(r->ring_first + i) % r->ring_size];
+    r->ring_first = (r->ring_first + n) % r->ring_size;
+    r->ring_n -= n;
+    if (r->blocked && n > 0) {
+        r->blocked = false;
+        if (r->inbox) inbox_ring(r->inbox);
+    }
+    pthread_mutex_unlock(&r->lock);
+    return n;
+}
+
+void request_usage(const struct request *request, struct request_usage *out)
+{
+    struct request *r = (struct request *)(uintptr_t)request; /* for the lock */
+    pthread_mutex_lock(&r->lock);
+    *out = r->usage;
+    pthread_mutex_unlock(&r->lock);
+}
+
+const char *request_error(const struct request *request)
+{
+    struct request *r = (struct request *)(uintptr_t)request;
+    pthread_mutex_lock(&r->lock);
+    const char *text = r->inbox ? "" : r->error.text; /* once finished it does not change */
+    pthread_mutex_unlock(&r->lock);
+    return text;
+}
+
+void request_cancel(struct request *r)
+{
+    pthread_mutex_lock(&r->lock);
+    r->cancelled = true;
+    if (r->inbox) inbox_ring(r->inbox);
+    pthread_mutex_unlock(&r->lock);
+}
+
+void request_free(struct request *r)
+{
+    if (!r) return;
+    request_cancel(r);
+    request_let_go(r);
+}
+
+/* What the scheduler does with it. */
+
+bool request_is_cancelled(struct request *r)
+{
+    pthread_mutex_lock(&r->lock);
+    bool is = r->cancelled;
+    pthread_mutex_unlock(&r->lock);
+    return is;
+}
+
+int request_room(struct request *r, int needed)
+{
+    pthread_mutex_lock(&r->lock);
+    int room = r->ring_size - 1 - r->ring_n; /* one is for the end */
+    r->blocked = room < needed;
+    pthread_mutex_unlock(&r->lock);
+    return room;
+}
+
+static void post_locked(struct request *r, const struct request_event *event)
+{
+    assert(r->ring_n < r->ring_size);
+    r->ring[(r->ring_first + r->ring_n++) % r->ring_size] = *event;
+}
+
+void request_post(struct request *r, const struct request_event *event)
+{
+    pthread_mutex_lock(&r->lock);
+    post_locked(r, event);
+    pthread_mutex_unlock(&r->lock);
+}
+
+void request_end(struct request *r, enum request_finish finish, int32_t stop_token)
+{
+    struct request_event event = { .kind = REQUEST_FINISHED, .finish = finish, .stop_token = stop_token };
+    pthread_mutex_lock(&r->lock);
+    post_locked(r, &event);
+    r->inbox = NULL;
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* Requests that wait. */
+
+bool request_before(const struct request *a, const struct request *b)
+{
+    if (a->o.priority != b->o.priority) return a->o.priority < b->o.priority;
+    if (a->round != b->round) return a->round < b->round;
+    return a->number < b->number;
+}
+
+static void insert(struct waiting *w, struct request *r)
+{
+    r->next = w->first;
+    w->first = r;
+    w->n++;
+    w->tokens += r->prompt.n;
+}
+
+/* An owner's next request has its turn one round after the one it has waiting already, at the earliest in the
+ * round that is being served: so who submits much gets a turn a round like everybody. */
+void waiting_add(struct waiting *w, struct request *r)
+{
+    r->number = w->arrivals++;
+    r->round = w->round;
+    for (const struct request *x = w->first; x; x = x->next)
+        if (x->o.owner == r->o.owner && x->o.priority == r->o.priority && x->round >= r->round)
+            r->round = x->round + 1;
+    insert(w, r);
+}
+
+void waiting_return(struct waiting *w, struct request *r)
+{
+    insert(w, r);
+}
+
+struct request *waiting_best(const struct waiting *w)
+{
+    struct request *best = w->first;
+    for (struct request *r = w->first; r; r = r->next)
+        if (request_before(r, best)) best = r;
+    return best;
+}
+
+void waiting_remove(struct waiting *w, struct request *r)
+{
+    struct request **at = &w->first;
+    while (*at != r) at = &(*at)->next;
+    *at = r->next;
+    r->next = NULL;
+    w->n--;
+    w->tokens -= r->prompt.n;
+    if (r->round > w->round) w->round = r->round;
+}

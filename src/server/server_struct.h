@@ -1,0 +1,132 @@
+/* Inside of the server: what its files share. Everything belongs to the loop's thread but what says
+ * otherwise. */
+#ifndef SERVER_SERVER_STRUCT_H
+#define SERVER_SERVER_STRUCT_H
+#include "server/keys.h"
+#include "server/log.h"
+#include "server/metrics.h"
+#include "server/routes.h"
+#include "server/server.h"
+#include "server/workers.h"
+#include <event2/bufferevent.h>
+#include <event2/event.h>
+#include <event2/listener.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { ROUTES_MAX = 64, WORKERS = 3 };
+
+enum phase {
+    PHASE_HEAD,   /* a request's headers are awaited */
+    PHASE_BODY,   /* its body */
+    PHASE_ANSWER, /* an exchange is made, then runs */
+    PHASE_FLUSH,  /* the last bytes go out */
+    PHASE_LINGER  /* all is sent; what the client still sends is dropped until it closes */
+};
+
+struct connection {
+    struct server *server;
+    struct connection *previous, *next;
+    struct bufferevent *events;
+    enum phase phase;
+    double since; /* of the phase */
+    bool first;   /* no request was read yet */
+
+    /* the request */
+    size_t scanned;
+    char *head;
+    struct http_header *headers;
+    struct http_request request;
+    struct http_chunks chunks;
+    char *body;
+    size_t body_bytes, body_room;
+    const struct route *route; /* NULL: none such */
+    const char *argument;
+    struct api_caller caller;
+    char request_id[REQUEST_ID_MAX + 1];
+    const char *origin; /* allowed to read the answer; or NULL */
+    bool refused;       /* before its body was read */
+
+    /* the answer */
+    struct job *job;           /* makes the exchange; borrow, the workers' */
+    struct exchange *exchange; /* owned */
+    bool head_sent, streams;
+    int status;
+    double begun, heard; /* when the request was here; when the stream said something last */
+    uint64_t sent_bytes;
+
+    /* tokens seen so far */
+    int64_t seen_tokens;
+    double seen_at, first_token;
+    bool prompt_counted;
+
+    double unread_since; /* output waits for the client; 0: none does */
+    uint64_t unread_mark, written;
+};
+
+struct server {
+    struct server_options o;
+    struct http_limits limits;
+    struct event_base *base;
+    struct event *wake, *attach, *made, *stop, *tick, *signals[3], *relisten;
+    struct evconnlistener *listener;
+    pthread_t thread;
+    bool thread_runs, clean;
+    char address[300];
+
+    _Atomic(const char *) loading;
+    _Atomic uint64_t loading_done, loading_total;
+    struct api *pending_api; /* handed over by `attach` */
+    struct scheduler *pending_scheduler;
+
+    struct api *api; /* NULL: still loading */
+    struct scheduler *scheduler;
+    struct scheduler_stats stats; /* as of the last look */
+    SSL_CTX *tls;
+    struct keys keys;
+    struct request_log *log;
+    struct workers *workers;
+    struct metrics metrics;
+    struct metrics_route routes[ROUTES_MAX + 1]; /* the last: paths that are not in the table */
+
+    struct connection *connections;
+    int64_t n_connections, n_exchanges;
+    size_t body_bytes; /* held by all connections */
+    uint64_t n_requests;
+    char id_prefix[17];
+    bool draining, stopping;
+    double drain_since, answered_since; /* when no exchange was left */
+    bool is_open_to_all;                /* others than this machine can connect */
+};
+
+/* connection.c */
+bool connection_open(struct server *s, evutil_socket_t fd);
+void connection_close(struct connection *c);
+bool connection_is_answering(const struct connection *c);
+void connection_take(struct connection *c,
+                     struct exchange *x);               /* the one it waits for; NULL: out of memory */
+void connection_pump(struct connection *c);             /* the exchange has news, or there is room for it */
+void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
+void connection_abort(struct connection *c);            /* the server ends: an error in place of the rest */
+bool connection_is_idle(const struct connection *c);
+bool connection_is_quiet(const struct connection *c); /* nothing to read or to send */
+
+/* Answers in one piece and goes on to the next request. extra: further headers, each with its CR LF, or NULL.
+ */
+void connection_answer(struct connection *c, int status, const char *type, const char *extra,
+                       const char *body, size_t bytes);
+/* An error in the shape of the route's API. */
+void connection_error(struct connection *c, int status, const char *extra, const char *message);
+
+/* answer.c */
+/* The request's headers are here: false, and it is answered, where it goes no further. */
+bool answer_admit(struct connection *c);
+/* A route that needs no exchange. */
+void answer_local(struct connection *c);
+/* Access-Control headers for this connection's answer. */
+void answer_cors(const struct connection *c, struct evbuffer *out);
+
+/* account.c */
+void account_tokens(struct connection *c, double now);    /* tokens that came since the last look */
+void account_request(struct connection *c, bool aborted); /* it is answered, or will not be */
+#endif
