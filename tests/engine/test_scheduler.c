@@ -62,7 +62,7 @@ static void load(struct fixture *f)
     struct err e = { 0 };
     *f = (struct fixture){ .lock = PTHREAD_MUTEX_INITIALIZER, .news = PTHREAD_COND_INITIALIZER };
     load_model(&f->loaded, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .threads = 2 });
-    must(model_bind_mtp(&f->loaded.model, &e), &e);
+    must(model_bind_mtp(&f->loaded.model, true, &e), &e);
     must(tokenizer_load(&f->tokenizer, "models/demo", &e), &e);
 }
 

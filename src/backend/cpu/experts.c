@@ -221,11 +221,13 @@ void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks
     m.panels_each = cpu_panels_each(x.rows * picks->k / m.n_active);
     int32_t first = q->active[0];
     bool shared = is_shared(&m);
-    if (shared) pool_run(q->pool, x.rows, round_shared, &m);
-    pool_run(q->pool, m.n_active, shared ? pack_shared : pack_gate_up, &m);
+    if (shared) cpu_run_rows(q, x.rows, 2 * x.cols, round_shared, &m);
+    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * x.cols / m.n_active,
+                 shared ? pack_shared : pack_gate_up, &m);
     run_panels(&m, experts->gate[first]->rows, gate_up);
-    pool_run(q->pool, m.n_active, pack_down, &m);
+    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * experts->down[first]->cols / m.n_active, pack_down,
+                 &m);
     if (x.rows > ROWS_EXACT) m.panels_each = 2;
     run_panels(&m, experts->down[first]->rows, down);
-    pool_run(q->pool, x.rows, combine, &m);
+    cpu_run_rows(q, x.rows, 2 * picks->k * y.cols, combine, &m);
 }

@@ -75,7 +75,15 @@ static void interleave(uint32_t *out, const uint8_t *const *rows, int n_rows, in
 #if defined(__AVX512F__)
     const uint8_t *all[16];
     for (int r = 0; r < 16; r++) all[r] = rows[r < n_rows ? r : 0];
-    if (n_rows == 16)
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                  high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    if (n_rows == 2)
+        for (; i + 16 <= n; i += 16) {
+            __m512i a = _mm512_loadu_si512(rows[0] + 4 * i), b = _mm512_loadu_si512(rows[1] + 4 * i);
+            _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi32(a, low, b));
+            _mm512_storeu_si512(out + 2 * i + 16, _mm512_permutex2var_epi32(a, high, b));
+        }
+    else if (n_rows == 16)
         for (; i + 16 <= n; i += 16) transpose16(out + i * 16, 16, all, 4 * i, 16);
     else
         for (; i + 16 <= n; i += 16) transpose16(out + i * n_rows, n_rows, all, 4 * i, n_rows);

@@ -115,6 +115,18 @@ static inline int64_t cpu_attend_part(int64_t context)
     return each > least ? (each + KV_PAGE - 1) / KV_PAGE * KV_PAGE : least;
 }
 
+/* pool_run of n light items that touch so many floats each: few are cheaper on the calling thread than a
+ * wake-up. */
+static inline void cpu_run_rows(struct queue *q, int64_t n, int64_t floats_each,
+                                void (*body)(void *, int64_t, int), void *ctx)
+{
+    if (n * floats_each > 16384) {
+        pool_run(q->pool, n, body, ctx);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) body(ctx, i, 0);
+}
+
 /* n <= 16 results of a panel; a whole one without a call of memcpy. */
 static inline void cpu_keep(float *to, const float *sums, int64_t n)
 {
