@@ -70,9 +70,9 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
 }
 
 /* In a step of one row a multiprocessor has room for a block of the kernel that runs and one of the next. Were there room for
- * two of the same, some multiprocessors would get two and others none, and everybody would wait for the former: measured,
- * 10 of 64 us a layer. So every other kernel is a LEFT one and asks for more than half of the shared memory; all have a quarter
- * to a half of the registers. One LEFT and one other fit, two of a kind beside them do not. */
+ * two of the same, some multiprocessors would get two and others none, and everybody would wait for the former: 8 us a layer,
+ * measured. So every other kernel is a LEFT one and asks for more than half of the shared memory; all take more than a quarter
+ * of the registers and no more than half. One LEFT and one other fit; two LEFT ones do not, nor two others beside one. */
 constexpr size_t LEFT_SHARED = 114 * 1024;
 
 template <int SIZE, class... P, class... A>
