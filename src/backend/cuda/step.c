@@ -78,10 +78,10 @@ bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
     if (!queue_take(q, &q->memory, a.used, "scratch of a step", e)) return false;
     a = (struct arena){ .memory = q->memory, .size = a.used };
     layout(q, &a);
-    cudaMemsetAsync(q->arrived, 0, ROWS_EXACT * KV_HEADS_MAX * sizeof *q->arrived, q->stream);
-    return queue_check(q, cudaMemsetAsync(q->batch.chunks, 0, 2 * sizeof *q->batch.chunks, q->stream),
-                       "reserve") ||
-           err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
+    uint64_t arrived = ROWS_EXACT * KV_HEADS_MAX * sizeof *q->arrived, chunks = 2 * sizeof *q->batch.chunks;
+    bool ok = queue_check(q, cudaMemsetAsync(q->arrived, 0, arrived, q->stream), "reserve") &&
+              queue_check(q, cudaMemsetAsync(q->batch.chunks, 0, chunks, q->stream), "reserve");
+    return ok || err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
 }
 
 static bool fill_spans(struct queue *q, struct cuda_row *rows, struct cuda_span *spans, int *pages,
