@@ -1,7 +1,8 @@
-/* Attention: norms and rotation of heads, the KV cache, and each row over its sequence. A block takes one part of a
- * row's tokens for one kv head: its warps read each key and value once for up to eight query heads, four heads a warp,
- * and keep running maximum, sum and values. The parts of a row are put together by a second kernel. A part is at least
- * PART tokens, and how many there are depends on the row's own length only. */
+/* Attention: norms and rotation of heads, the KV cache, and each row over its sequence. A block takes one
+ * part of a row's tokens for one kv head: its warps read each key and value once for up to eight query heads,
+ * four heads a warp, and keep running maximum, sum and values. The block that is done last puts the parts of
+ * a row together, in their order. A part is at least PART tokens, and how many there are depends on the row's
+ * own length only. */
 #include "backend/cuda/device.cuh"
 
 namespace {
@@ -15,21 +16,34 @@ __device__ int part_length(int tokens, int splits)
     return splits == 1 ? tokens : each < PART ? PART : each;
 }
 
-/* Norm and rotation of one head by a warp; `out` may be `x`. */
-__device__ void norm_rope_head(float *out, const float *x, int dim, const float *gain, float eps, const rope &rope,
-                               const int position[3])
+/* Norm of one head by a warp, its values into `out`, which may be `x`. */
+__device__ __forceinline__ void norm_head(float *out, const float *x, int dim, const float *gain, float eps)
 {
     int lane = threadIdx.x % LANES;
-    float scale = warp_inverse_rms(x, dim, eps);
-    for (int d = lane; d < dim; d += LANES) out[d] = __ldcg(x + d) * scale * gain[d];
+    float v[EACH], sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) v[i] = lane + i * LANES < dim ? __ldcg(x + lane + i * LANES) : 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
+    float scale = 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (lane + i * LANES < dim) out[lane + i * LANES] = v[i] * scale * gain[lane + i * LANES];
     __syncwarp();
-    for (int j = lane; j < rope.n; j += LANES) {
-        float angle = (float)position[rope.axis[j]] * rope.inverse[j], c = cosf(angle), s = sinf(angle);
-        float a = out[j], b = out[j + rope.n];
-        out[j] = a * c - b * s;
-        out[j + rope.n] = b * c + a * s;
-    }
-    __syncwarp();
+}
+
+/* Cosine and sine of pair j at a position. */
+__device__ __forceinline__ float2 rope_turn(const rope &rope, const int position[3], int j)
+{
+    float angle = (float)position[rope.axis[j]] * rope.inverse[j];
+    return make_float2(cosf(angle), sinf(angle));
+}
+
+__device__ __forceinline__ void turn_pair(float *head, int n, int j, float2 turn)
+{
+    float a = head[j], b = head[j + n];
+    head[j] = a * turn.x - b * turn.y;
+    head[j + n] = b * turn.x + a * turn.y;
 }
 
 /* A warp a head; grid: heads, rows. */
@@ -39,7 +53,9 @@ __global__ void norm_rope_heads(mat x, int n_heads, int head_stride, int dim, co
     int head = blockIdx.x * WARPS + threadIdx.x / LANES;
     if (head >= n_heads) return;
     float *at = x.data + blockIdx.y * x.stride + (int64_t)head * head_stride;
-    norm_rope_head(at, at, dim, gain, eps, rope, rows.rows[blockIdx.y].position);
+    norm_head(at, at, dim, gain, eps);
+    for (int j = threadIdx.x % LANES; j < rope.n; j += LANES)
+        turn_pair(at, rope.n, j, rope_turn(rope, rows.rows[blockIdx.y].position, j));
 }
 
 __device__ int64_t kv_line(const kv_cache &kv, const cuda_rows &rows, int span, int token)
@@ -73,7 +89,9 @@ struct attention_args {
     int n_heads, splits;
     kv_cache kv;
     cuda_rows rows;
-    float *parts; /* [rows][n_heads][splits][dim + 2]: values, maximum, sum */
+    float *parts;      /* [rows][n_heads][splits][dim + 2]: values, maximum, sum */
+    unsigned *arrived; /* [rows][n_kv_heads]: parts that are done; 0 again when all are */
+    mat y;
     /* decode: norm, rotate and append here; q_gain NULL: done before */
     const float *q_gain, *k_gain;
     float eps;
@@ -160,29 +178,25 @@ __device__ void attend(running (&r)[HEADS], const float *queries, int n, const a
     }
 }
 
-/* The row's own key and value into the cache, by the block whose part they end. */
-__device__ void append_own(const attention_args &a, int64_t row, int span, int token, int kv_head, float *scratch)
+/* Values of a head put together and gated: d of them. */
+__device__ __forceinline__ void put_out(const attention_args &a, int64_t row, int head, int d, float x, float total)
 {
     int dim = a.kv.head_dim;
-    int64_t line = kv_line(a.kv, a.rows, span, token) + (int64_t)kv_head * dim;
-    if (threadIdx.x < LANES)
-        norm_rope_head(scratch, a.k.data + row * a.k.stride + (int64_t)kv_head * dim, dim, a.k_gain, a.eps, a.rope,
-                       a.rows.rows[row].position);
-    __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
-        kv_store(a.kv.keys, a.kv.dtype, line + d, scratch[d]);
-        kv_store(a.kv.values, a.kv.dtype, line + d, __ldcg(a.v.data + row * a.v.stride + (int64_t)kv_head * dim + d));
-    }
-    __syncthreads();
+    float gate = __ldcg(a.qg.data + row * a.qg.stride + (int64_t)head * 2 * dim + dim + d);
+    a.y.data[row * a.y.stride + (int64_t)head * dim + d] = x / total * sigmoid(gate);
 }
 
-/* Running values of all warps of a head group put together in order, by the threads of the group's first warps. */
-__device__ void store_parts(const attention_args &a, const running (&r)[HEADS], float *meeting, int64_t row, int split,
-                            int head, int n, int group, int warps, bool wide)
+/* Running values of all warps of a head group put together in order, by the threads of the group's first
+ * warps. The only part of a row is its whole. */
+__device__ __forceinline__ void store_parts(const attention_args &a, const running (&r)[HEADS], float *meeting, int64_t row,
+                                            int head, int n, int group, int warps, bool wide, bool only)
 {
     int dim = a.kv.head_dim, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, size = dim + 2;
-    for (int h = 0; h < n; h++) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
         float *to = meeting + (warp * HEADS + h) * size;
+        if (h >= n) continue;
+#pragma unroll
         for (int i = 0; i < EACH; i++) {
             int d = wide ? lane * EACH + i : lane + LANES * i;
             if (d < dim) to[d] = r[h].value[i];
@@ -190,102 +204,150 @@ __device__ void store_parts(const attention_args &a, const running (&r)[HEADS], 
         if (lane == 0) to[dim] = r[h].top, to[dim + 1] = r[h].sum;
     }
     __syncthreads();
+#pragma unroll 1
     for (int h = warp % warps; h < n; h += warps) {
         const float *from = meeting + (group * warps * HEADS + h) * size;
-        float *out = a.parts + ((row * a.n_heads + head + h) * a.splits + split) * size, top = -INFINITY, sum = 0;
-        for (int w = 0; w < warps; w++) top = fmaxf(top, from[w * HEADS * size + dim]);
-        for (int w = 0; w < warps; w++) sum += from[w * HEADS * size + dim + 1] * expf(from[w * HEADS * size + dim] - top);
+        float top = -INFINITY, sum = 0, share[WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            if (w < warps) top = fmaxf(top, from[w * HEADS * size + dim]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            share[w] = w < warps ? expf(from[w * HEADS * size + dim] - top) : 0;
+            if (w < warps) sum += from[w * HEADS * size + dim + 1] * share[w];
+        }
+        float *out = a.parts + ((row * a.n_heads + head + h) * a.splits + blockIdx.x) * size;
+#pragma unroll 1
         for (int d = lane; d < dim; d += LANES) {
             float x = 0;
-            for (int w = 0; w < warps; w++) x += from[w * HEADS * size + d] * expf(from[w * HEADS * size + dim] - top);
-            out[d] = x;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                if (w < warps) x += from[w * HEADS * size + d] * share[w];
+            if (only)
+                put_out(a, row, head + h, d, x, sum);
+            else
+                out[d] = x;
         }
-        if (lane == 0) out[dim] = top, out[dim + 1] = sum;
+        if (!only && lane == 0) out[dim] = top, out[dim + 1] = sum;
     }
     __syncthreads();
 }
 
-/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], meeting
- * [warps][HEADS][dim + 2]. */
+/* The parts of a kv head's query heads, a warp a head; share: room for a warp's. */
+__device__ __forceinline__ void join_parts(const attention_args &a, int64_t row, int first_head, int group, int parts,
+                                           float *share)
+{
+    int dim = a.kv.head_dim, size = dim + 2, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    share += warp * SPLITS;
+#pragma unroll 1
+    for (int h = warp; h < group; h += WARPS) {
+        const float *from = a.parts + (row * a.n_heads + first_head + h) * a.splits * size;
+        float top = -INFINITY, sum = 0;
+        for (int s = lane; s < parts; s += LANES) top = fmaxf(top, __ldcg(from + s * size + dim));
+        top = warp_max(top);
+        for (int s = lane; s < parts; s += LANES) {
+            share[s] = expf(__ldcg(from + s * size + dim) - top);
+            sum += share[s] * __ldcg(from + s * size + dim + 1);
+        }
+        sum = warp_sum(sum);
+        __syncwarp();
+        float x[EACH] = {};
+#pragma unroll 4
+        for (int s = 0; s < parts; s++)
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (lane + i * LANES < dim) x[i] = fmaf(__ldcg(from + s * size + lane + i * LANES), share[s], x[i]);
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (lane + i * LANES < dim) put_out(a, row, first_head + h, lane + i * LANES, x[i], sum);
+        __syncwarp();
+    }
+}
+
+/* Whether this block is the last of its row and kv head to be done with its part. */
+__device__ __forceinline__ bool is_last(const attention_args &a, int64_t row, int parts)
+{
+    __shared__ bool last;
+    unsigned *arrived = a.arrived + row * a.kv.n_kv_heads + blockIdx.y;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1u) == (unsigned)parts - 1;
+        if (last) *arrived = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
+/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns
+ * [rope.n][2], meeting [warps][HEADS][dim + 2]. */
 template <int DTYPE, bool WIDE>
-__global__ void __launch_bounds__(THREADS) attention_parts(const __grid_constant__ attention_args a)
+__global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_constant__ attention_args a)
 {
     extern __shared__ float shared_f[];
     int dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES;
     int64_t row = blockIdx.z;
-    float *queries = shared_f, *own = queries + group * dim, *meeting = own + dim;
+    float *queries = shared_f, *own = queries + group * dim, *meeting = own + 2 * dim;
+    float2 *turns = (float2 *)(own + dim);
     let_next_start();
     int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
-    int length = part_length(token + 1, a.splits), begin = blockIdx.x * length;
+    int length = part_length(token + 1, a.splits), begin = blockIdx.x * length, parts = (token + length) / length;
     int end = begin + length < token + 1 ? begin + length : token + 1;
+    bool owner = a.q_gain && end == token + 1; /* of the row's own key and value */
     if (begin >= end) return;
-    wait_for_previous();
-    for (int h = warp; h < group; h += WARPS) {
-        const float *from = a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + h) * 2 * dim;
-        if (a.q_gain)
-            norm_rope_head(queries + h * dim, from, dim, a.q_gain, a.eps, a.rope, a.rows.rows[row].position);
-        else
-            for (int d = threadIdx.x % LANES; d < dim; d += LANES) queries[h * dim + d] = __ldcg(from + d);
-    }
-    if (a.q_gain && end == token + 1) append_own(a, row, span, token, kv_head, own);
+    for (int j = threadIdx.x; a.q_gain && j < a.rope.n; j += THREADS)
+        turns[j] = rope_turn(a.rope, a.rows.rows[row].position, j);
     __syncthreads();
+    int64_t line = kv_line(a.kv, a.rows, span, token) + (int64_t)kv_head * dim;
+    const float *k = a.k.data + row * a.k.stride + (int64_t)kv_head * dim;
+    const float *v = a.v.data + row * a.v.stride + (int64_t)kv_head * dim;
+    wait_for_previous();
+    for (int d = threadIdx.x; owner && d < dim; d += THREADS) kv_store(a.kv.values, a.kv.dtype, line + d, __ldcg(v + d));
+#pragma unroll 1
+    for (int h = warp; h < group + owner; h += WARPS) {
+        float *to = queries + h * dim; /* the key behind the queries */
+        const float *from = h == group ? k : a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + h) * 2 * dim;
+        if (a.q_gain) {
+            norm_head(to, from, dim, h == group ? a.k_gain : a.q_gain, a.eps);
+            for (int j = threadIdx.x % LANES; j < a.rope.n; j += LANES) turn_pair(to, a.rope.n, j, turns[j]);
+        } else {
+            for (int d = threadIdx.x % LANES; d < dim; d += LANES) to[d] = __ldcg(from + d);
+        }
+        __syncwarp();
+        for (int d = threadIdx.x % LANES; h == group && d < dim; d += LANES)
+            kv_store(a.kv.keys, a.kv.dtype, line + d, to[d]);
+    }
+    __syncthreads();
+#pragma unroll 1
     for (int head = 0; head < group; head += 2 * HEADS) {
         int sides = group - head > HEADS ? 2 : 1, warps = WARPS / sides, side = warp / warps;
         int mine = head + side * HEADS, n = group - mine < HEADS ? group - mine : HEADS;
         running r[HEADS];
         attend<DTYPE, WIDE>(r, queries + mine * dim, n, a, span, kv_head, begin + warp % warps, end, warps);
-        store_parts(a, r, meeting, row, blockIdx.x, kv_head * group + mine, n, side, warps, WIDE);
+        store_parts(a, r, meeting, row, kv_head * group + mine, n, side, warps, WIDE, parts == 1);
     }
-}
-
-/* Grid: heads, rows. */
-__global__ void attention_whole(mat y, const __grid_constant__ attention_args a)
-{
-    __shared__ float share[SPLITS], total;
-    int dim = a.kv.head_dim, head = blockIdx.x, size = dim + 2;
-    int64_t row = blockIdx.y;
-    let_next_start();
-    int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
-    int length = part_length(token + 1, a.splits), parts = (token + length) / length;
-    wait_for_previous();
-    const float *from = a.parts + (row * a.n_heads + head) * a.splits * size;
-    if (threadIdx.x < LANES) {
-        float top = -INFINITY, sum = 0;
-        for (int s = threadIdx.x; s < parts; s += LANES) top = fmaxf(top, __ldcg(from + s * size + dim));
-        top = warp_max(top);
-        for (int s = threadIdx.x; s < parts; s += LANES) {
-            share[s] = expf(__ldcg(from + s * size + dim) - top);
-            sum += share[s] * __ldcg(from + s * size + dim + 1);
-        }
-        sum = warp_sum(sum);
-        if (threadIdx.x == 0) total = sum;
-    }
-    __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
-        float x = 0;
-        for (int s = 0; s < parts; s++) x = fmaf(__ldcg(from + s * size + d), share[s], x);
-        float gate = __ldcg(a.qg.data + row * a.qg.stride + (int64_t)head * 2 * dim + dim + d);
-        y.data[row * y.stride + (int64_t)head * dim + d] = x / total * sigmoid(gate);
-    }
+    if (parts > 1 && is_last(a, row, parts)) join_parts(a, row, kv_head * group, group, parts, meeting);
 }
 
 template <int DTYPE> void start(struct queue *q, const attention_args &a, dim3 grid, size_t shared)
 {
-    if (a.kv.head_dim == HEAD_MAX)
-        launch(q, "attention", true, attention_parts<DTYPE, true>, grid, shared, a);
-    else
-        launch(q, "attention", true, attention_parts<DTYPE, false>, grid, shared, a);
+    bool wide = a.kv.head_dim == HEAD_MAX, one = grid.z == 1 && grid.x * grid.y <= (unsigned)q->sms;
+    launch_side<THREADS>(q, "attention", one ? RIGHT : ALONE,
+                         wide ? attention_parts<DTYPE, true> : attention_parts<DTYPE, false>, grid, shared, a);
 }
 
 void run(struct queue *q, mat y, attention_args a, int64_t n)
 {
     int group = a.n_heads / a.kv.n_kv_heads, dim = a.kv.head_dim;
-    size_t shared = (size_t)((group + 1) * dim + WARPS * HEADS * (dim + 2)) * sizeof(float);
+    size_t shared = (size_t)((group + 2) * dim + WARPS * HEADS * (dim + 2)) * sizeof(float);
     a.splits = n <= ROWS_EXACT ? SPLITS : 1;
     a.parts = q->attended;
+    a.arrived = q->arrived;
+    a.y = y;
     dim3 grid((unsigned)a.splits, (unsigned)a.kv.n_kv_heads, (unsigned)n);
-    if (dim > HEAD_MAX || shared > (size_t)q->shared_max) {
-        queue_refuse(q, "attention", "heads wider than 256, or so many for a kv head, are not supported on a GPU");
+    if (dim > HEAD_MAX || a.kv.n_kv_heads > KV_HEADS_MAX || shared > (size_t)q->shared_max) {
+        queue_refuse(q, "attention", "heads wider than 256, or so many, are not supported on a GPU");
         return;
     }
     if (a.kv.dtype == KV_F32)
@@ -294,26 +356,25 @@ void run(struct queue *q, mat y, attention_args a, int64_t n)
         start<KV_BF16>(q, a, grid, shared);
     else
         start<KV_FP8>(q, a, grid, shared);
-    launch(q, "attention", true, attention_whole, dim3((unsigned)a.n_heads, (unsigned)n), 0, y, a);
 }
 
 } /* namespace */
 
-void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain,
-                    float eps, const struct rope *rope, const struct step_rows *step)
+void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim, const float *gain, float eps,
+                    const struct rope *rope, const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
-    if (rows)
+    if (head_dim > HEAD_MAX)
+        queue_refuse(q, "norm_rope", "heads wider than 256 are not supported on a GPU");
+    else if (rows)
         launch(q, "norm_rope", false, norm_rope_heads, dim3(blocks(n_heads, WARPS), (unsigned)x.rows), 0, x, n_heads,
                head_stride, head_dim, gain, eps, *rope, *rows);
 }
 
-void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
-                    const struct step_rows *step)
+void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v, const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
-    if (rows)
-        launch(q, "kv_append", false, kv_append_rows, dim3(blocks(k.cols), (unsigned)step->n), 0, *kv, k, v, *rows);
+    if (rows) launch(q, "kv_append", false, kv_append_rows, dim3(blocks(k.cols), (unsigned)step->n), 0, *kv, k, v, *rows);
 }
 
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,

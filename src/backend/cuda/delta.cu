@@ -242,12 +242,14 @@ template <int EACH> __global__ void __launch_bounds__(THREADS, 2) delta_step(con
 void start(struct queue *q, const delta_args &p, bool step)
 {
     dim3 grid((unsigned)(p.shape.value_heads * ((p.shape.value_dim + COLUMNS - 1) / COLUMNS)), (unsigned)p.rows.n_spans);
+    bool narrow = p.shape.key_dim <= 128;
     if (p.shape.key_dim > HEAD_MAX)
         queue_refuse(q, "delta", "key heads wider than 256 are not supported on a GPU");
-    else if (p.shape.key_dim <= 128)
-        launch(q, "delta", step, step ? delta_step<16> : delta_heads<16>, grid, 0, p);
+    else if (step)
+        launch_side<THREADS>(q, "delta", RIGHT, narrow ? delta_step<16> : delta_step<HEAD_MAX / WARPS>, grid,
+                             0, p);
     else
-        launch(q, "delta", step, step ? delta_step<HEAD_MAX / WARPS> : delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
+        launch(q, "delta", false, narrow ? delta_heads<16> : delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
 }
 
 } /* namespace */

@@ -49,6 +49,7 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     cudaLaunchConfig_t c = {};
     cudaLaunchAttribute attribute[1];
     if (queue_failed(q) || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    q->side = ALONE;
     c.gridDim = grid;
     c.blockDim = dim3(SIZE);
     c.dynamicSmemBytes = shared;
@@ -66,6 +67,21 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
         !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
         return;
     queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
+}
+
+/* In a step of one row a multiprocessor has room for a block of the kernel that runs and one of the next. Were there room for
+ * two of the same, some multiprocessors would get two and others none, and everybody would wait for the former: 8 us a layer,
+ * measured. So every other kernel is a LEFT one and asks for more than half of the shared memory; all take more than a quarter
+ * of the registers and no more than half. One LEFT and one other fit; two LEFT ones do not, nor two others beside one. */
+constexpr size_t LEFT_SHARED = 114 * 1024;
+
+template <int SIZE, class... P, class... A>
+void launch_side(struct queue *q, const char *operation, enum side side, void (*kernel)(P...), dim3 grid, size_t shared,
+                 A... arguments)
+{
+    bool alone = !q->has_pdl || grid.y > 1 || shared > LEFT_SHARED || (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
+    launch<SIZE>(q, operation, true, kernel, grid, side == LEFT && !alone ? LEFT_SHARED : shared, arguments...);
+    q->side = alone ? ALONE : side;
 }
 
 inline unsigned blocks(int64_t n, int64_t each = THREADS)

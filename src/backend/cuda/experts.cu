@@ -1,11 +1,11 @@
-/* The mixture of experts for few rows: two kernels, the router's choice inside each. A block does a share of one row's
- * work.
+/* The mixture of experts for few rows: two kernels, the router's choice inside each. A block does a share of
+ * one row's work.
  *
- * experts_up: the k best of the router's logits; then eight gate rows by one half of the warps and the same eight up rows by
- * the other, split along columns.
- * experts_down: eight rows of the output by eight warps, warp j on the expert of pick j (j + 8, ...) and all of them on a
- * share of the shared expert's; then the sum over picks in order, the shared expert behind its gate, and the residual. It
- * starts when the logits are final and chooses for itself, so that its weights come while experts_up still works. */
+ * experts_up: the k best of the router's logits; then eight gate rows by one half of the warps and the same
+ * eight up rows by the other, split along columns. experts_down: eight rows of the output by eight warps,
+ * warp j on the expert of pick j (j + 8, ...) and all of them on a share of the shared expert's; then the sum
+ * over picks in order, the shared expert behind its gate, and the residual. It starts when the logits are
+ * final and chooses for itself, so that its weights come while experts_up still works. */
 #include "backend/cuda/route.cuh"
 #include "backend/cuda/stream.cuh"
 
@@ -15,9 +15,10 @@ struct up_args {
     cuda_experts e;
     mat x;
     picks p;
-    mat logits;    /* data NULL: the picks are given */
-    float *hidden; /* [rows][k][intermediate] */
+    mat logits;         /* data NULL: the picks are given */
+    float *hidden;      /* [rows][k][intermediate] */
     mat gate, up, made; /* the shared expert's products, and what becomes of them; made.data NULL: no shared expert */
+    int items, extra;   /* of a block; blocks that have one more */
 };
 
 struct down_args {
@@ -28,10 +29,12 @@ struct down_args {
     mat logits;
     cuda_matrix w; /* shared down; rows 0: none */
     mat made, shared_gate;
+    int tiles, extra; /* of a block; blocks that have one more */
 };
 
 constexpr int TEAM = CREW / 2, UP_ITEMS = 16, DOWN_TILES = 4; /* of a block at most */
-constexpr int UP_SUMS = CREW * UP_ITEMS * 8;                  /* floats */
+constexpr int UP_RING = 4, DOWN_RING = 3;
+constexpr int UP_SUMS = CREW * UP_ITEMS * 8; /* floats */
 
 /* ---- routing ---- */
 
@@ -58,37 +61,72 @@ __device__ __forceinline__ float place_pairs(__nv_bfloat16 *slots, int stride, c
     return top;
 }
 
-/* A warp's part of expert `number` of e, a tile of which begins at row 8 * tile. */
-__device__ __forceinline__ part expert_part(const cuda_matrix &m, int number, int tile, int w, int crew)
-{
-    return part_of(m, tile_at(m, number, tile), w, crew);
-}
-
-__device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, int number, int row)
+/* What a sum of row `row` is multiplied by: FP8, or what FP4_UNIT is divided by to get it. */
+__device__ __forceinline__ float expert_number(const cuda_experts &e, int which, int number, int row)
 {
     const cuda_matrix &m = e.m[which];
-    return unit_of(m, number, row, m.format == WEIGHT_NVFP4 ? e.globals[which * e.n + number] : 1);
+    return m.format == WEIGHT_NVFP4 ? e.globals[which * e.n + number]
+           : m.format == WEIGHT_FP8 ? m.scale[number * m.rows + row]
+                                    : 1;
+}
+
+__device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, float number)
+{
+    return e.m[which].format == WEIGHT_NVFP4 ? FP4_UNIT / number : number;
 }
 
 /* ---- gate and up ---- */
 
-/* Grid: blocks, rows. Shared memory: ring, sums [warp][item][8], slots. Item i of block b is number b + i * gridDim.x: eight
- * gate and eight up rows of a pick. */
-__global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
+/* A thread's numbers in shared memory, or the compiler works them out behind the wait that follows. */
+__device__ __forceinline__ void keep(void *to, uint4 x)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "r"(x.x),
+                 "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+/* The tiles a warp asks for: lane i knows where tile i begins. */
+template <int KINDS, int RING> struct listed_tiles {
+    stream<KINDS, RING> &weights;
+    const uint8_t *tile;
+    int row_bytes;
+    share s;
+    int next, n;
+
+    __device__ __forceinline__ bool operator()()
+    {
+        if (next >= n) return false;
+        const uint8_t *at = (const uint8_t *)__shfl_sync(ALL, (unsigned long long)tile, next++);
+        weights.begin(weights.lane_at(at, row_bytes, s.first), row_bytes, s);
+        return true;
+    }
+};
+
+/* Grid: blocks, rows. Shared memory: ring, sums [warp][item][8], slots. An item is eight gate and eight up rows of a pick;
+ * those of a block follow one another, so that they lie on few pages of memory. */
+template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], scratch[CREW];
     const cuda_matrix &gate = a.e.m[GATE];
-    float *sums = (float *)(shared + RING_BYTES);
+    float *sums = (float *)(shared + ring_bytes(UP_RING, KINDS & TILED));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + UP_SUMS);
     int cols = gate.cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int each = tiles_of(gate.rows), items = (a.p.k * each - 1 - (int)blockIdx.x) / (int)gridDim.x + 1;
+    int each = tiles_of(gate.rows), items = a.items + ((int)blockIdx.x < a.extra);
     int64_t row = blockIdx.y;
     const float *x = a.x.data + row * a.x.stride;
+    stream<KINDS, UP_RING> weights(shared);
+    int units = units_of(gate.format, cols);
+    share s = share_at(units, share_of(units, TEAM), warp % TEAM);
+    int begin = blockIdx.x * a.items + ((int)blockIdx.x < a.extra ? (int)blockIdx.x : a.extra);
+    int number = begin + lane, mine = begin + threadIdx.x / 8; /* item asked for, stored */
+    unsigned long long tile = (unsigned long long)tile_at(a.e.m[warp / TEAM], 0, number % each);
+    keep(weights.ring, make_uint4((unsigned)tile, (unsigned)(tile >> 32), number / each << 16 | mine / each,
+                                  mine % each * 8 + threadIdx.x % 8));
+    put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     float top = 0, input_scale = 1;
-    stream weights(shared);
     wait_for_previous();
     let_next_start(); /* which may count on the logits */
     if (warp == 0) {
@@ -97,17 +135,20 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
         else
             for (int j = lane; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
     } else {
-        for (int first = threadIdx.x - LANES; 2 * first < cols; first += 3 * (BLOCK - LANES))
-            top = fmaxf(top, place_pairs<3>(slots, stride, x, cols, first, BLOCK - LANES));
-        put_padding(slots, stride, cols, threadIdx.x - LANES, BLOCK - LANES);
+        for (int c = threadIdx.x - LANES; 2 * c < cols; c += 3 * (BLOCK - LANES))
+            top = fmaxf(top, place_pairs<3>(slots, stride, x, cols, c, BLOCK - LANES));
     }
     __syncthreads();
-    part list = {};
-    if (lane < items) {
-        int number = blockIdx.x + lane * gridDim.x, pick = number / each;
-        list = expert_part(a.e.m[warp / TEAM], expert[pick], number - pick * each, warp % TEAM, TEAM);
-    }
-    weights.fill(list, items);
+    uint4 kept = *(const uint4 *)weights.ring;
+    int pick = kept.z >> 16, mine_pick = kept.z & 0xffff, r = kept.w;
+    const uint8_t *first = (const uint8_t *)((unsigned long long)kept.y << 32 | kept.x);
+    bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
+    listed_tiles<KINDS, UP_RING> next = {
+        weights, first, gate.format == WEIGHT_NVFP4 ? 0 : row_bytes_of(gate), s, 0, items
+    };
+    if (lane < items) next.tile += (uint64_t)expert[pick] * matrix_bytes(gate);
+#pragma unroll 1
+    for (int i = 0; i < UP_RING; i++) weights.ask(next);
     if (gate.input == INPUT_FP8_ROW) {
         input_scale = fp8_input_scale(block_max<CREW>(top, scratch));
 #pragma unroll 1
@@ -124,25 +165,24 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ u
             a.p.expert[row * a.p.k + j] = expert[j];
             a.p.weight[row * a.p.k + j] = weight[j];
         }
-    /* the thread's output */
-    int number = blockIdx.x + threadIdx.x / 8 * gridDim.x, pick = number / each;
-    int r = (number - pick * each) * 8 + threadIdx.x % 8;
-    bool mine = (int)threadIdx.x / 8 < items && r < gate.rows;
     float unit[2] = { 1, 1 };
-    for (int i = 0; mine && i < 2; i++) unit[i] = expert_unit(a.e, i, expert[pick], r) * input_scale;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (stores) unit[i] = expert_number(a.e, i, expert[mine_pick], r);
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
         float sum[4];
-        weights.work<1>(sum, i, slots, stride, gate.input == INPUT_FP8_ROW, list, items);
+        weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
         if (lane < 4) *(float2 *)(sums + (warp * UP_ITEMS + i) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();
     __syncthreads();
-    if (!mine) return;
+    if (!stores) return;
     float value[2] = { 0, 0 };
 #pragma unroll
     for (int w = 0; w < CREW; w++) value[w / TEAM] += sums[w * UP_ITEMS * 8 + threadIdx.x];
-    a.hidden[(row * a.p.k + pick) * gate.rows + r] = silu(value[0] * unit[0]) * (value[1] * unit[1]);
+    a.hidden[(row * a.p.k + mine_pick) * gate.rows + r] = silu(value[0] * (expert_unit(a.e, GATE, unit[0]) * input_scale)) *
+                                                          (value[1] * (expert_unit(a.e, UP, unit[1]) * input_scale));
 }
 
 /* ---- down ---- */
@@ -167,12 +207,19 @@ __device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat1
 
 __host__ __device__ inline size_t down_shared(int k, int cols, int shared_cols)
 {
-    return RING_BYTES + (size_t)DOWN_TILES * (k + TEAM) * 8 * sizeof(float) +
+    return ring_bytes(DOWN_RING, true) + (size_t)DOWN_TILES * (k + TEAM) * 8 * sizeof(float) +
            (size_t)SLOTS * 2 * ((size_t)k * slot_stride(cols) + slot_stride(shared_cols));
 }
 
-/* Grid: blocks, rows. Shared memory: ring, sums [tile][k picks, TEAM of the shared expert][8], slots of picks [k], slots of
- * the shared expert. */
+/* The jobs of a warp: of each of its team's tiles its picks, then its share of the shared expert. Lane i
+ * knows job i. */
+struct down_job {
+    const uint8_t *tile;
+    int at; /* of the sums: tile * (k + TEAM) + pick, or k + member */
+};
+
+/* Grid: blocks, rows. Shared memory: ring, sums [tile][k picks, TEAM of the shared expert][8], slots of picks
+ * [k], slots of the shared expert. */
 __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__ down_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -182,56 +229,74 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     __shared__ float factor[PICKS_MAX]; /* of a pick's sums: its weight, and what FP4 is multiplied by */
     const cuda_matrix &w = a.e.m[DOWN];
     int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    float *sums = (float *)(shared + RING_BYTES);
+    float *sums = (float *)(shared + ring_bytes(DOWN_RING, true));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + TEAM) * 8);
     __nv_bfloat16 *shared_slots = slots + (size_t)k * SLOTS * stride;
     int64_t row = blockIdx.y;
-    int tiles = (tiles_of(w.rows) - 1 - (int)blockIdx.x) / (int)gridDim.x + 1, team = warp / TEAM, member = warp % TEAM;
+    int tiles = a.tiles + ((int)blockIdx.x < a.extra), team = warp / TEAM, member = warp % TEAM;
     let_next_start();
-    stream weights(shared);
-    if (a.logits.data && warp == 0)
-        choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, k);
+    stream<CUT | TILED, DOWN_RING> weights(shared);
+    if (a.logits.data && warp == 0) choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, k);
     for (int j = threadIdx.x; !a.logits.data && j < k; j += BLOCK) {
         expert[j] = __ldcg(a.p.expert + row * k + j);
         weight[j] = __ldcg(a.p.weight + row * k + j);
     }
     __syncthreads();
-    /* the team's tiles are team, team + 2, ...; of each the warp's picks, then its share of the shared expert */
+    /* the team's tiles are team, team + 2, ... */
     int picked = (k - 1 - member) / TEAM + 1, own = k > member ? picked : 0, jobs = own + (a.w.rows ? 1 : 0);
-    int mine = (tiles - team + 1) / 2 * jobs;
-    part list = {};
+    int mine = (tiles - team + 1) / 2 * jobs, asked = 0;
+    int units = units_of(w.format, w.cols), shared_units = units_of(a.w.format, a.w.cols);
+    share whole = { 0, units }, shared_share = share_at(shared_units, share_of(shared_units, TEAM), member);
+    down_job job = {};
+    bool last = false;
     if (lane < mine) {
         int i = lane / jobs, j = lane - i * jobs, tile = blockIdx.x + (team + 2 * i) * gridDim.x;
-        list = j < own ? expert_part(w, expert[member + j * TEAM], tile, 0, 1)
-                       : expert_part(a.w, 0, tile, member, TEAM);
+        last = j == own;
+        job.tile = last ? tile_at(a.w, 0, tile) : tile_at(w, expert[member + j * TEAM], tile);
+        job.at = (team + 2 * i) * (k + TEAM) + (last ? k + member : member + j * TEAM);
     }
-    weights.fill(list, mine);
+    unsigned lasts = __ballot_sync(ALL, last);
+    auto next = [&] {
+        if (asked >= mine) return false;
+        bool of_shared = lasts >> asked & 1;
+        const cuda_matrix &m = of_shared ? a.w : w;
+        const uint8_t *tile = (const uint8_t *)__shfl_sync(ALL, (unsigned long long)job.tile, asked++);
+        int row_bytes = m.format == WEIGHT_NVFP4 ? 0 : row_bytes_of(m);
+        share s = of_shared ? shared_share : whole;
+        weights.begin(weights.lane_at(tile, row_bytes, s.first), row_bytes, s);
+        return true;
+    };
+#pragma unroll 1
+    for (int i = 0; i < DOWN_RING; i++) weights.ask(next);
     for (int j = threadIdx.x; j < k; j += BLOCK)
         factor[j] = weight[j] * (w.format == WEIGHT_NVFP4 ? FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]] : 1);
+    int tile = threadIdx.x / 8, r = (blockIdx.x + tile * gridDim.x) * 8 + threadIdx.x % 8;
+    bool stores = tile < tiles && r < w.rows;
+    float shared_unit = stores && a.w.rows ? unit_of(a.w, 0, r, a.w.global) : 0;
     wait_for_previous();
 #pragma unroll 1
     for (int s = warp; s < k + (a.w.rows ? 1 : 0); s += CREW) {
-        bool last = s == k;
-        float scale = place_hidden(last ? a.w : w, slots + (size_t)s * SLOTS * stride, last ? slot_stride(a.w.cols) : stride,
-                                   last ? a.made.data + row * a.made.stride : a.hidden + (row * k + s) * w.cols);
+        bool of_shared = s == k;
+        float scale =
+            place_hidden(of_shared ? a.w : w, slots + (size_t)s * SLOTS * stride, of_shared ? slot_stride(a.w.cols) : stride,
+                         of_shared ? a.made.data + row * a.made.stride : a.hidden + (row * k + s) * w.cols);
         if (lane == 0) input_scale[s] = scale;
     }
-    int tile = threadIdx.x / 8, r = (blockIdx.x + tile * gridDim.x) * 8 + threadIdx.x % 8;
-    bool stores = tile < tiles && r < w.rows;
     float old = 0, gate = 0;
     if (stores && a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
-    if (stores && a.w.rows)
-        gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride)) * unit_of(a.w, 0, r, a.w.global);
+    if (stores && a.w.rows) gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride)) * shared_unit;
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < mine; i++) {
+    for (int n = 0; n < mine; n++) {
         float sum[4];
-        int t = i / jobs, j = i - t * jobs, p = member + j * TEAM;
-        bool last = j == own;
-        weights.work<1>(sum, i, last ? shared_slots : slots + (size_t)p * SLOTS * stride, last ? slot_stride(a.w.cols) : stride,
-                        (last ? a.w.input : w.input) == INPUT_FP8_ROW, list, mine);
-        float *to = sums + ((team + 2 * t) * (k + TEAM) + (last ? k + member : p)) * 8 + lane * 2;
-        if (lane < 4) *(float2 *)to = make_float2(sum[0], sum[1]);
+        int at = __shfl_sync(ALL, job.at, n);
+        bool of_shared = lasts >> n & 1;
+        const cuda_matrix &m = of_shared ? a.w : w;
+        int p = at % (k + TEAM);
+        weights.template work<1>(sum, m.format, of_shared ? shared_share : whole,
+                                 of_shared ? shared_slots : slots + (size_t)p * SLOTS * stride,
+                                 of_shared ? slot_stride(a.w.cols) : stride, m.input == INPUT_FP8_ROW, next);
+        if (lane < 4) *(float2 *)(sums + at * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();
     __syncthreads();
@@ -254,7 +319,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
 
 size_t up_shared(int cols)
 {
-    return RING_BYTES + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(cols) * 2;
+    return ring_bytes(UP_RING, true) + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(cols) * 2;
 }
 
 } /* namespace */
@@ -267,8 +332,8 @@ void cuda_route(struct queue *q, const struct picks *picks, struct mat logits)
         launch(q, "route", false, route_rows, dim3(blocks(logits.rows, WARPS)), 0, *picks, logits);
 }
 
-bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
-                         const struct cuda_experts *e, const struct moe_run *run)
+bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p, const struct cuda_experts *e,
+                         const struct moe_run *run)
 {
     up_args u = {};
     down_args d = {};
@@ -299,8 +364,14 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
     unsigned up_blocks = blocks(items, UP_ITEMS), down_blocks = blocks(tiles, most);
     if (up_blocks < (unsigned)sms) up_blocks = (unsigned)(items < sms ? items : sms);
     if (down_blocks < (unsigned)sms) down_blocks = (unsigned)(tiles < sms ? tiles : sms);
-    launch<BLOCK>(q, "experts", true, experts_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
-    launch<BLOCK>(q, "experts", true, experts_down, dim3(down_blocks, (unsigned)x.rows),
-                  down_shared(p->k, down.cols, d.w.cols), d);
+    u.items = items / (int)up_blocks;
+    u.extra = items % (int)up_blocks;
+    d.tiles = tiles / (int)down_blocks;
+    d.extra = tiles % (int)down_blocks;
+    launch_side<BLOCK>(q, "experts", LEFT,
+                       gate.format == WEIGHT_NVFP4 ? experts_up<TILED> : experts_up<CUT | TILED>,
+                       dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
+    launch_side<BLOCK>(q, "experts", RIGHT, experts_down, dim3(down_blocks, (unsigned)x.rows),
+                       down_shared(p->k, down.cols, d.w.cols), d);
     return true;
 }

@@ -14,6 +14,7 @@ enum {
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
     HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
+    KV_HEADS_MAX = 256,
     FP4_UNIT_COLS = 256,
     FP4_UNIT_BYTES = 1152,
 };
@@ -110,8 +111,12 @@ struct cuda_graph {
     cudaGraphExec_t exec;
 };
 
+/* Of two kernels that overlap: device.cuh. */
+enum side { ALONE, LEFT, RIGHT };
+
 struct queue {
     cudaStream_t stream;
+    enum side side;      /* of the kernel that was started last */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
     bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
@@ -127,6 +132,7 @@ struct queue {
     float *input_scale; /* [rows * picks] */
     float *hidden;      /* [rows * picks][intermediate] */
     float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
+    unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: parts of attention that are done, 0 between kernels */
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */

@@ -10,12 +10,27 @@ namespace {
 
 enum input_kind { INPUT_RAW, INPUT_NORMED, INPUT_GATED };
 
+/* One of the matrices, as a block works through their tiles. */
+struct product_matrix {
+    const uint8_t *data;
+    const float *scale; /* FP8 */
+    float *out;
+    int64_t out_stride;
+    float unit;          /* what sums of NVFP4 are multiplied by, else 1 */
+    int end;             /* number of the tile that begins the next one */
+    int rows, row_bytes; /* row_bytes 0: NVFP4 */
+    unsigned tile;       /* bytes of one */
+    int units, each;     /* of a tile, of a warp's share of it */
+    int format;
+    bool quantized;
+};
+
 struct product_args {
-    cuda_matrix m[NORM_PRODUCTS_MAX];
-    mat out[NORM_PRODUCTS_MAX];
-    int first[NORM_PRODUCTS_MAX + 1]; /* tile at which a matrix begins */
-    int n, cols;
-    bool quantize; /* one of them takes quantized inputs */
+    product_matrix m[NORM_PRODUCTS_MAX];
+    int n, cols, tiles;
+    int each, extra; /* tiles of a block; blocks that have one more */
+    int kinds;       /* of stream.cuh */
+    bool quantize;   /* one of them takes quantized inputs */
     input_kind kind;
     mat x, z, made;       /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
     const float *gain;
@@ -29,12 +44,13 @@ struct product_args {
     int keep;
 };
 
+constexpr int RING = 4;
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
 constexpr int HALF = CREW * 16 * 8;                  /* floats of a set of sums */
 
-__host__ __device__ inline size_t product_shared(int rows, int cols)
+__host__ __device__ inline size_t product_shared(int rows, int cols, bool tiled)
 {
-    return RING_BYTES + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    return ring_bytes(RING, tiled) + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
 }
 
 /* Where a tile belongs. */
@@ -42,51 +58,104 @@ __device__ __forceinline__ int matrix_of(const product_args &p, int number)
 {
     int m = 0;
 #pragma unroll
-    for (int i = 1; i < NORM_PRODUCTS_MAX; i++) m += i < p.n && number >= p.first[i];
+    for (int i = 0; i + 1 < NORM_PRODUCTS_MAX; i++) m += number >= p.m[i].end;
     return m;
 }
 
-/* Tile i of this block, this warp's part. */
-__device__ __forceinline__ part product_part(const product_args &p, int i)
+/* Its number within its matrix m. */
+__device__ __forceinline__ int tile_within(const product_args &p, int m, int number)
 {
-    int number = blockIdx.x + i * gridDim.x;
-    if (number >= p.first[p.n]) return part{};
-    int k = matrix_of(p, number);
-    const cuda_matrix &m = p.m[k];
-    return part_of(m, tile_at(m, 0, number - p.first[k]), threadIdx.x / LANES, CREW);
+    return m ? number - p.m[m - 1].end : number;
 }
 
-/* Two input values into their slots; returns the larger magnitude. */
-__device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, float2 v)
+__device__ __forceinline__ share share_within(const product_matrix &m)
+{
+    return share_at(m.units, m.each, threadIdx.x / LANES);
+}
+
+/* The tiles a block asks for, one after the other. */
+template <int KINDS> struct tiles_ahead {
+    const product_args &p;
+    stream<KINDS, RING> &weights;
+    const uint8_t *at;
+    int number, end; /* end: of the tiles that lie as far from one another as the last two */
+    int step, k;
+    share s;
+
+    __device__ tiles_ahead(const product_args &args, stream<KINDS, RING> &w)
+        : p(args), weights(w), at(nullptr), number(blockIdx.x), end(0), step(0), k(0), s{}
+    {
+    }
+
+    __device__ __forceinline__ bool operator()()
+    {
+        if (number >= p.tiles) return false;
+        if (number >= end) {
+            k = matrix_of(p, number);
+            const product_matrix &m = p.m[k];
+            s = share_within(m);
+            at = weights.lane_at(m.data + (uint64_t)tile_within(p, k, number) * m.tile, m.row_bytes, s.first);
+            end = m.end;
+            step = gridDim.x * m.tile;
+        }
+        weights.begin(at, p.m[k].row_bytes, s);
+        at += step;
+        number += gridDim.x;
+        return true;
+    }
+};
+
+/* Two input values that go to `at` of their slots (slot_place of column c); returns the larger magnitude. */
+__device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, int at,
+                                       float2 v)
 {
     if (p.made.data && blockIdx.x == 0) {
         float *made = p.made.data + row * p.made.stride + c;
         made[0] = v.x;
         made[1] = v.y;
     }
-    return put_parts(slots, stride, c, v);
+    return put_parts_at(slots, stride, at, v);
 }
 
-/* A row as it is, or normed: two pairs of columns of a thread at a time. gain: of the first of them. */
-constexpr int EACH = 2;
-__device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float2 (&gain)[EACH], float *part)
+/* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head.
+ */
+constexpr int EACH = 4, GAINS = 2;
+__device__ __forceinline__ void load_gains(const product_args &p, float2 (&gain)[GAINS])
 {
+    int n = p.kind == INPUT_NORMED ? p.cols : p.kind == INPUT_GATED ? p.dim : 0;
+#pragma unroll
+    for (int i = 0; i < GAINS; i++) {
+        int c = p.kind == INPUT_GATED ? 2 * (threadIdx.x % LANES + i * LANES) : 2 * (threadIdx.x + i * BLOCK);
+        gain[i] = c < n ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
+    }
+}
+
+/* A row as it is, or normed: EACH pairs of columns of a thread are kept, of wider rows the others are read
+ * again. What they are quantized by goes to *input_scale. */
+__device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
+                                          const float2 (&gain)[GAINS], float *part, float *input_scale)
+{
+    constexpr int STEP = 2 * BLOCK;
     const float *x = p.x.data + row * p.x.stride;
     float2 v[EACH];
     float scale = 1, top = 0;
-    bool normed = p.kind == INPUT_NORMED;
+    int c0 = 2 * threadIdx.x, at0 = slot_place(c0);
+    bool normed = p.kind == INPUT_NORMED, aligned = ((size_t)x & 7) == 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = 2 * (threadIdx.x + i * BLOCK);
-        v[i] = c < p.cols ? load_pair(x, c) : float2{};
+        v[i] = float2{};
+        if (i * STEP >= p.cols) continue;
+        const float *from = x + c0 + i * STEP;
+        if (c0 + i * STEP < p.cols)
+            v[i] = aligned ? __ldcg((const float2 *)from) : make_float2(__ldcg(from), __ldcg(from + 1));
     }
     if (normed) {
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
+        for (int i = 0; i < EACH; i++)
+            if (i * STEP < p.cols) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
 #pragma unroll 1
-        for (int c = 2 * (threadIdx.x + EACH * BLOCK); c < p.cols; c += 2 * BLOCK) {
+        for (int c = c0 + EACH * STEP; c < p.cols; c += STEP) {
             float2 y = load_pair(x, c);
             sum = fmaf(y.x, y.x, fmaf(y.y, y.y, sum));
         }
@@ -94,33 +163,46 @@ __device__ __forceinline__ float place_row(const product_args &p, __nv_bfloat16 
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = 2 * (threadIdx.x + i * BLOCK);
-        if (normed) v[i] = make_float2(v[i].x * scale * gain[i].x, v[i].y * scale * gain[i].y);
-        if (c < p.cols) top = fmaxf(top, place(p, slots, stride, row, c, v[i]));
+        int c = c0 + i * STEP;
+        if (i * STEP >= p.cols || c >= p.cols) continue;
+        if (normed) {
+            float2 g = i < GAINS ? gain[i] : make_float2(p.gain[c], p.gain[c + 1]);
+            v[i] = make_float2(v[i].x * scale * g.x, v[i].y * scale * g.y);
+        }
+        top = fmaxf(top, place(p, slots, stride, row, c, at0 + i * STEP, v[i]));
     }
 #pragma unroll 1
-    for (int c = 2 * (threadIdx.x + EACH * BLOCK); c < p.cols; c += 2 * BLOCK) {
+    for (int c = c0 + EACH * STEP; c < p.cols; c += STEP) {
         float2 y = load_pair(x, c);
         if (normed) y = make_float2(y.x * scale * p.gain[c], y.y * scale * p.gain[c + 1]);
-        top = fmaxf(top, place(p, slots, stride, row, c, y));
+        top = fmaxf(top, place(p, slots, stride, row, c, slot_place(c), y));
     }
-    return top;
+    if (!p.quantize) return;
+    float by = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / by;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (i * STEP < p.cols && c0 + i * STEP < p.cols) put_quantized_at(slots, stride, at0 + i * STEP, v[i], by, inverse);
+#pragma unroll 1
+    for (int c = c0 + EACH * STEP; c < p.cols; c += STEP)
+        put_quantized(slots, stride, c, parts_sum(slots, stride, c), by, inverse);
+    if (threadIdx.x == 0) *input_scale = by;
 }
 
 /* Heads, each normed and gated by a warp. */
-__device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row)
+__device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
+                                            const float2 (&gain)[GAINS], float *part, float *input_scale)
 {
-    constexpr int HEADS = 2, PAIRS = 2; /* heads at once, pairs of columns of a head a lane */
+    constexpr int HEADS = 2; /* at once */
     const float *x = p.x.data + row * p.x.stride, *z = p.z.data + row * p.z.stride;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float top = 0;
 #pragma unroll 1
     for (int first = warp; first * p.dim < p.cols; first += HEADS * CREW) {
-        float2 v[HEADS][PAIRS], gate[HEADS][PAIRS];
+        float2 v[HEADS][GAINS], gate[HEADS][GAINS];
 #pragma unroll
         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
+            for (int i = 0; i < GAINS; i++) {
                 int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
                 bool in = c < p.cols && d < p.dim;
                 v[h][i] = in ? load_pair(x, c) : float2{};
@@ -130,42 +212,44 @@ __device__ __forceinline__ float place_heads(const product_args &p, __nv_bfloat1
         for (int h = 0; h < HEADS; h++) {
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) sum = fmaf(v[h][i].x, v[h][i].x, fmaf(v[h][i].y, v[h][i].y, sum));
+            for (int i = 0; i < GAINS; i++) sum = fmaf(v[h][i].x, v[h][i].x, fmaf(v[h][i].y, v[h][i].y, sum));
             float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
+            for (int i = 0; i < GAINS; i++) {
                 int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
                 if (c >= p.cols || d >= p.dim) continue;
-                float2 y = make_float2(v[h][i].x * scale * p.gain[d] * silu(gate[h][i].x),
-                                       v[h][i].y * scale * p.gain[d + 1] * silu(gate[h][i].y));
-                top = fmaxf(top, place(p, slots, stride, row, c, y));
+                float2 y = make_float2(v[h][i].x * scale * gain[i].x * silu(gate[h][i].x),
+                                       v[h][i].y * scale * gain[i].y * silu(gate[h][i].y));
+                top = fmaxf(top, place(p, slots, stride, row, c, slot_place(c), y));
             }
         }
     }
-    return top;
-}
-
-/* Row `row` into four slots; what it is quantized by goes to *input_scale. */
-__device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
-                                           const float2 (&gain)[EACH], float *part, float *input_scale)
-{
-    float top = p.kind == INPUT_GATED ? place_heads(p, slots, stride, row) : place_row(p, slots, stride, row, gain, part);
-    put_padding(slots, stride, p.cols, threadIdx.x, BLOCK);
     if (!p.quantize) return;
-    float scale = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / scale;
+    float by = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / by;
 #pragma unroll 1
     for (int c = 2 * threadIdx.x; c < p.cols; c += 2 * BLOCK)
-        put_quantized(slots, stride, c, parts_sum(slots, stride, c), scale, inverse);
-    if (threadIdx.x == 0) *input_scale = scale;
+        put_quantized(slots, stride, c, parts_sum(slots, stride, c), by, inverse);
+    if (threadIdx.x == 0) *input_scale = by;
 }
 
+/* Row `row` into four slots. */
+__device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
+                                           const float2 (&gain)[GAINS], float *part, float *input_scale)
+{
+    if (p.kind == INPUT_GATED)
+        place_heads(p, slots, stride, row, gain, part, input_scale);
+    else
+        place_row(p, slots, stride, row, gain, part, input_scale);
+}
+
+/* By the last blocks first: they have the fewest tiles. */
 __device__ void advance_conv(const product_args &p)
 {
     int64_t channels = p.u.cols;
     for (int s = 0; s < p.rows.n_spans; s++) {
         cuda_span span = p.rows.spans[s];
         float *state = p.conv + span.slot * p.keep * channels;
-        for (int64_t c = blockIdx.x * BLOCK + threadIdx.x; c < channels; c += (int64_t)gridDim.x * BLOCK) {
+        for (int64_t c = (gridDim.x - 1 - blockIdx.x) * BLOCK + threadIdx.x; c < channels; c += (int64_t)gridDim.x * BLOCK) {
             for (int j = 0; j + 1 < p.keep; j++) state[j * channels + c] = state[(j + 1) * channels + c];
             if (p.keep > 0) state[(p.keep - 1) * channels + c] = p.u.data[span.first * p.u.stride + c];
         }
@@ -181,105 +265,132 @@ __device__ __forceinline__ void store_tiles(const product_args &p, const float *
     int col = threadIdx.x % 8, c = threadIdx.x / 8 % CHUNK<ROWS>, a = threadIdx.x / 8 / CHUNK<ROWS>;
     int number = blockIdx.x + (first + c) * gridDim.x;
     bool mine = c < count && a < rows;
-    int m = mine ? matrix_of(p, number) : 0, r = mine ? (number - p.first[m]) * 8 + col : 0;
-    const cuda_matrix &w = p.m[m];
-    mine = mine && r < w.rows;
-    float unit = 1, old = 0, sum = 0;
-    if (mine) unit = unit_of(w, 0, r, w.global);
+    int k = mine ? matrix_of(p, number) : 0, r = mine ? tile_within(p, k, number) * 8 + col : 0;
+    const product_matrix &m = p.m[k];
+    mine = mine && r < m.rows;
+    float unit = m.unit, old = 0, sum = 0;
+    if (mine && m.scale) unit = m.scale[r];
     if (mine && p.add.data) old = __ldcg(p.add.data + (row0 + a) * p.add.stride + r);
     __syncthreads();
     if (!mine) return;
 #pragma unroll 8
     for (int warp = 0; warp < CREW; warp++) sum += sums[warp * 16 * 8 + threadIdx.x];
-    if (w.input == INPUT_FP8_ROW) sum *= input_scale[a];
+    if (m.quantized) sum *= input_scale[a];
     float y = sum * unit;
-    p.out[m].data[(row0 + a) * p.out[m].stride + r] = y;
+    m.out[(row0 + a) * m.out_stride + r] = y;
     if (p.add.data) p.add.data[(row0 + a) * p.add.stride + r] = old + y;
 }
 
 /* Scales are needed at the very end: let them be near by then. */
-__device__ void prefetch_scales(const product_args &p)
+__device__ __forceinline__ void prefetch_scales(const product_args &p)
 {
     int number = blockIdx.x + threadIdx.x * gridDim.x;
-    if (number >= p.first[p.n]) return;
-    int m = matrix_of(p, number);
-    if (p.m[m].format == WEIGHT_FP8)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.m[m].scale + (number - p.first[m]) * 8));
+    if (number >= p.tiles) return;
+    int k = matrix_of(p, number);
+    if (p.m[k].scale) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.m[k].scale + tile_within(p, k, number) * 8));
 }
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
-template <int ROWS>
+template <int ROWS, int KINDS>
 __global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
-    float *sums = (float *)(shared + RING_BYTES);
+    float *sums = (float *)(shared + ring_bytes(RING, KINDS & TILED));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
-    int rows = p.x.rows - row0 < ROWS ? (int)(p.x.rows - row0) : ROWS;
-    int tiles = (p.first[p.n] - 1 - (int)blockIdx.x) / (int)gridDim.x + 1;
+    int rows = ROWS == 1 || p.x.rows - row0 >= ROWS ? ROWS : (int)(p.x.rows - row0);
+    int tiles = p.each + ((int)blockIdx.x < p.extra);
     if (!p.conv) let_next_start();
-    stream weights(shared);
-    part list = product_part(p, lane);
-    weights.fill(list, tiles < LANES ? tiles : LANES);
+    stream<KINDS, RING> weights(shared);
+    tiles_ahead<KINDS> next(p, weights);
+#pragma unroll 1
+    for (int i = 0; i < RING; i++) weights.ask(next);
     prefetch_scales(p);
-    float2 gain[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        int c = 2 * (threadIdx.x + i * BLOCK);
-        gain[i] = p.kind == INPUT_NORMED && c < p.cols ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
-    }
+    float2 gain[GAINS];
+    load_gains(p, gain);
+#pragma unroll 1
+    for (int a = 0; a < rows; a++) put_padding(slots + a * SLOTS * stride, stride, p.cols, threadIdx.x, BLOCK);
+    for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
+        slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     wait_for_previous();
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
 #pragma unroll 1
     for (int a = 0; a < rows; a++)
         make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, scratch[a], &input_scale[a]);
-    for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
-        slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
-    if (p.conv && blockIdx.y == 0) advance_conv(p);
     __syncthreads();
+    int number = blockIdx.x, end = 0, format = 0;
+    bool quantized = false;
+    share s = {};
 #pragma unroll 1
     for (int first = 0, half = 0; first < tiles; first += CHUNK<ROWS>, half ^= 1) {
-        int left = tiles - first, count = left < CHUNK<ROWS> ? left : CHUNK<ROWS>, known = left < LANES ? left : LANES;
-        if (first > 0) {
-            list = product_part(p, first + lane);
-            weights.next -= CHUNK<ROWS>;
-        }
+        int left = tiles - first, count = left < CHUNK<ROWS> ? left : CHUNK<ROWS>;
 #pragma unroll 1
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++, number += gridDim.x) {
             float sum[4];
-            int number = blockIdx.x + (first + i) * gridDim.x;
-            bool quantized = p.m[matrix_of(p, number)].input == INPUT_FP8_ROW;
-            weights.work<ROWS>(sum, i, slots, stride, quantized, list, known);
+            if (number >= end) {
+                const product_matrix &m = p.m[matrix_of(p, number)];
+                s = share_within(m);
+                format = m.format;
+                quantized = m.quantized;
+                end = m.end;
+            }
+            weights.template work<ROWS>(sum, format, s, slots, stride, quantized, next);
             float *to = sums + half * HALF + warp * 16 * 8 + i * 8 + lane % 4 * 2;
             if (lane % 16 < 4 && (ROWS > 1 || lane < 4)) *(float2 *)(to + lane / 16 * CHUNK<ROWS> * 8) = make_float2(sum[0], sum[1]);
             if (lane % 16 < 4 && ROWS > 1) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
         }
         store_tiles<ROWS>(p, sums + half * HALF, first, count, row0, rows, input_scale);
     }
+    if (p.conv && blockIdx.y == 0) advance_conv(p);
     copy_wait<0>();
 }
 
 void add_matrix(product_args &a, const cuda_matrix &m, mat out)
 {
-    a.m[a.n] = m;
-    a.out[a.n] = out;
-    a.first[a.n + 1] = a.first[a.n] + tiles_of(m.rows);
+    product_matrix &to = a.m[a.n++];
+    bool tiled = m.format == WEIGHT_NVFP4;
+    int units = units_of(m.format, m.cols);
+    a.tiles += tiles_of(m.rows);
+    if (tiled) a.kinds |= CUT | TILED;
+    if (!tiled && row_bytes_of(m) % UNIT_BYTES) a.kinds |= CUT | TILED;
     a.quantize = a.quantize || m.input == INPUT_FP8_ROW;
     a.cols = m.cols;
-    a.n++;
+    to.data = (const uint8_t *)m.data;
+    to.scale = m.format == WEIGHT_FP8 ? m.scale : nullptr;
+    to.out = out.data;
+    to.out_stride = out.stride;
+    to.unit = tiled ? FP4_UNIT / m.global : 1;
+    to.rows = m.rows;
+    to.row_bytes = tiled ? 0 : row_bytes_of(m);
+    to.tile = tile_bytes(m);
+    to.units = units;
+    to.each = share_of(units, CREW);
+    to.format = m.format;
+    to.quantized = m.input == INPUT_FP8_ROW;
+    for (int i = a.n - 1; i < NORM_PRODUCTS_MAX; i++) a.m[i].end = a.tiles;
 }
 
-void run(struct queue *q, const char *operation, const product_args &a)
+template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, const product_args &a)
 {
-    unsigned tiles = (unsigned)a.first[a.n], grid = tiles < (unsigned)q->sms ? tiles : (unsigned)q->sms;
+    size_t shared = product_shared(ROWS, a.cols, a.kinds & TILED);
+    enum side side = ROWS > 1 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
+    launch_side<BLOCK>(q, operation, side,
+                       a.kinds == WHOLE ? stream_product<ROWS, WHOLE> : stream_product<ROWS, CUT | TILED>, grid, shared, a);
+}
+
+void run(struct queue *q, const char *operation, product_args a)
+{
+    int grid = a.tiles < q->sms ? a.tiles : q->sms;
     int64_t n = a.x.rows;
     if (n == 0) return;
-    if (n > 1 && product_shared(4, a.cols) <= (size_t)q->shared_max)
-        launch<BLOCK>(q, operation, true, stream_product<4>, dim3(grid, blocks(n, 4)), product_shared(4, a.cols), a);
+    a.each = a.tiles / grid;
+    a.extra = a.tiles % grid;
+    if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
+        start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
     else
-        launch<BLOCK>(q, operation, true, stream_product<1>, dim3(grid, (unsigned)n), product_shared(1, a.cols), a);
+        start<1>(q, operation, dim3((unsigned)grid, (unsigned)n), a);
 }
 
 } /* namespace */
@@ -288,7 +399,7 @@ bool cuda_streams(const struct queue *q, const struct cuda_matrix *m)
 {
     int unit = m->format == WEIGHT_BF16 ? 8 : m->format == WEIGHT_FP8 || m->format == WEIGHT_NVFP4 ? 16 : 0;
     return unit > 0 && m->cols % unit == 0 && m->cols > 0 && m->input != INPUT_NVFP4 &&
-           product_shared(1, m->cols) <= (size_t)q->shared_max;
+           product_shared(1, m->cols, true) <= (size_t)q->shared_max;
 }
 
 void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m)

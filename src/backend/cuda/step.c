@@ -41,6 +41,7 @@ static void layout(struct queue *q, struct arena *a)
     q->input_scale = arena_take(a, largest(l->rows, picked), sizeof(float), 64);
     q->hidden = arena_take(a, picked * l->intermediate, sizeof(float), 64);
     q->attended = arena_take(a, largest(l->rows, ROWS_EXACT * SPLITS) * l->cols, sizeof(float), 64);
+    q->arrived = arena_take(a, ROWS_EXACT * KV_HEADS_MAX, sizeof *q->arrived, 64);
     q->index = arena_take(a, rows, sizeof *q->index, 64);
     q->answers = arena_take(a, rows, sizeof *q->answers, 64);
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
@@ -77,9 +78,10 @@ bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
     if (!queue_take(q, &q->memory, a.used, "scratch of a step", e)) return false;
     a = (struct arena){ .memory = q->memory, .size = a.used };
     layout(q, &a);
-    return queue_check(q, cudaMemsetAsync(q->batch.chunks, 0, 2 * sizeof *q->batch.chunks, q->stream),
-                       "reserve") ||
-           err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
+    uint64_t arrived = ROWS_EXACT * KV_HEADS_MAX * sizeof *q->arrived, chunks = 2 * sizeof *q->batch.chunks;
+    bool ok = queue_check(q, cudaMemsetAsync(q->arrived, 0, arrived, q->stream), "reserve") &&
+              queue_check(q, cudaMemsetAsync(q->batch.chunks, 0, chunks, q->stream), "reserve");
+    return ok || err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
 }
 
 static bool fill_spans(struct queue *q, struct cuda_row *rows, struct cuda_span *spans, int *pages,
