@@ -132,7 +132,8 @@ bool layer_state_add_log(struct layer_state *state, const struct model *m, int l
 void layer_state_free(struct layer_state *state, const struct model *m);
 /* The state of a sequence that has seen nothing. */
 void layer_state_reset(struct layer_state *state, const struct model *m, int layer, int32_t slot);
-/* Where a layer keeps what belongs to a slot, or to a KV page: memory of the backend. bytes 0: it has none. */
+/* Where a layer keeps what belongs to a slot, or to a KV page: memory of the backend. bytes 0: it has none.
+ */
 struct state_piece {
     void *data;
     uint64_t bytes;
