@@ -5,8 +5,8 @@
 
 struct batch {
     struct engine *engine;
-    const struct model *model;
     struct picture_reader *reader;
+    const uint32_t *known;
     int64_t vocab, n_rows, n_logits;
     int n_runs;
     struct row *rows;          /* [step rows] */
@@ -15,27 +15,30 @@ struct batch {
     struct engine_draft *drafts;
     int64_t *index;      /* [step rows] of the rows that logits are wanted of */
     struct request **of; /* [step rows] whose they are */
+    int32_t *best;       /* [logits rows] */
     struct candidate *work;
     float *changed; /* [vocab] a row of logits under the request's rules */
 };
 
-bool batch_create(struct batch **out, struct engine *g, const struct model *m, struct picture_reader *reader,
+bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader, const uint32_t *known,
                   struct err *e)
 {
     struct batch *b = *out = calloc(1, sizeof *b);
     size_t rows = (size_t)engine_step_rows(g), n = (size_t)engine_sequences(g),
            vocab = (size_t)engine_vocab(g);
     if (!b) return err_memory(e, "scheduler", sizeof *b);
-    *b = (struct batch){ .engine = g, .model = m, .reader = reader, .vocab = (int64_t)vocab };
+    *b = (struct batch){ .engine = g, .reader = reader, .known = known, .vocab = (int64_t)vocab };
     b->rows = calloc(rows, sizeof *b->rows);
     b->runs = calloc(n, sizeof *b->runs);
     b->requests = calloc(n, sizeof *b->requests);
     b->drafts = calloc(n, sizeof *b->drafts);
     b->index = calloc(rows, sizeof *b->index);
     b->of = calloc(rows, sizeof *b->of);
+    b->best = calloc((size_t)engine_logits_rows(g), sizeof *b->best);
     b->work = malloc(vocab * sizeof *b->work);
     b->changed = malloc(vocab * sizeof *b->changed);
-    if (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->work && b->changed)
+    if (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->best && b->work &&
+        b->changed)
         return true;
     batch_free(b);
     *out = NULL;
@@ -51,6 +54,7 @@ void batch_free(struct batch *b)
     free(b->drafts);
     free(b->index);
     free(b->of);
+    free(b->best);
     free(b->work);
     free(b->changed);
     free(b);
@@ -159,6 +163,12 @@ static bool is_one_of(const int32_t *ids, int n, int32_t id)
     return false;
 }
 
+static bool is_unknown(void *ctx, int32_t id)
+{
+    const struct batch *b = ctx;
+    return b->known && !(b->known[id / 32] >> id % 32 & 1);
+}
+
 /* -1: the rules leave none. */
 static int32_t choose(struct batch *b, struct request *r, const float *logits)
 {
@@ -169,7 +179,8 @@ static int32_t choose(struct batch *b, struct request *r, const float *logits)
         if (!logits_rules_apply(&r->rules, b->changed)) return -1;
         logits = b->changed;
     }
-    return sample_token(&r->o.sampling, logits, b->vocab, (uint64_t)r->n_answer, b->work, NULL, NULL);
+    return sample_token(&r->o.sampling, logits, b->vocab, (uint64_t)r->n_answer, b->work,
+                        b->known ? is_unknown : NULL, b);
 }
 
 static void end_without_token(struct request *r)
@@ -186,9 +197,9 @@ static void end_without_token(struct request *r)
 
 /* The next token of the answer, by its row of logits. The rows of a round count for as long as each token is
  * the one drafted. */
-static void take_token(struct batch *b, struct request *r, const float *logits)
+static void take_token(struct batch *b, struct request *r, const float *logits, int32_t best)
 {
-    int32_t id = choose(b, r, logits);
+    int32_t id = logits ? choose(b, r, logits) : best;
     int row = r->right++;
     if (id < 0) {
         end_without_token(r);
@@ -233,27 +244,41 @@ static void score_prompt(struct batch *b, struct request *r, int64_t row, const 
     request_post(r, &event);
 }
 
-static void take_row(struct batch *b, struct request *r, int64_t row, const float *logits)
+/* logits: NULL where the likeliest token is all that is asked. */
+static void take_row(struct batch *b, struct request *r, int64_t row, const float *logits, int32_t best)
 {
     bool in_prompt = r->done < r->prompt.n;
-    if (r->ended) return;
     if (in_prompt && r->done + row + 1 < r->prompt.n)
         score_prompt(b, r, r->done + row, logits);
     else
-        take_token(b, r, logits);
+        take_token(b, r, logits, best);
+}
+
+/* Rows [first, first + n) of those that logits are wanted of. */
+static bool take_rows(struct batch *b, struct mat hidden, int64_t first, int64_t n, struct err *e)
+{
+    struct mat logits = engine_logits(b->engine, hidden, b->index + first, n);
+    bool any_best = false;
+    for (int64_t i = 0; i < n; i++) any_best |= b->of[first + i]->wants_best;
+    if (any_best) engine_best(b->engine, b->best, logits);
+    if (!engine_wait(b->engine, e)) return false;
+    for (int64_t i = 0; i < n; i++) {
+        struct request *r = b->of[first + i];
+        if (r->ended) continue;
+        bool best = r->wants_best && !is_unknown(b, b->best[i]);
+        const float *row = best ? NULL : engine_fetch(b->engine, logits, i, 1);
+        if (row && !engine_wait(b->engine, e)) return false;
+        take_row(b, r, b->index[first + i] - r->first, row, b->best[i]);
+    }
+    return true;
 }
 
 static bool take_logits(struct batch *b, struct mat hidden, struct err *e)
 {
     int64_t most = engine_logits_rows(b->engine);
-    for (int64_t i = 0; i < b->n_logits; i += most) {
-        int64_t n = b->n_logits - i < most ? b->n_logits - i : most;
-        const float *logits = engine_logits_host(b->engine, hidden, b->index + i, n);
-        if (!engine_wait(b->engine, e)) return false;
-        for (int64_t k = 0; k < n; k++)
-            take_row(b, b->of[i + k], b->index[i + k] - b->of[i + k]->first, logits + k * b->vocab);
-    }
-    return engine_wait(b->engine, e);
+    for (int64_t i = 0; i < b->n_logits; i += most)
+        if (!take_rows(b, hidden, i, b->n_logits - i < most ? b->n_logits - i : most, e)) return false;
+    return b->n_logits > 0 || engine_wait(b->engine, e);
 }
 
 /* What the rows computed mean for the request. */
@@ -280,7 +305,6 @@ static void count(struct request *r, struct scheduler_stats *stats, double now)
     for (int i = 0; i < accepted; i++) stats->accepted_at[i]++;
     pthread_mutex_lock(&r->lock);
     struct request_usage *u = &r->usage;
-    u->answer_tokens = r->n_answer;
     u->prefilled = r->done;
     u->drafted += drafted;
     u->accepted += accepted;

@@ -5,8 +5,8 @@
 #include "engine/request.h"
 
 struct batch;
-/* Borrows the engine and the model; reader: NULL where the model sees no pictures. */
-bool batch_create(struct batch **out, struct engine *g, const struct model *m, struct picture_reader *reader,
+/* Borrows all. reader: NULL where no pictures are seen. known: as in scheduler_options. */
+bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader, const uint32_t *known,
                   struct err *e);
 void batch_free(struct batch *b); /* NULL is fine */
 

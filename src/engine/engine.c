@@ -446,12 +446,23 @@ struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *ind
     return step_logits(g->step, hidden, index, n);
 }
 
+const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, int64_t n)
+{
+    const struct backend *b = g->model->backend;
+    float *to = g->host_logits + first * logits.cols;
+    b->ops->download(b->queue, to, logits.data + first * logits.stride,
+                     (uint64_t)(n * logits.cols) * sizeof(float));
+    return to;
+}
+
+void engine_best(struct engine *g, int32_t *out, struct mat logits)
+{
+    g->model->backend->ops->argmax(g->model->backend->queue, out, logits);
+}
+
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n)
 {
-    struct mat logits = engine_logits(g, hidden, index, n);
-    const struct backend *b = g->model->backend;
-    b->ops->download(b->queue, g->host_logits, logits.data, (uint64_t)(n * logits.cols) * sizeof(float));
-    return g->host_logits;
+    return engine_fetch(g, engine_logits(g, hidden, index, n), 0, n);
 }
 
 void engine_text_rows(struct row *rows, const int32_t *tokens, int64_t n, int64_t first)

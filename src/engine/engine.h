@@ -57,6 +57,11 @@ struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *ind
 /* The same as host rows [n][vocab], owned by the engine, valid until the next call. */
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 
+/* Of what engine_logits returned: host rows [first, first + n), as above; and the likeliest token of each
+ * row, the first of equals, which costs the host nothing. */
+const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, int64_t n);
+void engine_best(struct engine *g, int32_t *out, struct mat logits);
+
 /* Waits for what was queued; false: it failed. */
 bool engine_wait(struct engine *g, struct err *e);
 

@@ -54,6 +54,13 @@ bool logits_rules_change(const struct logits_rules *l)
            (l->n_answer < o->min_tokens && o->n_stop_tokens);
 }
 
+bool logits_rules_want_best(const struct logits_rules *l)
+{
+    const struct request_options *o = l->o;
+    return o->sampling.temperature < 1e-5f && o->top_logprobs < 0 && !o->constraint && !l->thinking &&
+           !logits_rules_change(l);
+}
+
 /* allowed is sorted. */
 static void keep_allowed(float *logits, int64_t n_vocab, const int32_t *allowed, int n)
 {

@@ -25,6 +25,8 @@ void logits_rules_deinit(struct logits_rules *l); /* accepts a zeroed one */
 
 /* Whether a row is changed at all. */
 bool logits_rules_change(const struct logits_rules *l);
+/* Whether, whatever comes, the answer is the likeliest token each time and nothing else is asked of a row. */
+bool logits_rules_want_best(const struct logits_rules *l);
 /* In place: -inf where a token must not come. False: none may. */
 bool logits_rules_apply(struct logits_rules *l, float *logits);
 /* The token that has to come whatever the logits say; -1: none. */

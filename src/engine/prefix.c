@@ -41,7 +41,7 @@ void prefix_free(struct prefix_cache *p)
     free(p);
 }
 
-static struct entry *find(struct prefix_cache *p, const uint8_t key[32])
+static struct entry *find(const struct prefix_cache *p, const uint8_t key[32])
 {
     for (int64_t i = 0; i < p->n; i++)
         if (memcmp(p->entries[i].key, key, 32) == 0) return &p->entries[i];
@@ -99,6 +99,12 @@ int64_t prefix_begin(struct prefix_cache *p, int handle, const struct cuts *cuts
         if (begin(p, handle, x)) return cuts->items[i].at;
     }
     return 0;
+}
+
+bool prefix_knows(const struct prefix_cache *p, const struct cut *cut)
+{
+    const struct entry *x = find(p, cut->key);
+    return x && x->snapshot >= 0;
 }
 
 static bool grow(struct prefix_cache *p)

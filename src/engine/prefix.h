@@ -13,6 +13,8 @@ void prefix_free(struct prefix_cache *p); /* NULL is fine */
 /* Begins an empty sequence at the last of the cuts before row `end` that is known and for which there are
  * pages. Returns its rows; 0: none, the sequence is empty. */
 int64_t prefix_begin(struct prefix_cache *p, int handle, const struct cuts *cuts, int64_t end);
+/* Whether a sequence can begin at this cut for the price of a copy. */
+bool prefix_knows(const struct prefix_cache *p, const struct cut *cut);
 /* Remembers what the sequence knows, which has come to this cut. */
 void prefix_add(struct prefix_cache *p, int handle, const struct cut *cut);
 /* Gives up the snapshot used longest ago, so that its pages may become free. False: there is none. */

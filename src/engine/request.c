@@ -256,6 +256,7 @@ bool request_create(struct request **out, const struct request_options *o, const
     r->handle = -1;
     r->submitted = clock_seconds();
     if (create(r, o, maker, e)) {
+        r->wants_best = logits_rules_want_best(&r->rules) && r->o.prompt_logprobs < 0;
         r->usage.prompt_tokens = r->prompt.n;
         return true;
     }
@@ -350,6 +351,7 @@ void request_post(struct request *r, const struct request_event *event)
 {
     pthread_mutex_lock(&r->lock);
     post_locked(r, event);
+    r->usage.answer_tokens += event->kind == REQUEST_TOKEN;
     pthread_mutex_unlock(&r->lock);
 }
 

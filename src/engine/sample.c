@@ -31,7 +31,28 @@ static int by_logit(const void *a, const void *b)
     return (x->id > y->id) - (x->id < y->id);
 }
 
-/* Candidates at least this likely: most of the vocabulary falls here, before anything is sorted. */
+/* Whom a draw is among. */
+struct vocabulary {
+    const float *logits;
+    int64_t n;
+    bool (*banned)(void *ctx, int32_t id);
+    void *ctx;
+};
+
+/* Asked last: most of a vocabulary is out for other reasons. */
+static bool may_come(const struct vocabulary *v, int64_t id)
+{
+    return v->logits[id] > -INFINITY && !(v->banned && v->banned(v->ctx, (int32_t)id));
+}
+
+static int64_t gather(struct candidate *c, const struct vocabulary *v, float least)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < v->n; i++)
+        if (v->logits[i] >= least && may_come(v, i)) c[n++] = (struct candidate){ v->logits[i], (int32_t)i };
+    return n;
+}
+
 static int64_t keep_from(struct candidate *c, int64_t n, float least)
 {
     int64_t kept = 0;
@@ -55,64 +76,76 @@ static void sift_down(float *heap, int n)
 }
 
 /* The k-th largest logit, by a heap of the k best so far; -inf when k is too large to be worth one. */
-static float kth_largest(const struct candidate *c, int64_t n, int k)
+static float kth_largest(const struct vocabulary *v, int k)
 {
     enum { HEAP_MAX = 1024 };
     float heap[HEAP_MAX];
-    if (k <= 0 || k >= n || k > HEAP_MAX) return -INFINITY;
+    if (k <= 0 || k >= v->n || k > HEAP_MAX) return -INFINITY;
     for (int i = 0; i < k; i++) heap[i] = -INFINITY;
-    for (int64_t i = 0; i < n; i++)
-        if (c[i].logit > heap[0]) {
-            heap[0] = c[i].logit;
+    for (int64_t i = 0; i < v->n; i++)
+        if (v->logits[i] > heap[0] && may_come(v, i)) {
+            heap[0] = v->logits[i];
             sift_down(heap, k);
         }
     return heap[0];
 }
 
-/* The shortest prefix of the sorted candidates whose probabilities reach top_p; the first always stays. */
-static int64_t nucleus(const struct candidate *c, int64_t n, float top_p)
+/* Against the likeliest, `top`. */
+static double weight(const struct candidate *c, float top)
 {
-    double total = 0, sum = 0;
-    for (int64_t i = 0; i < n; i++) total += exp((double)c[i].logit - (double)c[0].logit);
-    for (int64_t i = 0; i < n; i++) {
-        sum += exp((double)c[i].logit - (double)c[0].logit);
-        if (sum >= (double)top_p * total) return i + 1;
-    }
-    return n;
+    return exp((double)c->logit - (double)top);
 }
 
-/* Few are ever looked at for being banned: those that are the largest so far. */
-static int32_t greedy(const float *logits, int64_t n_vocab, bool (*banned)(void *ctx, int32_t id), void *ctx)
+static double sum(const struct candidate *c, int64_t n, float top)
+{
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += weight(&c[i], top);
+    return total;
+}
+
+/* The likeliest, sorted, until their probabilities reach top_p; the first always stays. Those that are left
+ * out before the sort would not make up 1 - top_p if there were n of them. */
+static int64_t nucleus(struct candidate *c, int64_t n, float top, float top_p)
+{
+    double total = sum(c, n, top), so_far = 0;
+    double least = 0.5 * (1 - (double)top_p) * total / (double)n;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (weight(&c[i], top) >= least) c[kept++] = c[i];
+    qsort(c, (size_t)kept, sizeof *c, by_logit);
+    for (int64_t i = 0; i < kept; i++) {
+        so_far += weight(&c[i], top);
+        if (so_far >= (double)top_p * total) return i + 1;
+    }
+    return kept;
+}
+
+static int32_t greedy(const struct vocabulary *v)
 {
     int64_t best = -1;
-    for (int64_t i = 0; i < n_vocab; i++)
-        if ((best < 0 || logits[i] > logits[best]) && !(banned && banned(ctx, (int32_t)i))) best = i;
+    for (int64_t i = 0; i < v->n; i++)
+        if ((best < 0 || v->logits[i] > v->logits[best]) && may_come(v, i)) best = i;
     return (int32_t)best;
 }
 
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
                      struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx)
 {
-    int64_t n = 0, best = 0;
-    if (s->temperature < 1e-5f) return greedy(logits, n_vocab, banned, ctx);
-    for (int64_t i = 0; i < n_vocab; i++) {
-        if (logits[i] == -INFINITY || (banned && banned(ctx, (int32_t)i))) continue;
-        work[n] = (struct candidate){ logits[i], (int32_t)i };
-        if (work[n].logit > work[best].logit) best = n;
-        n++;
-    }
-    float top = work[best].logit / s->temperature;
+    struct vocabulary v = { logits, n_vocab, banned, ctx };
+    int32_t best = greedy(&v);
+    if (s->temperature < 1e-5f || best < 0) return best;
+    int64_t n = gather(work, &v, kth_largest(&v, s->top_k));
+    float top = logits[best] / s->temperature;
     for (int64_t i = 0; i < n; i++) work[i].logit /= s->temperature;
     if (s->min_p > 0) n = keep_from(work, n, top + logf(s->min_p));
-    n = keep_from(work, n, kth_largest(work, n, s->top_k));
-    qsort(work, (size_t)n, sizeof *work, by_logit);
-    if (s->top_k > 0 && s->top_k < n) n = keep_from(work, n, work[s->top_k - 1].logit);
-    if (s->top_p > 0 && s->top_p < 1) n = nucleus(work, n, s->top_p);
-    double total = 0, at = 0;
-    for (int64_t i = 0; i < n; i++) total += exp((double)work[i].logit - (double)work[0].logit);
-    double draw = sample_uniform(s->seed, counter) * total;
+    if (s->top_k > 0 && s->top_k < n) {
+        qsort(work, (size_t)n, sizeof *work, by_logit);
+        n = keep_from(work, n, work[s->top_k - 1].logit);
+    }
+    if (s->top_p > 0 && s->top_p < 1) n = nucleus(work, n, top, s->top_p);
+    double draw = sample_uniform(s->seed, counter) * sum(work, n, top), at = 0;
     for (int64_t i = 0; i < n; i++) {
-        at += exp((double)work[i].logit - (double)work[0].logit);
+        at += weight(&work[i], top);
         if (draw < at) return work[i].id;
     }
     return work[n - 1].id;

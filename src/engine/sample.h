@@ -19,8 +19,8 @@ struct candidate {
     float logit;
     int32_t id;
 };
-/* work: [n_vocab]. banned(ctx, id) true: never sampled; NULL: all allowed. Logits may hold -inf; not all of
- * them. */
+/* work: [n_vocab]. banned(ctx, id) true: never sampled; NULL: all allowed. Logits may hold -inf, which are
+ * never sampled either. -1: there is no other. */
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
                      struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx);
 /* Uniform in [0, 1), a function of its two arguments only. */

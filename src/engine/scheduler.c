@@ -128,7 +128,7 @@ static void fail_all(struct scheduler *s, const struct err *e)
     }
     while (s->n_running > 0) {
         struct request *r = s->running[s->n_running - 1];
-        if (!r->is_over) fail_one(r, e);
+        if (r->inbox) fail_one(r, e); /* else its last event is posted */
         leave(s, s->n_running - 1);
     }
 }
@@ -158,22 +158,32 @@ static bool make_room(struct scheduler *s)
     return s->prefixes && prefix_give_up(s->prefixes);
 }
 
-/* Where the prompt begins: at its first row, or where a prefix is known. */
-static void begin(struct scheduler *s, struct request *r)
+static bool reads_prefixes(const struct scheduler *s, const struct request *r)
 {
-    bool looks = s->prefixes && !r->o.no_prefix_cache && r->o.prompt_logprobs < 0;
-    r->done = looks ? prefix_begin(s->prefixes, r->handle, &r->cuts, r->prompt.n) : 0;
+    return s->prefixes && !r->o.no_prefix_cache && r->o.prompt_logprobs < 0;
+}
+
+/* Where the prompt begins: at its first row, or at the last cut before row `end` that is known. */
+static void begin(struct scheduler *s, struct request *r, int64_t end)
+{
+    r->done = reads_prefixes(s, r) ? prefix_begin(s->prefixes, r->handle, &r->cuts, end) : 0;
+}
+
+static void count_found(struct scheduler *s, struct request *r, int64_t rows)
+{
+    s->stats.prefix_hits += rows;
+    pthread_mutex_lock(&r->lock);
+    r->usage.cached_tokens += rows;
+    r->usage.prefilled = r->done;
+    pthread_mutex_unlock(&r->lock);
 }
 
 /* It has its place. */
 static void began(struct scheduler *s, struct request *r)
 {
     r->began = clock_seconds();
-    if (s->prefixes && !r->o.no_prefix_cache) s->stats.prefix_queries += r->prompt.n;
-    s->stats.prefix_hits += r->done;
-    pthread_mutex_lock(&r->lock);
-    r->usage.cached_tokens = r->usage.prefilled = r->done;
-    pthread_mutex_unlock(&r->lock);
+    if (reads_prefixes(s, r)) s->stats.prefix_queries += r->prompt.n;
+    count_found(s, r, r->done);
 }
 
 static bool resume(struct scheduler *s, struct request *r)
@@ -198,7 +208,7 @@ static bool seat(struct scheduler *s, struct request *r)
     if (r->parcel)
         ok = resume(s, r);
     else
-        begin(s, r);
+        begin(s, r, r->prompt.n);
     while (ok && !engine_reserve(s->engine, r->handle, rows_ahead(s, r))) {
         if (make_room(s)) continue;
         ok = s->n_running > 0 && s->running[s->n_running - 1]->o.priority > r->o.priority;
@@ -295,11 +305,12 @@ static void settle(double *usual, double x)
     *usual += (*usual == 0 ? 1 : 0.2) * (x - *usual);
 }
 
+/* What a step takes besides its rows counts for little where there are many. */
 static void learn(struct scheduler *s, int64_t answers, int64_t prompts, double seconds)
 {
     if (prompts == 0)
         settle(&s->decode_seconds, seconds);
-    else if (seconds > s->decode_seconds || answers == 0)
+    else if (prompts >= DELTA_CHUNK && (seconds > s->decode_seconds || answers == 0))
         settle(&s->row_seconds, (seconds - (answers ? s->decode_seconds : 0)) / (double)prompts);
 }
 
@@ -315,14 +326,53 @@ static bool add_answers(struct scheduler *s, struct err *e)
     return true;
 }
 
+/* One that runs before it is on its way to this cut, and waits for no reader. */
+static bool comes_soon(const struct scheduler *s, int at, const struct cut *cut)
+{
+    for (int i = 0; i < at; i++) {
+        const struct request *r = s->running[i];
+        const struct cut *same = r->done < cut->at ? cuts_at(&r->cuts, cut->at) : NULL;
+        if (same && reads_prefixes(s, r) && memcmp(same->key, cut->key, sizeof cut->key) == 0) return true;
+    }
+    return false;
+}
+
+/* Requests that begin alike and come together compute what they share once: the later ones wait for the
+ * first, and go on from what it leaves at a cut. False: r waits. */
+static bool share(struct scheduler *s, int at)
+{
+    struct request *r = s->running[at];
+    int64_t had = r->done, known = had;
+    const struct cut *cut = NULL;
+    if (!reads_prefixes(s, r) || (had > 0 && !cuts_at(&r->cuts, had))) return true;
+    while ((cut = cuts_at(&r->cuts, cuts_next(&r->cuts, known, r->prompt.n))) && cut->at < r->prompt.n &&
+           prefix_knows(s->prefixes, cut))
+        known = cut->at;
+    if (known > had) {
+        engine_close(s->engine, r->handle);
+        engine_open(s->engine, &r->handle, NULL); /* which the close has made possible */
+        begin(s, r, known + 1);
+        count_found(s, r, r->done - had);
+    }
+    return !cut || cut->at >= r->prompt.n || !comes_soon(s, at, cut);
+}
+
+/* Pages for all that is sure to come: what it was let in with, but after share(). */
+static bool has_pages(struct scheduler *s, const struct request *r)
+{
+    while (!engine_reserve(s->engine, r->handle, rows_ahead(s, r)))
+        if (!make_room(s)) return false;
+    return true;
+}
+
 static void add_prompts(struct scheduler *s)
 {
     int64_t budget = prompt_budget(s, batch_rows(s->batch));
     for (int i = 0; i < s->n_running && budget > 0; i++) {
         struct request *r = s->running[i];
         struct err e = { 0 };
+        if (r->done == r->prompt.n || !share(s, i) || !has_pages(s, r)) continue;
         int64_t left = cuts_next(&r->cuts, r->done, r->prompt.n) - r->done, most = budget;
-        if (left == 0 || r->is_over) continue;
         if (r->o.prompt_logprobs >= 0) most = least(most, request_room(r, (int)least(left, PIECE_LEAST)));
         int64_t n = most > 0 ? piece_of(left, most) : 0;
         if (n <= 0) continue;
@@ -458,7 +508,7 @@ bool scheduler_create(struct scheduler **out, const struct scheduler_options *o,
     s->maker.reader = s->reader;
     if (ok && engine_snapshots(s->engine) > 0 && !o->no_prefix_cache)
         ok = prefix_create(&s->prefixes, s->engine, o->host_cache_bytes, e);
-    ok = ok && batch_create(&s->batch, s->engine, m, s->reader, e) && start(s, e);
+    ok = ok && batch_create(&s->batch, s->engine, s->reader, o->known, e) && start(s, e);
     if (ok)
         *out = s;
     else

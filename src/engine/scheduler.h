@@ -14,6 +14,9 @@ struct scheduler_options {
     int64_t max_queued;        /* requests that wait; 0: 1024 */
     int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
     double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
+    /* Bit id % 32 of known[id / 32] is set where token id has a text: no other is ever sampled. Borrow; NULL:
+     * all are known. */
+    const uint32_t *known;
     bool no_pictures;          /* the vision tower is not bound, pictures are refused */
     bool no_prefix_cache;      /* as if the engine had no snapshots */
     uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
