@@ -383,10 +383,10 @@ def real(b, url):
         return note
     b.goto(url)
     b.wait("document.getElementById('models').value !== ''")
-    b.say("What is the capital of Finland?", 120)
+    b.say("The sky is blue and the sea is deep. " * 20 + "What is the capital of Finland?", 120)
     assert " out" in said()
     b.say("And what is the capital of France?", 120)
-    said()
+    assert "cached" in said(), "the second turn found nothing in the prefix cache (is it off?)"
     attach(b, "paste")
     b.say("What color is the shape?", 120)
     said()

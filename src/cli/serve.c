@@ -366,10 +366,11 @@ static bool load(struct service *v, const struct settings *s, struct server *ser
     struct watcher w = { common_report(&s->common), server };
     struct report report = { &w, watch_progress, watch_warn };
     struct plan plan;
-    return common_backend(&v->backend, &s->common, e) && make_plan(&plan, s, &v->backend, e) &&
-           common_open(&v->opened, s->model, &v->backend, &report, e) &&
-           common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e) &&
-           make_scheduler(v, s, server, e) && make_api(v, s, e);
+    bool ok = common_backend(&v->backend, &s->common, e) && make_plan(&plan, s, &v->backend, e) &&
+              common_open(&v->opened, s->model, &v->backend, &report, e) &&
+              common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e);
+    v->opened.model.report = NULL; /* lives as long as this function; pictures of requests report nothing */
+    return ok && make_scheduler(v, s, server, e) && make_api(v, s, e);
 }
 
 static void unload(struct service *v)

@@ -6,6 +6,17 @@
 
 enum { EVENTS = 32 };
 
+/* NULL: out of memory. */
+static char *text_of(const json_t *arguments)
+{
+    struct json_out o = { 0 };
+    json_out_value(&o, arguments);
+    json_out_raw(&o, "", 1);
+    if (!o.failed) return o.data;
+    json_out_deinit(&o);
+    return NULL;
+}
+
 static void take_call(struct choice *c, const struct reply_event *event)
 {
     if (c->o.params->one_call && c->n_calls > 0) return;
@@ -16,7 +27,7 @@ static void take_call(struct choice *c, const struct reply_event *event)
     }
     c->calls = grown;
     struct tool_call *call = &grown[c->n_calls];
-    *call = (struct tool_call){ strdup(event->name), json_dumps(event->arguments, JSON_COMPACT) };
+    *call = (struct tool_call){ strdup(event->name), text_of(event->arguments) };
     c->n_calls++;
     if (!call->name || !call->arguments)
         c->content.failed = true;

@@ -11,8 +11,9 @@
 #include <time.h>
 
 enum {
-    CHOICES_MAX = 1024, /* of one exchange */
-    SUBMITTED_MAX = 64  /* of them in the scheduler's hands at a time */
+    CHOICES_MAX = 1024,  /* of one exchange */
+    SUBMITTED_MAX = 64,  /* of them in the scheduler's hands at a time */
+    SCORES_MAX = 1 << 21 /* of prompts' tokens: some 100 MB of an answer */
 };
 
 void exchange_event(struct exchange *x, const char *name)
@@ -117,7 +118,8 @@ void exchange_write_usage(struct exchange *x, const struct choice *only)
     json_out_key_int(o, "accepted_prediction_tokens", u.accepted);
     json_out_key_int(o, "rejected_prediction_tokens", u.drafted - u.accepted);
     json_out_close(o, '}');
-    if (reasoning > 0 && reasoning == u.answer_tokens && x->choices[0].is_over)
+    const char *finish = x->choices[0].finish;
+    if (reasoning > 0 && reasoning == u.answer_tokens && finish && strcmp(finish, "length") == 0)
         json_out_key_text(o, "note",
                           "the limit on tokens was reached while the model was thinking: there is no answer; "
                           "raise max_tokens, or set thinking_token_budget or reasoning_effort");
@@ -232,11 +234,13 @@ static bool submit(struct exchange *x, struct choice *c, struct err *e)
 }
 
 /* Those after the first of a prompt wait until that one's prompt is computed: then they find it in the prefix
- * cache. */
+ * cache. Not so with pictures, which are decoded while a request is submitted: better now than on the loop.
+ */
 static bool may_submit(const struct exchange *x, int i)
 {
     const struct choice *first = &x->choices[i - i % x->params.n];
-    return !x->choices[i].is_submitted && (i % x->params.n == 0 || first->n_tokens > 0 || first->is_over);
+    return !x->choices[i].is_submitted &&
+           (i % x->params.n == 0 || first->o.prompt->n_pictures > 0 || first->n_tokens > 0 || first->is_over);
 }
 
 static bool submit_one(struct exchange *x, int i, bool *is_full)
@@ -293,9 +297,24 @@ static void fail(struct exchange *x)
     fault_write(&x->out, x->route, x->fault.status, NULL, x->fault.param.text, x->fault.code, x->fault.text);
 }
 
+/* What prompts' scores cost in memory is known before they are computed. */
+static bool check_scores(struct exchange *x)
+{
+    const struct params *p = &x->params;
+    int best = p->echo && p->logprobs > p->prompt_logprobs ? p->logprobs : p->prompt_logprobs;
+    int64_t n = 0;
+    for (int i = 0; best >= 0 && i < x->n_prompts; i++) n += x->prompts[i].n * (best + 1) * p->n;
+    return n <= SCORES_MAX || fault_status(&x->fault, 413, NULL,
+                                           "log-probabilities of prompts: %" PRId64
+                                           " asked for, at most %d in a request; send fewer "
+                                           "prompts at a time or ask for fewer of the best",
+                                           n, SCORES_MAX);
+}
+
 bool exchange_start(struct exchange *x)
 {
     int n = x->n_prompts * x->params.n;
+    if (!check_scores(x)) return false;
     if (n > CHOICES_MAX)
         return fault_set(&x->fault, "n", "%d prompts times n = %d: at most %d answers in a request",
                          x->n_prompts, x->params.n, CHOICES_MAX);
@@ -433,7 +452,8 @@ const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done)
     else if (x->was_taken)
         json_out_clear(&x->out);
     x->was_taken = x->is_done;
-    if (x->out.n && x->params.stream) x->has_begun = true;
+    /* Who calls now knows that it is a stream. */
+    if (x->params.stream) x->has_begun = true;
     *bytes = x->out.n;
     *done = x->is_done;
     return x->out.data ? x->out.data : "";
@@ -465,7 +485,7 @@ void exchange_account(const struct exchange *x, struct exchange_account *out)
         const struct choice *c = &x->choices[i];
         if (c->first_token > 0 && (first == 0 || c->first_token < first)) first = c->first_token;
         if (c->last_token > last) last = c->last_token;
-        if (i == 0 && c->finish) out->finish = c->finish;
+        if (i == 0 && c->finish && !x->fault.status) out->finish = c->finish;
     }
     exchange_usage(x, NULL, &out->usage, &reasoning);
     if (first > 0) out->first_token = first - x->began;

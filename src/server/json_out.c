@@ -140,19 +140,55 @@ void json_out_float(struct json_out *o, float v)
     word(o, text);
 }
 
-static int dump(const char *bytes, size_t n, void *o)
+static void json_out_double(struct json_out *o, double v)
 {
-    json_out_raw(o, bytes, n);
-    return 0;
+    char text[40];
+    for (int digits = 15; digits <= 17; digits++) {
+        snprintf(text, sizeof text - 2, "%.*g", digits, v);
+        if (strtod(text, NULL) == v) break;
+    }
+    if (!strpbrk(text, ".e")) strcat(text, ".0");
+    word(o, text);
+}
+
+static void json_out_object(struct json_out *o, const json_t *v)
+{
+    const char *key;
+    const json_t *member;
+    json_out_open(o, '{');
+    json_object_foreach((json_t *)v, key, member)
+    {
+        json_out_text(o, key);
+        json_out_raw(o, ":", 1);
+        o->needs_comma = false;
+        json_out_value(o, member);
+    }
+    json_out_close(o, '}');
+}
+
+static void json_out_array(struct json_out *o, const json_t *v)
+{
+    json_out_open(o, '[');
+    for (size_t i = 0; i < json_array_size(v); i++) json_out_value(o, json_array_get(v, i));
+    json_out_close(o, ']');
 }
 
 void json_out_value(struct json_out *o, const json_t *v)
 {
-    comma(o);
-    if (!v)
-        json_out_raw(o, "null", 4);
+    if (!v || json_is_null(v))
+        json_out_null(o);
+    else if (json_is_object(v))
+        json_out_object(o, v);
+    else if (json_is_array(v))
+        json_out_array(o, v);
+    else if (json_is_string(v))
+        json_out_string(o, json_string_value(v), json_string_length(v));
+    else if (json_is_integer(v))
+        json_out_int(o, json_integer_value(v));
+    else if (json_is_real(v))
+        json_out_double(o, json_real_value(v));
     else
-        json_dump_callback(v, dump, o, JSON_COMPACT | JSON_ENCODE_ANY);
+        json_out_bool(o, json_is_true(v));
 }
 
 void json_out_key_text(struct json_out *o, const char *key, const char *text)

@@ -29,7 +29,8 @@ void json_out_null(struct json_out *o);
 /* The fewest digits that give the same f32 back, so equal numbers are equal texts. What is not finite becomes
  * -9999.0, as in vLLM: JSON has no infinities. */
 void json_out_float(struct json_out *o, float v);
-void json_out_value(struct json_out *o, const json_t *v); /* compact; NULL writes null */
+/* Compact, numbers in the fewest digits that give them back; NULL writes null. As deep as the value is. */
+void json_out_value(struct json_out *o, const json_t *v);
 
 void json_out_key_text(struct json_out *o, const char *key, const char *text);
 void json_out_key_string(struct json_out *o, const char *key, const char *text, size_t n);

@@ -9,7 +9,7 @@
 struct scheduler {
     int32_t tokens[4096]; /* the answer to every request */
     int n_tokens;
-    int piece;       /* events of one request_take; 0: all */
+    int piece;       /* events of one request_take; 0: all; -1: none come */
     int room;        /* requests until the queue is full; < 0: no end */
     int64_t context; /* 0: any */
     int fail_at;     /* tokens until the request fails; < 0: never */
@@ -121,6 +121,7 @@ bool scheduler_submit(struct scheduler *s, struct request **out, const struct re
 int request_take(struct request *r, struct request_event *out, int most)
 {
     int n = r->n - r->at;
+    if (r->s->piece < 0) return 0;
     if (n > most) n = most;
     if (r->s->piece && n > r->s->piece) n = r->s->piece;
     /* A piece is all there is now: the caller asks again until there is none. */

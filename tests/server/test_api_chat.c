@@ -563,6 +563,31 @@ static void test_failure(void **state)
     json_decref(r);
 }
 
+/* Once it is known to be a stream, an error is an event, though no byte was sent yet. */
+static void test_failure_of_silent_stream(void **state)
+{
+    struct fixture *x = *state;
+    static const char body[] = "{\"stream\":true,\"stream_interval\":100," USER "}";
+    const struct api_caller caller = { .request_id = "r" };
+    bool done;
+    size_t n;
+    fixture_script(x, "one two three");
+    x->scheduler.piece = -1; /* nothing yet */
+    x->scheduler.fail_at = 0;
+    struct exchange *e = exchange_create(x->api, API_CHAT_COMPLETIONS, NULL, body, sizeof body - 1, &caller);
+    exchange_pump(e, &n, &done);
+    assert_int_equal(n, 0);
+    assert_int_equal(exchange_status(e), 200);
+    assert_true(exchange_is_stream(e));
+    x->scheduler.piece = 0;
+    const char *text = exchange_pump(e, &n, &done);
+    assert_true(done);
+    assert_int_equal(exchange_status(e), 200);
+    assert_true(exchange_is_stream(e));
+    assert_int_equal(strncmp(text, "data: {\"error\":", 15), 0);
+    exchange_free(e);
+}
+
 static void test_leaving(void **state)
 {
     struct fixture *x = *state;
@@ -698,14 +723,31 @@ static void test_tool_choice(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_whole),           TEST(test_stream),       TEST(test_stream_usage),
-        TEST(test_cut_character),   TEST(test_eaten_budget), TEST(test_thinking_switches),
-        TEST(test_tool_calls),      TEST(test_cut_call),     TEST(test_no_tools),
-        TEST(test_stop_strings),    TEST(test_stop_tokens),  TEST(test_logprobs),
-        TEST(test_prompt_logprobs), TEST(test_several),      TEST(test_parameters),
-        TEST(test_defaults),        TEST(test_messages),     TEST(test_images),
-        TEST(test_errors),          TEST(test_strict),       TEST(test_busy),
-        TEST(test_forms),           TEST(test_tool_choice),  TEST(test_failure),
+        TEST(test_whole),
+        TEST(test_stream),
+        TEST(test_stream_usage),
+        TEST(test_cut_character),
+        TEST(test_eaten_budget),
+        TEST(test_thinking_switches),
+        TEST(test_tool_calls),
+        TEST(test_cut_call),
+        TEST(test_no_tools),
+        TEST(test_stop_strings),
+        TEST(test_stop_tokens),
+        TEST(test_logprobs),
+        TEST(test_prompt_logprobs),
+        TEST(test_several),
+        TEST(test_parameters),
+        TEST(test_defaults),
+        TEST(test_messages),
+        TEST(test_images),
+        TEST(test_errors),
+        TEST(test_strict),
+        TEST(test_busy),
+        TEST(test_forms),
+        TEST(test_tool_choice),
+        TEST(test_failure),
+        TEST(test_failure_of_silent_stream),
         TEST(test_leaving),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

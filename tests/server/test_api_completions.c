@@ -216,6 +216,26 @@ static void test_body_limits(void **state)
     free(body);
 }
 
+/* 60 prompts of 2,000 tokens with 20 of the best each: refused before any is computed. */
+static void test_too_many_scores(void **state)
+{
+    struct fixture *x = *state;
+    json_t *prompt = json_array(), *prompts = json_array();
+    for (int i = 0; i < 2000; i++) json_array_append_new(prompt, json_integer(i % 200));
+    for (int i = 0; i < 60; i++) json_array_append(prompts, prompt);
+    json_t *body =
+        json_pack("{s:o, s:b, s:i, s:i}", "prompt", prompts, "echo", 1, "logprobs", 20, "max_tokens", 0);
+    char *text = json_dumps(body, 0);
+    json_t *r = fixture_ask(x, API_COMPLETIONS, text);
+    assert_int_equal(x->status, 413);
+    assert_non_null(strstr(text_at(r, "error.message"), "2520000"));
+    assert_int_equal(x->scheduler.submitted, 0);
+    json_decref(r);
+    free(text);
+    json_decref(body);
+    json_decref(prompt);
+}
+
 static void test_tokens(void **state)
 {
     struct fixture *x = *state;
@@ -279,7 +299,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(test_prompt_shapes), TEST(test_plain),       TEST(test_lm_eval),  TEST(test_digits),
         TEST(test_echo),          TEST(test_offsets),     TEST(test_truncate), TEST(test_many_prompts),
-        TEST(test_errors),        TEST(test_body_limits), TEST(test_tokens),   TEST(test_about),
+        TEST(test_errors),        TEST(test_body_limits), TEST(test_tokens),   TEST(test_too_many_scores),
+        TEST(test_about),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

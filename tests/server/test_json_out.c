@@ -80,9 +80,30 @@ static void test_structure(void **state)
     json_out_deinit(&o);
 }
 
+/* Values come back as they were, with as few digits as do. */
+static void test_values(void **state)
+{
+    (void)state;
+    static const char *const texts[] = {
+        "[0.1,1.0,-2.5,1e+300,123456789012345,0.30000000000000004,true,false,null]",
+        "{\"a\":{\"b\":[]},\"c\\n\":\"\xc3\xa9\\u0000\"}", "7", "\"x\""
+    };
+    struct json_out o = { 0 };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        json_t *v = json_loads(texts[i], JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+        assert_non_null(v);
+        json_out_clear(&o);
+        json_out_value(&o, v);
+        json_out_raw(&o, "", 1);
+        assert_string_equal(o.data, texts[i]);
+        json_decref(v);
+    }
+    json_out_deinit(&o);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(test_strings), cmocka_unit_test(test_floats),
-                                        cmocka_unit_test(test_structure) };
+                                        cmocka_unit_test(test_structure), cmocka_unit_test(test_values) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
