@@ -86,18 +86,18 @@ struct row {
 
 /* Consecutive rows of one sequence, in order. Row i of the span is the sequence's token number past + i.
  *
- * Rows that may have to be taken back are logged: they see each other as ever, but their slot's recurrent and
- * convolution state stays as it is before them, and what they would have done to it goes to the slot's log.
- * The slot's next span says how many of the logged rows, from the first, the sequence has kept; those are
- * applied to the state before anything else, operation for operation as if they had not been logged: same
- * bits. KV is taken back by `past` alone. */
+ * Rows that may have to be taken back are logged, after one that is certain to stay: they see each other as
+ * ever, and what the sequence has kept of them becomes known with the slot's next span, which says how many
+ * of the logged rows stay, from the first and at least that one. The recurrent and convolution state then is,
+ * operation for operation, as if just these had never been logged: same bits. In between the state is the
+ * backend's, in part in the slot's log. KV is taken back by `past` alone. */
 struct span {
     int64_t first, n; /* rows [first, first + n) of the step */
     int64_t past;     /* tokens of the sequence before this step */
     const int32_t
         *pages;   /* KV pages of the sequence: token t lives in pages[t / KV_PAGE], line t % KV_PAGE */
     int32_t slot; /* its recurrent and convolution state */
-    int32_t kept; /* rows of the slot's log that come before these; 0 after a span that was not logged */
+    int32_t kept; /* rows of the slot's last span that stay, where it was logged; else 0 */
     bool logged;  /* n is at most the state's log_rows */
 };
 

@@ -25,7 +25,7 @@ static const struct command command = {
 static const char help[] = "/image PATH    a picture for the next message (PNG, JPEG, WebP, GIF, data: URL)\n"
                            "/system TEXT   the system message from now on; without TEXT none\n"
                            "/think on|off  whether the model thinks before it answers\n"
-                           "/stats         tokens, reuse and speed of the last answer\n"
+                           "/stats         tokens, reuse, drafts and speed of the last answer\n"
                            "/reset         forget the conversation, keep the system message\n"
                            "/help          this list\n"
                            "Ctrl-C         stop the answer\n"
@@ -40,6 +40,7 @@ struct settings {
     double temperature, top_p, min_p;
     int thinking;
     bool preserve_thinking;
+    int drafts;
 };
 
 /* What one answer consists of, as it arrives. */
@@ -203,6 +204,12 @@ static const char *finish_name(enum session_finish f)
     return f == SESSION_STOP ? "stop" : f == SESSION_LENGTH ? "length" : "cancelled";
 }
 
+/* Tokens a step of decoding. */
+static double mean_length(const struct session_result *r)
+{
+    return r->rounds ? 1 + (double)r->accepted / (double)r->rounds : 0;
+}
+
 static void print_json(const struct chat *c)
 {
     const struct answer *a = &c->answer;
@@ -212,6 +219,10 @@ static void print_json(const struct chat *c)
         "prompt_tokens", (json_int_t)c->last.prompt_tokens, "reused_tokens",
         (json_int_t)c->last.reused_tokens, "tokens", (json_int_t)c->last.tokens, "prefill_seconds",
         c->last.prefill_seconds, "decode_seconds", c->last.decode_seconds);
+    if (c->s->drafts)
+        json_object_update_new(o, json_pack("{s:I, s:I, s:f}", "drafted", (json_int_t)c->last.drafted,
+                                            "accepted", (json_int_t)c->last.accepted, "mean_accepted_length",
+                                            mean_length(&c->last)));
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     fflush(stdout);
@@ -273,6 +284,18 @@ static bool say(struct chat *c, const char *message, struct err *e)
     return ok;
 }
 
+static void print_drafts(const struct chat *c)
+{
+    const struct session_result *r = &c->last;
+    const struct speculation *s = session_speculation(c->session);
+    printf("drafts       %lld, %lld accepted, %.2f tokens a step", (long long)r->drafted,
+           (long long)r->accepted, mean_length(r));
+    for (int i = 0; i < s->most && s->tried[i]; i++)
+        printf("%s%.0f %%", i ? ", " : "; of all answers by place ",
+               100 * (double)s->right[i] / (double)s->tried[i]);
+    putchar('\n');
+}
+
 static void print_stats(const struct chat *c)
 {
     const struct session_result *r = &c->last;
@@ -284,6 +307,7 @@ static void print_stats(const struct chat *c)
            (double)computed / r->prefill_seconds);
     printf("answer       %lld tokens, %.1f tokens/s, finish: %s\n", (long long)r->tokens,
            r->tokens ? (double)r->tokens / r->decode_seconds : 0, finish_name(r->finish));
+    if (c->s->drafts) print_drafts(c);
     printf("context      %lld of %lld tokens\n", (long long)(r->prompt_tokens + r->tokens),
            (long long)c->s->context);
 }
@@ -395,7 +419,9 @@ static bool may_colour(void)
 
 static bool open_chat(struct chat *c, struct engine **engine, const struct settings *s, struct err *e)
 {
-    struct engine_options eo = { .context = s->context, .kv = common_kv_dtype(&s->common) };
+    struct engine_options eo = { .context = s->context,
+                                 .kv = common_kv_dtype(&s->common),
+                                 .drafts = s->drafts };
     c->thinking = (enum chat_thinking)s->thinking;
     c->messages = json_array();
     c->is_coloured = !s->common.json && may_colour();
@@ -428,9 +454,9 @@ static bool run(struct settings *s, struct err *e)
     struct chat c = { .s = s, .o = &o };
     int32_t eos[16], pictures[2];
     int n_eos = 0;
-    bool ok = check(s, &sampling, e) && common_backend(&b, &s->common, e) &&
-              common_open(&o, s->model, &b, &report, e) &&
-              checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+              common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
+              common_bind_mtp(&o, s->drafts, e) && checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);
     const struct config *config = &o.checkpoint.config;
     pictures[0] = (int32_t)config->image_token;
     pictures[1] = (int32_t)config->video_token;
@@ -470,6 +496,7 @@ int cli_chat(int argc, char **argv)
           NULL },
         { "--min-p", 0, FLAG_NUMBER, &s.min_p, "P", "drop tokens under P times the likeliest", NULL },
         { "--seed", 0, FLAG_INT, &s.seed, "N", "of the sampler (default 0): same seed, same text", NULL },
+        COMMON_SPECULATIVE_FLAG(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

@@ -159,7 +159,7 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)
 {
-    return !drafts || model_bind_mtp(&o->model, e);
+    return !drafts || model_bind_mtp(&o->model, true, e);
 }
 
 void common_close(struct opened *o)

@@ -304,15 +304,18 @@ static void show_prompts(struct engine *g, int n_runs)
     show(g, &h);
 }
 
-/* The last rows of prompts that go on, while their hidden rows are there. */
+/* The last rows of sequences that a prompt follows, while their hidden rows are there. */
 static void show_boundaries(struct engine *g, const struct engine_run *runs, int n_runs)
 {
     struct head_step h = { 0 };
     for (int i = 0; g->o.drafts && i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
-        if (runs[i].tentative || runs[i].n < 2 || s->n_fresh != 1) continue;
-        begin_span(g, &h, s, s->head_length++);
-        add_row(g, &h, s->fresh_first, &g->rows[s->fresh_first], &runs[i].rows[0]);
+        int64_t end = s->fresh_first + s->n_fresh;
+        if (runs[i].tentative || runs[i].n < 2 || s->n_fresh == 0) continue;
+        begin_span(g, &h, s, s->head_length);
+        for (int64_t r = s->fresh_first; r < end; r++)
+            add_row(g, &h, r, &g->rows[r], r + 1 < end ? &g->rows[r + 1] : &runs[i].rows[0]);
+        s->head_length += s->n_fresh;
     }
     show(g, &h);
 }

@@ -139,28 +139,10 @@ static bool take_round(struct decoding *d, const float *logits, struct engine_dr
     }
 }
 
-/* A step with the token sampled last and drafts for what comes after it; the logits of all of them. */
-static bool run_round(struct decoding *d, struct engine_draft *draft, const float **logits, struct err *e)
-{
-    struct engine *g = d->engine;
-    struct row rows[DRAFTS_MAX + 1];
-    struct mat hidden;
-    int64_t left = d->o->max_tokens - (int64_t)d->out->tokens.n - 1, index[DRAFTS_MAX + 1];
-    draft->n = speculation_choose(d->speculation);
-    if (draft->n > left) draft->n = (int)left;
-    if (draft->n > 0 && !engine_draft(g, draft, 1, e)) return false;
-    engine_text_rows(rows, &draft->next, 1, engine_position(g, draft->handle));
-    engine_text_rows(rows + 1, draft->tokens, draft->n, engine_position(g, draft->handle) + 1);
-    struct engine_run run = { draft->handle, rows, draft->n + 1, draft->n > 0 };
-    for (int i = 0; i <= draft->n; i++) index[i] = i;
-    if (!engine_step(g, &run, 1, &hidden, e)) return false;
-    *logits = engine_logits_host(g, hidden, index, run.n);
-    return engine_wait(g, e);
-}
-
 static bool decode(struct decoding *d, int handle, const float *logits, struct err *e)
 {
     struct engine_draft draft = { .handle = handle };
+    struct row rows[DRAFTS_MAX + 1];
     struct generated *out = d->out;
     double seconds = 0;
     bool more = d->o->max_tokens > 0;
@@ -171,9 +153,9 @@ static bool decode(struct decoding *d, int handle, const float *logits, struct e
         if (!first) speculation_learn(d->speculation, draft.n, right, seconds);
         if (!more) break;
         if (draft.n > 0) engine_keep(d->engine, handle, right + 1);
-        double begin = clock_seconds();
-        if (!run_round(d, &draft, &logits, e)) return false;
-        seconds = clock_seconds() - begin;
+        if (!speculation_run(d->speculation, d->engine, &draft, d->o->max_tokens - (int64_t)out->tokens.n - 1,
+                             rows, &logits, &seconds, e))
+            return false;
     }
     if (d->pending.stopped) return true;
     if (!reserve(&d->pending, DETOKENIZER_ROOM, e)) return false;

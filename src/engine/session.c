@@ -10,6 +10,10 @@ struct session {
     struct row *held; /* what the sequence has computed; room for the engine's context */
     int64_t n_held;
     uint64_t draws; /* of the sampler, over all answers */
+    struct speculation speculation;
+    struct engine_draft draft;       /* the round under way */
+    struct row rows[DRAFTS_MAX + 1]; /* and its rows */
+    bool foresaw_end; /* the draft after the last of the answer's tokens was the stop token that came */
     struct candidate *work;
     char *text; /* of one token */
     size_t text_size;
@@ -22,6 +26,7 @@ bool session_create(struct session **out, struct engine *g, const struct tokeniz
     size_t vocab = (size_t)engine_vocab(g), context = (size_t)engine_context(g);
     if (!s) return err_memory(e, "a session", sizeof *s);
     *s = (struct session){ .engine = g, .tokenizer = t, .handle = -1 };
+    speculation_init(&s->speculation, engine_drafts(g));
     s->work = malloc(vocab * sizeof *s->work);
     s->held = malloc(context * sizeof *s->held);
     if (s->work && s->held) return true;
@@ -85,13 +90,6 @@ static bool append(struct session *s, const struct row *rows, int64_t n, const f
     return true;
 }
 
-static bool append_token(struct session *s, int32_t id, const float **logits, struct err *e)
-{
-    struct row row;
-    engine_text_rows(&row, &id, 1, engine_position(s->engine, s->handle));
-    return append(s, &row, 1, logits, e);
-}
-
 /* The prompt's new rows, a step at a time, so that it can be cancelled. */
 static bool prefill(struct session *s, struct session_result *out, const struct prompt *prompt,
                     const float **logits, struct err *e)
@@ -131,27 +129,64 @@ static bool hand_out(struct session *s, struct detokenizer *d, int32_t id, struc
     return true;
 }
 
+/* The next tokens by the logits of a round's rows, for as long as each turns out to be the one drafted.
+ * *right: how many were, and are part of the answer. *more: there is a next round, after draft.next. */
+static bool take_round(struct session *s, struct session_result *out, const float *logits, int64_t most,
+                       struct detokenizer *d, int *right, bool *more, struct err *e)
+{
+    int64_t vocab = engine_vocab(s->engine);
+    for (*right = 0, *more = false;;) {
+        int32_t id = sample_token(&s->o->sampling, logits + *right * vocab, vocab, s->draws++, s->work,
+                                  never_sampled, s);
+        bool is_right = *right < s->draft.n && id == s->draft.tokens[*right];
+        if (is_one_of(s->o->stop_tokens, s->o->n_stop_tokens, id)) {
+            out->finish = SESSION_STOP;
+            s->foresaw_end = is_right;
+            return true;
+        }
+        *right += is_right;
+        out->tokens++;
+        s->draft.next = id;
+        if (!hand_out(s, d, id, e)) return false;
+        if (is_cancelled(s)) out->finish = SESSION_CANCELLED;
+        if (out->finish == SESSION_CANCELLED || out->tokens == most) return true;
+        *more = !is_right;
+        if (*more) return true;
+    }
+}
+
+/* Of the last round's rows, if there was one, those of the token sampled before it and of right drafts stay.
+ */
+static void settle(struct session *s, struct session_result *out, int right, double seconds)
+{
+    if (out->rounds == 0) return;
+    speculation_learn(&s->speculation, s->draft.n, right + s->foresaw_end, seconds);
+    if (s->draft.n > 0) engine_keep(s->engine, s->handle, right + 1);
+    memcpy(s->held + s->n_held, s->rows, (size_t)(right + 1) * sizeof *s->rows);
+    s->n_held += right + 1;
+    out->drafted += s->draft.n;
+    out->accepted += right + s->foresaw_end;
+}
+
 static bool decode(struct session *s, struct session_result *out, const float *logits, struct err *e)
 {
     struct detokenizer d = { 0 };
     char rest[DETOKENIZER_ROOM];
     int64_t room = engine_context(s->engine) - s->n_held;
     int64_t most = s->o->max_tokens < room ? s->o->max_tokens : room;
+    double seconds = 0;
+    s->draft = (struct engine_draft){ .handle = s->handle };
+    s->foresaw_end = false;
     out->finish = SESSION_LENGTH;
-    while (out->tokens < most) {
-        int32_t id = sample_token(&s->o->sampling, logits, engine_vocab(s->engine), s->draws++, s->work,
-                                  never_sampled, s);
-        if (is_one_of(s->o->stop_tokens, s->o->n_stop_tokens, id)) {
-            out->finish = SESSION_STOP;
-            break;
-        }
-        out->tokens++;
-        if (!hand_out(s, &d, id, e)) return false;
-        if (is_cancelled(s)) {
-            out->finish = SESSION_CANCELLED;
-            break;
-        }
-        if (out->tokens < most && !append_token(s, id, &logits, e)) return false;
+    for (bool more = most > 0; more;) {
+        int right;
+        if (!take_round(s, out, logits, most, &d, &right, &more, e)) return false;
+        settle(s, out, right, seconds);
+        if (!more) break;
+        if (!speculation_run(&s->speculation, s->engine, &s->draft, most - out->tokens - 1, s->rows, &logits,
+                             &seconds, e))
+            return false;
+        out->rounds++;
     }
     size_t n = detokenizer_finish(&d, rest);
     if (n) s->o->text(s->o->ctx, rest, n);
@@ -177,4 +212,9 @@ bool session_answer(struct session *s, struct session_result *out, const struct 
     out->decode_seconds = clock_seconds() - middle;
     if (!ok) session_reset(s);
     return ok;
+}
+
+const struct speculation *session_speculation(const struct session *s)
+{
+    return &s->speculation;
 }

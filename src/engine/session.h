@@ -5,6 +5,7 @@
 #include "engine/engine.h"
 #include "engine/prompt.h"
 #include "engine/sample.h"
+#include "engine/speculate.h"
 #include "tokenizer/tokenizer.h"
 
 struct session_options {
@@ -24,11 +25,14 @@ struct session_result {
     enum session_finish finish;
     int64_t prompt_tokens, reused_tokens; /* reused: of the prompt, not computed again */
     int64_t tokens;                       /* generated, without the stop token */
+    int64_t drafted, accepted;            /* accepted: a stop token foreseen is one */
+    int64_t rounds;                       /* steps of decoding */
     double prefill_seconds, decode_seconds;
 };
 
 struct session;
-/* The engine and the tokenizer are borrowed; the session holds one of the engine's sequences. */
+/* The engine and the tokenizer are borrowed; the session holds one of the engine's sequences. Where the
+ * engine drafts, tokens come several at a time; they are the same. */
 bool session_create(struct session **out, struct engine *g, const struct tokenizer *t, struct err *e);
 void session_free(struct session *s); /* NULL is fine */
 /* The prompt's rows begin at position 0; pictures are the same when their rows lie at the same address, so
@@ -36,5 +40,7 @@ void session_free(struct session *s); /* NULL is fine */
  * After an error the sequence is empty. */
 bool session_answer(struct session *s, struct session_result *out, const struct prompt *prompt,
                     const struct session_options *o, struct err *e);
-void session_reset(struct session *s); /* forgets everything */
+void session_reset(struct session *s); /* forgets everything said */
+/* What drafting did and learned, over all answers. */
+const struct speculation *session_speculation(const struct session *s);
 #endif

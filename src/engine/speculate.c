@@ -1,4 +1,5 @@
 #include "engine/speculate.h"
+#include "base/clock.h"
 
 enum {
     RATE_MEMORY = 24, /* rounds that a rate looks back on */
@@ -86,4 +87,24 @@ void speculation_learn(struct speculation *s, int drafted, int accepted, double 
 double speculation_mean_length(const struct speculation *s)
 {
     return s->rounds ? 1 + (double)s->accepted / (double)s->rounds : 0;
+}
+
+bool speculation_run(struct speculation *s, struct engine *g, struct engine_draft *draft, int64_t most,
+                     struct row *rows, const float **logits, double *seconds, struct err *e)
+{
+    struct mat hidden;
+    int64_t index[DRAFTS_MAX + 1];
+    double begin = clock_seconds();
+    draft->n = speculation_choose(s);
+    if (draft->n > most) draft->n = (int)most;
+    if (draft->n > 0 && !engine_draft(g, draft, 1, e)) return false;
+    engine_text_rows(rows, &draft->next, 1, engine_position(g, draft->handle));
+    engine_text_rows(rows + 1, draft->tokens, draft->n, engine_position(g, draft->handle) + 1);
+    struct engine_run run = { draft->handle, rows, draft->n + 1, draft->n > 0 };
+    for (int i = 0; i <= draft->n; i++) index[i] = i;
+    if (!engine_step(g, &run, 1, &hidden, e)) return false;
+    *logits = engine_logits_host(g, hidden, index, run.n);
+    bool ok = engine_wait(g, e);
+    *seconds = clock_seconds() - begin;
+    return ok;
 }

@@ -59,7 +59,10 @@ static bool create(struct model *m, struct weight **out, const struct weight_sou
 {
     static const uint64_t bits[] = { [WEIGHT_BF16] = 16, [WEIGHT_F16] = 16,  [WEIGHT_F32] = 32,
                                      [WEIGHT_FP8] = 8,   [WEIGHT_NVFP4] = 4, [WEIGHT_FP8_BLOCK] = 8 };
-    if (!m->backend->ops->weight_create(m->backend->queue, out, src, e)) return err_note(e, "'%s'", name);
+    bool packs = m->packs && bits[src->format] >= 16 && !src->is_table && src->cols % NVFP4_GROUP == 0;
+    if (!(packs ? bind_packed(m, out, src, NULL, src->rows, e)
+                : m->backend->ops->weight_create(m->backend->queue, out, src, e)))
+        return err_note(e, "'%s'", name);
     if (!src->is_table) pages_release(src->data, (uint64_t)(src->rows * src->cols) * bits[src->format] / 8);
     return true;
 }
@@ -285,46 +288,15 @@ bool bind_table(struct model *m, struct weight **out, const char *name, int64_t 
            create(m, out, &src, name, e);
 }
 
-/* One row as f32; the tensor's dtype was checked. */
-static void row_of(float *out, const struct tensor *t, int64_t row, int64_t cols)
-{
-    for (int64_t c = 0; c < cols; c++) out[c] = element(t, row * cols + c);
-}
-
-static float absmax_of(const float *x, int64_t n, float most)
-{
-    for (int64_t i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
-    return most;
-}
-
 bool bind_rows_nvfp4(struct model *m, struct weight **out, const char *name, const int32_t *ids, int64_t n,
                      int64_t rows, int64_t cols, struct err *e)
 {
     const struct tensor *t = checkpoint_find(m->checkpoint, name);
-    struct weight_source src = { .format = WEIGHT_NVFP4, .rows = n, .cols = cols };
-    enum weight_format stored;
+    struct weight_source src = { .rows = rows, .cols = cols };
     if (!t) return missing(name, e);
-    if (!check_shape(t, 2, (int64_t[]){ rows, cols }, e) || !dense_format(&stored, t, e)) return false;
-    float *row = malloc((size_t)cols * sizeof *row), most = 0;
-    uint8_t *codes = malloc((size_t)(n * cols / 2));
-    e4m3 *scales = malloc((size_t)(n * cols / NVFP4_GROUP));
-    bool ok = (row && codes && scales) || err_memory(e, name, (uint64_t)(n * cols / 2));
-    for (int64_t i = 0; ok && i < n; i++) {
-        row_of(row, t, ids[i], cols);
-        most = absmax_of(row, cols, most);
-    }
-    src.global = nvfp4_global_scale(most);
-    for (int64_t i = 0; ok && i < n; i++) {
-        row_of(row, t, ids[i], cols);
-        nvfp4_pack_row(codes + i * cols / 2, scales + i * cols / NVFP4_GROUP, row, src.global, cols);
-    }
-    src.data = codes;
-    src.scale = scales;
-    ok = ok && m->backend->ops->weight_create(m->backend->queue, out, &src, e);
-    free(row);
-    free(codes);
-    free(scales);
-    return ok || err_note(e, "'%s'", name);
+    src.data = t->data;
+    return check_shape(t, 2, (int64_t[]){ rows, cols }, e) && dense_format(&src.format, t, e) &&
+           (bind_packed(m, out, &src, ids, n, e) || err_note(e, "'%s'", name));
 }
 
 /* Small tensors. */

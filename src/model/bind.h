@@ -43,4 +43,7 @@ bool bind_conv(struct model *m, float **out, const char *name, int64_t channels,
  * multiple of 16. */
 bool bind_rows_nvfp4(struct model *m, struct weight **out, const char *name, const int32_t *ids, int64_t n,
                      int64_t rows, int64_t cols, struct err *e);
+/* The same of a matrix at hand. ids NULL: its first n rows. */
+bool bind_packed(struct model *m, struct weight **out, const struct weight_source *src, const int32_t *ids,
+                 int64_t n, struct err *e);
 #endif

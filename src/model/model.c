@@ -109,12 +109,15 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
     x->up = x->gate + c->n_experts;
     x->down = x->up + c->n_experts;
     bool fused = checkpoint_find(m->checkpoint, at(&n, "mlp.experts.gate_up_proj"));
+    bool packs = m->packs;
+    m->packs = false; /* small, and what is picked decides all that follows */
     bool ok = bind_linear(m, &w->router, at(&n, "mlp.gate"), c->n_experts, hidden, e) &&
-              bind_linear(m, &w->shared_gate, at(&n, "mlp.shared_expert_gate"), 1, hidden, e) &&
-              bind_linear(m, &w->gate, at(&n, "mlp.shared_expert.gate_proj"), shared, hidden, e) &&
-              bind_linear(m, &w->up, at(&n, "mlp.shared_expert.up_proj"), shared, hidden, e) &&
-              bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
-              find_input_globals(&g, m, n, e);
+              bind_linear(m, &w->shared_gate, at(&n, "mlp.shared_expert_gate"), 1, hidden, e);
+    m->packs = packs;
+    ok = ok && bind_linear(m, &w->gate, at(&n, "mlp.shared_expert.gate_proj"), shared, hidden, e) &&
+         bind_linear(m, &w->up, at(&n, "mlp.shared_expert.up_proj"), shared, hidden, e) &&
+         bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
+         find_input_globals(&g, m, n, e);
     for (int i = 0; ok && i < c->n_experts; i++) ok = bind_expert_parts(m, x, i, fused, &g, n, e);
     return ok && m->backend->ops->experts_bind(m->backend->queue, x, e);
 }

@@ -61,6 +61,7 @@ struct model {
     float *final_norm;
     struct layer *layers; /* [n_layers + 1]; zeroed until bound. The last is the MTP head's */
     struct mtp mtp;       /* zeroed until bound */
+    bool packs;           /* what is bound now is for drafts: matrices of numbers become NVFP4 */
 };
 
 /* Everything but the layers and the head: the embedding stays mapped, so this takes little memory. report may
@@ -69,10 +70,10 @@ bool model_init(struct model *m, const struct checkpoint *c, struct backend *b, 
                 struct err *e);
 /* All layers and the head, with progress. */
 bool model_bind_all(struct model *m, struct err *e);
-/* The MTP head, after model_bind_all; ERR_UNSUPPORTED: the checkpoint has none. Drafts come from the part of
- * lm_head that most text needs, in four bits: of large vocabularies the tokens merged first and those added
- * last. */
-bool model_bind_mtp(struct model *m, struct err *e);
+/* The MTP head, after model_bind_all; ERR_UNSUPPORTED: the checkpoint has none. packed: what the checkpoint
+ * stores as numbers becomes NVFP4, but for the router. Drafts come from the part of lm_head that most text
+ * needs, in four bits: of large vocabularies the tokens merged first and those added last. */
+bool model_bind_mtp(struct model *m, bool packed, struct err *e);
 /* One layer, for work that holds a single layer at a time. */
 bool model_bind_layer(struct model *m, int layer, struct err *e);
 void model_free_layer(struct model *m, int layer);

@@ -35,7 +35,7 @@ static bool bind_draft_head(struct model *m, struct err *e)
            bind_rows_nvfp4(m, &m->mtp.head, name, m->mtp.ids, m->mtp.n_ids, c->vocab_size, c->hidden_size, e);
 }
 
-bool model_bind_mtp(struct model *m, struct err *e)
+bool model_bind_mtp(struct model *m, bool packed, struct err *e)
 {
     const struct config *c = m->config;
     int64_t hidden = c->hidden_size;
@@ -46,12 +46,14 @@ bool model_bind_mtp(struct model *m, struct err *e)
                        "'mtp.norm.weight' %s); 'quench merge-mtp' brings a lost one back",
                        m->checkpoint->path, c->mtp_layers,
                        checkpoint_find(m->checkpoint, "mtp.norm.weight") ? "found" : "missing");
-    return (bind_linear(m, &t->fc, "mtp.fc", hidden, 2 * hidden, e) &&
-            bind_vector(m, &t->embedding_norm, "mtp.pre_fc_norm_embedding.weight", hidden, 1, e) &&
-            bind_vector(m, &t->hidden_norm, "mtp.pre_fc_norm_hidden.weight", hidden, 1, e) &&
-            bind_vector(m, &t->norm, "mtp.norm.weight", hidden, 1, e) &&
-            model_bind_layer(m, c->n_layers, e) && bind_draft_head(m, e)) ||
-           err_note(e, "%s", m->checkpoint->path);
+    m->packs = packed;
+    bool ok = bind_linear(m, &t->fc, "mtp.fc", hidden, 2 * hidden, e) &&
+              bind_vector(m, &t->embedding_norm, "mtp.pre_fc_norm_embedding.weight", hidden, 1, e) &&
+              bind_vector(m, &t->hidden_norm, "mtp.pre_fc_norm_hidden.weight", hidden, 1, e) &&
+              bind_vector(m, &t->norm, "mtp.norm.weight", hidden, 1, e) &&
+              model_bind_layer(m, c->n_layers, e) && bind_draft_head(m, e);
+    m->packs = false;
+    return ok || err_note(e, "%s", m->checkpoint->path);
 }
 
 void mtp_deinit(struct mtp *t, const struct backend *b)

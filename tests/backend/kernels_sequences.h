@@ -232,7 +232,7 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
         for (int s = 0; s < 3; s++) {
             p.spans[s].kept = kept[s];
             p.spans[s].logged = step + 1 < LOG_STEPS && random_below(4) > 0;
-            stay[s] = p.spans[s].logged ? random_below(n[s] + 1) : n[s];
+            stay[s] = p.spans[s].logged ? 1 + random_below(n[s]) : n[s];
             kept[s] = p.spans[s].logged ? (int32_t)stay[s] : 0;
         }
         struct guarded in[3] = { filled(p.step.n, channels, 1, 1), filled(p.step.n, key_heads * group, 1, 2),

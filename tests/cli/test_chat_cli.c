@@ -62,6 +62,41 @@ static void test_commands(void **state)
     assert_non_null(strstr(out, " 0 reused, "));
 }
 
+/* The text of an object an answer, and without it. */
+static void same_answers(char *with, char *without)
+{
+    for (int i = 0; i < 2; i++) {
+        json_t *a = json_loads(with, JSON_DISABLE_EOF_CHECK, NULL),
+               *b = json_loads(without, JSON_DISABLE_EOF_CHECK, NULL);
+        const char *const same[] = { "reasoning", "content", "finish_reason", "prompt_tokens", "tokens" };
+        for (int k = 0; k < 5; k++)
+            assert_true(json_equal(json_object_get(a, same[k]), json_object_get(b, same[k])));
+        assert_true(json_is_integer(json_object_get(a, "drafted")));
+        if (i == 0) assert_true(json_integer_value(json_object_get(a, "drafted")) > 0); /* later as it pays */
+        assert_true(json_real_value(json_object_get(a, "mean_accepted_length")) >= 1);
+        assert_null(json_object_get(b, "drafted"));
+        json_decref(a);
+        json_decref(b);
+        with = strchr(with, '\n') + 1;
+        without = strchr(without, '\n') + 1;
+    }
+}
+
+static void test_drafts(void **state)
+{
+    (void)state;
+    static const char talk[] = "Count from 1 to 12.\nSpell the word river.\n";
+    const char *config = "{\"method\":\"mtp\",\"num_speculative_tokens\":2}";
+    assert_int_equal(RUN(talk, CHAT, "--json"), 0);
+    char *without = strdup(out);
+    assert_int_equal(RUN(talk, CHAT, "--json", "--speculative-config", config), 0);
+    same_answers(out, without);
+    free(without);
+    assert_int_equal(RUN("Count from 1 to 12.\n/stats\n", CHAT, "--speculative-config", config), 0);
+    assert_non_null(strstr(out, "\ndrafts       "));
+    assert_non_null(strstr(out, " tokens a step; of all answers by place "));
+}
+
 static void expect(int status, int want, const char *text)
 {
     assert_int_equal(status, want);
@@ -127,7 +162,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_conversation), cmocka_unit_test(test_reuse), cmocka_unit_test(test_commands),
-        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_eval),
+        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_eval),  cmocka_unit_test(test_drafts),
     };
     return cmocka_run_group_tests(tests, make_temp, remove_temp);
 }

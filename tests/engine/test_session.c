@@ -16,7 +16,7 @@ enum { CONTEXT = 160, ANSWER = 12 };
 struct fixture {
     struct loaded loaded;
     struct tokenizer *tokenizer;
-    struct engine *engine;
+    struct engine *engine, *drafting;
 };
 
 /* The text of an answer, and after how many pieces it is stopped. */
@@ -33,7 +33,10 @@ static int setup(void **state)
     struct engine_options o = { .context = CONTEXT, .sequences = 2, .step_rows = 16 };
     load_model(&f->loaded, "models/demo", &(struct backend_options){ .device = DEVICE_CPU, .threads = 1 });
     must(tokenizer_load(&f->tokenizer, "models/demo", &e), &e);
+    must(model_bind_mtp(&f->loaded.model, true, &e), &e);
     must(engine_create(&f->engine, &f->loaded.model, &o, &e), &e);
+    o.drafts = 4;
+    must(engine_create(&f->drafting, &f->loaded.model, &o, &e), &e);
     return 0;
 }
 
@@ -41,6 +44,7 @@ static int teardown(void **state)
 {
     struct fixture *f = *state;
     engine_free(f->engine);
+    engine_free(f->drafting);
     tokenizer_free(f->tokenizer);
     unload_model(&f->loaded);
     free(f);
@@ -190,11 +194,49 @@ static void test_draws(void **state)
     session_free(again);
 }
 
+/* Turn after turn, whole answers and such that are stopped: with drafts the same text, the same reuse but for
+ * the last tokens, which drafts may have computed already. */
+static void test_drafts(void **state)
+{
+    struct fixture *f = *state;
+    struct session *plain = new_session(f), *drafting;
+    struct err e = { 0 };
+    char text[1000] = "Repeat: stone market mirror forest. stone market mirror forest. stone";
+    int64_t drafted = 0, accepted = 0, foreseen = 0;
+    must(session_create(&drafting, f->drafting, f->tokenizer, &e), &e);
+    for (int turn = 0; turn < 6; turn++) {
+        struct seen a = { .stop_after = turn % 3 * 4 }, b = { .stop_after = turn % 3 * 4 };
+        struct session_result r, s;
+        float temperature = turn < 3 ? 0 : 0.7f;
+        must(answer(plain, &r, &a, f, text, temperature, &e), &e);
+        must(answer(drafting, &s, &b, f, text, temperature, &e), &e);
+        assert_string_equal(a.text, b.text);
+        assert_int_equal(r.tokens, s.tokens);
+        assert_int_equal(r.finish, s.finish);
+        assert_int_equal(r.drafted, 0);
+        assert_true(s.reused_tokens >= r.reused_tokens && s.reused_tokens <= r.reused_tokens + 4);
+        /* the token after an answer's last draft is not sampled, a stop token is none of its tokens */
+        int64_t more = s.rounds + s.accepted + 1 - s.tokens;
+        assert_true(more >= 0 && more <= 1 + (s.finish == SESSION_STOP));
+        drafted += s.drafted;
+        accepted += s.accepted;
+        foreseen += s.reused_tokens > r.reused_tokens;
+        size_t used = strlen(text);
+        int n = snprintf(text + used, sizeof text - used, "%s and then", a.text);
+        assert_true(n > 0 && used + (size_t)n < sizeof text);
+    }
+    printf("note: %d drafted, %d accepted; %d answers' last token was computed already\n", (int)drafted,
+           (int)accepted, (int)foreseen);
+    assert_true(accepted > 0 && accepted < drafted);
+    session_free(plain);
+    session_free(drafting);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_kept), cmocka_unit_test(test_not_kept), cmocka_unit_test(test_stopped),
-        cmocka_unit_test(test_full), cmocka_unit_test(test_draws),
+        cmocka_unit_test(test_full), cmocka_unit_test(test_draws),    cmocka_unit_test(test_drafts),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -43,12 +43,13 @@ static struct packed packed_of(const struct moe *m, int32_t e, const struct weig
 {
     const struct queue *q = m->q;
     int64_t begin = q->begin[e], n = q->begin[e + 1] - begin;
+    bool wide = cpu_is_wide(q->k, form, m->x.rows, n);
     return (struct packed){ q->packed + begin * q->words_most,
                             w->input == INPUT_FP8_ROW ? q->row_scale + begin : NULL,
                             form,
                             n,
-                            cpu_words(form, w),
-                            cpu_is_wide(q->k, form, m->x.rows, n) };
+                            cpu_words_apart(cpu_words(form, w), wide),
+                            wide };
 }
 
 /* Packs an expert's inputs: rows of x for gate and up, rows of hidden for down. */
@@ -56,9 +57,10 @@ static void pack_expert(struct moe *m, int32_t e, int thread, const float *x, in
                         const struct weight *w, enum input_form form)
 {
     struct queue *q = m->q;
-    int64_t begin = q->begin[e], n = q->begin[e + 1] - begin, words = cpu_words(form, w);
+    int64_t begin = q->begin[e], n = q->begin[e + 1] - begin;
+    bool wide = cpu_is_wide(q->k, form, m->x.rows, n), as_rows = n == 1 || wide;
+    int64_t words = cpu_words_apart(cpu_words(form, w), wide);
     uint32_t *rounded = q->rounded_rows + begin * q->words_most, *packed = q->packed + begin * q->words_most;
-    bool as_rows = n == 1 || cpu_is_wide(q->k, form, m->x.rows, n);
     for (int64_t r = 0; r < n;) {
         int rows = cpu_block_rows(q->k, form, n, r);
         const uint8_t *row[BLOCK_ROWS_MAX];
@@ -120,6 +122,8 @@ static void pack_shared(void *ctx, int64_t item, int thread)
     int32_t e = q->active[item];
     int64_t begin = q->begin[e], n = q->begin[e + 1] - begin,
             words = cpu_words(FORM_INT8, m->experts->gate[e]);
+    bool wide = cpu_is_wide(q->k, FORM_INT8, m->x.rows, n), as_rows = n == 1 || wide;
+    int64_t apart = cpu_words_apart(words, wide);
     uint32_t *packed = q->packed + begin * q->words_most;
     (void)thread;
     for (int64_t r = 0; r < n;) {
@@ -127,10 +131,9 @@ static void pack_shared(void *ctx, int64_t item, int thread)
         const uint8_t *row[BLOCK_ROWS_MAX];
         for (int i = 0; i < rows; i++)
             row[i] = (const uint8_t *)shared_row(m, q->order[begin + r + i] / m->picks->k);
-        if (rows == 1)
-            memcpy(packed + r * words, row[0], (size_t)words * sizeof *packed);
-        else
-            q->k->interleave(packed + r * words, row, rows, words);
+        for (int i = 0; as_rows && i < rows; i++)
+            memcpy(packed + (r + i) * apart, row[i], (size_t)words * sizeof *packed);
+        if (!as_rows) q->k->interleave(packed + r * words, row, rows, words);
         r += rows;
     }
 }
@@ -160,8 +163,13 @@ static void gate_up(void *ctx, int64_t item, int thread)
     struct packed in = packed_of(m, part.expert, gate, form_of(q, gate, up));
     int64_t each = in.rows * PANEL;
     float *g = t->sums, *u = t->sums + part.panels * each;
-    cpu_panels_product(q, t, g, &in, (const struct cpu_weight *)gate, part.panel, part.panels);
-    cpu_panels_product(q, t, u, &in, (const struct cpu_weight *)up, part.panel, part.panels);
+    for (int p = 0; p < part.panels && in.wide; p++)
+        cpu_pair_product(q, g + p * each, u + p * each, &in, (const struct cpu_weight *)gate,
+                         (const struct cpu_weight *)up, part.panel + p);
+    if (!in.wide) {
+        cpu_panels_product(q, t, g, &in, (const struct cpu_weight *)gate, part.panel, part.panels);
+        cpu_panels_product(q, t, u, &in, (const struct cpu_weight *)up, part.panel, part.panels);
+    }
     q->k->silu_mul(g, g, u, part.panels * each);
     for (int p = 0; p < part.panels; p++) {
         int64_t first = (part.panel + p) * PANEL, n = gate->rows - first < PANEL ? gate->rows - first : PANEL;
@@ -213,10 +221,13 @@ void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks
     m.panels_each = cpu_panels_each(x.rows * picks->k / m.n_active);
     int32_t first = q->active[0];
     bool shared = is_shared(&m);
-    if (shared) pool_run(q->pool, x.rows, round_shared, &m);
-    pool_run(q->pool, m.n_active, shared ? pack_shared : pack_gate_up, &m);
+    if (shared) cpu_run_rows(q, x.rows, 2 * x.cols, round_shared, &m);
+    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * x.cols / m.n_active,
+                 shared ? pack_shared : pack_gate_up, &m);
     run_panels(&m, experts->gate[first]->rows, gate_up);
-    pool_run(q->pool, m.n_active, pack_down, &m);
+    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * experts->down[first]->cols / m.n_active, pack_down,
+                 &m);
+    if (x.rows > ROWS_EXACT) m.panels_each = 2;
     run_panels(&m, experts->down[first]->rows, down);
-    pool_run(q->pool, x.rows, combine, &m);
+    cpu_run_rows(q, x.rows, 2 * picks->k * y.cols, combine, &m);
 }

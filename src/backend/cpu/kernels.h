@@ -40,10 +40,15 @@ enum { INT8_WORDS = 6 };
 typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct cpu_weight *w, int64_t panel,
                      int panels, int rows);
 
-/* The same with FORM_BF16 for one panel and any number of rows, whose words lie one row after the other,
- * `words` apart. */
-typedef void cpu_wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
-                      int64_t rows);
+/* The same for n panels, 1 or 2, of one weight or of two that are alike in format and columns, and any number
+ * of rows, whose words lie one row after the other, `words` apart: y[p * stride + i * 16 ..]. next: the n
+ * panels that this thread reads afterwards. */
+struct panel {
+    const struct cpu_weight *w;
+    int64_t at;
+};
+typedef void cpu_wide(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
+                      const struct panel *next, int n, int64_t rows);
 
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */
@@ -56,7 +61,13 @@ struct attend_group {
     int kv_head;
 };
 
-enum { DELTA_COLUMNS = 32 }; /* of S that kernels work on at a time, at most */
+enum { DELTA_COLUMNS = 64 }; /* of S that kernels work on at a time, at most */
+
+/* Tokens of a log: key, update vector and decay of each, `stride` floats apart. */
+struct delta_past {
+    const float *key, *update, *decay;
+    int64_t n, stride;
+};
 
 /* One value head's inputs: token t's at pointer + t * its stride. q, k are normalised, q scaled. */
 struct delta_head {
@@ -66,16 +77,11 @@ struct delta_head {
     int64_t o_stride, stride, gate_stride;
     float *S; /* [dk][dv] */
     int dk, dv;
-    /* of logged tokens: S stays, [dk][DELTA_COLUMNS] holds what it would become; token t's vector d goes to
-     * update + t * update_stride. Else NULL */
+    struct delta_past past; /* changes S before the first token; n may be 0 */
+    /* of logged tokens: only the first changes S, [dk][DELTA_COLUMNS] holds what the others make of it; token
+     * t's vector d goes to update + t * update_stride. Else NULL */
     float *copy, *update;
     int64_t update_stride;
-};
-
-/* Tokens of a log: key, update vector and decay of each, `stride` floats apart. */
-struct delta_past {
-    const float *key, *update, *decay;
-    int64_t stride;
 };
 
 struct cpu_kernels {
@@ -99,9 +105,9 @@ struct cpu_kernels {
     void (*product)(float *y, const float *x, const float *w, int64_t cols, int rows);
     /* n times the instructions of a form's products on registers alone; the flops that were done. */
     double (*spin)(enum input_form form, int64_t n);
-    cpu_dot *dot_bf16; /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
-    cpu_dot *dot_int8; /* FORM_INT8 with NVFP4 weights; NULL: none */
-    cpu_wide *wide;    /* of dot_bf16, in steps of more than ROWS_EXACT rows; NULL: none */
+    cpu_dot *dot_bf16;               /* FORM_BF16 with BF16 and FP8 weights; NULL: none */
+    cpu_dot *dot_int8;               /* FORM_INT8 with NVFP4 weights; NULL: none */
+    cpu_wide *wide_bf16, *wide_int8; /* of these two, in steps of more than ROWS_EXACT rows; NULL: none */
 
     void (*rmsnorm)(float *y, const float *x, const float *gain, int64_t n, float eps);
     void (*gated_norm)(float *y, const float *x, const float *z, const float *gain, int64_t n, float eps);
@@ -128,12 +134,11 @@ struct cpu_kernels {
     void (*conv_row)(float *y, const float *const *rows, const float *w, int kernel, int64_t n);
     /* In place: x / sqrt(sum x^2 + 1e-6) * scale. */
     void (*l2norm)(float *x, int64_t n, float scale);
-    /* The gated delta rule over n_tokens of one value head, token after token. */
+    /* The gated delta rule over n_tokens <= ROWS_EXACT of one value head, token after token. A token of
+     * `past` does to S what it would have done had it not been logged, bit for bit. */
     void (*delta)(const struct delta_head *h, int64_t n_tokens);
-    /* What `delta` did to S[dk][dv] over the tokens of a log, bit for bit. */
-    void (*delta_replay)(float *S, int dk, int dv, const struct delta_past *past, int64_t n_tokens);
-    /* The same for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (3 * dk + 3 * dv + 2 *
-     * DELTA_CHUNK) floats. */
+    /* The same, without `past`, for 1..DELTA_CHUNK tokens in the chunked form. work: DELTA_CHUNK * (3 * dk +
+     * 3 * dv + 2 * DELTA_CHUNK) floats. */
     void (*delta_chunk)(const struct delta_head *h, int64_t n_tokens, float *work);
 };
 

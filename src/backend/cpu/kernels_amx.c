@@ -2,7 +2,7 @@
  * bytes: of inputs 16 rows, of weights the lines of a panel, which have the order that the instructions want.
  */
 enum { BF16_ALONE = 1, BF16_FEW = 4, BF16_AHEAD = 2048, FP8_ALONE = 4, FP8_FEW = 4, FP8_AHEAD = 2048 };
-#include "backend/cpu/kernels_packed.h"
+#include "backend/cpu/kernels_wide.h"
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -98,8 +98,8 @@ static const uint8_t *bf16_lines(uint8_t *space, const struct cpu_weight *w, int
     return space;
 }
 
-static void wide(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w, int64_t panel,
-                 int64_t rows)
+static void tiles_of_panel(float *y, const uint32_t *x, int64_t words, const struct cpu_weight *w,
+                           int64_t panel, int64_t rows)
 {
     _Alignas(64) uint8_t space[64 * SLICE_LINES];
     int64_t n_lines = w->panel_bytes / (w->head.format == WEIGHT_BF16 ? 64 : 32), whole = rows / 16 * 16;
@@ -116,6 +116,13 @@ static void wide(float *y, const uint32_t *x, int64_t words, const struct cpu_we
         }
     }
     _tile_release();
+}
+
+static void wide_tiles(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
+                       const struct panel *next, int n, int64_t rows)
+{
+    (void)next;
+    for (int p = 0; p < n; p++) tiles_of_panel(y + p * stride, x, words, panels[p].w, panels[p].at, rows);
 }
 
 static double spin_amx(enum input_form form, int64_t n)
@@ -147,4 +154,5 @@ static double spin_amx(enum input_form form, int64_t n)
     return SUMS * 2.0 * LINES * LINES * 32 * (double)n;
 }
 
-CPU_KERNELS(amx, "amx", 16, .spin = spin_amx, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8, .wide = wide);
+CPU_KERNELS(amx, "amx", 16, .spin = spin_amx, .dot_bf16 = dot_bf16, .dot_int8 = dot_int8,
+            .wide_bf16 = wide_tiles, .wide_int8 = wide_int8);

@@ -8,9 +8,9 @@
 #include "num/int8.h"
 
 #if defined(__AVX512F__)
-/* Transposes 16 rows of 16 words in four exchanges: neighbours, pairs, quarters, halves. Of a line the first
- * `keep` words are written, right behind those of the line before. */
-INLINE void transpose16(uint32_t *out, const uint8_t *const *rows, int64_t at, const int keep)
+/* Transposes 16 rows of 16 words in four exchanges: neighbours, pairs, quarters, halves. Of a line, `stride`
+ * words from the one before, the first `keep` words are written. */
+INLINE void transpose16(uint32_t *out, int stride, const uint8_t *const *rows, int64_t at, const int keep)
 {
     const __mmask16 kept = (__mmask16)((1u << keep) - 1);
     __m512i a[16], b[16];
@@ -34,10 +34,10 @@ INLINE void transpose16(uint32_t *out, const uint8_t *const *rows, int64_t at, c
                 hi01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
         __m512i lo23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
         __m512i hi23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-        _mm512_mask_storeu_epi32(out + keep * i, kept, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
-        _mm512_mask_storeu_epi32(out + keep * (4 + i), kept, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
-        _mm512_mask_storeu_epi32(out + keep * (8 + i), kept, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
-        _mm512_mask_storeu_epi32(out + keep * (12 + i), kept, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+        _mm512_mask_storeu_epi32(out + stride * i, kept, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+        _mm512_mask_storeu_epi32(out + stride * (4 + i), kept, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+        _mm512_mask_storeu_epi32(out + stride * (8 + i), kept, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+        _mm512_mask_storeu_epi32(out + stride * (12 + i), kept, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
     }
 }
 #elif defined(__AVX2__)
@@ -75,10 +75,18 @@ static void interleave(uint32_t *out, const uint8_t *const *rows, int n_rows, in
 #if defined(__AVX512F__)
     const uint8_t *all[16];
     for (int r = 0; r < 16; r++) all[r] = rows[r < n_rows ? r : 0];
-    if (n_rows == 16)
-        for (; i + 16 <= n; i += 16) transpose16(out + i * 16, all, 4 * i, 16);
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                  high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    if (n_rows == 2)
+        for (; i + 16 <= n; i += 16) {
+            __m512i a = _mm512_loadu_si512(rows[0] + 4 * i), b = _mm512_loadu_si512(rows[1] + 4 * i);
+            _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi32(a, low, b));
+            _mm512_storeu_si512(out + 2 * i + 16, _mm512_permutex2var_epi32(a, high, b));
+        }
+    else if (n_rows == 16)
+        for (; i + 16 <= n; i += 16) transpose16(out + i * 16, 16, all, 4 * i, 16);
     else
-        for (; i + 16 <= n; i += 16) transpose16(out + i * n_rows, all, 4 * i, n_rows);
+        for (; i + 16 <= n; i += 16) transpose16(out + i * n_rows, n_rows, all, 4 * i, n_rows);
 #elif defined(__AVX2__)
     if (n_rows % 8 == 0)
         for (; i + 8 <= n; i += 8)

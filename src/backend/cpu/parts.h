@@ -78,7 +78,8 @@ static inline int cpu_block_rows(const struct cpu_kernels *k, enum input_form fo
 static inline bool cpu_is_wide(const struct cpu_kernels *k, enum input_form form, int64_t step_rows,
                                int64_t n)
 {
-    return k->wide && form == FORM_BF16 && step_rows > ROWS_EXACT && n >= 4;
+    if (step_rows <= ROWS_EXACT) return false;
+    return form == FORM_INT8 ? k->wide_int8 != NULL : form == FORM_BF16 && k->wide_bf16 && n >= 4;
 }
 
 /* Panels of an item: with few rows several are in flight, with many one keeps a core busy. */
@@ -93,9 +94,18 @@ enum input_form cpu_form(const struct queue *q, const struct weight *w);
 int64_t cpu_words(enum input_form form, const struct weight *w);
 float cpu_write_row(struct queue *q, const struct weight *w, enum input_form form, uint32_t *out,
                     const float *x, float *scratch);
+/* Words from one row to the next: rows that a kernel reads side by side are not 4 KiB apart, which is one set
+ * of the first cache. */
+static inline int64_t cpu_words_apart(int64_t words, bool is_wide)
+{
+    return is_wide && words % 1024 == 0 ? words + 16 : words;
+}
 /* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels);
+/* The same of wide inputs for panel `panel` of two weights. */
+void cpu_pair_product(struct queue *q, float *a_sums, float *b_sums, const struct packed *in,
+                      const struct cpu_weight *a, const struct cpu_weight *b, int64_t panel);
 
 /* Tokens of each part of a context that attention works through part by part: whole pages, a function of the
  * context alone, so that a row has the same bits however parts are spread over threads. */
@@ -103,6 +113,18 @@ static inline int64_t cpu_attend_part(int64_t context)
 {
     const int64_t least = 512, each = (context + ATTEND_PARTS_MAX - 1) / ATTEND_PARTS_MAX;
     return each > least ? (each + KV_PAGE - 1) / KV_PAGE * KV_PAGE : least;
+}
+
+/* pool_run of n light items that touch so many floats each: few are cheaper on the calling thread than a
+ * wake-up. */
+static inline void cpu_run_rows(struct queue *q, int64_t n, int64_t floats_each,
+                                void (*body)(void *, int64_t, int), void *ctx)
+{
+    if (n * floats_each > 16384) {
+        pool_run(q->pool, n, body, ctx);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) body(ctx, i, 0);
 }
 
 /* n <= 16 results of a panel; a whole one without a call of memcpy. */

@@ -65,8 +65,8 @@ static void apply_scales(float *sums, const struct packed *in, const struct cpu_
                          int panels)
 {
     int64_t each = in->rows * PANEL;
-    if (in->form == FORM_INT8)
-        for (int64_t i = 0; i < panels * each; i++) sums[i] *= 128 / w->global;
+    const float by = 128 / w->global;
+    for (int64_t i = 0; in->form == FORM_INT8 && i < panels * each; i++) sums[i] *= by;
     if (w->head.format != WEIGHT_FP8) return;
     for (int p = 0; p < panels; p++)
         for (int64_t r = 0; r < in->rows; r++)
@@ -75,12 +75,21 @@ static void apply_scales(float *sums, const struct packed *in, const struct cpu_
                     w->scale[(panel + p) * PANEL + i] * (in->row_scale ? in->row_scale[r] : 1);
 }
 
+static cpu_wide *wide_of(const struct queue *q, enum input_form form)
+{
+    return form == FORM_INT8 ? q->k->wide_int8 : q->k->wide_bf16;
+}
+
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
                         const struct cpu_weight *w, int64_t panel, int panels)
 {
     int64_t each = in->rows * PANEL;
-    for (int p = 0; in->wide && p < panels; p++)
-        q->k->wide(sums + p * each, in->words, in->words_each, w, panel + p, in->rows);
+    for (int p = 0; in->wide && p < panels; p += 2) {
+        int64_t at = panel + p, n = panels - p < 2 ? 1 : 2, then = at + n < w->panels ? at + n : at;
+        const struct panel pair[2] = { { w, at }, { w, at + 1 } };
+        const struct panel next[2] = { { w, then }, { w, then + 1 < w->panels ? then + 1 : then } };
+        wide_of(q, in->form)(sums + p * each, each, in->words, in->words_each, pair, next, (int)n, in->rows);
+    }
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
     cpu_dot *dot = in->form == FORM_INT8 ? q->k->dot_int8 : in->form == FORM_BF16 ? q->k->dot_bf16 : few;
     for (int64_t r = 0; dot && !in->wide && r < in->rows;) {
@@ -92,6 +101,16 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
     apply_scales(sums, in, w, panel, panels);
 }
 
+void cpu_pair_product(struct queue *q, float *a_sums, float *b_sums, const struct packed *in,
+                      const struct cpu_weight *a, const struct cpu_weight *b, int64_t panel)
+{
+    int64_t then = panel + 1 < a->panels ? panel + 1 : panel;
+    const struct panel pair[2] = { { a, panel }, { b, panel } }, next[2] = { { a, then }, { b, then } };
+    wide_of(q, in->form)(a_sums, b_sums - a_sums, in->words, in->words_each, pair, next, 2, in->rows);
+    apply_scales(a_sums, in, a, panel, 1);
+    apply_scales(b_sums, in, b, panel, 1);
+}
+
 /* One matrix. */
 
 struct matmul {
@@ -101,6 +120,7 @@ struct matmul {
     struct packed in;
     bool as_is;
     int panels_each; /* of an item */
+    int64_t rows_each;
 };
 
 /* An item is a run of rows: written in the product's form, then interleaved. */
@@ -125,18 +145,44 @@ static void pack_rows(void *ctx, int64_t item, int thread)
     }
 }
 
+static int64_t runs_of_panels(const struct matmul *m)
+{
+    return (m->w->panels + m->panels_each - 1) / m->panels_each;
+}
+
+/* With few panels a thread may wait for the other's last one: then rows are divided too. */
+static int64_t rows_each(const struct matmul *m)
+{
+    enum { ITEMS = 16, LEAST = 64 }; /* of a thread; rows */
+    int64_t n = m->x.rows, parts = ITEMS * pool_threads(m->q->pool) / runs_of_panels(m);
+    if (parts > n / LEAST) parts = n / LEAST;
+    return parts > 1 ? (n + parts - 1) / parts : n;
+}
+
+static struct packed rows_of(const struct matmul *m, int64_t first)
+{
+    struct packed in = m->in;
+    in.words += first * in.words_each;
+    if (in.row_scale) in.row_scale += first;
+    in.rows = in.rows - first < m->rows_each ? in.rows - first : m->rows_each;
+    return in;
+}
+
+/* An item is some panels and some rows. */
 static void multiply(void *ctx, int64_t item, int thread)
 {
     struct matmul *m = ctx;
     struct cpu_thread *t = &m->q->threads[thread];
-    int64_t panel = item * m->panels_each, left = m->w->panels - panel;
+    int64_t runs = runs_of_panels(m), panel = item % runs * m->panels_each, left = m->w->panels - panel;
+    int64_t row = item / runs * m->rows_each;
     int panels = left < m->panels_each ? (int)left : m->panels_each;
-    cpu_panels_product(m->q, t, t->sums, &m->in, m->w, panel, panels);
+    struct packed in = rows_of(m, row);
+    cpu_panels_product(m->q, t, t->sums, &in, m->w, panel, panels);
     for (int p = 0; p < panels; p++) {
         int64_t first = (panel + p) * PANEL, n = m->y.cols - first < PANEL ? m->y.cols - first : PANEL;
-        const float *sums = t->sums + p * m->x.rows * PANEL;
-        for (int64_t r = 0; r < m->x.rows; r++)
-            cpu_keep(m->y.data + r * m->y.stride + first, sums + r * PANEL, n);
+        const float *sums = t->sums + p * in.rows * PANEL;
+        for (int64_t r = 0; r < in.rows; r++)
+            cpu_keep(m->y.data + (row + r) * m->y.stride + first, sums + r * PANEL, n);
     }
 }
 
@@ -148,17 +194,14 @@ void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight
     bool as_is = form == FORM_F32 && rounding_of(weight, q->rounded) == ROUND_NONE, alone = x.rows == 1;
     const uint32_t *words =
         alone ? as_is ? (const uint32_t *)(const void *)x.data : q->rounded_rows : q->packed;
-    struct matmul m = {
-        .q = q, .y = y, .x = x, .w = w, .as_is = as_is, .panels_each = cpu_panels_each(x.rows)
-    };
-    m.in = (struct packed){ words,
-                            weight->input == INPUT_FP8_ROW ? q->row_scale : NULL,
-                            form,
-                            x.rows,
-                            cpu_words(form, weight),
-                            cpu_is_wide(q->k, form, x.rows, x.rows) };
+    bool wide = cpu_is_wide(q->k, form, x.rows, x.rows);
+    struct matmul m = { .q = q, .y = y, .x = x, .w = w, .as_is = as_is };
+    m.panels_each = wide && w->panels >= 2 * pool_threads(q->pool) ? 2 : cpu_panels_each(x.rows);
+    m.rows_each = wide ? rows_each(&m) : x.rows;
+    m.in = (struct packed){ words,  weight->input == INPUT_FP8_ROW ? q->row_scale : NULL, form,
+                            x.rows, cpu_words_apart(cpu_words(form, weight), wide),       wide };
     if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
-    pool_run(q->pool, (w->panels + m.panels_each - 1) / m.panels_each, multiply, &m);
+    pool_run(q->pool, runs_of_panels(&m) * ((x.rows + m.rows_each - 1) / m.rows_each), multiply, &m);
 }
 
 /* What the instructions reach. */

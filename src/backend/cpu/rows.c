@@ -4,17 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-/* Few items are cheaper on the calling thread than a wake-up. */
-static void run_rows(struct queue *q, int64_t n, int64_t floats_each, void (*body)(void *, int64_t, int),
-                     void *ctx)
-{
-    if (n * floats_each > 16384) {
-        pool_run(q->pool, n, body, ctx);
-        return;
-    }
-    for (int64_t i = 0; i < n; i++) body(ctx, i, 0);
-}
-
 static void table_row(float *out, const struct cpu_weight *w, int64_t row)
 {
     int64_t n = w->head.cols;
@@ -67,7 +56,7 @@ static void add_row(void *ctx, int64_t i, int thread)
 void cpu_add(struct queue *q, struct mat y, struct mat x)
 {
     struct rows_job j = { .q = q, .y = y, .x = x };
-    run_rows(q, y.rows, y.cols, add_row, &j);
+    cpu_run_rows(q, y.rows, y.cols, add_row, &j);
 }
 
 static void rmsnorm_row(void *ctx, int64_t i, int thread)
@@ -80,7 +69,7 @@ static void rmsnorm_row(void *ctx, int64_t i, int thread)
 void cpu_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps)
 {
     struct rows_job j = { .q = q, .y = y, .x = x, .gain = gain, .eps = eps };
-    run_rows(q, x.rows, x.cols, rmsnorm_row, &j);
+    cpu_run_rows(q, x.rows, x.cols, rmsnorm_row, &j);
 }
 
 static void silu_mul_row(void *ctx, int64_t i, int thread)
@@ -94,7 +83,7 @@ static void silu_mul_row(void *ctx, int64_t i, int thread)
 void cpu_silu_mul(struct queue *q, struct mat y, struct mat gate, struct mat up)
 {
     struct rows_job j = { .q = q, .y = y, .x = gate, .z = up };
-    run_rows(q, y.rows, 4 * y.cols, silu_mul_row, &j);
+    cpu_run_rows(q, y.rows, 4 * y.cols, silu_mul_row, &j);
 }
 
 static void add_gated_row(void *ctx, int64_t i, int thread)
@@ -108,7 +97,7 @@ static void add_gated_row(void *ctx, int64_t i, int thread)
 void cpu_add_gated(struct queue *q, struct mat y, struct mat x, struct mat gate)
 {
     struct rows_job j = { .q = q, .y = y, .x = x, .z = gate };
-    run_rows(q, y.rows, y.cols, add_gated_row, &j);
+    cpu_run_rows(q, y.rows, y.cols, add_gated_row, &j);
 }
 
 static void gated_norm_row(void *ctx, int64_t i, int thread)
@@ -124,7 +113,7 @@ void cpu_gated_norm(struct queue *q, struct mat y, struct mat x, struct mat z, c
                     float eps)
 {
     struct rows_job j = { .q = q, .y = y, .x = x, .z = z, .gain = gain, .dim = dim, .eps = eps };
-    run_rows(q, x.rows, 4 * x.cols, gated_norm_row, &j);
+    cpu_run_rows(q, x.rows, 4 * x.cols, gated_norm_row, &j);
 }
 
 struct rope_job {
@@ -161,7 +150,7 @@ void cpu_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride, 
                    const float *gain, float eps, const struct rope *rope, const struct step_rows *rows)
 {
     struct rope_job j = { q, x, n_heads, head_stride, head_dim, gain, eps, rope, rows->rows };
-    run_rows(q, x.rows, 4 * (int64_t)n_heads * head_dim, norm_rope_row, &j);
+    cpu_run_rows(q, x.rows, 4 * (int64_t)n_heads * head_dim, norm_rope_row, &j);
 }
 
 struct route_job {
@@ -191,7 +180,7 @@ static void route_row(void *ctx, int64_t i, int thread)
 void cpu_route(struct queue *q, const struct picks *picks, struct mat logits)
 {
     struct route_job j = { picks, logits };
-    run_rows(q, logits.rows, logits.cols, route_row, &j);
+    cpu_run_rows(q, logits.rows, logits.cols, route_row, &j);
 }
 
 static void log_softmax_row(void *ctx, int64_t i, int thread)
@@ -204,7 +193,7 @@ static void log_softmax_row(void *ctx, int64_t i, int thread)
 void cpu_log_softmax(struct queue *q, struct mat x)
 {
     struct rows_job j = { .q = q, .x = x };
-    run_rows(q, x.rows, x.cols, log_softmax_row, &j);
+    cpu_run_rows(q, x.rows, x.cols, log_softmax_row, &j);
 }
 
 struct divergence_job {
@@ -224,5 +213,5 @@ static void divergence_row(void *ctx, int64_t i, int thread)
 void cpu_divergence(struct queue *q, double *out, struct mat p, struct mat other)
 {
     struct divergence_job j = { q, out, p, other };
-    run_rows(q, p.rows, p.cols, divergence_row, &j);
+    cpu_run_rows(q, p.rows, p.cols, divergence_row, &j);
 }

@@ -270,15 +270,14 @@ static struct delta_head delta_head(const struct delta_job *j, const struct span
     };
 }
 
-/* The rows that were kept of the log change S where it is. */
-static void delta_replay(const struct delta_job *j, const struct span *span, float *S, int h)
+/* The first of the rows that were kept of the log changed S at once: it was certain to stay. */
+static struct delta_past delta_past(const struct delta_job *j, const struct span *span, int h)
 {
     const struct delta_shape *s = j->shape;
-    struct delta_log log = delta_log_at(j->state, s, span->slot, 0);
+    struct delta_log log = delta_log_at(j->state, s, span->slot, 1);
     int key = h / (s->value_heads / s->key_heads);
-    struct delta_past past = { log.key + (int64_t)key * s->key_dim, log.update + (int64_t)h * s->value_dim,
-                               log.decay + h, delta_log_floats(s) };
-    j->q->k->delta_replay(S, s->key_dim, s->value_dim, &past, span->kept);
+    return (struct delta_past){ log.key + (int64_t)key * s->key_dim, log.update + (int64_t)h * s->value_dim,
+                                log.decay + h, span->kept - 1, delta_log_floats(s) };
 }
 
 static void delta_item(void *ctx, int64_t item, int thread)
@@ -287,7 +286,7 @@ static void delta_item(void *ctx, int64_t item, int thread)
     int head = (int)(item % j->shape->value_heads);
     const struct span *span = &j->rows->spans[item / j->shape->value_heads];
     struct delta_head h = delta_head(j, span, head);
-    if (span->kept) delta_replay(j, span, h.S, head);
+    if (span->kept > 1) h.past = delta_past(j, span, head);
     if (span->logged) {
         h.copy = j->q->threads[thread].work;
         h.update = delta_log_at(j->state, j->shape, span->slot, 0).update + (int64_t)head * h.dv;
@@ -297,6 +296,7 @@ static void delta_item(void *ctx, int64_t item, int thread)
         j->q->k->delta(&h, span->n);
         return;
     }
+    j->q->k->delta(&h, 0); /* what is past */
     for (int64_t t = 0; t < span->n; t += DELTA_CHUNK) {
         j->q->k->delta_chunk(&h, span->n - t < DELTA_CHUNK ? span->n - t : DELTA_CHUNK,
                              j->q->threads[thread].work);
@@ -327,7 +327,7 @@ void cpu_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, stru
                const struct step_rows *rows)
 {
     struct delta_job j = { q, o, qkv, a, b, A_log, dt_bias, state, shape, rows };
-    pool_run(q->pool, rows->n, delta_prepare, &j);
+    cpu_run_rows(q, rows->n, 2 * (int64_t)shape->key_heads * shape->key_dim, delta_prepare, &j);
     pool_run(q->pool, rows->n_spans * shape->value_heads, delta_item, &j);
     for (int64_t s = 0; s < rows->n_spans; s++)
         if (rows->spans[s].logged) log_keys(&j, &rows->spans[s]);

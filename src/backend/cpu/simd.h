@@ -41,6 +41,22 @@ INLINE vec vset(float x)
     return x - (vec){ 0 };
 }
 
+/* a * b + c, rounded once where the ISA can: for what two pieces of code have to compute alike. A plain sum
+ * of two products may be fused either way. */
+INLINE vec vmuladd(vec a, vec b, vec c)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < VL; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE vec vselect(veci mask, vec yes, vec no) /* mask lanes are 0 or -1 */
 {
     return (vec)((mask & (veci)yes) | (~mask & (veci)no));
