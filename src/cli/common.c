@@ -119,7 +119,8 @@ static bool read_speculative(int *drafts, const json_t *o, struct err *e)
     {
         if (strcmp(key, "method") == 0) {
             const char *method = json_string_value(v);
-            has_method = method && strcmp(method, "mtp") == 0;
+            /* the second is vLLM's older name */
+            has_method = method && (strcmp(method, "mtp") == 0 || strcmp(method, "qwen3_next_mtp") == 0);
             if (!has_method) return speculative_refused(key, "the only method is \"mtp\"", e);
         } else if (strcmp(key, "num_speculative_tokens") == 0) {
             json_int_t n = json_integer_value(v);

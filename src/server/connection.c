@@ -537,6 +537,8 @@ static void time_out(struct connection *c)
 
 void connection_tick(struct connection *c, double now)
 {
+    if (c->phase == PHASE_HEAD && c->scanned == 0 && unread(c) > 0)
+        c->since = now; /* it is not idle, it reads */
     double most = allowed(c);
     if (reads_too_slowly(c, now)) {
         c->server->metrics.slow_readers += c->exchange || c->phase == PHASE_FLUSH;

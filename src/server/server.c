@@ -358,7 +358,8 @@ static void raise_descriptors(struct server *s)
         l.rlim_cur = l.rlim_max == RLIM_INFINITY || want < l.rlim_max ? want : l.rlim_max;
         setrlimit(RLIMIT_NOFILE, &l);
     }
-    if (l.rlim_cur < want) s->o.max_connections = (int)(l.rlim_cur - SPARE_DESCRIPTORS);
+    if (l.rlim_cur < want)
+        s->o.max_connections = l.rlim_cur > SPARE_DESCRIPTORS ? (int)(l.rlim_cur - SPARE_DESCRIPTORS) : 1;
 }
 
 static bool make_events(struct server *s, struct err *e)
