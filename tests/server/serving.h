@@ -46,8 +46,9 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
 {
     char program[PATH_MAX];
     const char *build = getenv("BUILD"),
-               *argv[WORDS_MAX + 1] = { program, "serve", "models/demo", "--port", "0", "--device", "cpu" };
-    int n = 7, pipes[2];
+               *argv[WORDS_MAX + 1] = { program,    "serve", "models/demo", "--port", "0",
+                                        "--device", "cpu",   "--memory",    "1G" };
+    int n = 9, pipes[2];
     snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     while (*words && n < WORDS_MAX) argv[n++] = *words++;
     assert_int_equal(pipe2(pipes, O_CLOEXEC), 0);
