@@ -10,6 +10,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -56,6 +57,7 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
     s->pid = fork();
     assert_true(s->pid >= 0);
     if (s->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that fails leaves no server behind */
         dup2(pipes[1], STDERR_FILENO);
         dup2(pipes[1], STDOUT_FILENO);
         execv(program, (char *const *)(uintptr_t)argv);
