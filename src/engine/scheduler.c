@@ -357,11 +357,17 @@ static bool share(struct scheduler *s, int at)
     return !cut || cut->at >= r->prompt.n || !comes_soon(s, at, cut);
 }
 
-/* Pages for all that is sure to come: what it was let in with, but after share(). */
-static bool has_pages(struct scheduler *s, const struct request *r)
+/* Pages for all that is sure to come of the request at `at`. It was let in with them, but share() may have
+ * had to give some back; then one that comes after it, and has nothing in this step, may have to stop. */
+static bool has_pages(struct scheduler *s, int at)
 {
-    while (!engine_reserve(s->engine, r->handle, rows_ahead(s, r)))
-        if (!make_room(s)) return false;
+    const struct request *r = s->running[at];
+    while (!engine_reserve(s->engine, r->handle, rows_ahead(s, r))) {
+        const struct request *last = s->running[s->n_running - 1];
+        if (make_room(s)) continue;
+        if (last == r || last->n_rows > 0 || last->is_over) return false;
+        preempt(s);
+    }
     return true;
 }
 
@@ -371,7 +377,7 @@ static void add_prompts(struct scheduler *s)
     for (int i = 0; i < s->n_running && budget > 0; i++) {
         struct request *r = s->running[i];
         struct err e = { 0 };
-        if (r->done == r->prompt.n || !share(s, i) || !has_pages(s, r)) continue;
+        if (r->done == r->prompt.n || !share(s, i) || !has_pages(s, i)) continue;
         int64_t left = cuts_next(&r->cuts, r->done, r->prompt.n) - r->done, most = budget;
         if (r->o.prompt_logprobs >= 0) most = least(most, request_room(r, (int)least(left, PIECE_LEAST)));
         int64_t n = most > 0 ? piece_of(left, most) : 0;

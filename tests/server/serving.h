@@ -10,6 +10,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -46,8 +47,9 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
 {
     char program[PATH_MAX];
     const char *build = getenv("BUILD"),
-               *argv[WORDS_MAX + 1] = { program, "serve", "models/demo", "--port", "0", "--device", "cpu" };
-    int n = 7, pipes[2];
+               *argv[WORDS_MAX + 1] = { program,    "serve", "models/demo", "--port", "0",
+                                        "--device", "cpu",   "--memory",    "1G" };
+    int n = 9, pipes[2];
     snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     while (*words && n < WORDS_MAX) argv[n++] = *words++;
     assert_int_equal(pipe2(pipes, O_CLOEXEC), 0);
@@ -55,6 +57,7 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
     s->pid = fork();
     assert_true(s->pid >= 0);
     if (s->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that fails leaves no server behind */
         dup2(pipes[1], STDERR_FILENO);
         dup2(pipes[1], STDOUT_FILENO);
         execv(program, (char *const *)(uintptr_t)argv);

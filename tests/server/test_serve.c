@@ -139,7 +139,7 @@ static void test_queue(void **state)
         close(fds[i]);
     }
     assert_int_equal(answered + refused, REQUESTS);
-    assert_true(answered >= 2 && refused >= 1);
+    assert_true(answered >= 1 && refused >= 1);
     check_idle(&s, descriptors);
     serving_stop(&s);
 }
@@ -191,7 +191,7 @@ static void test_log(void **state)
 static void test_comments(void **state)
 {
     (void)state;
-    enum { WORDS = 3000 };
+    enum { WORDS = 1000 };
     struct serving s;
     START(&s, "--max-num-seqs", "1", "--comment-interval", "0.05", "--max-model-len", "32k");
     char *text = malloc(32 * WORDS), *body = malloc(32 * WORDS + 512);
