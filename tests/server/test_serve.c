@@ -125,7 +125,7 @@ static void test_queue(void **state)
     int fds[REQUESTS], answered = 0, refused = 0;
     START(&s, "--max-num-seqs", "1", "--max-queued", "1", "--no-enable-prefix-caching");
     int descriptors = serving_descriptors(&s);
-    const char *request = post_text(COMPLETIONS, "", LONG(300) "}");
+    const char *request = post_text(COMPLETIONS, "", LONG(2000) "}");
     for (int i = 0; i < REQUESTS; i++) {
         fds[i] = dial(&s);
         assert_true(send_bytes(fds[i], request, strlen(request)));
@@ -865,9 +865,9 @@ static void test_second_signal(void **state)
     struct serving s;
     START(&s, "--max-num-seqs", "2");
     int stream = dial(&s), plain = dial(&s);
-    const char *request = post_text(COMPLETIONS, "", LONG(3000) ",\"stream\":true}");
+    const char *request = post_text(COMPLETIONS, "", LONG(100000) ",\"stream\":true}");
     assert_true(send_bytes(stream, request, strlen(request)));
-    request = post_text(COMPLETIONS, "", LONG(3000) "}");
+    request = post_text(COMPLETIONS, "", LONG(100000) "}");
     assert_true(send_bytes(plain, request, strlen(request)));
     usleep(200000);
     kill(s.pid, SIGINT);
@@ -884,7 +884,7 @@ static void test_second_signal(void **state)
     close(plain);
     START(&s, "--shutdown-timeout", "0.5", "--max-num-seqs", "2");
     plain = dial(&s);
-    request = post_text(COMPLETIONS, "", LONG(3900) "}");
+    request = post_text(COMPLETIONS, "", LONG(100000) "}");
     assert_true(send_bytes(plain, request, strlen(request)));
     usleep(200000);
     kill(s.pid, SIGTERM);
