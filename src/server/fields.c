@@ -115,9 +115,6 @@ bool fields_ids(const struct fields *in, const char *key, int64_t n_vocab, int32
     const json_t *list = NULL;
     if (!fields_array(in, key, &list) || !list) return !in->fault->status;
     size_t size = json_array_size(list);
-    if (size > (size_t)n_vocab)
-        return fault_set(in->fault, param_of(in, key).text,
-                         "%s%s: %zu tokens where the vocabulary has %" PRId64, in->where, key, size, n_vocab);
     *ids = calloc(size + 1, sizeof **ids);
     if (!*ids) return fault_memory(in->fault);
     for (size_t i = 0; i < size; i++) {
