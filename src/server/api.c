@@ -31,8 +31,9 @@ static bool load(json_t **out, const char *dir, const char *name, struct err *e)
 static bool add_stop(struct api *a, const json_t *id, struct err *e)
 {
     int64_t v = json_integer_value(id);
-    if (!json_is_integer(id) || v < 0 || v >= a->n_vocab)
-        return err_set(e, ERR_FORMAT, "eos_token_id: expected token ids");
+    if (!json_is_integer(id) || v < 0 || v >= a->o.config->vocab_size)
+        return err_set(e, ERR_FORMAT, "eos_token_id: expected ids of tokens, from 0 to %lld",
+                       (long long)a->o.config->vocab_size - 1);
     for (int i = 0; i < a->n_stops; i++)
         if (a->stops[i] == v) return true;
     if (a->n_stops == API_STOPS_MAX)

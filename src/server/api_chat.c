@@ -204,7 +204,8 @@ bool api_chat_begin_as(struct exchange *x, const struct shape *as)
         return false;
     int64_t room = x->api->o.max_model_len - x->prompts->n;
     if (as->max_is_soft && room > 0 && x->params.max_tokens > room) x->params.max_tokens = room;
-    if (!prompt_fit(x->prompts, x->api, &x->params, f)) return false;
+    const char *field = x->route == API_RESPONSES ? "input" : "messages";
+    if (!prompt_fit(x->prompts, x->api, &x->params, field, f)) return false;
     if (x->params.prompt_logprobs >= 0 && x->prompts->n_pictures)
         return fault_set(f, "prompt_logprobs", "prompt_logprobs: not with images in the prompt");
     return constraint_read(&x->grammar, x->chat, x->tools, f) && exchange_start(x);

@@ -149,7 +149,7 @@ static bool add_prompt(struct exchange *x, const json_t *v, const char *param)
                   ? prompt_from_text(p, x->api, json_string_value(v), json_string_length(v), param, f)
               : json_is_array(v) ? from_ids(p, x, v, param, f)
                                  : fields_wrong(f, param, "a string or an array of token ids", v);
-    return ok && prompt_fit(p, x->api, &x->params, f);
+    return ok && prompt_fit(p, x->api, &x->params, "prompt", f);
 }
 
 static bool add_prompts(struct exchange *x)

@@ -375,7 +375,8 @@ bool prompt_from_text(struct prompt_text *out, const struct api *a, const char *
     return true;
 }
 
-bool prompt_fit(struct prompt_text *out, const struct api *a, const struct params *p, struct fault *f)
+bool prompt_fit(struct prompt_text *out, const struct api *a, const struct params *p, const char *field,
+                struct fault *f)
 {
     int64_t limit = a->o.max_model_len, answer = p->max_tokens >= 0 ? p->max_tokens : 1;
     if (p->truncate >= 0 && out->n > p->truncate) {
@@ -386,13 +387,13 @@ bool prompt_fit(struct prompt_text *out, const struct api *a, const struct param
             memmove(out->ids, out->ids + out->n - p->truncate, (size_t)p->truncate * sizeof *out->ids);
         out->n = p->truncate;
     }
-    if (out->n == 0) return fault_set(f, "prompt", "the prompt has no tokens");
+    if (out->n == 0) return fault_set(f, field, "the prompt has no tokens");
     if (out->n <= limit - answer) return true;
     fault_status(f, 400, "context_length_exceeded",
                  "the context holds %" PRId64 " tokens: %" PRId64 " of the prompt and %s%" PRId64
                  " to generate are %" PRId64 "; shorten the prompt%s",
                  limit, out->n, p->max_tokens >= 0 ? "" : "at least ", answer, out->n + answer,
                  p->max_tokens > 1 ? " or ask for fewer tokens" : "");
-    param_set(&f->param, "%s", out->n >= limit ? "messages" : "max_tokens");
+    param_set(&f->param, "%s", out->n >= limit ? field : "max_tokens");
     return false;
 }

@@ -26,6 +26,8 @@ bool conversation_prompt(struct prompt_text *out, const struct api *a, const jso
 /* A text, or token ids (then text is NULL). */
 bool prompt_from_text(struct prompt_text *out, const struct api *a, const char *text, size_t bytes,
                       const char *param, struct fault *f);
-/* truncate_prompt_tokens, then whether it is empty or leaves no room in the context for max_tokens. */
-bool prompt_fit(struct prompt_text *out, const struct api *a, const struct params *p, struct fault *f);
+/* truncate_prompt_tokens, then whether it is empty or leaves no room in the context for max_tokens. field:
+ * where the request has the prompt. */
+bool prompt_fit(struct prompt_text *out, const struct api *a, const struct params *p, const char *field,
+                struct fault *f);
 #endif

@@ -508,7 +508,7 @@ static void test_errors(void **state)
         { "{\"response_format\":{\"type\":\"xml\"}," USER "}", 400, "response_format.type", "xml" },
         { "{\"response_format\":{\"type\":\"json_object\"},\"guided_regex\":\"a\"," USER "}", 400,
           "guided_regex", "twice" },
-        { "{\"truncate_prompt_tokens\":0," USER "}", 400, "prompt", "no tokens" },
+        { "{\"truncate_prompt_tokens\":0," USER "}", 400, "messages", "no tokens" },
     };
     check_wrong(x, API_CHAT_COMPLETIONS, cases, sizeof cases / sizeof *cases);
 }
