@@ -221,7 +221,8 @@ static void test_unix_socket(void **state)
         int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
         assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
         reply.n = reply.used = 0;
-        send_bytes(fd, "GET /llm/version HTTP/1.1\r\nHost: a\r\n\r\n", 40);
+        static const char request[] = "GET /llm/version HTTP/1.1\r\nHost: a\r\n\r\n";
+        send_bytes(fd, request, sizeof request - 1);
         assert_int_equal(receive(&reply, fd, 10), 200);
         close(fd);
         if (i == 0) kill(s.pid, SIGKILL);
