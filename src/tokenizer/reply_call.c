@@ -58,21 +58,38 @@ static const json_t *parameters_of(const json_t *tools, const char *function)
         const json_t *tool = json_array_get(tools, i), *f = json_object_get(tool, "function");
         if (!f) f = tool;
         const char *name = json_string_value(json_object_get(f, "name"));
-        if (name && strcmp(name, function) == 0)
-            return json_object_get(json_object_get(f, "parameters"), "properties");
+        if (name && strcmp(name, function) == 0) return json_object_get(f, "parameters");
     }
     return NULL;
 }
 
-/* The first type that is not null; *nullable: one of them is. NULL: none is given, a string then. */
-static const char *type_in(const json_t *schema, bool *nullable)
+/* What "$ref" points to, "#/$defs/NAME" of the parameters' schema. */
+static const json_t *referred(const json_t *schema, const json_t *root)
 {
+    enum { CHAIN = 8 };
+    for (int i = 0; i < CHAIN && json_object_get(schema, "$ref"); i++) {
+        const char *path = json_string_value(json_object_get(schema, "$ref"));
+        if (!path || path[0] != '#') return NULL;
+        schema = root;
+        for (path++; *path == '/';) {
+            size_t n = strcspn(++path, "/");
+            schema = json_object_getn(schema, path, n);
+            path += n;
+        }
+    }
+    return schema;
+}
+
+/* The first type that is not null; *nullable: one of them is. NULL: none is given, a string then. */
+static const char *type_in(const json_t *schema, const json_t *root, bool *nullable)
+{
+    schema = referred(schema, root);
     const json_t *type = json_object_get(schema, "type"), *any = json_object_get(schema, "anyOf");
     const char *first = json_string_value(type);
     if (first) return first;
     for (size_t i = 0; i < json_array_size(type ? type : any); i++) {
         const json_t *item = json_array_get(type ? type : any, i);
-        const char *name = json_string_value(type ? item : json_object_get(item, "type"));
+        const char *name = json_string_value(type ? item : json_object_get(referred(item, root), "type"));
         if (name && strcmp(name, "null") == 0)
             *nullable = true;
         else if (!first)
@@ -145,10 +162,10 @@ static bool is_one_of(const char *type, const char *a, const char *b, const char
 }
 
 /* The value that text stands for where the schema asks for it; text that does not fit stays a string. */
-static json_t *typed(struct span text, const json_t *schema)
+static json_t *typed(struct span text, const json_t *schema, const json_t *root)
 {
     bool nullable = false;
-    const char *type = type_in(schema, &nullable);
+    const char *type = type_in(schema, root, &nullable);
     struct span s = trim(text);
     if (type && (nullable || !is_one_of(type, "string", "str", "text")) &&
         (is_word(s, "null") || is_word(s, "none")))
@@ -222,8 +239,9 @@ static bool is_cut_parameter(struct span s)
 }
 
 /* False for text that is not parameters and blanks. */
-static bool read_parameters(json_t *arguments, struct span body, const json_t *properties, bool is_cut)
+static bool read_parameters(json_t *arguments, struct span body, const json_t *parameters, bool is_cut)
 {
+    const json_t *properties = json_object_get(parameters, "properties");
     char key[NAME_BYTES_MAX];
     for (body = call_skip_blanks(body); body.bytes; body = call_skip_blanks(body)) {
         size_t n, next;
@@ -233,7 +251,7 @@ static bool read_parameters(json_t *arguments, struct span body, const json_t *p
         body = span_from(body, strlen(PARAMETER) + n + 1);
         size_t end = value_end(body, 0, properties, &next);
         struct span value = without_newlines((struct span){ body.at, end });
-        json_t *v = typed(value, json_object_get(properties, key));
+        json_t *v = typed(value, json_object_get(properties, key), parameters);
         /* Text that is not UTF-8 cannot become an argument. */
         if (!v || json_object_set_new(arguments, key, v) != 0) return false;
         body = span_from(body, next);

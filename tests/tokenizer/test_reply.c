@@ -19,7 +19,10 @@ static const char TOOLS[] =
     "\"number\"},"
     "\"b\":{\"type\":\"boolean\"},\"o\":{\"type\":\"object\"},\"a\":{\"type\":\"array\"},"
     "\"n\":{\"anyOf\":[{\"type\":\"null\"},{\"type\":\"string\"}]},\"m\":{\"type\":[\"integer\",\"null\"]},"
-    "\"u\":{}}}}}]";
+    "\"u\":{},\"r\":{\"$ref\":\"#/$defs/R\"},\"q\":{\"anyOf\":[{\"$ref\":\"#/$defs/"
+    "Q\"},{\"type\":\"null\"}]},"
+    "\"l\":{\"$ref\":\"#/$defs/L\"}},\"$defs\":{\"R\":{\"type\":\"object\"},\"Q\":{\"$ref\":\"#/$defs/I\"},"
+    "\"I\":{\"type\":\"integer\"},\"L\":{\"$ref\":\"#/$defs/L\"}}}}}]";
 
 /* What came: a JSON array of [kind, text] with neighbours of one kind joined, and all texts as they were. */
 struct seen {
@@ -184,6 +187,8 @@ static void test_types(void **state)
           "[[\"call\",\"f\",{\"o\":{\"k\":true,\"it's\":null,\"q\":\"\\\"\"},\"a\":\"[1, \"}]]" },
         { CALL(P("i", "123456789012345678901234567890")),
           "[[\"call\",\"f\",{\"i\":\"123456789012345678901234567890\"}]]" },
+        { CALL(P("r", "{\"k\": 1}") P("q", "7") P("l", "8")),
+          "[[\"call\",\"f\",{\"r\":{\"k\":1},\"q\":7,\"l\":\"8\"}]]" },
     };
     CHECK(cases, false);
 }
