@@ -14,7 +14,7 @@ INLINE __m512i everywhere(const uint32_t *x)
     return v;
 }
 
-#if !defined(__AMX_BF16__)
+#if !defined(__AMX_BF16__) && !defined(__AMXBF16__) /* gcc's name and older clang's */
 /* y += x . lines [first, first + n) of each panel, in pairs of columns. `rows` by two panels are 16 sums. */
 INLINE void add_lines_bf16(float *y, int64_t stride, const uint32_t *x, int64_t words,
                            const uint8_t *const *lines, int64_t n, const int panels, const int rows)
