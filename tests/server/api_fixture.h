@@ -191,4 +191,17 @@ static inline void check_wrong(struct fixture *x, enum api_route route, const st
         json_decref(r);
     }
 }
+
+/* The prompt that the scheduler was given last. */
+static inline void fixture_prompt(struct fixture *x, const char *want)
+{
+    char *text;
+    size_t n;
+    struct err e;
+    assert_true(tokenizer_decode(x->tokenizer, x->scheduler.last_prompt, (size_t)x->scheduler.last.n_prompt,
+                                 false, &text, &n, &e));
+    assert_string_equal(text, want);
+    free(text);
+}
+
 #endif

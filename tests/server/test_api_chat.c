@@ -390,17 +390,6 @@ static void test_defaults(void **state)
     json_decref(kwargs);
 }
 
-static void check_prompt(struct fixture *x, const char *want)
-{
-    char *text;
-    size_t n;
-    struct err e;
-    assert_true(tokenizer_decode(x->tokenizer, x->scheduler.last_prompt, (size_t)x->scheduler.last.n_prompt,
-                                 false, &text, &n, &e));
-    assert_string_equal(text, want);
-    free(text);
-}
-
 static void test_messages(void **state)
 {
     struct fixture *x = *state;
@@ -415,7 +404,7 @@ static void test_messages(void **state)
                             "\"arguments\":\"{\\\"a\\\": [1, 2.5], \\\"b\\\": "
                             "\\\"x\\\"}\"}}]},{\"role\":\"tool\",\"tool_call_id\":\"c\","
                             "\"content\":\"4\"}]}"));
-    check_prompt(
+    fixture_prompt(
         x, "<|im_start|>system\nA\n\nB<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
            "<think>\nwhy\n</think>\n\n<tool_call>\n<function=f>\n<parameter=a>\n[1, 2.5]\n</parameter>\n"
            "<parameter=b>\nx\n</parameter>\n</function>\n</tool_call><|im_end|>\n<|im_start|>user\n"
@@ -424,7 +413,7 @@ static void test_messages(void **state)
         x, API_CHAT_COMPLETIONS,
         "{\"messages\":[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":"
         "\"The answer is \"}],\"continue_final_message\":true}");
-    check_prompt(
+    fixture_prompt(
         x, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nThe answer is");
     assert_null(at(r, "choices.0.message.reasoning"));
     json_decref(r);
@@ -441,8 +430,8 @@ static void test_images(void **state)
                     "png;base64,AAAA\",\"detail\":\"low\"}},{\"type\":\"text\",\"text\":\"what?\"}]}]}");
     assert_int_equal(x->scheduler.last.n_pictures, 1);
     assert_string_equal(x->scheduler.last_picture, "data:image/png;base64,AAAA");
-    check_prompt(x, "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
-                    "<|im_start|>assistant\n<think>\n");
+    fixture_prompt(x, "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
+                      "<|im_start|>assistant\n<think>\n");
     assert_int_equal(json_integer_value(at(r, "usage.prompt_tokens_details.image_tokens")), 4);
     json_decref(r);
 }

@@ -8,17 +8,6 @@
 #define CALL  "<tool_call>\n<function=f>\n<parameter=i>\n12\n</parameter>\n</function>\n</tool_call>"
 #define THINK "\"thinking\":{\"type\":\"enabled\",\"budget_tokens\":40}"
 
-static void check_prompt(struct fixture *x, const char *want)
-{
-    char *text;
-    size_t n;
-    struct err e;
-    assert_true(tokenizer_decode(x->tokenizer, x->scheduler.last_prompt, (size_t)x->scheduler.last.n_prompt,
-                                 false, &text, &n, &e));
-    assert_string_equal(text, want);
-    free(text);
-}
-
 static void test_whole(void **state)
 {
     struct fixture *x = *state;
@@ -27,8 +16,9 @@ static void test_whole(void **state)
     json_t *r = fixture_ask(x, API_MESSAGES,
                             "{\"model\":\"demo\",\"system\":[{\"type\":\"text\",\"text\":\"S\"}]," USER "}");
     assert_int_equal(x->status, 200);
-    check_prompt(x, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-                    "<think>\n\n</think>\n\n");
+    fixture_prompt(x,
+                   "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+                   "<think>\n\n</think>\n\n");
     assert_string_equal(text_at(r, "type"), "message");
     assert_string_equal(text_at(r, "role"), "assistant");
     assert_string_equal(text_at(r, "content.0.type"), "text");
@@ -97,7 +87,7 @@ static void test_history(void **state)
                             "\"user\",\"content\":[{\"type\":\"tool_result\",\"tool_use_id\":\"t\","
                             "\"content\":[{\"type\":\"text\",\"text\":"
                             "\"4\"}]}]}]}"));
-    check_prompt(
+    fixture_prompt(
         x,
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nAB\n\n<tool_call>\n"
         "<function=f>\n<parameter=i>\n3\n</parameter>\n</function>\n</"
@@ -107,7 +97,7 @@ static void test_history(void **state)
         x, API_MESSAGES,
         "{\"max_tokens\":5,\"messages\":[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\","
         "\"content\":\"The\"}]}"));
-    check_prompt(x, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nThe");
+    fixture_prompt(x, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nThe");
 }
 
 static void test_stops(void **state)

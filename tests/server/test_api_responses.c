@@ -6,17 +6,6 @@
     "\"i\":{\"type\":\"integer\"}}}}]"
 #define CALL "<tool_call>\n<function=f>\n<parameter=i>\n12\n</parameter>\n</function>\n</tool_call>"
 
-static void check_prompt(struct fixture *x, const char *want)
-{
-    char *text;
-    size_t n;
-    struct err e;
-    assert_true(tokenizer_decode(x->tokenizer, x->scheduler.last_prompt, (size_t)x->scheduler.last.n_prompt,
-                                 false, &text, &n, &e));
-    assert_string_equal(text, want);
-    free(text);
-}
-
 static void test_whole(void **state)
 {
     struct fixture *x = *state;
@@ -122,7 +111,7 @@ static void test_input(void **state)
                             "\"arguments\":\"{\\\"i\\\":3}\"},{\"type\":\"function_call_output\",\"call_id\":"
                             "\"c\",\"output\":\"4\"}]}"));
     assert_int_equal(x->status, 200);
-    check_prompt(
+    fixture_prompt(
         x,
         "<|im_start|>system\nS\n\nD<|im_end|>\n<|im_start|>user\nq<|vision_start|><|image_pad|><|vision_end|>"
         "<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nA\n\n<tool_call>\n<function=f>\n"
