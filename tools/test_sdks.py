@@ -124,12 +124,19 @@ def openai_tools(client):
     check(first.finish_reason == "tool_calls", "a call", first)
     call = first.message.tool_calls[0]
     check(json.loads(call.function.arguments) == {"city": "Oslo", "unit": "fahrenheit"}, "its arguments", call)
-    pieces = {}
+    pieces, n = {}, 0
     for chunk in client.chat.completions.create(**ask, stream=True):
         for piece in chunk.choices[0].delta.tool_calls or []:
+            n += 1
             name, arguments = pieces.get(piece.index, ("", ""))
             pieces[piece.index] = (name + (piece.function.name or ""), arguments + (piece.function.arguments or ""))
     check(pieces == {0: ("get_weather", call.function.arguments)}, "a streamed call", pieces)
+    check(n > 3, "its pieces", n)
+    with client.chat.completions.stream(**ask) as stream:
+        deltas = [e for e in stream if e.type == "tool_calls.function.arguments.delta"]
+        done = stream.get_final_completion().choices[0].message.tool_calls[0]
+    check(len(deltas) > 2 and deltas[-1].arguments == done.function.arguments == call.function.arguments,
+          "the stream helper's call", deltas)
     messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}]
     after = client.chat.completions.create(**ask).choices[0]
     check(after.message.content, "an answer after a call", after)
@@ -210,6 +217,13 @@ def openai_responses(client):
     r = client.responses.create(input=ASK_WEATHER, tools=tools, **ask)
     call = next(item for item in r.output if item.type == "function_call")
     check(json.loads(call.arguments)["city"] == "Oslo", "a response's call", call)
+    deltas = []
+    with client.responses.stream(input=ASK_WEATHER, tools=tools, **ask) as stream:
+        for event in stream:
+            if event.type == "response.function_call_arguments.delta":
+                deltas.append(event.delta)
+        again = next(item for item in stream.get_final_response().output if item.type == "function_call")
+    check(len(deltas) > 2 and "".join(deltas) == call.arguments == again.arguments, "a response's streamed call", deltas)
     items = [{"role": "user", "content": ASK_WEATHER}, *r.output,
              {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}]
     check(client.responses.create(input=items, tools=tools, **ask).output_text, "a response after a call")
@@ -235,8 +249,10 @@ def anthropic_messages(client, anthropic):
     tools = [{"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}]
     messages = [{"role": "user", "content": ASK_WEATHER}]
     with client.messages.stream(**{**ask, "messages": messages}, tools=tools) as stream:
+        deltas = [e.partial_json for e in stream if e.type == "input_json"]
         final = stream.get_final_message()
     use = final.content[-1]
+    check(len(deltas) > 2 and json.loads("".join(deltas)) == use.input, "a streamed tool's use", deltas)
     check(use.type == "tool_use" and use.input == {"city": "Oslo", "unit": "fahrenheit"}, "a tool's use", final)
     check(final.stop_reason == "tool_use", "its stop reason", final)
     messages += [{"role": "assistant", "content": final.content},

@@ -306,13 +306,14 @@ static void write_text_item(struct exchange *x, enum part_kind kind, int index, 
 static void write_call_item(struct exchange *x, const struct choice *c, int call, int index, bool whole)
 {
     struct json_out *o = &x->out;
+    const struct tool_call *t = &c->calls[call];
     json_out_open(o, '{');
     write_id(x, "id", "fc", index);
     json_out_key_text(o, "type", "function_call");
-    json_out_key_text(o, "status", whole ? "completed" : "in_progress");
+    json_out_key_text(o, "status", !whole ? "in_progress" : t->is_cut ? "incomplete" : "completed");
     write_id(x, "call_id", "call", call);
-    json_out_key_text(o, "name", c->calls[call].name);
-    json_out_key_text(o, "arguments", whole ? c->calls[call].arguments : "");
+    json_out_key_text(o, "name", t->name);
+    json_out_key_string(o, "arguments", t->arguments.data, whole ? t->arguments.n : 0);
     json_out_close(o, '}');
 }
 
@@ -519,9 +520,23 @@ static void open_item(struct exchange *x, enum part_kind kind, size_t from)
     part_event(x, "response.content_part.added", "", 0);
 }
 
+static void arguments_delta(struct exchange *x, const char *text, size_t n)
+{
+    const struct items *items = x->state;
+    open_event(x, "response.function_call_arguments.delta");
+    write_id(x, "item_id", "fc", items->n - 1);
+    json_out_key_int(&x->out, "output_index", items->n - 1);
+    json_out_key_string(&x->out, "delta", text, n);
+    close_event(x);
+}
+
 static void delta(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n)
 {
     struct items *items = x->state;
+    if (kind == PART_ARGUMENTS) {
+        arguments_delta(x, text, n);
+        return;
+    }
     if (items->open != kind) {
         close_item(x, c);
         open_item(x, kind, items->said[kind]);
@@ -541,26 +556,23 @@ static void item_event(struct exchange *x, const char *name, const struct choice
     close_event(x);
 }
 
-static void arguments_event(struct exchange *x, const char *name, const char *key, const struct choice *c,
-                            int call)
-{
-    const struct items *items = x->state;
-    open_event(x, name);
-    write_id(x, "item_id", "fc", items->n - 1);
-    json_out_key_int(&x->out, "output_index", items->n - 1);
-    if (strcmp(key, "arguments") == 0) json_out_key_text(&x->out, "name", c->calls[call].name);
-    json_out_key_text(&x->out, key, c->calls[call].arguments);
-    close_event(x);
-}
-
 static void call(struct exchange *x, struct choice *c, int index)
 {
     struct items *items = x->state;
     close_item(x, c);
     items->n++;
     item_event(x, "response.output_item.added", c, index, false);
-    arguments_event(x, "response.function_call_arguments.delta", "delta", c, index);
-    arguments_event(x, "response.function_call_arguments.done", "arguments", c, index);
+}
+
+static void call_end(struct exchange *x, struct choice *c, int index)
+{
+    const struct items *items = x->state;
+    open_event(x, "response.function_call_arguments.done");
+    write_id(x, "item_id", "fc", items->n - 1);
+    json_out_key_int(&x->out, "output_index", items->n - 1);
+    json_out_key_text(&x->out, "name", c->calls[index].name);
+    json_out_key_string(&x->out, "arguments", c->calls[index].arguments.data, c->calls[index].arguments.n);
+    close_event(x);
     item_event(x, "response.output_item.done", c, index, true);
 }
 
@@ -593,6 +605,7 @@ static void whole(struct exchange *x)
 static const struct shape shape = { .begin = begin,
                                     .delta = delta,
                                     .call = call,
+                                    .call_end = call_end,
                                     .finish = finish,
                                     .end = end,
                                     .whole = whole,
