@@ -380,6 +380,7 @@ void exchange_free(struct exchange *x)
     json_decref(x->chat);
     json_decref(x->body);
     json_out_deinit(&x->out);
+    json_out_deinit(&x->kept);
     free(x->state);
     free(x);
 }

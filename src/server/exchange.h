@@ -50,6 +50,7 @@ struct exchange {
     struct pending *pending; /* [n_choices] */
     int n_choices, n_submitted, n_over;
     struct json_out out;
+    struct json_out kept; /* of a response that is to be kept: its messages, an array that lacks its end */
     int status;
     bool is_done, was_taken;       /* the body is complete; and has been handed out */
     bool has_begun;                /* a stream has said something */
