@@ -1,8 +1,8 @@
 #include "backend/fused.h"
 #include <stddef.h>
 
-bool fused_weights(const struct ops *op, struct queue *q, struct weight **out, const struct weight_source *src,
-                   int n, int *failed, struct err *e)
+bool fused_weights(const struct ops *op, struct queue *q, struct weight **out,
+                   const struct weight_source *src, int n, int *failed, struct err *e)
 {
     for (int i = 0; i < n; i++) out[i] = NULL;
     for (int i = 0; i < n; i++) {

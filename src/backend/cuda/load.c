@@ -45,7 +45,8 @@ static int64_t find_nan(const uint8_t *bytes, int64_t n)
 static void note_nan(atomic_llong *lowest, long long at)
 {
     long long now = atomic_load(lowest);
-    while ((now < 0 || at < now) && !atomic_compare_exchange_weak(lowest, &now, at)) {}
+    while ((now < 0 || at < now) && !atomic_compare_exchange_weak(lowest, &now, at)) {
+    }
 }
 
 static void load_piece(void *ctx, int64_t item, int thread)
@@ -64,7 +65,8 @@ static void load_piece(void *ctx, int64_t item, int thread)
     int64_t nan = load->is_e4m3 ? find_nan(pinned, (int64_t)bytes) : -1;
     if (nan >= 0) note_nan(&l->nan[p->load], (long long)p->at + nan);
     if (status == cudaSuccess)
-        status = cudaMemcpyAsync((char *)load->to + p->at, pinned, bytes, cudaMemcpyHostToDevice, l->q->stream);
+        status =
+            cudaMemcpyAsync((char *)load->to + p->at, pinned, bytes, cudaMemcpyHostToDevice, l->q->stream);
     if (status == cudaSuccess) status = cudaEventRecord(turn->taken[buffer], l->q->stream);
     if (status != cudaSuccess) atomic_store(&l->status, (int)status);
 }
@@ -83,8 +85,9 @@ static bool begin(struct queue *q, struct err *e)
         return err_memory(e, "loading", bytes);
     }
     for (int i = 0; i < threads * BUFFERS; i++)
-        queue_check(q, cudaEventCreateWithFlags(&l->turn[i / BUFFERS].taken[i % BUFFERS], cudaEventDisableTiming),
-                    "loading");
+        queue_check(
+            q, cudaEventCreateWithFlags(&l->turn[i / BUFFERS].taken[i % BUFFERS], cudaEventDisableTiming),
+            "loading");
     return true;
 }
 
@@ -94,7 +97,8 @@ void cuda_load_end(struct queue *q)
     if (!l) return;
     cudaStreamSynchronize(q->stream);
     for (int i = 0; i < THREADS_MOST * BUFFERS; i++)
-        if (l->turn[i / BUFFERS].taken[i % BUFFERS]) cudaEventDestroy(l->turn[i / BUFFERS].taken[i % BUFFERS]);
+        if (l->turn[i / BUFFERS].taken[i % BUFFERS])
+            cudaEventDestroy(l->turn[i / BUFFERS].taken[i % BUFFERS]);
     cudaFreeHost(l->pinned);
     pool_free(l->pool);
     free(l);

@@ -136,7 +136,7 @@ struct queue {
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct loader *loader; /* load.c; NULL until something was loaded */
-    struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */

@@ -59,8 +59,8 @@ static bool copy(struct queue *q, void *to, const void *host, uint64_t bytes)
            queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), "weights");
 }
 
-/* A matrix on its way: what of it is copied where. Codes and scales of NVFP4 pass through memory that is given
- * back. */
+/* A matrix on its way: what of it is copied where. Codes and scales of NVFP4 pass through memory that is
+ * given back. */
 struct arrival {
     struct cuda_weight *w;
     const struct weight_source *src;
