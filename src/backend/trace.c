@@ -177,9 +177,7 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
 static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                            int *failed, struct err *e)
 {
-    const struct trace *t = trace_of(q);
-    return t->op->weights_create ? t->op->weights_create(t->q, out, src, n, failed, e)
-                                 : fused_weights(t->op, t->q, out, src, n, failed, e);
+    return trace_of(q)->op->weights_create(trace_of(q)->q, out, src, n, failed, e);
 }
 
 static void weight_free(struct queue *q, struct weight *w)

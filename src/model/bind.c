@@ -89,7 +89,6 @@ static bool create_all(struct model *m, struct err *e)
 
 bool bind_later(struct model *m, struct err *e)
 {
-    if (!m->backend->ops->weights_create) return true;
     m->later = calloc(1, sizeof *m->later);
     return m->later || err_memory(e, "weights", sizeof *m->later);
 }

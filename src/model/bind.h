@@ -4,8 +4,8 @@
 #define MODEL_BIND_H
 #include "model/model.h"
 
-/* Between the two, matrices are made several at a time where the backend is faster so: bind_* below only say
- * that they are wanted, and errors may come late. bind_now returns `ok`, false: what is left is not made. */
+/* Between the two, matrices are made several at a time, which a GPU does faster: bind_* below only say that
+ * they are wanted, and errors may come late. bind_now returns `ok`, false: what is left is not made. */
 bool bind_later(struct model *m, struct err *e);
 bool bind_now(struct model *m, bool ok, struct err *e);
 
