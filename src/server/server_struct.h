@@ -108,7 +108,7 @@ bool connection_open(struct server *s, evutil_socket_t fd);
 void connection_close(struct connection *c);
 bool connection_is_answering(const struct connection *c);
 void connection_take(struct connection *c,
-                     struct exchange *x);               /* the one it waits for; NULL: out of memory */
+                     struct exchange *x); /* the one it waits for; NULL: out of memory */
 /* The exchange has news, or there is room for it. Returns exchange_due. */
 double connection_pump(struct connection *c);
 void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
