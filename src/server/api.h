@@ -22,6 +22,8 @@ struct api_options {
     bool strict_params;        /* unknown fields are refused */
     const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
     const json_t *generation;  /* --override-generation-config, or NULL */
+    size_t store_bytes;        /* of responses that are kept; 0: none are */
+    double store_seconds;      /* how long they are kept at most */
 };
 
 /* Immutable but for atomic counters: any number of threads may call exchange_create at a time. An exchange
@@ -34,6 +36,9 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
+    API_RESPONSE, /* argument: the id; these three */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,

@@ -171,9 +171,11 @@ static void take_part(void *ctx, enum part_kind kind, const char *text, size_t n
     begin(x, c->index);
     if (kind != p->kind) say_text(x, c->index);
     p->kind = kind;
-    if (kind == PART_NONE)
+    if (kind == PART_CALL)
         x->shape->call(x, c, c->n_calls - 1);
-    else
+    else if (kind == PART_CALL_END && x->shape->call_end)
+        x->shape->call_end(x, c, c->n_calls - 1);
+    else if (text)
         json_out_raw(&p->text, text, n);
 }
 
@@ -397,6 +399,7 @@ void exchange_free(struct exchange *x)
     json_decref(x->chat);
     json_decref(x->body);
     json_out_deinit(&x->out);
+    json_out_deinit(&x->kept);
     free(x->state);
     free(x);
 }

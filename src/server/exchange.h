@@ -3,14 +3,16 @@
 #define SERVER_EXCHANGE_H
 #include "server/choice.h"
 
-/* How a route writes what comes. Of a stream `delta`, `call` and `finish` append events to x->out; else only
- * `whole` does, once all choices are over. `begin` may be NULL. */
+/* How a route writes what comes. Of a stream `delta` (reasoning, content, arguments of the last call),
+ * `call`, `call_end` and `finish` append events to x->out; else only `whole` does, once all choices are over.
+ * `begin` and `call_end` may be NULL. */
 struct shape {
     bool is_plain;    /* answers are neither parsed for reasoning nor for calls */
     bool max_is_soft; /* max_tokens is a bound: more than fits is no error */
     void (*begin)(struct exchange *x, struct choice *c);
     void (*delta)(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n);
-    void (*call)(struct exchange *x, struct choice *c, int index);
+    void (*call)(struct exchange *x, struct choice *c, int index); /* begins: its name is there */
+    void (*call_end)(struct exchange *x, struct choice *c, int index);
     void (*finish)(struct exchange *x, struct choice *c);
     void (*end)(struct exchange *x);
     void (*whole)(struct exchange *x);
@@ -49,6 +51,7 @@ struct exchange {
     struct pending *pending; /* [n_choices] */
     int n_choices, n_submitted, n_over;
     struct json_out out;
+    struct json_out kept; /* of a response that is to be kept: its messages, an array that lacks its end */
     int status;
     bool is_done, was_taken;       /* the body is complete; and has been handed out */
     bool has_begun;                /* a stream has said something */
