@@ -47,7 +47,7 @@ struct settings {
     /* the model */
     struct text_list names;
     const char *context_text, *step_text, *memory_text, *host_cache_text;
-    int64_t sequences, mtp, queued;
+    int64_t sequences, mtp, queued, stream_interval;
     double utilization, decode_ms;
     int kv;
     bool prefix_caching, language_only, strict;
@@ -125,6 +125,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--max-num-seqs", (double)s->sequences, 0, 4096 },
         { "--mtp", (double)s->mtp, 0, DRAFTS_MAX },
         { "--max-queued", (double)s->queued, 0, 1 << 20 },
+        { "--stream-interval", (double)s->stream_interval, 0, INT32_MAX },
         { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
@@ -358,6 +359,7 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .n_served_names = s->names.n,
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
+                             .stream_interval = s->stream_interval,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
@@ -451,6 +453,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
+        { "--stream-interval", 0, FLAG_INT, &s->stream_interval, "N",
+          "tokens of a stream's event (default 0: what came in 20 ms; the first at once)", NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",

@@ -25,6 +25,7 @@ struct pending {
     enum part_kind kind;
     struct json_out text;
     int64_t tokens;               /* of the choice when it spoke last */
+    double said_at;               /* clock_seconds when a text of it was said last; 0: none was */
     size_t scores, tokens_listed; /* said already */
     bool has_begun, has_finished, prompt_said;
     int64_t offset; /* of the next token in the text, in characters */
@@ -37,7 +38,7 @@ struct exchange {
     char request_id[80];
     const char *model; /* as asked for, or the first served */
     int64_t created;   /* seconds since 1970 */
-    double began;      /* clock_seconds */
+    double began, now; /* clock_seconds: when it was made, and of this pump */
     uint64_t owner;
     uint8_t salt[32];
     json_t *body, *chat; /* chat: the body in the form of chat completions; may be the same */

@@ -47,6 +47,7 @@ static inline int fixture_setup(void **state)
                                       .dir = "models/demo",
                                       .served_names = fixture_names,
                                       .n_served_names = 2,
+                                      .stream_interval = 1,
                                       .max_model_len = 2048 };
     fixture_api(&x);
     *state = &x;
