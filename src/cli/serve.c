@@ -154,7 +154,7 @@ static bool read_drafts(struct settings *s, struct err *e)
 {
     if (s->mtp && s->common.speculative)
         return err_set(e, ERR_ARGUMENT, "--mtp and --speculative-config: one of them is enough");
-    if (!s->mtp) return common_drafts(&s->drafts, &s->common, e);
+    if (!s->mtp) return common_drafts(&s->drafts, &s->common, s->model, e);
     s->drafts = (int)s->mtp;
     return true;
 }
