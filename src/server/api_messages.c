@@ -43,8 +43,11 @@ static bool image_block(json_t *parts, const json_t *block, const char *param, s
     const char *data = json_string_value(json_object_get(source, "data"));
     struct param at;
     param_set(&at, "%s.source", param);
+    json_t *given = json_object_get(source, "url");
+    if (type && strcmp(type, "url") == 0 && json_is_string(given))
+        return append(parts, json_pack("{s:s, s:{s:O}}", "type", "image_url", "image_url", "url", given), f);
     if (!type || strcmp(type, "base64") != 0)
-        return fault_set(f, at.text, "%s: images are fetched from nowhere: expected type base64", at.text);
+        return fault_set(f, at.text, "%s: expected type base64, or type url and a url", at.text);
     if (!media || !data) return fault_set(f, at.text, "%s: expected media_type and data", at.text);
     json_t *url = json_sprintf("data:%s;base64,%s", media, data);
     return append(parts, json_pack("{s:s, s:{s:o}}", "type", "image_url", "image_url", "url", url), f);
