@@ -225,9 +225,8 @@ static void test_hosts(void **state)
         "http://0x7f.0x0.0x0.0x1:PORT/ok",
         "http://127.0.0.0x1:PORT/ok",
     };
-    static const char *const rules[] = {
-        NULL, "example.invalid", "*", "localhost", "127.0.0.1", "example.invalid:80"
-    };
+    static const char *const rules[] = { NULL,        "example.invalid", "*",
+                                         "localhost", "127.0.0.1",       "example.invalid:80" };
     char url[300], *out;
     struct err e;
     int before = atomic_load(&host.asked);
