@@ -34,7 +34,9 @@ static void set_up(void)
                                    .served_names = names,
                                    .n_served_names = 1,
                                    .max_model_len = 512,
-                                   .max_n = 4 };
+                                   .max_n = 4,
+                                   .store_bytes = 1 << 16,
+                                   .store_seconds = 1e6 };
     require(api_create(&api, &o, &e));
 }
 
