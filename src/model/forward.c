@@ -178,11 +178,18 @@ struct mat step_run(struct step *s, const struct step_rows *rows, const struct l
     return mat_rows(s->final, rows->n);
 }
 
+static bool are_first(const int64_t *index, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (index[i] != i) return false;
+    return true;
+}
+
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
 {
-    struct mat chosen = mat_rows(s->chosen, n), logits = mat_rows(s->logits, n);
+    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n), logits = mat_rows(s->logits, n);
     assert(n <= s->logits_max);
-    s->op->gather(s->q, chosen, hidden, index);
+    if (chosen.data != hidden.data) s->op->gather(s->q, chosen, hidden, index);
     s->op->matmul(s->q, logits, chosen, s->model->head);
     return logits;
 }

@@ -107,7 +107,9 @@ struct cuda_batch {
 /* Scratch of sampling, device memory (draw.cu). */
 struct cuda_draw {
     void *state, *draws, *edits, *mask;
-    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes;
+    int *answers; /* host memory that the device writes */
+    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes, answers_bytes;
+    bool is_used; /* state has to be cleared */
 };
 
 /* A recorded step: `rows` sequences of one row each. */

@@ -90,6 +90,7 @@ void cuda_queue_free(struct queue *q)
         cudaStreamDestroy(q->stream);
     }
     blas_close(q->blas);
+    cudaFreeHost(q->draw.answers);
     free(q->host_step);
     free(q->host_next);
     free(q->host_index);
