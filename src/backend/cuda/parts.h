@@ -180,6 +180,7 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *r
 void cuda_step_end(struct queue *q);
 void cuda_forget_steps(struct queue *q); /* what was recorded refers to memory that goes away */
 bool cuda_reserve(struct queue *q, const struct step_limits *limits, struct err *e);
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *limits);
 /* plain.cu: whether this build has kernels for the device */
 bool cuda_has_kernels(int *version);
 

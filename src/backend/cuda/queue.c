@@ -282,6 +282,7 @@ const struct ops cuda_ops = {
     .download = download,
     .zero = zero,
     .reserve = cuda_reserve,
+    .reserve_bytes = cuda_reserve_bytes,
     .experts_bind = cuda_experts_bind,
     .experts_unbind = cuda_experts_unbind,
     .wait = wait,

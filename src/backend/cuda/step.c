@@ -60,6 +60,15 @@ static void layout(struct queue *q, struct arena *a)
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *l)
+{
+    struct queue counted = *q; /* layout() sets pointers */
+    struct arena a = { 0 };
+    counted.limits = *l;
+    layout(&counted, &a);
+    return a.overflow ? UINT64_MAX : a.used;
+}
+
 bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
 {
     struct step_limits *have = &q->limits;
