@@ -55,6 +55,12 @@ bool host_wait(struct queue *q, struct err *e)
     return true;
 }
 
+uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits)
+{
+    (void)q, (void)limits;
+    return 0;
+}
+
 double host_read_speed(struct queue *q)
 {
     (void)q;

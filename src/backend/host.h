@@ -8,6 +8,7 @@ void host_copy(struct queue *q, void *to, const void *from, uint64_t bytes);
 bool host_experts_bind(struct queue *q, struct experts *x, struct err *e);
 void host_experts_unbind(struct queue *q, struct experts *x);
 bool host_wait(struct queue *q, struct err *e);
+uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits);
 double host_read_speed(struct queue *q);
 bool host_step_begin(struct queue *q, const void *key, const struct step_rows *rows);
 void host_step_end(struct queue *q);

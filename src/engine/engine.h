@@ -19,6 +19,8 @@ enum { DRAFTS_MAX = 8 };
 struct engine;
 bool engine_create(struct engine **out, struct model *m, const struct engine_options *o, struct err *e);
 void engine_free(struct engine *g); /* NULL is fine */
+/* What steps of such an engine take of the backend's memory, before anything is bound. */
+uint64_t engine_step_bytes(const struct config *c, const struct backend *b, const struct engine_options *o);
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
 int engine_sequences(const struct engine *g);

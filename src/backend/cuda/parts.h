@@ -107,7 +107,9 @@ struct cuda_batch {
 /* Scratch of sampling, device memory (draw.cu). */
 struct cuda_draw {
     void *state, *draws, *edits, *mask;
-    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes;
+    int *answers; /* host memory that the device writes */
+    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes, answers_bytes;
+    bool is_used; /* state has to be cleared */
 };
 
 /* A recorded step: `rows` sequences of one row each. */
@@ -179,6 +181,7 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *r
 void cuda_step_end(struct queue *q);
 void cuda_forget_steps(struct queue *q); /* what was recorded refers to memory that goes away */
 bool cuda_reserve(struct queue *q, const struct step_limits *limits, struct err *e);
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *limits);
 /* plain.cu: whether this build has kernels for the device */
 bool cuda_has_kernels(int *version);
 
