@@ -270,10 +270,10 @@ static bool read_logprobs(struct params *p, const struct fields *in, bool is_cha
            fields_bool(in, "return_tokens_as_token_ids", &p->tokens_as_ids);
 }
 
-static bool read_stream(struct params *p, const struct fields *in)
+static bool read_stream(struct params *p, const struct api *a, const struct fields *in)
 {
     const json_t *options = NULL;
-    p->stream_interval = 1;
+    p->stream_interval = a->o.stream_interval;
     if (!fields_bool(in, "stream", &p->stream) || !fields_object(in, "stream_options", &options) ||
         !fields_int(in, "stream_interval", 1, INT32_MAX, &p->stream_interval))
         return false;
@@ -383,7 +383,7 @@ bool params_read(struct params *p, const struct api *a, const json_t *body, bool
     return refuse(&in) && read_sampling(p, a, &in) && read_lengths(p, a, &in, is_chat) &&
            read_counts(p, a, &in) && read_stops(p, &in) && read_stop_tokens(p, a, &in) &&
            read_bias(p, a, &in) && read_allowed(p, a, &in) && read_bad_words(p, a, &in) &&
-           read_stream(p, &in) && read_logprobs(p, &in, is_chat) && read_prompt_handling(p, a, &in) &&
+           read_stream(p, a, &in) && read_logprobs(p, &in, is_chat) && read_prompt_handling(p, a, &in) &&
            (!is_chat || params_read_template(p, a, body, f));
 }
 

