@@ -454,7 +454,7 @@ static bool run(struct settings *s, struct err *e)
     struct chat c = { .s = s, .o = &o };
     int32_t eos[16], pictures[2];
     int n_eos = 0;
-    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
               common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
               common_bind_mtp(&o, s->drafts, e) && checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);
     const struct config *config = &o.checkpoint.config;

@@ -78,7 +78,7 @@ const char *exchange_comment(struct exchange *x, size_t *bytes);
 
 /* For the request log and metrics, once done. */
 struct exchange_account {
-    const char *finish; /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish; /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int64_t n_choices, max_tokens;
     struct request_usage usage;    /* sums over choices */
     double first_token, per_token; /* seconds; 0 where there was none */
