@@ -57,8 +57,9 @@ BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
 ifneq ($(CUDA),1)
 BENCHES := $(filter-out %/bench_cuda,$(BENCHES))
 endif
-TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
-$(TESTLIB): override CFLAGS += -Itests
+TESTOBJ := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+TESTLIB := $(BUILD)/libtests.a
+$(TESTOBJ): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
@@ -98,6 +99,9 @@ $(BUILD)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++17 -O3 -fmad=false -lineinfo -Isrc -MD -MP -MF $(@:.o=.d) -Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics \
 	    $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) -c -o $@ $<
+
+$(TESTLIB): $(TESTOBJ)
+	rm -f $@ && $(AR) rcs $@ $^
 
 $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)
@@ -186,4 +190,4 @@ clean:
 	rm -rf build build-*
 
 .PHONY: always all check test fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
--include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)
+-include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
