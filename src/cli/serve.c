@@ -3,7 +3,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/serve_compat.h"
-#include "cli/serve_plan.h"
+#include "cli/plan.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
@@ -291,6 +291,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
+                              .step_rows = (int64_t)s->step_tokens,
                               .budget = s->memory,
                               .utilization = s->utilization };
     bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
