@@ -46,8 +46,8 @@ static void see_tokens(struct connection *c, const struct exchange_account *a, d
 void account_tokens(struct connection *c, double now, bool says)
 {
     struct exchange_account a = { 0 };
-    if (!c->exchange || !generates(c)) return;
     if (!says && c->seen_tokens > 0 && now - c->seen_at < LOOK_SECONDS) return;
+    if (!c->exchange || !generates(c)) return;
     exchange_account(c->exchange, &a);
     see_tokens(c, &a, now);
 }

@@ -72,7 +72,7 @@ struct server {
     struct event *due; /* text of a stream waits no longer */
     int wake_timer;    /* fires once the scheduler has news; -1: not opened */
     atomic_bool wake_is_set;
-    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news */
+    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news; 0: look at once */
     struct evconnlistener *listener;
     pthread_t thread;
     bool thread_runs, clean;
