@@ -311,24 +311,11 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
     return engine_create(&v->engine, &v->opened.model, &o, e);
 }
 
-/* Rows of lm_head beyond the tokenizer's entries are padding. */
-static bool find_known(struct service *v, struct err *e)
-{
-    int64_t n_vocab = v->opened.checkpoint.config.vocab_size;
-    size_t words = (size_t)(n_vocab + 31) / 32, n;
-    v->known = calloc(words, sizeof *v->known);
-    if (!v->known) return err_memory(e, "vocabulary", words * sizeof *v->known);
-    for (int32_t id = 0; id < n_vocab; id++) {
-        tokenizer_bytes(v->opened.tokenizer, id, &n);
-        if (n > 0) v->known[id / 32] |= 1u << id % 32;
-    }
-    return true;
-}
-
 static bool make_scheduler(struct service *v, const struct settings *s, struct server *server, struct err *e)
 {
     static const char end[] = "<|im_end|>\n";
-    if (!tokenizer_encode(v->opened.tokenizer, &v->turn_end, end, sizeof end - 1, 0, e) || !find_known(v, e))
+    if (!tokenizer_encode(v->opened.tokenizer, &v->turn_end, end, sizeof end - 1, 0, e) ||
+        !sampled_tokens(&v->known, v->opened.tokenizer, v->opened.checkpoint.config.vocab_size, NULL, 0, e))
         return false;
     struct scheduler_options o = { .engine = v->engine,
                                    .model = &v->opened.model,

@@ -89,6 +89,7 @@ void engine_free(struct engine *g)
 {
     if (!g) return;
     step_free(g->step);
+    g->model->backend->ops->memory_free(g->model->backend->queue, g->allowed);
     for (int i = 0; g->states && i <= g->model->config->n_layers; i++)
         layer_state_free(&g->states[i], g->model);
     free(g->states);
@@ -458,9 +459,36 @@ const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, in
     return to;
 }
 
-void engine_best(struct engine *g, int32_t *out, struct mat logits)
+void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct draw *draws)
 {
-    g->model->backend->ops->argmax(g->model->backend->queue, out, logits);
+    g->model->backend->ops->draw(g->model->backend->queue, out, logits, g->allowed, draws);
+}
+
+bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e)
+{
+    const struct backend *b = g->model->backend;
+    uint64_t bytes = (uint64_t)(g->model->config->vocab_size + 31) / 32 * sizeof *allowed;
+    void *memory = g->allowed;
+    if (!allowed) {
+        b->ops->memory_free(b->queue, memory);
+        g->allowed = NULL;
+        return true;
+    }
+    if (!memory && !b->ops->memory_create(b->queue, &memory, bytes, e)) return err_note(e, "vocabulary");
+    g->allowed = memory;
+    b->ops->upload(b->queue, g->allowed, allowed, bytes);
+    return true;
+}
+
+void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed)
+{
+    struct mat one = mat_of(logits.data + row * logits.stride, 1, logits.cols);
+    g->model->backend->ops->mask(g->model->backend->queue, one, allowed);
+}
+
+void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n)
+{
+    if (n > 0) g->model->backend->ops->edit(g->model->backend->queue, logits, edits, n);
 }
 
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n)

@@ -111,6 +111,20 @@ static int by_id(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Of one token there is one, the sum. */
+static void join_bias(struct request_options *o)
+{
+    struct logit_bias *b = (struct logit_bias *)(uintptr_t)o->bias; /* our copy */
+    int n = 0;
+    qsort(b, (size_t)o->n_bias, sizeof *b, by_id);
+    for (int i = 0; i < o->n_bias; i++)
+        if (n > 0 && b[n - 1].id == b[i].id)
+            b[n - 1].bias += b[i].bias;
+        else
+            b[n++] = b[i];
+    o->n_bias = n;
+}
+
 static bool check_ids(const char *what, const int32_t *ids, int64_t n, int64_t n_vocab, struct err *e)
 {
     for (int64_t i = 0; i < n; i++)
@@ -218,6 +232,7 @@ static bool create(struct request *r, const struct request_options *o, const str
     if (!arena_back(&r->memory, "a request", e)) return false;
     copy_options(r, o, &r->memory);
     qsort((void *)(uintptr_t)r->o.allowed, (size_t)r->o.n_allowed, sizeof *r->o.allowed, by_id);
+    join_bias(&r->o);
     return open_pictures(r, o, maker->reader, e) && make_rows(r, maker->model, e) &&
            find_room(r, maker->limit, e) && make_cuts(r, &maker->rules, e) &&
            logits_rules_init(&r->rules, &r->o, vocab, e);
@@ -256,7 +271,6 @@ bool request_create(struct request **out, const struct request_options *o, const
     r->handle = -1;
     r->submitted = clock_seconds();
     if (create(r, o, maker, e)) {
-        r->wants_best = logits_rules_want_best(&r->rules) && r->o.prompt_logprobs < 0;
         r->usage.prompt_tokens = r->prompt.n;
         return true;
     }

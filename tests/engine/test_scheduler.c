@@ -482,6 +482,7 @@ static void rules_by_definition(void **state)
     o.bad_words = bad, o.n_bad_words = 3;
     o.bias = bias, o.n_bias = 2;
     must(logits_rules_init(&l, &o, VOCAB, &e), &e);
+    struct logits_edits rounds[ROUNDS] = { 0 };
     int32_t said[STEPS];
     int banned = 0;
     for (int n = 0; n < STEPS; n++) {
@@ -500,7 +501,7 @@ static void rules_by_definition(void **state)
             if (count) x -= 0.2f * (float)count + 0.4f;
             want[i] = ok ? x : -INFINITY;
         }
-        assert_true(logits_rules_apply(&l, logits));
+        must(logits_rules_apply(&l, logits, rounds, &e), &e);
         for (int i = 0; i < VOCAB; i++)
             if (logits[i] != want[i])
                 fail_msg("token %d of row %d: %g, expected %g", i, n, (double)logits[i], (double)want[i]);
@@ -508,6 +509,7 @@ static void rules_by_definition(void **state)
         assert_true(logits_rules_take(&l, said[n]));
     }
     assert_true(banned > 10);
+    for (int i = 0; i < ROUNDS; i++) free(rounds[i].items);
     logits_rules_deinit(&l);
 }
 

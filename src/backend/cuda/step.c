@@ -30,6 +30,15 @@ static struct step_layout layout_of(const struct step_limits *l, int64_t rows)
     return s;
 }
 
+static void draw_layout(struct cuda_draw *d, struct arena *a)
+{
+    cuda_draw_sizes(d);
+    d->state = arena_take(a, (int64_t)d->state_bytes, 1, 64);
+    d->draws = arena_take(a, (int64_t)d->draws_bytes, 1, 64);
+    d->edits = arena_take(a, (int64_t)d->edits_bytes, 1, 64);
+    d->mask = arena_take(a, (int64_t)d->mask_bytes, 1, 64);
+}
+
 static void layout(struct queue *q, struct arena *a)
 {
     const struct step_limits *l = &q->limits;
@@ -47,6 +56,7 @@ static void layout(struct queue *q, struct arena *a)
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
     cuda_prefill_layout(q, a);
     cuda_batch_layout(q, a);
+    draw_layout(&q->draw, a);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 
