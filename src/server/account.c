@@ -118,6 +118,7 @@ void account_request(struct connection *c, bool aborted)
         if (counts) {
             see_prompt(c, &a);
             metrics_take_request(&s->metrics, &a, now - c->begun);
+            if (!aborted) limits_observe(s, a.usage.prefill_seconds + a.usage.decode_seconds);
         }
     }
     count_route(s, c, status);

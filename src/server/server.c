@@ -88,7 +88,7 @@ static void abort_all(struct server *s)
     for (struct connection *c = s->connections; c; c = c->next)
         if (connection_is_answering(c)) {
             s->clean = false;
-            connection_abort(c);
+            connection_abort(c, 503, "the server is shutting down");
         }
 }
 

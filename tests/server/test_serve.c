@@ -144,6 +144,128 @@ static void test_queue(void **state)
     serving_stop(&s);
 }
 
+/* Until /load says so, to one with the key "two". */
+static void await_load(const struct serving *s, const char *text)
+{
+    for (double until = clock_seconds() + 20; clock_seconds() < until; usleep(10000)) {
+        ask(s, &reply, "GET /load HTTP/1.1\r\nHost: a\r\nx-api-key: two\r\n\r\n");
+        if (strstr(reply.body, text)) return;
+    }
+    fail_msg("not %s: %s", text, reply.body);
+}
+
+/* What one key has under way and in the queue is bounded, and of no concern to another key. */
+static void test_key_limits(void **state)
+{
+    (void)state;
+    static const char *const keys[] = { "x-api-key: one\r\n", "x-api-key: two\r\n" };
+    static const char messages[] =
+        "{\"max_tokens\":2,\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}";
+    char words[600] = "{\"prompt\":\"", body[700];
+    struct serving s;
+    int fds[3];
+    START(&s, "--api-key", "one", "two", "--max-num-seqs", "2", "--max-requests-per-key", "3",
+          "--max-queued-tokens-per-key", "150", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s);
+    for (int i = 0; i < 100; i++) strcat(words, "a b ");
+    snprintf(body, sizeof body, "%s\",\"max_tokens\":2}", words); /* some 200 tokens */
+    for (int i = 0; i < 3; i++) fds[i] = dial(&s);
+    for (int i = 0; i < 2; i++) { /* they have the server to themselves */
+        const char *text = post_text(COMPLETIONS, keys[0], LONG(100000) ",\"stream\":true}");
+        send_bytes(fds[i], text, strlen(text));
+    }
+    await_load(&s, "\"running\":2,\"waiting\":0");
+    /* one may wait, however long it is; with it no other one */
+    const char *waits = post_text(COMPLETIONS, keys[0], body);
+    send_bytes(fds[2], waits, strlen(waits));
+    await_load(&s, "\"running\":2,\"waiting\":1");
+    assert_int_equal(ask(&s, &reply, post_text("/v1/messages", keys[0], messages)), 429);
+    assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+    assert_non_null(strstr(reply.body, "\"type\":\"error\""));
+    assert_non_null(strstr(reply.body, "\"rate_limit_error\""));
+    assert_non_null(strstr(reply.body, "3 requests of this key"));
+    close(fds[0]); /* a place for the one that waits; then there are two, and none waits */
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, fds[2], 60), 200);
+    close(fds[2]);
+    fds[0] = dial(&s);
+    const char *text = post_text(COMPLETIONS, keys[1], LONG(100000) ",\"stream\":true}");
+    send_bytes(fds[0], text, strlen(text));
+    await_load(&s, "\"running\":2,\"waiting\":0");
+    fds[2] = dial(&s);
+    waits = post_text(COMPLETIONS, keys[0], body);
+    send_bytes(fds[2], waits, strlen(waits));
+    await_load(&s, "\"running\":2,\"waiting\":1");
+    assert_int_equal(ask(&s, &reply, post_text(COMPLETIONS, keys[0], body)), 429);
+    assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+    assert_non_null(strstr(reply.body, "--max-queued-tokens-per-key"));
+    /* the other key's prompts wait for nothing but their turn */
+    int other = dial(&s);
+    waits = post_text(COMPLETIONS, keys[1], body);
+    send_bytes(other, waits, strlen(waits));
+    usleep(100000);
+    for (int i = 0; i < 2; i++) close(fds[i]);
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, other, 60), 200);
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, fds[2], 60), 200);
+    close(other);
+    close(fds[2]);
+    usleep(100000);
+    assert_int_equal(serving_descriptors(&s), descriptors);
+    serving_stop(&s);
+}
+
+/* The tokens of all prompts that wait are bounded, too. */
+static void test_queued_tokens(void **state)
+{
+    (void)state;
+    struct serving s;
+    START(&s, "--max-num-seqs", "1", "--max-queued-tokens", "20", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s), fds[3], refused = 0;
+    const char *request = post_text(COMPLETIONS, "", LONG(1000) ",\"stream\":true}");
+    for (int i = 0; i < 3; i++) {
+        fds[i] = dial(&s);
+        send_bytes(fds[i], request, strlen(request));
+        usleep(50000);
+    }
+    char body[400] = "{\"prompt\":\"";
+    for (int i = 0; i < 20; i++) strcat(body, "a b ");
+    strcat(body, "\",\"max_tokens\":1}");
+    if (post(&s, &reply, COMPLETIONS, body) == 503) {
+        assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+        assert_non_null(strstr(reply.body, "--max-queued-tokens"));
+        refused++;
+    }
+    for (int i = 0; i < 3; i++) {
+        reply.n = reply.used = 0;
+        assert_int_equal(receive(&reply, fds[i], 60), 200);
+        close(fds[i]);
+    }
+    assert_int_equal(refused, 1);
+    check_idle(&s, descriptors);
+    check_no_pages(&s);
+    serving_stop(&s);
+}
+
+/* An answer that takes too long ends: with a status, or where it has begun with an event. */
+static void test_request_timeout(void **state)
+{
+    (void)state;
+    struct serving s;
+    START(&s, "--request-timeout", "0.5", "--max-num-seqs", "2", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s);
+    assert_int_equal(post(&s, &reply, COMPLETIONS, LONG(100000) "}"), 504);
+    assert_non_null(strstr(reply.body, "--request-timeout"));
+    assert_int_equal(post(&s, &reply, COMPLETIONS, LONG(100000) ",\"stream\":true}"), 200);
+    assert_non_null(strstr(reply.body, "--request-timeout"));
+    assert_int_equal(post(&s, &reply, CHAT, QUESTION "}"), 200);
+    assert_int_equal((int)metric(&s, "quench:expired_total"), 2);
+    check_idle(&s, descriptors);
+    check_no_pages(&s);
+    serving_stop(&s);
+}
+
 /* The log has what a request cost and who made it, and nothing of what it said. */
 static void test_log(void **state)
 {
@@ -985,14 +1107,25 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_queue),       cmocka_unit_test(test_log),
-        cmocka_unit_test(test_comments),    cmocka_unit_test(test_unix_socket),
-        cmocka_unit_test(test_answers),     cmocka_unit_test(test_framing),
-        cmocka_unit_test(test_keys),        cmocka_unit_test(test_origins),
-        cmocka_unit_test(test_limits),      cmocka_unit_test(test_malformed),
-        cmocka_unit_test(test_disconnects), cmocka_unit_test(test_slow_sockets),
-        cmocka_unit_test(test_slow_reader), cmocka_unit_test(test_heavy_requests),
-        cmocka_unit_test(test_sigterm),     cmocka_unit_test(test_second_signal),
+        cmocka_unit_test(test_queue),
+        cmocka_unit_test(test_key_limits),
+        cmocka_unit_test(test_queued_tokens),
+        cmocka_unit_test(test_request_timeout),
+        cmocka_unit_test(test_log),
+        cmocka_unit_test(test_comments),
+        cmocka_unit_test(test_unix_socket),
+        cmocka_unit_test(test_answers),
+        cmocka_unit_test(test_framing),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_origins),
+        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_malformed),
+        cmocka_unit_test(test_disconnects),
+        cmocka_unit_test(test_slow_sockets),
+        cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_heavy_requests),
+        cmocka_unit_test(test_sigterm),
+        cmocka_unit_test(test_second_signal),
         cmocka_unit_test(test_tls),
     };
     signal(SIGPIPE, SIG_IGN);
