@@ -3,6 +3,7 @@
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
+# make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
@@ -128,6 +129,9 @@ $(BUILD)/%.h.alone: %.h
 
 # Its allocations can be made to fail.
 $(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
+
+soak: $(BUILD)/tests/server/test_serve all
+	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 QUENCH_KEYS=1 $<
 
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler
