@@ -181,5 +181,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+.PHONY: always all check test soak fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)
