@@ -3,7 +3,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/serve_compat.h"
-#include "cli/serve_plan.h"
+#include "cli/plan.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
@@ -42,7 +42,7 @@ struct settings {
     /* who */
     const char *certificate, *certificate_key, *key_password, *client_ca, *key_file;
     int64_t client_certificates;
-    struct text_list keys, origins;
+    struct text_list keys, origins, media_hosts;
     bool public_metrics;
     /* the model */
     struct text_list names;
@@ -158,7 +158,7 @@ static bool read_drafts(struct settings *s, struct err *e)
 {
     if (s->mtp && s->common.speculative)
         return err_set(e, ERR_ARGUMENT, "--mtp and --speculative-config: one of them is enough");
-    if (!s->mtp) return common_drafts(&s->drafts, &s->common, e);
+    if (!s->mtp) return common_drafts(&s->drafts, &s->common, s->model, e);
     s->drafts = (int)s->mtp;
     return true;
 }
@@ -299,6 +299,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
+                              .step_rows = (int64_t)s->step_tokens,
                               .budget = s->memory,
                               .utilization = s->utilization };
     bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
@@ -355,6 +356,8 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
                              .stream_interval = s->stream_interval,
+                             .media_hosts = s->media_hosts.items,
+                             .n_media_hosts = s->media_hosts.n,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
@@ -393,6 +396,11 @@ static bool run(struct settings *s, struct err *e)
     struct service v = { 0 };
     double begin = clock_seconds();
     if (!start_server(&server, s, e)) return false;
+    for (int i = 0; i < s->media_hosts.n; i++)
+        if (strcmp(s->media_hosts.items[i], "*") == 0)
+            fprintf(stderr,
+                    "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
+                    "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
     bool ok = load(&v, s, server, e);
     if (ok) {
@@ -473,6 +481,10 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
+          NULL },
+        { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
+          "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
+          "scheme's)",
           NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",

@@ -34,7 +34,7 @@ const uint32_t *logits_rules_mask(struct logits_rules *l);
  * of which names a token once, but for bans. */
 enum { ROUND_BANS, ROUND_BIAS, ROUND_PENALTIES, ROUNDS };
 struct logits_edits {
-    struct edit *items;
+    struct logit_edit *items;
     int64_t n, capacity;
 };
 bool logits_rules_edits(const struct logits_rules *l, int32_t row, struct logits_edits *rounds,
@@ -48,4 +48,7 @@ bool logits_rules_take(struct logits_rules *l, int32_t id);
 
 /* The score of token id in a row of logits, and the `most` best of the row: log-softmax in f32. */
 void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most);
+/* The same with those of ids[n] in place of the best. */
+void logits_score_ids(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                      const int32_t *ids, int n);
 #endif

@@ -16,9 +16,12 @@ struct api_options {
     const char *const *served_names; /* [n_served_names] the first is what answers say */
     int n_served_names;
     int64_t max_model_len;
-    int max_n;                 /* of `n`; 0: 16 */
-    int64_t stream_interval;   /* tokens of an event of a stream; 0: as time goes */
-    int max_images;            /* of a request; 0: 16 */
+    int max_n;               /* of `n`; 0: 16 */
+    int64_t stream_interval; /* tokens of an event of a stream; 0: as time goes */
+    int max_images;          /* of a request; 0: 16 */
+    const char *const
+        *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
+    int n_media_hosts;
     bool strict_params;        /* unknown fields are refused */
     const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
     const json_t *generation;  /* --override-generation-config, or NULL */
@@ -78,7 +81,7 @@ const char *exchange_comment(struct exchange *x, size_t *bytes);
 
 /* For the request log and metrics, once done. */
 struct exchange_account {
-    const char *finish; /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish; /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int64_t n_choices, max_tokens;
     struct request_usage usage;    /* sums over choices */
     double first_token, per_token; /* seconds; 0 where there was none */

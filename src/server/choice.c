@@ -159,6 +159,7 @@ bool choice_init(struct choice *c, const struct choice_options *o, struct fault 
     c->in_reasoning = o->prompt->in_reasoning;
     bool ok =
         (o->params->n_stops == 0 || stops_create(&c->stops, o->params->stops, o->params->n_stops, &e)) &&
+        (o->params->repeats.size_max == 0 || repeats_create(&c->repeats, &o->params->repeats, &e)) &&
         (o->is_plain || reply_create(&c->reply, &ro, &e));
     /* The first token of a text follows nothing. */
     const struct request_event first = { .token.id = o->prompt->ids[0] };
@@ -178,6 +179,7 @@ void choice_deinit(struct choice *c)
     request_free(c->request);
     stops_free(c->stops);
     reply_free(c->reply);
+    repeats_free(c->repeats);
     json_out_deinit(&c->reasoning);
     json_out_deinit(&c->content);
     for (int i = 0; i < c->n_calls; i++) {
@@ -303,11 +305,21 @@ static bool take_finish(struct choice *c, const struct request_event *event)
     return true;
 }
 
+/* Before min_tokens nothing ends an answer. */
+static void look_for_repeats(struct choice *c, int32_t id)
+{
+    if (c->repeats && repeats_push(c->repeats, id) && !c->is_over && c->n_tokens >= c->o.params->min_tokens)
+        end(c, "repetition");
+}
+
 static bool take(struct choice *c, const struct request_event *event)
 {
     switch (event->kind) {
     case REQUEST_PROMPT: return !c->o.wants_prompt || keep_score(&c->prompt_scores, event, true);
-    case REQUEST_TOKEN: return take_token(c, event) && take_bytes(c, event->token.id);
+    case REQUEST_TOKEN:
+        if (!take_token(c, event) || !take_bytes(c, event->token.id)) return false;
+        look_for_repeats(c, event->token.id);
+        return true;
     default: return take_finish(c, event);
     }
 }

@@ -58,8 +58,9 @@ struct choice {
     int index;               /* in the exchange */
     struct request *request; /* NULL: not submitted yet, or over */
     struct detokenizer detokenizer;
-    struct stops *stops; /* NULL: none asked for */
-    struct reply *reply; /* NULL: is_plain */
+    struct stops *stops;     /* NULL: none asked for */
+    struct reply *reply;     /* NULL: is_plain */
+    struct repeats *repeats; /* NULL: none are looked for */
     bool in_reasoning;
     int64_t n_tokens, n_reasoning; /* of the answer, a stop token included */
     struct json_out reasoning, content;
@@ -69,7 +70,7 @@ struct choice {
     int32_t *tokens; /* where they are to be returned */
     size_t tokens_capacity;
     bool is_submitted, is_over;
-    const char *finish;             /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish;             /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int stop_string;                /* which ended it; -1: none */
     int32_t stop_token;             /* not one of the model's own; -1: none */
     double first_token, last_token; /* clock_seconds; 0: none yet */

@@ -48,6 +48,8 @@ void exchange_write_stop_reason(struct exchange *x, const struct choice *c)
     const struct stop_string *s = c->stop_string >= 0 ? &x->params.stops[c->stop_string] : NULL;
     if (s)
         json_out_key_string(&x->out, "stop_reason", s->text, s->n);
+    else if (c->finish && strcmp(c->finish, "repetition") == 0)
+        json_out_key_text(&x->out, "stop_reason", "repetition_detected");
     else if (c->stop_token >= 0)
         json_out_key_int(&x->out, "stop_reason", c->stop_token);
     else
@@ -236,6 +238,8 @@ static bool submit(struct exchange *x, struct choice *c, struct err *e)
                                  .bad_words = p->bad_words,
                                  .n_bad_words = p->n_bad_words,
                                  .top_logprobs = p->logprobs,
+                                 .score_ids = p->score_ids,
+                                 .n_score_ids = p->n_score_ids,
                                  .prompt_logprobs = p->prompt_logprobs >= 0 ? p->prompt_logprobs : -1,
                                  .constraint_after = -1,
                                  .thinking_budget = -1,

@@ -629,7 +629,7 @@ static void drafts_as_json(void **state)
 {
     (void)state;
     json_t *o = result(WORDS("generate", demo, "-p", "The river", "-n", "60", "--ignore-eos", "--json",
-                             "--quiet", DRAFTS(",\"num_speculative_tokens\":3")));
+                             "--quiet", DRAFTS(",\"num_speculative_tokens\":3,\"model\":\"models/demo/\"")));
     assert_int_equal(json_array_size(json_object_get(o, "token_ids")), 60);
     assert_true(number(o, "accepted") <= number(o, "drafted"));
     assert_true(number(o, "mean_accepted_length") >= 1);
@@ -659,7 +659,9 @@ static void drafts_are_checked(void **state)
         { "{\"method\":\"mtp\",\"num_speculative_tokens\":9}",
           "field 'num_speculative_tokens': expected 1 to 8" },
         { "{\"method\":\"mtp\",\"model\":\"x\"}",
-          "field 'model': not known here; fields are method and num_speculative_tokens" },
+          "field 'model': the MTP head is part of MODEL; leave the field out, or give MODEL again" },
+        { "{\"method\":\"mtp\",\"quantization\":\"x\"}",
+          "field 'quantization': not known here; fields are method, num_speculative_tokens and model" },
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         char message[200];

@@ -1,14 +1,9 @@
 /* The APIs over the demo model's tokenizer and template and a scripted scheduler. */
 #ifndef TESTS_SERVER_API_FIXTURE_H
 #define TESTS_SERVER_API_FIXTURE_H
-#include "base/doc.h"
 #include "server/api.h"
 #include "server/fake_scheduler.h"
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "server/json_at.h"
 
 struct fixture {
     struct tokenizer *tokenizer;
@@ -121,14 +116,6 @@ static inline char *fixture_ask_at(struct fixture *x, enum api_route route, cons
     return all;
 }
 
-static inline json_t *fixture_parse(const char *text)
-{
-    struct err e = { 0 };
-    json_t *root;
-    if (!doc_parse(&root, text, strlen(text), &e)) fail_msg("%s in %s", e.text, text);
-    return root;
-}
-
 static inline json_t *fixture_ask(struct fixture *x, enum api_route route, const char *body)
 {
     char *text = fixture_ask_at(x, route, NULL, body);
@@ -157,21 +144,6 @@ static inline json_t *fixture_stream(struct fixture *x, enum api_route route, co
     }
     free(text);
     return events;
-}
-
-/* "choices.0.message.content"; NULL: not there. */
-static inline json_t *at(json_t *root, const char *path)
-{
-    char copy[200], *rest;
-    snprintf(copy, sizeof copy, "%s", path);
-    for (char *name = strtok_r(copy, ".", &rest); name && root; name = strtok_r(NULL, ".", &rest))
-        root = json_is_array(root) ? json_array_get(root, (size_t)atoi(name)) : json_object_get(root, name);
-    return root;
-}
-static inline const char *text_at(json_t *root, const char *path)
-{
-    const char *text = json_string_value(at(root, path));
-    return text ? text : "(none)";
 }
 
 /* Status, field, and a piece of the sentence. */
