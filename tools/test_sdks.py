@@ -130,6 +130,11 @@ def openai_tools(client):
             name, arguments = pieces.get(piece.index, ("", ""))
             pieces[piece.index] = (name + (piece.function.name or ""), arguments + (piece.function.arguments or ""))
     check(pieces == {0: ("get_weather", call.function.arguments)}, "a streamed call", pieces)
+    with client.chat.completions.stream(**ask) as stream:
+        deltas = [e for e in stream if e.type == "tool_calls.function.arguments.delta"]
+        done = stream.get_final_completion().choices[0].message.tool_calls[0]
+    check(deltas[-1].arguments == done.function.arguments == call.function.arguments,
+          "the stream helper's call", deltas)
     messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}]
     after = client.chat.completions.create(**ask).choices[0]
     check(after.message.content, "an answer after a call", after)
@@ -192,7 +197,7 @@ def openai_completions(client):
     check(len(r.choices[0].logprobs.tokens) == 4 and r.usage.completion_tokens == 0, "scores alone", r)
 
 
-def openai_responses(client):
+def openai_responses(client, openai):
     ask = {"model": "demo", "temperature": 0}
     r = client.responses.create(input=CAPITAL, instructions="You are a helpful assistant.", **ask)
     check("Helsinki" in r.output_text and r.output[0].type == "reasoning", "a response", r)
@@ -210,9 +215,37 @@ def openai_responses(client):
     r = client.responses.create(input=ASK_WEATHER, tools=tools, **ask)
     call = next(item for item in r.output if item.type == "function_call")
     check(json.loads(call.arguments)["city"] == "Oslo", "a response's call", call)
+    deltas = []
+    with client.responses.stream(input=ASK_WEATHER, tools=tools, **ask) as stream:
+        for event in stream:
+            if event.type == "response.function_call_arguments.delta":
+                deltas.append(event.delta)
+        again = next(item for item in stream.get_final_response().output if item.type == "function_call")
+    check("".join(deltas) == call.arguments == again.arguments, "a response's streamed call", deltas)
     items = [{"role": "user", "content": ASK_WEATHER}, *r.output,
              {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}]
     check(client.responses.create(input=items, tools=tools, **ask).output_text, "a response after a call")
+    first = client.responses.create(input="My name is Ada.", **ask)
+    after = client.responses.create(input=CAPITAL, previous_response_id=first.id, **ask)
+    check(after.previous_response_id == first.id and after.usage.input_tokens > first.usage.input_tokens,
+          "a response that goes on", after)
+    whole = client.responses.create(input=[{"role": "user", "content": "My name is Ada."}, *first.output,
+                                           {"role": "user", "content": CAPITAL}], **ask)
+    check(after.output_text == whole.output_text and after.usage.input_tokens == whole.usage.input_tokens,
+          "the same as with all items", (after, whole))
+    check(client.responses.retrieve(after.id) == after, "a response by its id", after)
+    client.responses.delete(after.id)
+    for ask_gone in (lambda: client.responses.retrieve(after.id), lambda: client.responses.delete("resp_none")):
+        try:
+            ask_gone()
+            check(False, "a response that is gone")
+        except openai.NotFoundError:
+            pass
+    try:
+        client.responses.create(input=CAPITAL, previous_response_id=after.id, **ask)
+        check(False, "an answer to what is gone")
+    except openai.BadRequestError as e:
+        check(e.code == "previous_response_not_found", "its code", e)
     r = client.responses.create(input=CAPITAL, reasoning={"effort": "none"}, max_output_tokens=100, text={"format": {
         "type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}},
                                                        "required": ["a"], "additionalProperties": False}}}, **ask)
@@ -235,8 +268,10 @@ def anthropic_messages(client, anthropic):
     tools = [{"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}]
     messages = [{"role": "user", "content": ASK_WEATHER}]
     with client.messages.stream(**{**ask, "messages": messages}, tools=tools) as stream:
+        deltas = [e.partial_json for e in stream if e.type == "input_json"]
         final = stream.get_final_message()
     use = final.content[-1]
+    check(json.loads("".join(deltas)) == use.input, "a streamed tool's use", deltas)
     check(use.type == "tool_use" and use.input == {"city": "Oslo", "unit": "fahrenheit"}, "a tool's use", final)
     check(final.stop_reason == "tool_use", "its stop reason", final)
     messages += [{"role": "assistant", "content": final.content},
@@ -306,14 +341,14 @@ def main():
 
     quench, model = sys.argv[1:3]
     begin = time.time()
-    with Server(quench, model, "--api-key", KEY) as server:
+    with Server(quench, model, "--api-key", KEY, "--response-store", "4M") as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60)
         openai_chat(client, openai)
         openai_tools(client)
         openai_schema(client)
         openai_image(client)
         openai_completions(client)
-        openai_responses(client)
+        openai_responses(client, openai)
         anthropic_messages(anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60), anthropic)
         try:
             import lm_eval  # noqa: F401

@@ -231,6 +231,10 @@ struct ops {
     /* memory and weights; these may fail and are never called inside a step */
     bool (*weight_create)(struct queue *q, struct weight **out, const struct weight_source *src,
                           struct err *e);
+    /* Several at once, which is faster on a GPU where matrices are small. On failure none is made, *failed
+     * says whose the error is. */
+    bool (*weights_create)(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e);
     void (*weight_free)(struct queue *q, struct weight *w); /* NULL is fine */
     bool (*memory_create)(struct queue *q, void **out, uint64_t bytes,
                           struct err *e); /* zeroed, 64-byte aligned */

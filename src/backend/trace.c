@@ -177,6 +177,12 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
     return trace_of(q)->op->weight_create(trace_of(q)->q, out, src, e);
 }
 
+static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e)
+{
+    return trace_of(q)->op->weights_create(trace_of(q)->q, out, src, n, failed, e);
+}
+
 static void weight_free(struct queue *q, struct weight *w)
 {
     trace_of(q)->op->weight_free(trace_of(q)->q, w);
@@ -582,6 +588,7 @@ static void moe_run(struct queue *q, const struct moe_run *r)
 static const struct ops trace_ops = {
     .name = "trace",
     .weight_create = weight_create,
+    .weights_create = weights_create,
     .weight_free = weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,

@@ -460,7 +460,7 @@ static bool run(struct settings *s, struct err *e)
     struct chat c = { .s = s, .o = &o };
     int32_t eos[16], pictures[2];
     int n_eos = 0;
-    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
               common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e);
     struct engine_options eo = engine_for(s);
     ok = ok && plan_device(&o.checkpoint, &b, &eo, NULL, s->common.quiet, e) &&

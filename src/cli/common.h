@@ -92,8 +92,9 @@ struct opened {
     struct model model;
     struct tokenizer *tokenizer;
 };
-/* --speculative-config as vLLM has it; *drafts: 0 without. Other methods and fields are refused. */
-bool common_drafts(int *drafts, const struct common *c, struct err *e);
+/* --speculative-config as vLLM has it; *drafts: 0 without. Other methods and fields are refused, and another
+ * model than this path. */
+bool common_drafts(int *drafts, const struct common *c, const char *model, struct err *e);
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
 /* Files, then weights; common_open does both. On failure nothing stays open. */
 bool common_open_files(struct opened *o, const char *path, struct err *e);

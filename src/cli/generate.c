@@ -251,7 +251,7 @@ static bool run(struct settings *s, struct err *e)
     struct token_list tokens = { 0 };
     struct picture pictures[TEXT_LIST_MAX] = { 0 };
     struct prompt prompt = { 0 };
-    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
               common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e) &&
               encode_prompt(&tokens, &o, s, e) && fits(s, &o, &b, &tokens, e) &&
               common_bind(&o, &b, &report, e) && common_bind_mtp(&o, s->drafts, e) &&

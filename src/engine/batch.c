@@ -219,7 +219,10 @@ static void take_token(struct batch *b, struct request *r, int32_t id, const flo
         return;
     }
     struct request_event event = { .kind = REQUEST_TOKEN, .token.id = id };
-    if (r->o.top_logprobs >= 0) logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
+    if (r->o.n_score_ids)
+        logits_score_ids(&event, logits, b->vocab, id, r->o.score_ids, r->o.n_score_ids);
+    else if (r->o.top_logprobs >= 0)
+        logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
     if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
         end(r, FINISHED_STOP);
         event.kind = REQUEST_FINISHED;

@@ -209,7 +209,9 @@ static int best_of(struct token_score *top, const float *logits, int64_t n_vocab
     return n;
 }
 
-void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most)
+/* The token's rank and score: its logit less the greatest, *top_logit, and less what is returned. */
+static float score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                   float *top_logit)
 {
     float top = logits[0];
     double total = 0;
@@ -221,6 +223,22 @@ void logits_score(struct request_event *out, const float *logits, int64_t n_voca
     for (int64_t i = 0; i < n_vocab; i++) total += (double)expf(logits[i] - top);
     float log_total = (float)log(total);
     out->token = (struct token_score){ id, logits[id] - top - log_total };
+    *top_logit = top;
+    return log_total;
+}
+
+void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most)
+{
+    float top, log_total = score(out, logits, n_vocab, id, &top);
     out->n_top = best_of(out->top, logits, n_vocab, most);
     for (int i = 0; i < out->n_top; i++) out->top[i].logprob = out->top[i].logprob - top - log_total;
+}
+
+void logits_score_ids(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                      const int32_t *ids, int n)
+{
+    float top, log_total = score(out, logits, n_vocab, id, &top);
+    out->n_top = n;
+    for (int i = 0; i < n; i++)
+        out->top[i] = (struct token_score){ ids[i], logits[ids[i]] - top - log_total };
 }

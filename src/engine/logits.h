@@ -48,4 +48,7 @@ bool logits_rules_take(struct logits_rules *l, int32_t id);
 
 /* The score of token id in a row of logits, and the `most` best of the row: log-softmax in f32. */
 void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most);
+/* The same with those of ids[n] in place of the best. */
+void logits_score_ids(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                      const int32_t *ids, int n);
 #endif

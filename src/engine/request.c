@@ -93,6 +93,7 @@ static void copy_options(struct request *r, const struct request_options *o, str
     to->never = copy(a, o->never, o->n_never, sizeof *o->never);
     to->bias = copy(a, o->bias, o->n_bias, sizeof *o->bias);
     to->allowed = copy(a, o->allowed, o->n_allowed, sizeof *o->allowed);
+    to->score_ids = copy(a, o->score_ids, o->n_score_ids, sizeof *o->score_ids);
     to->thinking_end = copy(a, o->thinking_end, o->n_thinking_end, sizeof *o->thinking_end);
     struct token_run *words = copy(a, o->bad_words, o->n_bad_words, sizeof *o->bad_words);
     for (int i = 0; i < o->n_bad_words; i++) {
@@ -140,6 +141,7 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
               check_ids("stop tokens", o->stop_tokens, o->n_stop_tokens, n_vocab, e) &&
               check_ids("never", o->never, o->n_never, n_vocab, e) &&
               check_ids("allowed tokens", o->allowed, o->n_allowed, n_vocab, e) &&
+              check_ids("scored tokens", o->score_ids, o->n_score_ids, n_vocab, e) &&
               check_ids("end of thinking", o->thinking_end, o->n_thinking_end, n_vocab, e) &&
               sampling_check(&o->sampling, e);
     for (int i = 0; ok && i < o->n_bias; i++) ok = check_ids("bias", &o->bias[i].id, 1, n_vocab, e);
@@ -152,6 +154,9 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
     if (!(o->repetition_penalty >= 0))
         return err_set(e, ERR_ARGUMENT, "repetition_penalty: expected more than 0, found %g",
                        (double)o->repetition_penalty);
+    if (o->n_score_ids > TOP_LOGPROBS_MAX || (o->n_score_ids && o->top_logprobs < 0))
+        return err_set(e, ERR_ARGUMENT, "scored tokens: at most %d, and with log-probabilities only",
+                       TOP_LOGPROBS_MAX);
     if (o->top_logprobs > TOP_LOGPROBS_MAX || o->prompt_logprobs > TOP_LOGPROBS_MAX)
         return err_set(
             e, ERR_ARGUMENT, "at most %d log-probabilities of a token are given, %d were asked for",

@@ -61,6 +61,7 @@ struct model {
     float *final_norm;
     struct layer *layers; /* [n_layers + 1]; zeroed until bound. The last is the MTP head's */
     struct mtp mtp;       /* zeroed until bound */
+    struct later *later;  /* bind.h: matrices to be made together, or NULL */
     bool packs;           /* what is bound now is for drafts: matrices of numbers become NVFP4 */
 };
 

@@ -17,10 +17,13 @@ struct api_options {
     int n_served_names;
     int64_t max_model_len;
     int max_n;                 /* of `n`; 0: 16 */
+    int64_t stream_interval;   /* tokens of an event of a stream; 0: as time goes */
     int max_images;            /* of a request; 0: 16 */
     bool strict_params;        /* unknown fields are refused */
     const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
     const json_t *generation;  /* --override-generation-config, or NULL */
+    size_t store_bytes;        /* of responses that are kept; 0: none are */
+    double store_seconds;      /* how long they are kept at most */
 };
 
 /* Immutable but for atomic counters: any number of threads may call exchange_create at a time. An exchange
@@ -33,6 +36,9 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
+    API_RESPONSE, /* argument: the id; these three */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,
@@ -64,12 +70,15 @@ int exchange_retry_after(const struct exchange *x); /* seconds; 0: no such heade
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);
+/* clock_seconds at which it is to be pumped though the scheduler did not wake: text waits for more of it;
+ * 0: none does. */
+double exchange_due(const struct exchange *x);
 /* A comment line for a stream that has nothing to say yet; also counts tokens of the prompt done so far. */
 const char *exchange_comment(struct exchange *x, size_t *bytes);
 
 /* For the request log and metrics, once done. */
 struct exchange_account {
-    const char *finish; /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish; /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int64_t n_choices, max_tokens;
     struct request_usage usage;    /* sums over choices */
     double first_token, per_token; /* seconds; 0 where there was none */

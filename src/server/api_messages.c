@@ -384,6 +384,14 @@ static void write_block(struct exchange *x, enum part_kind kind, const struct js
     json_out_close(o, '}');
 }
 
+/* An object: of a call that was cut the arguments that are complete. */
+static void write_input(struct json_out *o, const struct tool_call *call)
+{
+    json_out_raw(o, call->whole ? call->arguments.data : "{", call->whole ? call->whole : 1);
+    if (call->is_cut) json_out_raw(o, "}", 1);
+    o->needs_comma = true;
+}
+
 static void write_tool(struct exchange *x, const struct choice *c, int index, bool whole)
 {
     struct json_out *o = &x->out;
@@ -395,8 +403,7 @@ static void write_tool(struct exchange *x, const struct choice *c, int index, bo
     json_out_key_text(o, "name", c->calls[index].name);
     json_out_key(o, "input");
     if (whole) {
-        json_out_raw(o, c->calls[index].arguments, strlen(c->calls[index].arguments));
-        o->needs_comma = true;
+        write_input(o, &c->calls[index]);
     } else {
         json_out_open(o, '{');
         json_out_close(o, '}');
@@ -465,6 +472,10 @@ static void delta(struct exchange *x, struct choice *c, enum part_kind kind, con
 {
     struct blocks *b = x->state;
     (void)c;
+    if (kind == PART_ARGUMENTS) {
+        block_delta(x, "input_json_delta", "partial_json", text, n);
+        return;
+    }
     if (b->open != kind) {
         open_block(x);
         write_block(x, kind, NULL);
@@ -483,9 +494,12 @@ static void call(struct exchange *x, struct choice *c, int index)
     open_block(x);
     write_tool(x, c, index, false);
     close_event(x);
-    b->open = PART_CONTENT;
-    block_delta(x, "input_json_delta", "partial_json", c->calls[index].arguments,
-                strlen(c->calls[index].arguments));
+    b->open = PART_ARGUMENTS;
+}
+
+static void call_end(struct exchange *x, struct choice *c, int index)
+{
+    (void)c, (void)index;
     close_block(x);
 }
 
@@ -529,6 +543,7 @@ static void whole(struct exchange *x)
 static const struct shape shape = { .begin = begin,
                                     .delta = delta,
                                     .call = call,
+                                    .call_end = call_end,
                                     .finish = finish,
                                     .end = end,
                                     .whole = whole,

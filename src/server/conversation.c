@@ -332,7 +332,8 @@ bool conversation_prompt(struct prompt_text *out, const struct api *a, const jso
     const struct chat_options o = { .add_generation_prompt = p->add_generation_prompt,
                                     .thinking = p->thinking,
                                     .preserve_thinking = p->preserve_thinking,
-                                    .add_vision_id = p->add_vision_id };
+                                    .add_vision_id = p->add_vision_id,
+                                    .documents = p->documents };
     json_t *messages;
     const json_t *tools;
     char *text = NULL;

@@ -144,7 +144,8 @@ struct queue {
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct cuda_draw draw;
-    struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct loader *loader; /* load.c; NULL until something was loaded */
+    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
@@ -184,6 +185,8 @@ uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *limits);
 /* plain.cu: whether this build has kernels for the device */
 bool cuda_has_kernels(int *version);
 
+bool cuda_weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                         int *failed, struct err *e);
 bool cuda_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cuda_weight_free(struct queue *q, struct weight *w);
 bool cuda_experts_bind(struct queue *q, struct experts *x, struct err *e);

@@ -1,6 +1,7 @@
 /* The queue of the CUDA backend: the device, its stream, failures, memory. */
 #include "backend/cuda/batch.h"
 #include "backend/cuda/blas.h"
+#include "backend/cuda/load.h"
 #include "backend/cuda/prefill.h"
 #include "backend/fused.h"
 #include <inttypes.h>
@@ -84,6 +85,7 @@ void cuda_queue_free(struct queue *q)
 {
     if (!q) return;
     cuda_forget_steps(q);
+    cuda_load_end(q);
     queue_give(q, q->memory);
     if (q->stream) {
         cudaStreamSynchronize(q->stream);
@@ -274,6 +276,7 @@ static void moe_run(struct queue *q, const struct moe_run *r)
 const struct ops cuda_ops = {
     .name = "cuda",
     .weight_create = cuda_weight_create,
+    .weights_create = cuda_weights_create,
     .weight_free = cuda_weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,
