@@ -42,7 +42,7 @@ struct settings {
     /* who */
     const char *certificate, *certificate_key, *key_password, *client_ca, *key_file;
     int64_t client_certificates;
-    struct text_list keys, origins;
+    struct text_list keys, origins, media_hosts;
     bool public_metrics;
     /* the model */
     struct text_list names;
@@ -348,6 +348,8 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
                              .stream_interval = s->stream_interval,
+                             .media_hosts = s->media_hosts.items,
+                             .n_media_hosts = s->media_hosts.n,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
@@ -386,6 +388,11 @@ static bool run(struct settings *s, struct err *e)
     struct service v = { 0 };
     double begin = clock_seconds();
     if (!start_server(&server, s, e)) return false;
+    for (int i = 0; i < s->media_hosts.n; i++)
+        if (strcmp(s->media_hosts.items[i], "*") == 0)
+            fprintf(stderr,
+                    "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
+                    "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
     bool ok = load(&v, s, server, e);
     if (ok) {
@@ -460,6 +467,10 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
+          NULL },
+        { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
+          "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
+          "scheme's)",
           NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",

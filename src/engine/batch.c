@@ -77,9 +77,9 @@ int64_t batch_rows(const struct batch *b)
     return b->n_rows;
 }
 
-bool batch_draft(struct batch *b, struct request *const *r, int n, struct err *e)
+bool batch_draft(struct batch *b, struct request *const *r, int n, int most, struct err *e)
 {
-    int n_drafts = 0, most = engine_drafts(b->engine);
+    int n_drafts = 0;
     for (int i = 0; i < n; i++) {
         int64_t left = r[i]->most - r[i]->n_answer - 1;
         r[i]->draft.n = most < left ? most : (int)left;

@@ -564,7 +564,7 @@ static void test_errors(void **state)
           400, "messages[0].content[0].image_url.url", "data: URL" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":\"http://a/"
           "b.png\"}]}]}",
-          400, "messages[0].content[0].image_url", "fetched from nowhere" },
+          400, "messages[0].content[0].image_url", "--allowed-media-domains" },
         { "{\"messages\":[{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"function\":{\"name\":"
           "\"f\","
           "\"arguments\":\"{\"}}]}]}",

@@ -362,7 +362,7 @@ void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed)
     }
 }
 
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     for (int64_t i = 0, some; i < n; i += some) {
         some = n - i < EDITS ? n - i : EDITS;

@@ -236,7 +236,7 @@ void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
                const struct draw *draws);
 /* vision.cu */
