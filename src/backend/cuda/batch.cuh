@@ -224,6 +224,13 @@ template <int FORMAT> struct words16 {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* The compiler is to keep what an instruction under way reads. */
+__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
+}
+
 /* The two accumulators of 64 weight rows against N input rows and parts; not TWO: the first takes all. */
 template <int N, bool TWO> struct accumulators {
     float a[N / 8][4], b[TWO ? N / 8 : 1][4];
@@ -238,13 +245,10 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
-     * there is code in between. */
-    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    /* Asks for a panel's products. f stays as it is until they are done. */
+    __device__ __forceinline__ void ask(const uint32_t (&f)[4][4], uint32_t panel)
     {
         uint64_t x = wide_matrix(panel);
-        wide_hold(a);
-        if constexpr (TWO) wide_hold(b);
         wide_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -253,9 +257,20 @@ template <int N, bool TWO> struct accumulators {
             else
                 wide_mma<N>(a, f[k], x + k * WIDE_STEP);
         wide_commit();
-        wide_wait<0>();
+    }
+    __device__ __forceinline__ void hold()
+    {
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
+    }
+    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
+     * there is code in between. */
+    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    {
+        hold();
+        ask(f, panel);
+        wide_wait<0>();
+        hold();
     }
     __device__ __forceinline__ float sum(int n, int i) const
     {

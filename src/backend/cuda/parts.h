@@ -22,7 +22,11 @@ enum {
 /* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
  * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
  * words of columns 32 i + 8 t + 0..7, i = 0..3 (for INPUT_NVFP4 with the first code in the low bits). Then 8
- * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15. */
+ * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15.
+ *
+ * A scale is (8 + m) 2^(e - 13) as 8 e + m, with e from 1 to 18: E4M3 with its small numbers normalised, so that a
+ * shift and an addition make BF16 of it. Its sign is in the codes, which are zeros where it is 0. (For INPUT_NVFP4
+ * it stays E4M3, without sign.) */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
