@@ -3,6 +3,7 @@
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
+# make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
@@ -56,8 +57,9 @@ BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
 ifneq ($(CUDA),1)
 BENCHES := $(filter-out %/bench_cuda,$(BENCHES))
 endif
-TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
-$(TESTLIB): override CFLAGS += -Itests
+TESTOBJ := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+TESTLIB := $(BUILD)/libtests.a
+$(TESTOBJ): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
@@ -98,6 +100,9 @@ $(BUILD)/%.cu.o: %.cu
 	$(NVCC) -std=c++17 -O3 -fmad=false -lineinfo -Isrc -MD -MP -MF $(@:.o=.d) -Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics \
 	    $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) -c -o $@ $<
 
+$(TESTLIB): $(TESTOBJ)
+	rm -f $@ && $(AR) rcs $@ $^
+
 $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(TESTLIB) $(LIB) $(LDLIBS) -lcmocka
@@ -117,6 +122,13 @@ kernels: $(BUILD)/tests/backend/test_kernels
 
 memcheck: $(BUILD)/tests/backend/test_kernels
 	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
+
+# About half a second each on two cores.
+HISTORIES ?= 2000
+histories: $(BUILD)/tests/engine/test_histories
+	$< $(HISTORIES) $(SEED)
+nightly:
+	$(MAKE) histories HISTORIES=100000 SEED=$$(date +%Y%m%d)
 
 layers:
 	tools/layers.sh
@@ -177,5 +189,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
--include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)
+.PHONY: always all check test fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+-include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
