@@ -10,7 +10,7 @@ extern "C" {
 
 enum {
     SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
-    GRAPHS = 4,         /* recorded steps kept */
+    GRAPHS = 8,         /* recorded steps kept */
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
     HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
@@ -117,10 +117,11 @@ struct cuda_draw {
     bool is_used; /* state has to be cleared */
 };
 
-/* A recorded step: `rows` sequences of one row each. */
+/* A recorded step, of the rows of so many spans; logs: queue_logs. */
 struct cuda_graph {
     const void *key;
-    int64_t rows;
+    int64_t rows, spans;
+    bool logs;
     cudaGraphExec_t exec;
 };
 
