@@ -19,7 +19,6 @@ struct wide_args {
     cuda_experts e;
     cuda_prefill s;
     const __nv_bfloat16 *x; /* inputs of gate and up, by row; of down, by slot */
-    int items;              /* most of a block */
 };
 
 /* MOST: slots of a tile. Shared memory: panels, rings of weights, the block's items. */
@@ -182,7 +181,7 @@ template <int MOST> struct wide_panels {
     }
 };
 
-/* The first product's registers are free once the second is asked for, and the other way round. */
+/* A product's sums, and the weights that instructions under way read. */
 template <int N> struct wide_product {
     float sum[N / 8][4];
     uint32_t f[STEPS][4];
@@ -209,6 +208,7 @@ template <int N> struct wide_product {
     }
 };
 
+/* Two products by turns. */
 template <int N, int MOST, bool DOWN_ROWS>
 __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b,
                                           wide_weights<MOST, DOWN_ROWS> &weights, wide_panels<MOST> &panels)
