@@ -39,9 +39,6 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
-    API_RESPONSE, /* argument: the id; these three */
-    API_RESPONSE_DELETE,
-    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,
@@ -50,7 +47,10 @@ enum api_route {
     API_CHAT_RENDER,
     API_COMPLETIONS_RENDER,
     API_MODELS,
-    API_MODEL /* argument: the id */
+    API_MODEL,    /* argument: the id */
+    API_RESPONSE, /* the same, of one that is kept */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL /* argument: "ID/cancel" */
 };
 
 struct api_caller {

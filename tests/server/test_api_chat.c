@@ -743,6 +743,14 @@ static void test_forms(void **state)
           "\x01"
           "x7.8",
           "x7." },
+        { "\"response_format\":{\"type\":\"structural_tag\",\"triggers\":[\"<a>\"],\"structures\":[{"
+          "\"begin\":\"<a>\","
+          "\"schema\":{\"type\":\"boolean\"},\"end\":\"</a>\"}]}",
+          "so <a>true</a> it is", "so <a>true</a> it is" },
+        { "\"structured_outputs\":{\"structural_tag\":\"{\\\"triggers\\\":[\\\"<a>\\\"],\\\"structures\\\":[{"
+          "\\\"begin"
+          "\\\":\\\"<a>\\\",\\\"schema\\\":true,\\\"end\\\":\\\"\\\"}]}\"}",
+          "a <a>[1]", "a <a>[1]" },
         { "\"guided_json\":\"{\\\"type\\\": \\\"boolean\\\"}\"", "true or", "true" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
