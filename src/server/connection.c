@@ -321,6 +321,8 @@ void connection_take(struct connection *c, struct exchange *x)
     c->job = NULL;
     c->exchange = x;
     if (x) {
+        const char *id = exchange_request_id(x);
+        if (id) snprintf(c->request_id, sizeof c->request_id, "%s", id);
         connection_pump(c);
         return;
     }

@@ -368,6 +368,22 @@ bool exchange_start(struct exchange *x)
     return true;
 }
 
+/* An id of the client's choice in the body, as vLLM takes one: what a header and a log can hold. */
+static bool take_request_id(struct exchange *x)
+{
+    static const char fine[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:";
+    const struct fields in = { x->body, "", &x->fault };
+    const char *id = NULL;
+    if (!fields_text(&in, "request_id", &id) || !id) return !x->fault.status;
+    size_t n = strlen(id);
+    if (n == 0 || n >= sizeof x->request_id || id[strspn(id, fine)])
+        return fault_set(&x->fault, "request_id", "request_id: expected 1 to %zu letters, digits or . _ - :",
+                         sizeof x->request_id - 1);
+    memcpy(x->request_id, id, n + 1);
+    x->chose_id = true;
+    return true;
+}
+
 struct exchange *exchange_create(struct api *a, enum api_route route, const char *argument, const char *body,
                                  size_t bytes, const struct api_caller *caller)
 {
@@ -381,7 +397,9 @@ struct exchange *exchange_create(struct api *a, enum api_route route, const char
     memcpy(x->salt, caller->salt, sizeof x->salt);
     snprintf(x->request_id, sizeof x->request_id, "%s", caller->request_id ? caller->request_id : "0");
     x->model = a->o.served_names[0];
-    if (!(api_route_reads_body(route) ? body_parse(&x->body, route, a, body, bytes, &x->fault) : true) ||
+    if (!(api_route_reads_body(route)
+              ? body_parse(&x->body, route, a, body, bytes, &x->fault) && take_request_id(x)
+              : true) ||
         !api_route_begin(x, argument))
         fail(x);
     return x;
@@ -416,6 +434,11 @@ int exchange_status(const struct exchange *x)
 bool exchange_is_stream(const struct exchange *x)
 {
     return x->params.stream;
+}
+
+const char *exchange_request_id(const struct exchange *x)
+{
+    return x->chose_id ? x->request_id : NULL;
 }
 
 int exchange_retry_after(const struct exchange *x)

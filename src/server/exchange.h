@@ -36,6 +36,7 @@ struct exchange {
     enum api_route route;
     const struct shape *shape;
     char request_id[80];
+    bool chose_id;     /* the body did */
     const char *model; /* as asked for, or the first served */
     int64_t created;   /* seconds since 1970 */
     double began, now; /* clock_seconds: when it was made, and of this pump */

@@ -300,6 +300,8 @@ static const char *const routes[] = { "/v1/chat/completions",
                                       "/metrics",
                                       "/version",
                                       "/load",
+                                      "/server_info",
+                                      "/v1/responses/resp_1",
                                       "/v1/embeddings",
                                       "/nothing" };
 static const char *const methods[] = { "GET",     "POST",  "HEAD", "PUT",    "DELETE",
