@@ -72,7 +72,8 @@ int exchange_status(const struct exchange *x);     /* HTTP status; 0: not known 
 bool exchange_is_stream(const struct exchange *x); /* text/event-stream instead of application/json */
 /* The one that the body asked for; NULL: none. */
 const char *exchange_request_id(const struct exchange *x);
-int exchange_retry_after(const struct exchange *x); /* seconds; 0: no such header */
+const char *exchange_session_id(const struct exchange *x); /* likewise */
+int exchange_retry_after(const struct exchange *x);        /* seconds; 0: no such header */
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);

@@ -444,15 +444,17 @@ static void test_parameters(void **state)
 static void test_request_id(void **state)
 {
     struct fixture *x = *state;
-    static const struct wrong wrongs[] = { { "{\"request_id\":\"a b\"," USER "}", 400, "request_id",
-                                             "letters" },
-                                           { "{\"request_id\":\"\"," USER "}", 400, "request_id", "1 to 79" },
-                                           { "{\"request_id\":7," USER "}", 400, "request_id", "a string" } };
+    static const struct wrong wrongs[] = {
+        { "{\"request_id\":\"a b\"," USER "}", 400, "request_id", "letters" },
+        { "{\"request_id\":\"\"," USER "}", 400, "request_id", "1 to 79" },
+        { "{\"request_id\":7," USER "}", 400, "request_id", "a string" },
+        { "{\"session_id\":\"a\\r\\nb: c\"," USER "}", 400, "session_id", "letters" }
+    };
     fixture_script(x, "</think>a");
     json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, "{\"request_id\":\"my.id-1\"," USER "}");
     assert_string_equal(text_at(r, "id"), "chatcmpl-my.id-1");
     json_decref(r);
-    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, 3);
+    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, 4);
     r = fixture_ask(x, API_SERVER_INFO, "");
     assert_int_equal(json_integer_value(at(r, "max_model_len")), 2048);
     assert_int_equal(json_integer_value(at(r, "max_images")), 16);
