@@ -96,6 +96,8 @@ static json_t *line_of(const struct connection *c, int status, double now)
                              trace_of(&c->request), "method", c->route ? c->route->method : "", "path",
                              c->route ? c->route->path : "", "status", status, "seconds",
                              c->begun > 0 ? now - c->begun : 0.0, "sent_bytes", (json_int_t)c->sent_bytes);
+    const char *session = c->exchange ? exchange_session_id(c->exchange) : NULL;
+    if (session) json_object_set_new(line, "session", json_string(session));
     if (c->caller.owner) {
         snprintf(owner, sizeof owner, "%016llx", (unsigned long long)c->caller.owner);
         json_object_set_new(line, "key", json_string(owner));

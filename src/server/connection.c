@@ -133,7 +133,9 @@ static void send_head(struct connection *c, int status, const char *type, const 
     else if (c->request.version == 1)
         evbuffer_add_printf(out, "Transfer-Encoding: chunked\r\n");
     if (bytes < 0) evbuffer_add_printf(out, "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n");
+    const char *session = c->exchange ? exchange_session_id(c->exchange) : NULL;
     if (c->request_id[0]) evbuffer_add_printf(out, "X-Request-Id: %s\r\n", c->request_id);
+    if (session) evbuffer_add_printf(out, "X-Session-Id: %s\r\n", session);
     if (c->exchange && exchange_retry_after(c->exchange))
         evbuffer_add_printf(out, "Retry-After: %d\r\n", limits_retry_after(c->server));
     answer_cors(c, out);
@@ -322,6 +324,8 @@ void connection_take(struct connection *c, struct exchange *x)
     int status = 503;
     c->job = NULL;
     c->exchange = x;
+    const char *id = x ? exchange_request_id(x) : NULL;
+    if (id) snprintf(c->request_id, sizeof c->request_id, "%s", id);
     if (x && limits_allow_tokens(c, &status, message)) {
         connection_pump(c);
         return;

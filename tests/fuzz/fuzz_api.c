@@ -89,7 +89,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     if (bytes < 2) return 0;
     script(data[1]);
     scheduler.piece = data[1] >> 6;
-    struct exchange *x = exchange_create(api, (enum api_route)(data[0] % (API_RESPONSE_CANCEL + 1)), "demo",
+    struct exchange *x = exchange_create(api, (enum api_route)(data[0] % (API_SERVER_INFO + 1)), "demo",
                                          (const char *)data + 2, bytes - 2, &caller);
     require(x);
     for (int i = 0; !done; i++) {

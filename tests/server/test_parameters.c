@@ -44,7 +44,9 @@ static void start(struct served *x, int drafts)
     must(model_bind_mtp(&v->loaded.model, true, &e), &e);
     must(engine_create(&v->engine, &v->loaded.model, &g, &e), &e);
     find_known(x, v->loaded.checkpoint.config.vocab_size);
-    struct scheduler_options s = { .engine = v->engine, .model = &v->loaded.model, .known = x->known };
+    struct scheduler_options s = {
+        .engine = v->engine, .model = &v->loaded.model, .known = x->known, .fixed_drafts = true
+    };
     must(scheduler_create(&v->scheduler, &s, &e), &e);
     struct api_options a = { .scheduler = v->scheduler,
                              .tokenizer = x->tokenizer,

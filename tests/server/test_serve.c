@@ -284,6 +284,11 @@ static void test_log(void **state)
     snprintf(headers, sizeof headers, "X-Request-Id: mine-1\r\ntraceparent: %s\r\n", trace);
     assert_int_equal(ask(&s, &reply, post_text(CHAT, headers, QUESTION "}")), 200);
     assert_non_null(strstr(reply.bytes, "X-Request-Id: mine-1\r\n"));
+    assert_int_equal(
+        ask(&s, &reply, post_text(CHAT, "", QUESTION ",\"request_id\":\"own-7\",\"session_id\":\"s.1\"}")),
+        200);
+    assert_non_null(strstr(reply.bytes, "X-Request-Id: own-7\r\n"));
+    assert_non_null(strstr(reply.bytes, "X-Session-Id: s.1\r\n"));
     assert_int_equal(get(&s, &reply, "/private/path?and=query"), 404);
     assert_true(file_read(&log, &n, path, 1 << 20, &e));
     json_t *line = json_loads(log, JSON_DISABLE_EOF_CHECK, NULL);
@@ -294,6 +299,8 @@ static void test_log(void **state)
     assert_true(json_integer_value(json_object_get(line, "prompt_tokens")) > 10);
     assert_true(json_integer_value(json_object_get(line, "answer_tokens")) > 5);
     json_decref(line);
+    assert_non_null(strstr(log, "\"id\":\"own-7\""));
+    assert_non_null(strstr(log, "\"session\":\"s.1\""));
     assert_non_null(strstr(log, "\"status\":404"));
     assert_null(strstr(log, "Finland"));
     assert_null(strstr(log, "Helsinki"));
@@ -425,6 +432,8 @@ static const char *const routes[] = { "/v1/chat/completions",
                                       "/metrics",
                                       "/version",
                                       "/load",
+                                      "/server_info",
+                                      "/v1/responses/resp_1",
                                       "/v1/embeddings",
                                       "/nothing" };
 static const char *const methods[] = { "GET",     "POST",  "HEAD", "PUT",    "DELETE",
