@@ -219,7 +219,7 @@ static void choose(struct run *r)
                                          .pages = 13 + random_below(40) };
     r->has_files = (r->blocks + 1) / 2 % 2;
     r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
-    r->scheduler.disk_bytes = (uint64_t)(1 + random_below(64)) << 20;
+    r->scheduler.disk_bytes = (uint64_t)(4 + random_below(60)) << 20;
     r->scheduler.warn = no_warning;
     r->blocks++;
 }
@@ -312,7 +312,7 @@ static void converse(struct run *r, struct talk a[LANES], struct talk b[LANES], 
     struct answer *last = calloc(LANES, sizeof *last); /* of A */
     for (int leg = 0; leg < 3; leg++) {
         struct talk *t = leg == 1 ? b : a;
-        if (leg == 2 && r->has_files && random_below(2)) {
+        if (leg == 2 && r->has_files) {
             stop(r);
             start(r);
         }
