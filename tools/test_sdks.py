@@ -5,13 +5,16 @@ examples, and lm-eval's own code for log-likelihoods.
 usage: test_sdks.py QUENCH MODEL          needs openai, anthropic, and for its part lm_eval
 """
 import base64
+import http.server
 import json
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import zlib
@@ -47,7 +50,7 @@ def png(rgb, side=64):
 
 
 class Server:
-    def __init__(self, quench, model, *flags):
+    def __init__(self, quench, model, *flags, environment=None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -55,7 +58,7 @@ class Server:
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [quench, "serve", model, "--port", str(port), "--max-model-len", "2048", "--served-model-name", "demo",
-             *flags], stdout=self.log, stderr=self.log)
+             *flags], stdout=self.log, stderr=self.log, env={**os.environ, **(environment or {})})
 
     def __enter__(self):
         for _ in range(300):
@@ -183,6 +186,64 @@ def openai_image(client):
         {"type": "text", "text": "What is in the picture?"}, {"type": "image_url", "image_url": {"url": url}}]}])
     check(r.choices[0].message.content, "an answer about an image", r)
     check(r.usage.prompt_tokens_details.image_tokens >= 4, "tokens of an image", r.usage)
+
+
+class Images:
+    """An https server on this machine; its certificate is signed by itself."""
+
+    def __init__(self, folder, name):
+        self.certificate, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+                        self.certificate, "-days", "1", "-subj", "/CN=127.0.0.1", "-addext",
+                        "subjectAltName=IP:127.0.0.1"], check=True, stderr=subprocess.DEVNULL)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                data = base64.b64decode(png((220, 30, 30)))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.host = f"127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def images_by_url(quench, model, openai, anthropic):
+    """The clients' examples with a URL, from a host that is listed and whose certificate is trusted, or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        trusted, other = Images(folder, "trusted"), Images(folder, "other")
+        with Server(quench, model, "--allowed-media-domains", trusted.host, other.host,
+                    environment={"SSL_CERT_FILE": trusted.certificate}) as server:
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+            def ask(url):
+                return client.chat.completions.create(model="demo", temperature=0, messages=[{
+                    "role": "user", "content": [{"type": "text", "text": "What is in the picture?"},
+                                                {"type": "image_url", "image_url": {"url": url}}]}])
+
+            by_url = ask(f"https://{trusted.host}/a.png?b=c")
+            inline = ask("data:image/png;base64," + png((220, 30, 30)))
+            check(by_url.choices[0].message.content == inline.choices[0].message.content, "an image by URL", by_url)
+            for url, says in ((f"https://{other.host}/a.png", "certificate"), ("https://localhost/a.png", "not one of"),
+                              (f"http://{trusted.host}/a.png", "cannot be fetched")):
+                try:
+                    ask(url)
+                    check(False, "an image was fetched", url)
+                except openai.BadRequestError as e:
+                    check(says in e.body["message"] and "image_url" in e.param, "an error", e)
+            claude = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
+            r = claude.messages.create(model="demo", max_tokens=100, messages=[{"role": "user", "content": [
+                {"type": "image", "source": {"type": "url", "url": f"https://{trusted.host}/a.png"}},
+                {"type": "text", "text": "What is in the picture?"}]}])
+            check(r.content[0].text, "an answer about an image by URL", r)
 
 
 def openai_completions(client):
@@ -321,12 +382,12 @@ def lm_eval_scores(url):
             check(row[i][0] == max(s for s, _ in row), "greedy, but not the best", row)
     check(right >= 7, f"lm-eval: {right} of {len(names)} right, chance is one", scores)
     # Its parsing adds what the server says of each token: the same as tokens scored alone.
-    import requests as http
+    import requests as web
 
     context, answer = client.tok_encode("The first"), client.tok_encode(" time")
     score, _ = client.loglikelihood([Instance("loglikelihood", {}, ("The first", " time"), 0)], disable_tqdm=True)[0]
     body = {"model": "demo", "prompt": context + answer, "echo": True, "logprobs": 1, "max_tokens": 0}
-    r = http.post(url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
+    r = web.post(url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
     check(abs(sum(r["choices"][0]["logprobs"]["token_logprobs"][len(context):]) - score) < 1e-6, "a sum", score)
     text = client.generate_until([Instance("generate_until", {}, (
         f"<|im_start|>user\n{CAPITAL}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
@@ -349,6 +410,7 @@ def main():
         openai_image(client)
         openai_completions(client)
         openai_responses(client, openai)
+        images_by_url(quench, model, openai, anthropic)
         anthropic_messages(anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60), anthropic)
         try:
             import lm_eval  # noqa: F401

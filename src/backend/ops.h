@@ -246,6 +246,8 @@ struct ops {
     void (*copy)(struct queue *q, void *to, const void *from, uint64_t bytes); /* within it; no overlap */
     /* Room for what operations need inside. To be called before the first step and whenever a limit grows. */
     bool (*reserve)(struct queue *q, const struct step_limits *limits, struct err *e);
+    /* Bytes of the device's memory that this takes for these limits alone; 0: it is the host's. */
+    uint64_t (*reserve_bytes)(struct queue *q, const struct step_limits *limits);
     /* To be called once the lists are complete, before the first use; x->bound is the backend's until
      * experts_unbind, which accepts a zeroed one. */
     bool (*experts_bind)(struct queue *q, struct experts *x, struct err *e);
@@ -347,7 +349,7 @@ struct ops {
     /* Sampling. In place: -inf where bit c % 32 of allowed[c / 32] is clear, in all rows. allowed: host. */
     void (*mask)(struct queue *q, struct mat x, const uint32_t *allowed);
     /* In place, n times edit_apply; no element twice, but where bias is -inf. edits: host memory. */
-    void (*edit)(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+    void (*edit)(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
     /* out[i] = draw_token(draws[i], row i, allowed). allowed: the backend's memory, or NULL; out and draws:
      * host. */
     void (*draw)(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,

@@ -239,6 +239,12 @@ static bool reserve(struct queue *q, const struct step_limits *limits, struct er
     return ok && t->op->reserve(t->q, limits, e);
 }
 
+static uint64_t reserve_bytes(struct queue *q, const struct step_limits *limits)
+{
+    struct trace *t = trace_of(q);
+    return t->op->reserve_bytes(t->q, limits);
+}
+
 static bool experts_bind(struct queue *q, struct experts *x, struct err *e)
 {
     return trace_of(q)->op->experts_bind(trace_of(q)->q, x, e);
@@ -522,7 +528,7 @@ static void mask(struct queue *q, struct mat x, const uint32_t *allowed)
     end(t, OP_MASK, start, 0, 0);
 }
 
-static void edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+static void edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     struct trace *t = trace_of(q);
     double start = begin(t);
@@ -591,6 +597,7 @@ static const struct ops trace_ops = {
     .download = download,
     .zero = zero,
     .reserve = reserve,
+    .reserve_bytes = reserve_bytes,
     .experts_bind = experts_bind,
     .experts_unbind = experts_unbind,
     .wait = wait,

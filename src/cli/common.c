@@ -159,15 +159,25 @@ bool common_drafts(int *drafts, const struct common *c, const char *model, struc
     return ok;
 }
 
+bool common_open_files(struct opened *o, const char *path, struct err *e)
+{
+    *o = (struct opened){ 0 };
+    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e)) return true;
+    common_close(o);
+    return false;
+}
+
+bool common_bind(struct opened *o, struct backend *b, const struct report *report, struct err *e)
+{
+    if (model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_all(&o->model, e)) return true;
+    common_close(o);
+    return false;
+}
+
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e)
 {
-    *o = (struct opened){ 0 };
-    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e) &&
-        model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_all(&o->model, e))
-        return true;
-    common_close(o);
-    return false;
+    return common_open_files(o, path, e) && common_bind(o, b, report, e);
 }
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)

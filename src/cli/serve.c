@@ -3,8 +3,8 @@
 #include "base/file.h"
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "cli/plan.h"
 #include "cli/serve_compat.h"
-#include "cli/serve_plan.h"
 #include "quantize/source.h"
 #include "server/page.h"
 #include "server/server.h"
@@ -45,7 +45,7 @@ struct settings {
     /* who */
     const char *certificate, *certificate_key, *key_password, *client_ca, *key_file;
     int64_t client_certificates;
-    struct text_list keys, origins;
+    struct text_list keys, origins, media_hosts;
     bool public_metrics;
     /* the model */
     struct text_list names;
@@ -57,9 +57,9 @@ struct settings {
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
     const char *header_text, *body_text, *store_text;
-    int64_t headers, connections;
+    int64_t headers, connections, key_requests, key_tokens, queued_tokens;
     double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
-        shutdown_seconds, store_seconds;
+        shutdown_seconds, store_seconds, request_seconds;
     const char *log;
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
@@ -156,6 +156,10 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--comment-interval", s->comment_seconds, 0.001, 1e6 },
         { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
         { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
+        { "--request-timeout", s->request_seconds, 0, 1e6 },
+        { "--max-requests-per-key", (double)s->key_requests, 0, 1 << 20 },
+        { "--max-queued-tokens-per-key", (double)s->key_tokens, 0, 1e12 },
+        { "--max-queued-tokens", (double)s->queued_tokens, 0, 1e12 },
         { "--response-store", (double)s->store_bytes, 0, 1e12 },
         { "--response-store-age", s->store_seconds, 1, 1e9 },
         { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
@@ -275,6 +279,10 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .comment_seconds = s->comment_seconds,
                                 .stall_seconds = s->stall_seconds,
                                 .shutdown_seconds = s->shutdown_seconds > 0 ? s->shutdown_seconds : -1,
+                                .request_seconds = s->request_seconds,
+                                .max_key_requests = s->key_requests,
+                                .max_key_tokens = s->key_tokens,
+                                .max_queued_tokens = s->queued_tokens,
                                 .request_log = s->log,
                                 .model_name = s->names.items[0],
                                 .version = cli_version,
@@ -308,6 +316,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
+                              .step_rows = (int64_t)s->step_tokens,
                               .budget = s->memory,
                               .utilization = s->utilization };
     bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
@@ -388,6 +397,8 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
                              .stream_interval = s->stream_interval,
+                             .media_hosts = s->media_hosts.items,
+                             .n_media_hosts = s->media_hosts.n,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
@@ -426,6 +437,11 @@ static bool run(struct settings *s, struct err *e)
     struct service v = { 0 };
     double begin = clock_seconds();
     if (!start_server(&server, s, e)) return false;
+    for (int i = 0; i < s->media_hosts.n; i++)
+        if (strcmp(s->media_hosts.items[i], "*") == 0)
+            fprintf(stderr,
+                    "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
+                    "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
     bool ok = load(&v, s, server, e);
     if (ok) {
@@ -479,10 +495,16 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "most tokens of a step, prompts' pieces included", NULL },
         { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 503",
           NULL },
+        { "--max-queued-tokens", 0, FLAG_INT, &s->queued_tokens, "N",
+          "tokens of their prompts (default 0: any); then 503", NULL },
+        { "--max-requests-per-key", 0, FLAG_INT, &s->key_requests, "N",
+          "of an API key at a time (default 0: any); then 429", NULL },
+        { "--max-queued-tokens-per-key", 0, FLAG_INT, &s->key_tokens, "N",
+          "of an API key's prompts that wait (default 0: any); then 429", NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
         { "--stream-interval", 0, FLAG_INT, &s->stream_interval, "N",
-          "tokens of a stream's event (default 0: what came in 20 ms; the first at once)", NULL },
+          "tokens of a stream's event (default 0: what came in 30 ms; the first at once)", NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
@@ -502,6 +524,10 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
+          NULL },
+        { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
+          "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
+          "scheme's)",
           NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
@@ -528,6 +554,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "without a step while requests wait, then /ready fails (default 60)", NULL },
         { "--shutdown-timeout", 0, FLAG_NUMBER, &s->shutdown_seconds, "S",
           "after SIGTERM, for requests that run (default 30)", NULL },
+        { "--request-timeout", 0, FLAG_NUMBER, &s->request_seconds, "S",
+          "from a request to its answer's end (default 0: any); then 504", NULL },
         { "--request-log", 0, FLAG_TEXT, &s->log, "FILE",
           "a line of JSON a request, without its text (-: standard output)", NULL },
         { "--config", 0, FLAG_TEXT, &s->config, "FILE", "YAML with flags", NULL },

@@ -19,6 +19,8 @@ enum { DRAFTS_MAX = 8 };
 struct engine;
 bool engine_create(struct engine **out, struct model *m, const struct engine_options *o, struct err *e);
 void engine_free(struct engine *g); /* NULL is fine */
+/* What steps of such an engine take of the backend's memory, before anything is bound. */
+uint64_t engine_step_bytes(const struct config *c, const struct backend *b, const struct engine_options *o);
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
 int engine_sequences(const struct engine *g);
@@ -65,7 +67,7 @@ void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct
 bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e);
 /* Changes of rows before that, see ops.h: tokens that must not come next in one row; n edits. */
 void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed);
-void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n);
+void engine_edit(struct engine *g, struct mat logits, const struct logit_edit *edits, int64_t n);
 
 /* Waits for what was queued; false: it failed. */
 bool engine_wait(struct engine *g, struct err *e);

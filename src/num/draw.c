@@ -28,13 +28,13 @@ static inline uint32_t place_of(const struct vocabulary *v, int64_t i)
     return place <= v->limit && draw_allows(v->allowed, i) ? place : DRAW_OUT;
 }
 
-/* Tokens, or their weights, by the digit of `level` of their places, of those that begin with prefix. */
-static void count(uint64_t *bins, const struct vocabulary *v, int level, uint32_t prefix, bool weighs)
+/* Tokens, or their weights, by the digit of `level` of their places; level 1: of places behind `first`. */
+static void count(uint64_t *bins, const struct vocabulary *v, int level, uint32_t first, bool weighs)
 {
     memset(bins, 0, DRAW_BINS * sizeof *bins);
     for (int64_t i = 0; i < v->n; i++) {
         uint32_t place = place_of(v, i);
-        if (place != DRAW_OUT && draw_begins(place, level, prefix))
+        if (place != DRAW_OUT && draw_begins(place, level, first))
             bins[draw_digit(place, level)] += weighs ? draw_weight(place) : 1;
     }
 }
@@ -59,12 +59,9 @@ static uint32_t reached_in(const uint64_t *bins, uint64_t *left)
 static uint32_t descend(const struct vocabulary *v, const uint64_t *bins, bool weighs, uint64_t *left)
 {
     uint64_t finer[DRAW_BINS];
-    uint32_t place = reached_in(bins, left);
-    for (int level = 1; level < DRAW_LEVELS; level++) {
-        count(finer, v, level, place, weighs);
-        place = draw_extend(place, level, reached_in(finer, left));
-    }
-    return place;
+    uint32_t first = reached_in(bins, left);
+    count(finer, v, 1, first, weighs);
+    return first << DRAW_DIGIT | reached_in(finer, left);
 }
 
 static void sift_down(float *heap, int n)

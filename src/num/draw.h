@@ -1,7 +1,7 @@
 /* Which token is drawn from a row of logits, in integers: no rounding, no order of additions, so a row gives
  * the same token on every backend, to whatever parts the work is cut. C and CUDA share this header.
  *
- * The place of a token is its distance from the likeliest one, in units of 2^-27 nats of the distribution at
+ * The place of a token is its distance from the likeliest one, in units of 2^-19 nats of the distribution at
  * the draw's temperature; its weight, e^-distance in units of 2^-42, follows from the place alone. Tokens
  * stand in the order of their places, those of one place in the order of their ids. Out are tokens beyond
  * the draw's reach, then those behind the k-th (those at its place stay), then those behind the first at
@@ -26,36 +26,26 @@ struct draw {
 };
 #define DRAW_REACH 29.0f /* so that every weight is 1 or more */
 
-enum { DRAW_BINS = 2048, DRAW_LEVELS = 3 }; /* a place's digits, the first one first: of 11, 11 and 10 bits */
-#define DRAW_OUT UINT32_MAX                 /* no place */
+enum { DRAW_DIGIT = 12, DRAW_BINS = 1 << DRAW_DIGIT }; /* a place has two digits of so many bits */
+#define DRAW_OUT UINT32_MAX                            /* no place */
 
 /* top: the largest logit that may be drawn; x: one that may, neither NaN. */
 DRAW_BOTH static inline uint32_t draw_place(float top, float x, float scale, float reach)
 {
     float far = (top - x) * scale;
     if (x >= top) return 0;
-    return far <= reach ? (uint32_t)(far * 134217728.0f) : DRAW_OUT;
+    return far <= reach ? (uint32_t)(far * 524288.0f) : DRAW_OUT;
 }
 
-DRAW_BOTH static inline int draw_shift(int level)
+/* Whether a place has a digit in a count of first ones (level 0), or of second ones behind `first`. */
+DRAW_BOTH static inline bool draw_begins(uint32_t place, int level, uint32_t first)
 {
-    return level == 0 ? 21 : level == 1 ? 10 : 0;
-}
-
-/* Whether a place begins with the digits before `level` that `prefix` holds. */
-DRAW_BOTH static inline bool draw_begins(uint32_t place, int level, uint32_t prefix)
-{
-    return level == 0 || place >> draw_shift(level - 1) == prefix;
+    return level == 0 || place >> DRAW_DIGIT == first;
 }
 
 DRAW_BOTH static inline uint32_t draw_digit(uint32_t place, int level)
 {
-    return place >> draw_shift(level) & (level == 2 ? 1023u : 2047u);
-}
-
-DRAW_BOTH static inline uint32_t draw_extend(uint32_t prefix, int level, uint32_t digit)
-{
-    return level == 0 ? digit : prefix << (level == 2 ? 10 : 11) | digit;
+    return level == 0 ? place >> DRAW_DIGIT : place & (DRAW_BINS - 1u);
 }
 
 DRAW_BOTH static inline uint32_t draw_high(uint32_t a, uint32_t b)
@@ -63,11 +53,11 @@ DRAW_BOTH static inline uint32_t draw_high(uint32_t a, uint32_t b)
     return (uint32_t)((uint64_t)a * b >> 32);
 }
 
-/* 2^42 e^-(place * 2^-27), to nine digits. 2^-f, 0 <= f < 1, by its series: the terms are ln(2)^k / k!. */
+/* 2^42 e^-(place * 2^-19), to nine digits. 2^-f, 0 <= f < 1, by its series: the terms are ln(2)^k / k!. */
 DRAW_BOTH static inline uint64_t draw_weight(uint32_t place)
 {
-    uint64_t y = (uint64_t)place * 3098164009u; /* log2(e) * 2^31: y in units of 2^-58 */
-    uint32_t f = (uint32_t)(y >> 26), p = 15;   /* 2^-32; from here on 2^-31 */
+    uint64_t y = (uint64_t)place * 3098164009u; /* log2(e) * 2^31: y in units of 2^-50 */
+    uint32_t f = (uint32_t)(y >> 18), p = 15;   /* 2^-32; from here on 2^-31 */
     p = 219 - draw_high(f, p);
     p = 2838 - draw_high(f, p);
     p = 32755 - draw_high(f, p);
@@ -78,7 +68,7 @@ DRAW_BOTH static inline uint64_t draw_weight(uint32_t place)
     p = 515882496 - draw_high(f, p);
     p = 1488522236 - draw_high(f, p);
     p = 2147483648u - draw_high(f, p);
-    return (uint64_t)p << 11 >> (y >> 58);
+    return (uint64_t)p << 11 >> (y >> 50);
 }
 
 /* Up to where the weights have to go, of `total`, for a part of them; and for the token that is chosen. */
@@ -111,11 +101,11 @@ static inline bool draw_allows(const uint32_t *allowed, int64_t id)
 }
 
 /* What a request does to one logit: bias, then its penalties. */
-struct edit {
+struct logit_edit {
     int32_t row, column;
     float bias, repetition, minus; /* added; divides what is above 0 and multiplies what is not; subtracted */
 };
-DRAW_BOTH static inline float edit_apply(float x, const struct edit *e)
+DRAW_BOTH static inline float edit_apply(float x, const struct logit_edit *e)
 {
     x += e->bias;
     x = x > 0 ? x / e->repetition : x * e->repetition;

@@ -46,8 +46,8 @@ static void see_tokens(struct connection *c, const struct exchange_account *a, d
 void account_tokens(struct connection *c, double now, bool says)
 {
     struct exchange_account a = { 0 };
-    if (!c->exchange || !generates(c)) return;
     if (!says && c->seen_tokens > 0 && now - c->seen_at < LOOK_SECONDS) return;
+    if (!c->exchange || !generates(c)) return;
     exchange_account(c->exchange, &a);
     see_tokens(c, &a, now);
 }
@@ -118,6 +118,7 @@ void account_request(struct connection *c, bool aborted)
         if (counts) {
             see_prompt(c, &a);
             metrics_take_request(&s->metrics, &a, now - c->begun);
+            if (!aborted) limits_observe(s, a.usage.prefill_seconds + a.usage.decode_seconds);
         }
     }
     count_route(s, c, status);

@@ -16,9 +16,12 @@ struct api_options {
     const char *const *served_names; /* [n_served_names] the first is what answers say */
     int n_served_names;
     int64_t max_model_len;
-    int max_n;                 /* of `n`; 0: 16 */
-    int64_t stream_interval;   /* tokens of an event of a stream; 0: as time goes */
-    int max_images;            /* of a request; 0: 16 */
+    int max_n;               /* of `n`; 0: 16 */
+    int64_t stream_interval; /* tokens of an event of a stream; 0: as time goes */
+    int max_images;          /* of a request; 0: 16 */
+    const char *const
+        *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
+    int n_media_hosts;
     bool strict_params;        /* unknown fields are refused */
     const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
     const json_t *generation;  /* --override-generation-config, or NULL */
@@ -36,9 +39,6 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
-    API_RESPONSE, /* argument: the id; these three */
-    API_RESPONSE_DELETE,
-    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,
@@ -47,7 +47,10 @@ enum api_route {
     API_CHAT_RENDER,
     API_COMPLETIONS_RENDER,
     API_MODELS,
-    API_MODEL /* argument: the id */
+    API_MODEL,    /* argument: the id */
+    API_RESPONSE, /* the same, of one that is kept */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL /* argument: "ID/cancel" */
 };
 
 struct api_caller {

@@ -43,8 +43,11 @@ static bool image_block(json_t *parts, const json_t *block, const char *param, s
     const char *data = json_string_value(json_object_get(source, "data"));
     struct param at;
     param_set(&at, "%s.source", param);
+    json_t *given = json_object_get(source, "url");
+    if (type && strcmp(type, "url") == 0 && json_is_string(given))
+        return append(parts, json_pack("{s:s, s:{s:O}}", "type", "image_url", "image_url", "url", given), f);
     if (!type || strcmp(type, "base64") != 0)
-        return fault_set(f, at.text, "%s: images are fetched from nowhere: expected type base64", at.text);
+        return fault_set(f, at.text, "%s: expected type base64, or type url and a url", at.text);
     if (!media || !data) return fault_set(f, at.text, "%s: expected media_type and data", at.text);
     json_t *url = json_sprintf("data:%s;base64,%s", media, data);
     return append(parts, json_pack("{s:s, s:{s:o}}", "type", "image_url", "image_url", "url", url), f);
@@ -302,9 +305,12 @@ static bool add_thinking(json_t *chat, const json_t *body, struct fault *f)
 /* output_config.format, the schema of an answer */
 static bool add_format(json_t *chat, const json_t *body, struct fault *f)
 {
-    const json_t *format = json_object_get(json_object_get(body, "output_config"), "format");
+    const struct fields in = { body, "", f };
+    const json_t *config = NULL, *format = NULL;
+    if (!fields_object(&in, "output_config", &config)) return false;
+    const struct fields inside = { config, "output_config.", f };
+    if (!fields_object(&inside, "format", &format) || !format) return !f->status;
     const json_t *schema = json_object_get(format, "schema");
-    if (!format || json_is_null(format)) return true;
     if (strcmp(type_of(format), "json_schema") != 0 || !schema)
         return fault_set(f, "output_config.format",
                          "output_config.format: expected type json_schema and a schema");
@@ -321,8 +327,11 @@ static bool make_chat(struct exchange *x)
     if (!x->chat) return fault_memory(f);
     for (size_t i = 0; i < sizeof same / sizeof *same; i++)
         if (!copy(x->chat, same[i], body, same[i], f)) return false;
-    return copy(x->chat, "stop", body, "stop_sequences", f) && add_thinking(x->chat, body, f) &&
-           add_format(x->chat, body, f) && add_tools(x->chat, body, f) && add_messages(x->chat, body, f);
+    const struct fields in = { body, "", f };
+    const json_t *stops = NULL;
+    return fields_array(&in, "stop_sequences", &stops) && copy(x->chat, "stop", body, "stop_sequences", f) &&
+           add_thinking(x->chat, body, f) && add_format(x->chat, body, f) && add_tools(x->chat, body, f) &&
+           add_messages(x->chat, body, f);
 }
 
 /* The answer. */
@@ -556,7 +565,12 @@ bool api_messages_begin(struct exchange *x)
     if (!fields_get(&in, "max_tokens")) return fields_wrong(&x->fault, "max_tokens", "an integer", NULL);
     x->state = calloc(1, sizeof(struct blocks));
     if (!x->state) return fault_memory(&x->fault);
-    return make_chat(x) && api_chat_begin_as(x, &shape);
+    static const char *const names[][2] = { { "stop", "stop_sequences" },
+                                            { "thinking_token_budget", "thinking.budget_tokens" },
+                                            { "response_format.json_schema.schema",
+                                              "output_config.format.schema" },
+                                            { NULL, NULL } };
+    return make_chat(x) && (api_chat_begin_as(x, &shape) || fault_rename(&x->fault, names));
 }
 
 /* Rows that a picture takes in place of its one token. */

@@ -246,8 +246,12 @@ static bool add_tools(json_t *chat, const json_t *body, struct fault *f)
 /* text.format, flat here, nested there */
 static bool add_format(json_t *chat, const json_t *body, struct fault *f)
 {
-    json_t *format = json_object_get(json_object_get(body, "text"), "format");
-    if (!format || json_is_null(format)) return true;
+    const struct fields in = { body, "", f };
+    const json_t *text = NULL, *found = NULL;
+    if (!fields_object(&in, "text", &text)) return false;
+    const struct fields inside = { text, "text.", f };
+    if (!fields_object(&inside, "format", &found) || !found) return !f->status;
+    json_t *format = (json_t *)found;
     if (strcmp(type_of(format), "json_schema") == 0)
         return set(chat, "response_format",
                    json_pack("{s:s, s:O}", "type", "json_schema", "json_schema", format), f);
@@ -723,9 +727,14 @@ static bool begin_items(struct exchange *x)
 
 bool api_responses_begin(struct exchange *x)
 {
+    static const char *const names[][2] = { { "max_tokens", "max_output_tokens" },
+                                            { "reasoning_effort", "reasoning.effort" },
+                                            { "response_format.json_schema", "text.format" },
+                                            { "response_format", "text.format" },
+                                            { NULL, NULL } };
     if (!begin_items(x) || !make_chat(x)) return false;
     if (((const struct items *)x->state)->is_kept) keep_messages(x);
-    return api_chat_begin_as(x, &shape);
+    return api_chat_begin_as(x, &shape) || fault_rename(&x->fault, names);
 }
 
 /* Responses that are kept. */

@@ -34,7 +34,8 @@ struct api {
     struct response_store *store; /* NULL: none is kept */
     uint64_t seed;                /* of seeds for requests that name none */
     atomic_uint_fast64_t n_requests;
-    int64_t created; /* seconds since 1970 */
+    atomic_int n_fetching; /* requests whose images are being fetched */
+    int64_t created;       /* seconds since 1970 */
 };
 
 /* Whether a model of that name is served; NULL: nobody asked. */

@@ -252,6 +252,8 @@ static void put_server(const struct writer *w, const struct metrics *m, const st
     put(w, "quench:slow_readers_total", "counter", (double)m->slow_readers,
         "Answers stopped because the client reads too slowly");
     put(w, "quench:timeouts_total", "counter", (double)m->timeouts, "Requests that took too long to arrive");
+    put(w, "quench:expired_total", "counter", (double)m->expired,
+        "Answers stopped because they took longer than --request-timeout");
     put(w, "quench:unauthorized_total", "counter", (double)m->unauthorized, "Requests without a valid key");
     put(w, "quench:rejected_total", "counter", (double)m->rejected, "Requests answered 429 or 503");
 }

@@ -564,7 +564,7 @@ static void test_errors(void **state)
           400, "messages[0].content[0].image_url.url", "data: URL" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":\"http://a/"
           "b.png\"}]}]}",
-          400, "messages[0].content[0].image_url", "fetched from nowhere" },
+          400, "messages[0].content[0].image_url", "--allowed-media-domains" },
         { "{\"messages\":[{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"function\":{\"name\":"
           "\"f\","
           "\"arguments\":\"{\"}}]}]}",
@@ -743,6 +743,14 @@ static void test_forms(void **state)
           "\x01"
           "x7.8",
           "x7." },
+        { "\"response_format\":{\"type\":\"structural_tag\",\"triggers\":[\"<a>\"],\"structures\":[{"
+          "\"begin\":\"<a>\","
+          "\"schema\":{\"type\":\"boolean\"},\"end\":\"</a>\"}]}",
+          "so <a>true</a> it is", "so <a>true</a> it is" },
+        { "\"structured_outputs\":{\"structural_tag\":\"{\\\"triggers\\\":[\\\"<a>\\\"],\\\"structures\\\":[{"
+          "\\\"begin"
+          "\\\":\\\"<a>\\\",\\\"schema\\\":true,\\\"end\\\":\\\"\\\"}]}\"}",
+          "a <a>[1]", "a <a>[1]" },
         { "\"guided_json\":\"{\\\"type\\\": \\\"boolean\\\"}\"", "true or", "true" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

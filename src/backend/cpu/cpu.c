@@ -153,6 +153,7 @@ const struct ops cpu_ops = {
     .download = host_copy,
     .zero = host_zero,
     .reserve = reserve,
+    .reserve_bytes = host_reserve_bytes,
     .experts_bind = host_experts_bind,
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,

@@ -5,8 +5,9 @@
 
 namespace {
 
-/* In this order. TOP_K for rows with a top_k, SHARE for those with a top_p; greedy rows are through after LARGEST. */
-enum pass { LARGEST, TOP_K_0, TOP_K_1, TOP_K_2, WEIGH, SHARE_1, SHARE_2, MARK_1, MARK_2, CHOOSE, PASSES };
+/* In this order. TOP_K for rows with a top_k, SHARE for those with a top_p; greedy rows are through after LARGEST.
+ * Answers go straight into host memory. */
+enum pass { LARGEST, TOP_K_0, TOP_K_1, WEIGH, SHARE_1, MARK_1, CHOOSE, PASSES };
 
 constexpr int ROWS = 64;                        /* of one launch */
 constexpr int EACH = DRAW_BINS / THREADS;       /* bins a thread looks at */
@@ -15,7 +16,7 @@ constexpr int EDITS = 65536, MASK_WORDS = 8192; /* in device memory at a time */
 struct row_state {
     unsigned long long best; /* of LARGEST */
     uint32_t limit;          /* places behind it are out */
-    uint32_t prefix;         /* digits found */
+    uint32_t found;          /* the first digit of the place that is looked for, in the end the place */
     unsigned long long left; /* see draw.c: of the sum that is looked for */
     unsigned long long share;
     unsigned arrived[PASSES];
@@ -29,7 +30,7 @@ struct scratch {
 
 __device__ constexpr int level_of(pass p)
 {
-    return p == TOP_K_1 || p == SHARE_1 || p == MARK_1 ? 1 : p == TOP_K_2 || p == SHARE_2 || p == MARK_2 ? 2 : 0;
+    return p == TOP_K_1 || p == SHARE_1 || p == MARK_1;
 }
 
 __device__ __forceinline__ bool allows(const uint32_t *allowed, int64_t c)
@@ -120,7 +121,7 @@ __device__ void mark(row_state *r, const unsigned long long *weighed, const draw
 {
     reached at = find(scan(weighed, m->part), draw_mark(d.uniform, kept), &m->found);
     if (threadIdx.x == 0) {
-        r->prefix = at.digit;
+        r->found = at.digit;
         r->left = at.left;
     }
 }
@@ -139,15 +140,15 @@ __device__ void settle(row_state *r, const row_state &was, const unsigned long l
     unsigned long long share = P == WEIGH ? draw_share(d.top_p, s.total) : was.share;
     unsigned long long left = P == TOP_K_0 ? (unsigned long long)d.top_k : P == WEIGH ? share : was.left;
     reached at = find(s, left, &m->found);
-    uint32_t place = draw_extend(was.prefix, level_of(P), at.digit);
-    if (P == SHARE_2) {
+    uint32_t place = level_of(P) ? was.found << DRAW_DIGIT | at.digit : at.digit;
+    if (P == SHARE_1) {
         mark(r, weighed, d, draw_kept(share, at.left, place), m);
     } else if (threadIdx.x == 0) {
-        r->prefix = place;
+        r->found = place;
         r->left = at.left;
         r->share = share;
         if (P == TOP_K_0) r->is_cut = 1;
-        if (P == TOP_K_2) r->limit = place;
+        if (P == TOP_K_1) r->limit = place;
     }
 }
 
@@ -155,8 +156,8 @@ __device__ bool takes_part(pass p, const row_state *r, const draw &d)
 {
     if (r->best == 0 || d.scale == 0) return false;
     if (p == TOP_K_0) return d.top_k > 0;
-    if (p == TOP_K_1 || p == TOP_K_2) return r->is_cut;
-    return (p != SHARE_1 && p != SHARE_2) || (d.top_p > 0 && d.top_p < 1);
+    if (p == TOP_K_1) return r->is_cut;
+    return p != SHARE_1 || (d.top_p > 0 && d.top_p < 1);
 }
 
 /* Whether this block is the last of its row; then what the others wrote can be read past the first cache. */
@@ -172,7 +173,7 @@ __device__ bool is_last(unsigned *arrived)
 }
 
 /* Grid: parts of a row, rows. */
-__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, int64_t each)
+__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, int64_t each, bool is_all)
 {
     wait_for_previous();
     row_state *r = s.rows + blockIdx.y;
@@ -192,6 +193,9 @@ __global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed
     best = atomicMax(&r->best, 0ull);
     out[blockIdx.y] = best ? (int)~(uint32_t)best : -1;
     r->limit = DRAW_OUT - 1;
+    if (!is_all) return;
+    r->best = 0; /* for the next call */
+    r->arrived[LARGEST] = 0;
 }
 
 __device__ __forceinline__ uint32_t place_of(const float *row, int64_t c, float top, const row_state &r, const draw &d,
@@ -219,8 +223,8 @@ __global__ void draw_pass(scratch s, mat x, const uint32_t *allowed, const draw 
     __syncthreads();
     for (int64_t c = first + threadIdx.x; c < end; c += THREADS) {
         uint32_t place = place_of(row, c, top, r, d, allowed);
-        if (place != DRAW_OUT && draw_begins(place, level_of(P), r.prefix))
-            atomicAdd(own + draw_digit(place, level_of(P)), P <= TOP_K_2 ? 1ull : (unsigned long long)draw_weight(place));
+        if (place != DRAW_OUT && draw_begins(place, level_of(P), r.found))
+            atomicAdd(own + draw_digit(place, level_of(P)), P <= TOP_K_1 ? 1ull : (unsigned long long)draw_weight(place));
     }
     __syncthreads();
     for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS)
@@ -245,16 +249,16 @@ __global__ void draw_choose(scratch s, int *out, mat x, const uint32_t *allowed,
     int own = 0;
     for (int64_t from = first; from < end; from += THREADS) {
         int64_t c = from + threadIdx.x;
-        own += __syncthreads_count(c < end && place_of(row, c, top, r, d, allowed) == r.prefix);
+        own += __syncthreads_count(c < end && place_of(row, c, top, r, d, allowed) == r.found);
     }
     if (threadIdx.x == 0) bins[blockIdx.x] = (unsigned long long)own;
     if (!is_last(&state->arrived[CHOOSE])) return;
-    reached at = find(scan(bins, m.part), (r.left - 1) / draw_weight(r.prefix) + 1, &m.found);
+    reached at = find(scan(bins, m.part), (r.left - 1) / draw_weight(r.found) + 1, &m.found);
     first = at.digit * each;
     end = first + each < x.cols ? first + each : x.cols;
     for (int64_t from = first, left = (int64_t)at.left; from < end && left > 0; from += THREADS) {
         int64_t c = from + threadIdx.x;
-        bool here = c < end && place_of(row, c, top, r, d, allowed) == r.prefix;
+        bool here = c < end && place_of(row, c, top, r, d, allowed) == r.found;
         unsigned lanes = __ballot_sync(ALL, here);
         if (threadIdx.x % LANES == 0) before[threadIdx.x / LANES] = __popc(lanes);
         __syncthreads();
@@ -305,6 +309,7 @@ void cuda_draw_sizes(struct cuda_draw *d)
     d->draws_bytes = ROWS * sizeof(draw);
     d->edits_bytes = EDITS * sizeof(edit);
     d->mask_bytes = MASK_WORDS * sizeof(uint32_t);
+    d->answers_bytes = ROWS * sizeof(int);
 }
 
 static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allowed, const draw *draws)
@@ -321,22 +326,21 @@ static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allo
         any_p |= draws[i].scale > 0 && draws[i].top_p > 0 && draws[i].top_p < 1;
     }
     size_t states = ROWS * sizeof(row_state), rows = (size_t)x.rows * PASSES * DRAW_BINS * sizeof *s.bins;
-    int *device = (int *)q->answers;
-    if (!queue_check(q, cudaMemsetAsync(s.rows, 0, any ? states + rows : states, q->stream), "draw")) return;
+    int *answers = q->draw.answers;
+    bool clears = any || q->draw.is_used;
+    q->draw.is_used = any;
+    if (clears && !queue_check(q, cudaMemsetAsync(s.rows, 0, any ? states + rows : states, q->stream), "draw")) return;
     if (any && !upload_to(q, q->draw.draws, draws, (size_t)x.rows * sizeof *draws, "draw")) return;
-    launch(q, "draw", false, draw_largest, grid, 0, s, device, x, allowed, each);
+    launch(q, "draw", false, draw_largest, grid, 0, s, answers, x, allowed, each, !any);
     run<TOP_K_0>(q, s, x, allowed, grid, each, any_k);
     run<TOP_K_1>(q, s, x, allowed, grid, each, any_k);
-    run<TOP_K_2>(q, s, x, allowed, grid, each, any_k);
     run<WEIGH>(q, s, x, allowed, grid, each, any);
     run<SHARE_1>(q, s, x, allowed, grid, each, any_p);
-    run<SHARE_2>(q, s, x, allowed, grid, each, any_p);
     run<MARK_1>(q, s, x, allowed, grid, each, any);
-    run<MARK_2>(q, s, x, allowed, grid, each, any);
     if (any)
-        launch(q, "draw", true, draw_choose, grid, 0, s, device, x, allowed, (const draw *)q->draw.draws, each);
-    if (queue_failed(q)) return;
-    queue_check(q, cudaMemcpyAsync(out, device, (size_t)x.rows * sizeof *out, cudaMemcpyDeviceToHost, q->stream), "draw");
+        launch(q, "draw", true, draw_choose, grid, 0, s, answers, x, allowed, (const draw *)q->draw.draws, each);
+    if (!queue_failed(q) && queue_check(q, cudaStreamSynchronize(q->stream), "draw"))
+        for (int64_t i = 0; i < x.rows; i++) out[i] = answers[i];
 }
 
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws)
@@ -345,7 +349,6 @@ void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allo
         mat some = { x.data + i * x.stride, x.rows - i < ROWS ? x.rows - i : ROWS, x.cols, x.stride };
         draw_rows(q, out + i, some, allowed, draws + i);
     }
-    if (!queue_failed(q)) queue_check(q, cudaStreamSynchronize(q->stream), "draw");
 }
 
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed)
@@ -359,7 +362,7 @@ void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed)
     }
 }
 
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     for (int64_t i = 0, some; i < n; i += some) {
         some = n - i < EDITS ? n - i : EDITS;

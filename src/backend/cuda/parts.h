@@ -107,7 +107,9 @@ struct cuda_batch {
 /* Scratch of sampling, device memory (draw.cu). */
 struct cuda_draw {
     void *state, *draws, *edits, *mask;
-    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes;
+    int *answers; /* host memory that the device writes */
+    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes, answers_bytes;
+    bool is_used; /* state has to be cleared */
 };
 
 /* A recorded step: `rows` sequences of one row each. */
@@ -179,6 +181,7 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *r
 void cuda_step_end(struct queue *q);
 void cuda_forget_steps(struct queue *q); /* what was recorded refers to memory that goes away */
 bool cuda_reserve(struct queue *q, const struct step_limits *limits, struct err *e);
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *limits);
 /* plain.cu: whether this build has kernels for the device */
 bool cuda_has_kernels(int *version);
 
@@ -233,7 +236,7 @@ void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
                const struct draw *draws);
 /* vision.cu */

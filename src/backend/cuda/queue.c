@@ -92,6 +92,7 @@ void cuda_queue_free(struct queue *q)
         cudaStreamDestroy(q->stream);
     }
     blas_close(q->blas);
+    cudaFreeHost(q->draw.answers);
     free(q->host_step);
     free(q->host_next);
     free(q->host_index);
@@ -284,6 +285,7 @@ const struct ops cuda_ops = {
     .download = download,
     .zero = zero,
     .reserve = cuda_reserve,
+    .reserve_bytes = cuda_reserve_bytes,
     .experts_bind = cuda_experts_bind,
     .experts_unbind = cuda_experts_unbind,
     .wait = wait,
