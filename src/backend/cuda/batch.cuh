@@ -1,25 +1,28 @@
-/* Several rows at once past weights that are read once, with the sums of stream.cuh to the bit, for up to ROWS_EXACT rows on
- * compute capability 9.0a.
+/* Several rows at once past weights that are read once, with the sums of stream.cuh to the bit, for up to
+ * ROWS_EXACT rows on compute capability 9.0a.
  *
- * A group of four warps multiplies 64 weight rows, sixteen a warp, decoded in registers, with all rows' inputs in shared
- * memory (wide.cuh). An output of that instruction is the same function of its weight row and its input as that of mma();
- * two accumulators take the columns that stream.cuh gives to each of its two, over the same share of the columns.
+ * A group of four warps multiplies 64 weight rows, sixteen a warp, decoded in registers, with all rows'
+ * inputs in shared memory (wide.cuh). An output of that instruction is the same function of its weight row
+ * and its input as that of mma(); two accumulators take the columns that stream.cuh gives to each of its two,
+ * over the same share of the columns.
  *
- * Inputs. A panel is 64 columns of eight input rows, 1024 bytes, swizzled as wide_matrix says. An f32 row is in three panels,
- * as the three BF16 numbers it is the sum of; one rounded to E4M3 is in one. Columns lie in the order in which weights of a
- * format meet them: panel_place. */
+ * Inputs. A panel is 64 columns of eight input rows, 1024 bytes, swizzled as wide_matrix says. An f32 row is
+ * in three panels, as the three BF16 numbers it is the sum of; one rounded to E4M3 is in one. Columns lie in
+ * the order in which weights of a format meet them: panel_place. */
 #ifndef BACKEND_CUDA_BATCH_CUH
 #define BACKEND_CUDA_BATCH_CUH
+#include "backend/cuda/barrier.cuh"
 #include "backend/cuda/batch.h"
 #include "backend/cuda/stream.cuh"
 #include "backend/cuda/wide.cuh"
 
-namespace {
+namespace
+{
 
 /* As launch(), on blocks in clusters. */
 template <int SIZE, class... P, class... A>
-void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid, unsigned cluster,
-                     size_t shared, A... arguments)
+void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid,
+                     unsigned cluster, size_t shared, A... arguments)
 {
     cudaLaunchConfig_t c = {};
     cudaLaunchAttribute attributes[2];
@@ -35,8 +38,10 @@ void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     c.attrs = attributes;
     c.numAttrs = cluster > 1 ? 2 : 1;
-    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), operation) &&
-        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
+    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
+                    operation) &&
+        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
+                    operation))
         queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
 }
 
@@ -80,46 +85,6 @@ struct split_pair {
     }
 };
 
-/* ---- barriers in shared memory ---- */
-
-__device__ __forceinline__ uint32_t shared_at(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t *b, int arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_at(b)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *b)
-{
-    asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_at(b)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
-{
-    asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(shared_at(b)), "r"(phase) : "memory");
-}
-
-#if __CUDA_ARCH__ >= 900
-/* Arrives, and lets the barrier wait for bytes that are copied. */
-__device__ __forceinline__ void barrier_expect(uint64_t *b, int bytes)
-{
-    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_at(b)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint64_t *b)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(shared_at(b))
-                 : "memory");
-}
-#endif
-
 /* A place in a ring, and how often it has come round. */
 struct ring_place {
     int slot, phase;
@@ -131,8 +96,8 @@ struct ring_place {
 
 /* ---- weights ---- */
 
-/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane reads what it
- * copied itself. */
+/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane
+ * reads what it copied itself. */
 constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
 
 struct tile16 {
@@ -150,7 +115,9 @@ struct tile16 {
              (m.format == WEIGHT_NVFP4 ? first * FP4_UNIT_BYTES + lane * 16
                                        : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
     }
-    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0) {}
+    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0)
+    {
+    }
 };
 
 /* Asks for a unit; a group of copies, of nothing if none. */
@@ -165,7 +132,8 @@ template <bool FP4> __device__ __forceinline__ void ask16(uint32_t to, tile16 &w
             const uint8_t *from = in && h ? w.at + w.half : w.at;
             copy_async16(to + h * 1024, from, in);
             copy_async16(to + h * 1024 + 512, from + (FP4 ? 512 : PIECE), in);
-            if (FP4 && in) copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
+            if (FP4 && in)
+                copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
         }
         w.at += FP4 ? FP4_UNIT_BYTES : UNIT_BYTES;
     }
@@ -238,8 +206,8 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
-     * there is code in between. */
+    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it
+     * does where there is code in between. */
     __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
     {
         uint64_t x = wide_matrix(panel);
