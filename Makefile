@@ -3,6 +3,7 @@
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
+# make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
 # make bench          the programs under bench/
 # make fmt            clang-format in place
 # CUDA=0              without GPU kernels (default: with them where nvcc is); CUDA_ARCHS="90a" for these only
@@ -118,6 +119,13 @@ kernels: $(BUILD)/tests/backend/test_kernels
 memcheck: $(BUILD)/tests/backend/test_kernels
 	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
 
+# About half a second each on two cores.
+HISTORIES ?= 2000
+histories: $(BUILD)/tests/engine/test_histories
+	$< $(HISTORIES) $(SEED)
+nightly:
+	$(MAKE) histories HISTORIES=100000 SEED=$$(date +%Y%m%d)
+
 layers:
 	tools/layers.sh
 
@@ -177,5 +185,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+.PHONY: always all check test fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)

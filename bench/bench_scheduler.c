@@ -1,8 +1,11 @@
 /* What the scheduler costs: streams that generate at once through it, and the very same rows by engine steps
  * that look at no logits, as `quench bench -n` runs them. Random prompts of one token; draws at temperature 1
  * with top-k 20, which any seed repeats.
- * usage: bench_scheduler MODEL [STREAMS,... [TOKENS [RUNS]]]
- * CSV: streams, tokens a second through the scheduler, by steps alone, the share: medians of RUNS pairs. */
+ * usage: bench_scheduler MODEL [STREAMS,... [TOKENS [RUNS [DRAFTS]]]]
+ * CSV: streams, tokens a second through the scheduler, by steps alone, the share: medians of RUNS pairs.
+ * With DRAFTS: what speculation brings, at temperature 1 and greedy. CSV: streams, temperature, tokens a
+ * second without and with up to so many drafts a round, the share, drafts a round of a stream, share of them
+ * right. */
 #include "base/clock.h"
 #include "engine/scheduler.h"
 #include <pthread.h>
@@ -36,6 +39,20 @@ static void wake(void *ctx)
     pthread_mutex_unlock(&lock);
 }
 
+/* What has come of a stream, at most eight events of it. False: nothing had. */
+static bool take(struct request *r, int32_t *to, int *count, int *left)
+{
+    struct request_event events[8];
+    int got = request_take(r, events, 8);
+    for (int k = 0; k < got; k++) {
+        if (events[k].kind == REQUEST_TOKEN)
+            to[(*count)++] = events[k].token.id;
+        else if (events[k].kind == REQUEST_FINISHED)
+            (*left)--;
+    }
+    return got > 0;
+}
+
 /* Takes what has come of each stream until all have ended. */
 static void collect(struct request **requests, int streams, int n)
 {
@@ -46,20 +63,13 @@ static void collect(struct request **requests, int streams, int n)
         while (wakes == seen) pthread_cond_wait(&news, &lock);
         seen = wakes;
         pthread_mutex_unlock(&lock);
-        for (int i = 0; i < streams; i++) {
-            struct request_event events[8];
-            int got = requests[i] ? request_take(requests[i], events, 8) : 0;
-            for (int k = 0; k < got; k++) {
-                if (events[k].kind == REQUEST_TOKEN)
-                    tokens[i * (n + 1) + 1 + count[i]++] = events[k].token.id;
-                else if (events[k].kind == REQUEST_FINISHED)
-                    left--;
-            }
-        }
+        for (int i = 0; i < streams; i++)
+            for (bool more = true; more;)
+                more = take(requests[i], &tokens[i * (n + 1) + 1], &count[i], &left);
     }
 }
 
-static double through_scheduler(struct scheduler *s, int streams, int n)
+static double through_scheduler(struct scheduler *s, int streams, int n, float temperature)
 {
     struct request *requests[STREAMS_MAX];
     struct err e = { 0 };
@@ -70,7 +80,7 @@ static double through_scheduler(struct scheduler *s, int streams, int n)
     for (int i = 0; i < streams; i++) {
         struct request_options o = { .prompt = &tokens[i * (n + 1)],
                                      .n_prompt = 1,
-                                     .sampling = { 1, 20, 0, 0, (uint64_t)i },
+                                     .sampling = { temperature, 20, 0, 0, (uint64_t)i },
                                      .max_tokens = n,
                                      .top_logprobs = -1,
                                      .prompt_logprobs = -1 };
@@ -126,7 +136,7 @@ static void compare(int streams, int n, int runs)
     for (int run = 0; run <= runs; run++) { /* the first only warms up */
         struct scheduler_options so = { .engine = g, .model = &model, .no_pictures = true, .wake = wake };
         check(scheduler_create(&s, &so, &e), &e);
-        double through = through_scheduler(s, streams, n);
+        double through = through_scheduler(s, streams, n, 1);
         scheduler_free(s);
         double alone = by_steps(g, streams, n);
         if (run == 0) continue;
@@ -140,25 +150,70 @@ static void compare(int streams, int n, int runs)
     fflush(stdout);
 }
 
+/* One pair a run: without drafts, with them. */
+static void speculate(int streams, int n, int runs, int drafts, float temperature)
+{
+    double seconds[2][RUNS_MAX], share[RUNS_MAX];
+    struct err e = { 0 };
+    struct engine *g[2];
+    struct scheduler *s[2];
+    struct scheduler_stats stats, before;
+    for (int i = 0; i < streams; i++) tokens[i * (n + 1)] = (i * 37 + 11) % 2000;
+    for (int i = 0; i < 2; i++) {
+        struct engine_options o = { .context = n + 2 + drafts,
+                                    .sequences = streams,
+                                    .step_rows = streams * (drafts + 1) + 96,
+                                    .drafts = i ? drafts : 0 };
+        check(engine_create(&g[i], &model, &o, &e), &e);
+        struct scheduler_options so = { .engine = g[i], .model = &model, .no_pictures = true, .wake = wake };
+        check(scheduler_create(&s[i], &so, &e), &e);
+    }
+    for (int run = -2; run < runs; run++) /* the first two warm up, and learn what drafts cost */
+        for (int i = 0; i < 2; i++) {
+            if (run == 0 && i == 0) scheduler_stats(s[1], &before);
+            double took = through_scheduler(s[i], streams, n, temperature);
+            if (run >= 0) seconds[i][run] = took;
+        }
+    scheduler_stats(s[1], &stats);
+    for (int run = 0; run < runs; run++) share[run] = seconds[0][run] / seconds[1][run];
+    qsort(share, (size_t)runs, sizeof *share, by_value);
+    for (int i = 0; i < 2; i++) {
+        scheduler_free(s[i]);
+        engine_free(g[i]);
+        qsort(seconds[i], (size_t)runs, sizeof seconds[i][0], by_value);
+    }
+    double drafted = (double)(stats.drafted - before.drafted),
+           right = (double)(stats.accepted - before.accepted);
+    double all = (double)streams * n, a = all / seconds[0][runs / 2], b = all / seconds[1][runs / 2];
+    printf("%d,%g,%.0f,%.0f,%.1f%%,%.2f,%.1f%%\n", streams, (double)temperature, a, b, 100 * share[runs / 2],
+           drafted / (all * runs - right), drafted > 0 ? 100 * right / drafted : 0);
+    fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
     struct err e = { 0 };
     const char *streams = argc > 2 ? argv[2] : "1,64";
     int n = argc > 3 ? atoi(argv[3]) : 128, runs = argc > 4 ? atoi(argv[4]) : 5;
-    if (argc < 2 || n < 1 || runs < 1 || runs > RUNS_MAX) {
-        fprintf(stderr, "usage: bench_scheduler MODEL [STREAMS,... [TOKENS [RUNS]]]\n");
+    int drafts = argc > 5 ? atoi(argv[5]) : 0;
+    if (argc < 2 || n < 1 || runs < 1 || runs > RUNS_MAX || drafts < 0 || drafts > DRAFTS_MAX) {
+        fprintf(stderr, "usage: bench_scheduler MODEL [STREAMS,... [TOKENS [RUNS [DRAFTS]]]]\n");
         return 2;
     }
     check(checkpoint_open(&checkpoint, argv[1], &e), &e);
     check(backend_create(&backend, &(struct backend_options){ .rounded = true }, &e), &e);
     check(model_init(&model, &checkpoint, &backend, NULL, &e) && model_bind_all(&model, &e), &e);
+    check(drafts == 0 || model_bind_mtp(&model, true, &e), &e);
     tokens = calloc((size_t)STREAMS_MAX * (size_t)(n + 1), sizeof *tokens);
     if (!tokens) return 1;
-    printf("streams,scheduler,steps,share\n");
+    printf(drafts ? "streams,temperature,plain,drafting,share,drafts,right\n"
+                  : "streams,scheduler,steps,share\n");
     for (const char *at = streams; *at; at += strcspn(at, ","), at += *at == ',') {
         int count = atoi(at);
         if (count < 1 || count > STREAMS_MAX) return 2;
-        compare(count, n, runs);
+        if (drafts == 0) compare(count, n, runs);
+        for (int greedy = 0; drafts > 0 && greedy < 2; greedy++)
+            speculate(count, n, runs, drafts, greedy ? 0 : 1);
     }
     free(tokens);
     model_deinit(&model);

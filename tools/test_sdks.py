@@ -5,13 +5,16 @@ examples, and lm-eval's own code for log-likelihoods.
 usage: test_sdks.py QUENCH MODEL          needs openai, anthropic, and for its part lm_eval
 """
 import base64
+import http.server
 import json
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import zlib
@@ -47,7 +50,7 @@ def png(rgb, side=64):
 
 
 class Server:
-    def __init__(self, quench, model, *flags):
+    def __init__(self, quench, model, *flags, environment=None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -55,7 +58,7 @@ class Server:
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [quench, "serve", model, "--port", str(port), "--max-model-len", "2048", "--served-model-name", "demo",
-             *flags], stdout=self.log, stderr=self.log)
+             *flags], stdout=self.log, stderr=self.log, env={**os.environ, **(environment or {})})
 
     def __enter__(self):
         for _ in range(300):
@@ -130,6 +133,11 @@ def openai_tools(client):
             name, arguments = pieces.get(piece.index, ("", ""))
             pieces[piece.index] = (name + (piece.function.name or ""), arguments + (piece.function.arguments or ""))
     check(pieces == {0: ("get_weather", call.function.arguments)}, "a streamed call", pieces)
+    with client.chat.completions.stream(**ask) as stream:
+        deltas = [e for e in stream if e.type == "tool_calls.function.arguments.delta"]
+        done = stream.get_final_completion().choices[0].message.tool_calls[0]
+    check(deltas[-1].arguments == done.function.arguments == call.function.arguments,
+          "the stream helper's call", deltas)
     messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}]
     after = client.chat.completions.create(**ask).choices[0]
     check(after.message.content, "an answer after a call", after)
@@ -180,6 +188,64 @@ def openai_image(client):
     check(r.usage.prompt_tokens_details.image_tokens >= 4, "tokens of an image", r.usage)
 
 
+class Images:
+    """An https server on this machine; its certificate is signed by itself."""
+
+    def __init__(self, folder, name):
+        self.certificate, key = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+                        self.certificate, "-days", "1", "-subj", "/CN=127.0.0.1", "-addext",
+                        "subjectAltName=IP:127.0.0.1"], check=True, stderr=subprocess.DEVNULL)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                data = base64.b64decode(png((220, 30, 30)))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.host = f"127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def images_by_url(quench, model, openai, anthropic):
+    """The clients' examples with a URL, from a host that is listed and whose certificate is trusted, or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        trusted, other = Images(folder, "trusted"), Images(folder, "other")
+        with Server(quench, model, "--allowed-media-domains", trusted.host, other.host,
+                    environment={"SSL_CERT_FILE": trusted.certificate}) as server:
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+            def ask(url):
+                return client.chat.completions.create(model="demo", temperature=0, messages=[{
+                    "role": "user", "content": [{"type": "text", "text": "What is in the picture?"},
+                                                {"type": "image_url", "image_url": {"url": url}}]}])
+
+            by_url = ask(f"https://{trusted.host}/a.png?b=c")
+            inline = ask("data:image/png;base64," + png((220, 30, 30)))
+            check(by_url.choices[0].message.content == inline.choices[0].message.content, "an image by URL", by_url)
+            for url, says in ((f"https://{other.host}/a.png", "certificate"), ("https://localhost/a.png", "not one of"),
+                              (f"http://{trusted.host}/a.png", "cannot be fetched")):
+                try:
+                    ask(url)
+                    check(False, "an image was fetched", url)
+                except openai.BadRequestError as e:
+                    check(says in e.body["message"] and "image_url" in e.param, "an error", e)
+            claude = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
+            r = claude.messages.create(model="demo", max_tokens=100, messages=[{"role": "user", "content": [
+                {"type": "image", "source": {"type": "url", "url": f"https://{trusted.host}/a.png"}},
+                {"type": "text", "text": "What is in the picture?"}]}])
+            check(r.content[0].text, "an answer about an image by URL", r)
+
+
 def openai_completions(client):
     ask = {"model": "demo", "temperature": 0, "max_tokens": 6}
     whole = client.completions.create(prompt="The first", **ask)
@@ -192,7 +258,7 @@ def openai_completions(client):
     check(len(r.choices[0].logprobs.tokens) == 4 and r.usage.completion_tokens == 0, "scores alone", r)
 
 
-def openai_responses(client):
+def openai_responses(client, openai):
     ask = {"model": "demo", "temperature": 0}
     r = client.responses.create(input=CAPITAL, instructions="You are a helpful assistant.", **ask)
     check("Helsinki" in r.output_text and r.output[0].type == "reasoning", "a response", r)
@@ -210,9 +276,37 @@ def openai_responses(client):
     r = client.responses.create(input=ASK_WEATHER, tools=tools, **ask)
     call = next(item for item in r.output if item.type == "function_call")
     check(json.loads(call.arguments)["city"] == "Oslo", "a response's call", call)
+    deltas = []
+    with client.responses.stream(input=ASK_WEATHER, tools=tools, **ask) as stream:
+        for event in stream:
+            if event.type == "response.function_call_arguments.delta":
+                deltas.append(event.delta)
+        again = next(item for item in stream.get_final_response().output if item.type == "function_call")
+    check("".join(deltas) == call.arguments == again.arguments, "a response's streamed call", deltas)
     items = [{"role": "user", "content": ASK_WEATHER}, *r.output,
              {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}]
     check(client.responses.create(input=items, tools=tools, **ask).output_text, "a response after a call")
+    first = client.responses.create(input="My name is Ada.", **ask)
+    after = client.responses.create(input=CAPITAL, previous_response_id=first.id, **ask)
+    check(after.previous_response_id == first.id and after.usage.input_tokens > first.usage.input_tokens,
+          "a response that goes on", after)
+    whole = client.responses.create(input=[{"role": "user", "content": "My name is Ada."}, *first.output,
+                                           {"role": "user", "content": CAPITAL}], **ask)
+    check(after.output_text == whole.output_text and after.usage.input_tokens == whole.usage.input_tokens,
+          "the same as with all items", (after, whole))
+    check(client.responses.retrieve(after.id) == after, "a response by its id", after)
+    client.responses.delete(after.id)
+    for ask_gone in (lambda: client.responses.retrieve(after.id), lambda: client.responses.delete("resp_none")):
+        try:
+            ask_gone()
+            check(False, "a response that is gone")
+        except openai.NotFoundError:
+            pass
+    try:
+        client.responses.create(input=CAPITAL, previous_response_id=after.id, **ask)
+        check(False, "an answer to what is gone")
+    except openai.BadRequestError as e:
+        check(e.code == "previous_response_not_found", "its code", e)
     r = client.responses.create(input=CAPITAL, reasoning={"effort": "none"}, max_output_tokens=100, text={"format": {
         "type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}},
                                                        "required": ["a"], "additionalProperties": False}}}, **ask)
@@ -235,8 +329,10 @@ def anthropic_messages(client, anthropic):
     tools = [{"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}]
     messages = [{"role": "user", "content": ASK_WEATHER}]
     with client.messages.stream(**{**ask, "messages": messages}, tools=tools) as stream:
+        deltas = [e.partial_json for e in stream if e.type == "input_json"]
         final = stream.get_final_message()
     use = final.content[-1]
+    check(json.loads("".join(deltas)) == use.input, "a streamed tool's use", deltas)
     check(use.type == "tool_use" and use.input == {"city": "Oslo", "unit": "fahrenheit"}, "a tool's use", final)
     check(final.stop_reason == "tool_use", "its stop reason", final)
     messages += [{"role": "assistant", "content": final.content},
@@ -286,12 +382,12 @@ def lm_eval_scores(url):
             check(row[i][0] == max(s for s, _ in row), "greedy, but not the best", row)
     check(right >= 7, f"lm-eval: {right} of {len(names)} right, chance is one", scores)
     # Its parsing adds what the server says of each token: the same as tokens scored alone.
-    import requests as http
+    import requests as web
 
     context, answer = client.tok_encode("The first"), client.tok_encode(" time")
     score, _ = client.loglikelihood([Instance("loglikelihood", {}, ("The first", " time"), 0)], disable_tqdm=True)[0]
     body = {"model": "demo", "prompt": context + answer, "echo": True, "logprobs": 1, "max_tokens": 0}
-    r = http.post(url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
+    r = web.post(url + "/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
     check(abs(sum(r["choices"][0]["logprobs"]["token_logprobs"][len(context):]) - score) < 1e-6, "a sum", score)
     text = client.generate_until([Instance("generate_until", {}, (
         f"<|im_start|>user\n{CAPITAL}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
@@ -306,14 +402,15 @@ def main():
 
     quench, model = sys.argv[1:3]
     begin = time.time()
-    with Server(quench, model, "--api-key", KEY) as server:
+    with Server(quench, model, "--api-key", KEY, "--response-store", "4M") as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60)
         openai_chat(client, openai)
         openai_tools(client)
         openai_schema(client)
         openai_image(client)
         openai_completions(client)
-        openai_responses(client)
+        openai_responses(client, openai)
+        images_by_url(quench, model, openai, anthropic)
         anthropic_messages(anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=60), anthropic)
         try:
             import lm_eval  # noqa: F401

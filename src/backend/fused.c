@@ -1,4 +1,21 @@
 #include "backend/fused.h"
+#include <stddef.h>
+
+bool fused_weights(const struct ops *op, struct queue *q, struct weight **out,
+                   const struct weight_source *src, int n, int *failed, struct err *e)
+{
+    for (int i = 0; i < n; i++) out[i] = NULL;
+    for (int i = 0; i < n; i++) {
+        *failed = i;
+        if (op->weight_create(q, &out[i], &src[i], e)) continue;
+        for (int k = 0; k < i; k++) {
+            op->weight_free(q, out[k]);
+            out[k] = NULL;
+        }
+        return false;
+    }
+    return true;
+}
 
 void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r)
 {

@@ -2,6 +2,9 @@
 #ifndef BACKEND_FUSED_H
 #define BACKEND_FUSED_H
 #include "backend/ops.h"
+/* weights_create by weight_create. */
+bool fused_weights(const struct ops *op, struct queue *q, struct weight **out,
+                   const struct weight_source *src, int n, int *failed, struct err *e);
 void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r);
 void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r,
                  const struct step_rows *rows);

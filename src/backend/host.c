@@ -1,4 +1,5 @@
 #include "backend/host.h"
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -54,6 +55,12 @@ bool host_wait(struct queue *q, struct err *e)
     return true;
 }
 
+uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits)
+{
+    (void)q, (void)limits;
+    return 0;
+}
+
 double host_read_speed(struct queue *q)
 {
     (void)q;
@@ -85,5 +92,22 @@ void host_argmax(struct queue *q, int32_t *out, struct mat x)
         out[i] = 0;
         for (int64_t c = 1; c < x.cols; c++)
             if (row[c] > row[out[i]]) out[i] = (int32_t)c;
+    }
+}
+
+void host_mask(struct queue *q, struct mat x, const uint32_t *allowed)
+{
+    (void)q;
+    for (int64_t i = 0; i < x.rows; i++)
+        for (int64_t c = 0; c < x.cols; c++)
+            if (!draw_allows(allowed, c)) x.data[i * x.stride + c] = -INFINITY;
+}
+
+void host_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+{
+    (void)q;
+    for (int64_t i = 0; i < n; i++) {
+        float *at = x.data + edits[i].row * x.stride + edits[i].column;
+        *at = edit_apply(*at, &edits[i]);
     }
 }

@@ -13,6 +13,7 @@
 #ifndef BACKEND_OPS_H
 #define BACKEND_OPS_H
 #include "base/err.h"
+#include "num/draw.h"
 #include "num/dtype.h"
 #include <stdbool.h>
 #include <stdint.h>
@@ -230,6 +231,10 @@ struct ops {
     /* memory and weights; these may fail and are never called inside a step */
     bool (*weight_create)(struct queue *q, struct weight **out, const struct weight_source *src,
                           struct err *e);
+    /* Several at once, which is faster on a GPU where matrices are small. On failure none is made, *failed
+     * says whose the error is. */
+    bool (*weights_create)(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e);
     void (*weight_free)(struct queue *q, struct weight *w); /* NULL is fine */
     bool (*memory_create)(struct queue *q, void **out, uint64_t bytes,
                           struct err *e); /* zeroed, 64-byte aligned */
@@ -241,6 +246,8 @@ struct ops {
     void (*copy)(struct queue *q, void *to, const void *from, uint64_t bytes); /* within it; no overlap */
     /* Room for what operations need inside. To be called before the first step and whenever a limit grows. */
     bool (*reserve)(struct queue *q, const struct step_limits *limits, struct err *e);
+    /* Bytes of the device's memory that this takes for these limits alone; 0: it is the host's. */
+    uint64_t (*reserve_bytes)(struct queue *q, const struct step_limits *limits);
     /* To be called once the lists are complete, before the first use; x->bound is the backend's until
      * experts_unbind, which accepts a zeroed one. */
     bool (*experts_bind)(struct queue *q, struct experts *x, struct err *e);
@@ -338,6 +345,15 @@ struct ops {
     /* out[i] = x[i][column[i]]; out[i] = the column of row i's largest, the first of equals. Host memory. */
     void (*pick)(struct queue *q, float *out, struct mat x, const int32_t *column);
     void (*argmax)(struct queue *q, int32_t *out, struct mat x);
+
+    /* Sampling. In place: -inf where bit c % 32 of allowed[c / 32] is clear, in all rows. allowed: host. */
+    void (*mask)(struct queue *q, struct mat x, const uint32_t *allowed);
+    /* In place, n times edit_apply; no element twice, but where bias is -inf. edits: host memory. */
+    void (*edit)(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+    /* out[i] = draw_token(draws[i], row i, allowed). allowed: the backend's memory, or NULL; out and draws:
+     * host. */
+    void (*draw)(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
+                 const struct draw *draws);
 
     void (*norm_products)(struct queue *q, const struct norm_products *r);
     void (*delta_run)(struct queue *q, const struct delta_run *r, const struct step_rows *rows);

@@ -30,13 +30,16 @@ enum op {
     OP_DIVERGENCE,
     OP_PICK,
     OP_ARGMAX,
+    OP_MASK,
+    OP_EDIT,
+    OP_DRAW,
     N_OPS
 };
 static const char *const op_names[N_OPS] = {
-    "matmul",     "embed",       "add",        "rmsnorm",   "gather",        "silu_mul",
-    "add_gated",  "norm_rope",   "kv_append",  "attention", "conv",          "delta",
-    "gated_norm", "layer_norm",  "add_bias",   "rotate",    "attention_all", "route",
-    "experts",    "log_softmax", "divergence", "pick",      "argmax",
+    "matmul",    "embed",     "add",           "rmsnorm", "gather",  "silu_mul",    "add_gated",
+    "norm_rope", "kv_append", "attention",     "conv",    "delta",   "gated_norm",  "layer_norm",
+    "add_bias",  "rotate",    "attention_all", "route",   "experts", "log_softmax", "divergence",
+    "pick",      "argmax",    "mask",          "edit",    "draw",
 };
 enum { ENTRIES_MAX = 128 };
 
@@ -174,6 +177,12 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
     return trace_of(q)->op->weight_create(trace_of(q)->q, out, src, e);
 }
 
+static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e)
+{
+    return trace_of(q)->op->weights_create(trace_of(q)->q, out, src, n, failed, e);
+}
+
 static void weight_free(struct queue *q, struct weight *w)
 {
     trace_of(q)->op->weight_free(trace_of(q)->q, w);
@@ -228,6 +237,12 @@ static bool reserve(struct queue *q, const struct step_limits *limits, struct er
     t->picks = picks;
     t->seen = seen;
     return ok && t->op->reserve(t->q, limits, e);
+}
+
+static uint64_t reserve_bytes(struct queue *q, const struct step_limits *limits)
+{
+    struct trace *t = trace_of(q);
+    return t->op->reserve_bytes(t->q, limits);
 }
 
 static bool experts_bind(struct queue *q, struct experts *x, struct err *e)
@@ -505,6 +520,31 @@ static void argmax(struct queue *q, int32_t *out, struct mat x)
     end(t, OP_ARGMAX, start, 0, 0);
 }
 
+static void mask(struct queue *q, struct mat x, const uint32_t *allowed)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->mask(t->q, x, allowed);
+    end(t, OP_MASK, start, 0, 0);
+}
+
+static void edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->edit(t->q, x, edits, n);
+    end(t, OP_EDIT, start, 0, 0);
+}
+
+static void draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
+                 const struct draw *draws)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->draw(t->q, out, x, allowed, draws);
+    end(t, OP_DRAW, start, 0, 0);
+}
+
 /* Runs are counted operation by operation. */
 
 static const struct ops trace_ops;
@@ -548,6 +588,7 @@ static void moe_run(struct queue *q, const struct moe_run *r)
 static const struct ops trace_ops = {
     .name = "trace",
     .weight_create = weight_create,
+    .weights_create = weights_create,
     .weight_free = weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,
@@ -556,6 +597,7 @@ static const struct ops trace_ops = {
     .download = download,
     .zero = zero,
     .reserve = reserve,
+    .reserve_bytes = reserve_bytes,
     .experts_bind = experts_bind,
     .experts_unbind = experts_unbind,
     .wait = wait,
@@ -586,6 +628,9 @@ static const struct ops trace_ops = {
     .divergence = divergence,
     .pick = pick,
     .argmax = argmax,
+    .mask = mask,
+    .edit = edit,
+    .draw = draw,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

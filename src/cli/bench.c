@@ -7,6 +7,7 @@
 #include "cli/bench_speculative.h"
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "cli/plan.h"
 #include "eval/synthetic.h"
 #include <errno.h>
 #include <stdlib.h>
@@ -137,6 +138,55 @@ static void close_source(struct source *o)
     synthetic_destroy(&o->synthetic);
 }
 
+/* In the order of the table. */
+static bool each_test(const struct matrix *m,
+                      bool (*body)(void *ctx, const struct bench_test *t, struct err *e), void *ctx,
+                      struct err *e)
+{
+    for (int d = 0; d < m->depths.n; d++)
+        for (int b = 0; b < m->sequences.n; b++) {
+            struct bench_test tests[3 * VALUES_MAX];
+            int n = 0, sequences = (int)m->sequences.items[b];
+            int64_t depth = m->depths.items[d];
+            for (int i = 0; i < m->prompts.n; i++)
+                tests[n++] = (struct bench_test){ m->prompts.items[i], 0, depth, sequences };
+            for (int i = 0; i < m->gens.n; i++)
+                tests[n++] = (struct bench_test){ 0, m->gens.items[i], depth, sequences };
+            for (int i = 0; i < m->pairs.n; i += 2)
+                tests[n++] =
+                    (struct bench_test){ m->pairs.items[i], m->pairs.items[i + 1], depth, sequences };
+            for (int i = 0; i < n; i++)
+                if (tests[i].n_prompt + tests[i].n_gen > 0 && !body(ctx, &tests[i], e)) return false;
+        }
+    return true;
+}
+
+/* Memory is looked at before weights are loaded: of the test with the most tokens a plan is printed. */
+struct planning {
+    const struct settings *s;
+    const struct checkpoint *checkpoint;
+    const struct backend *backend;
+    struct bench_test largest;
+};
+
+static bool plan_test(void *ctx, const struct bench_test *t, struct err *e)
+{
+    struct planning *p = ctx;
+    struct engine_options o = bench_engine(t, p->s->step_rows, common_kv_dtype(&p->s->common)),
+                          most = bench_engine(&p->largest, p->s->step_rows, o.kv);
+    if (o.context * o.sequences > most.context * most.sequences) p->largest = *t;
+    return plan_device(p->checkpoint, p->backend, &o, NULL, true, e);
+}
+
+static bool plan_tests(const struct settings *s, const struct matrix *m, const struct checkpoint *c,
+                       const struct backend *b, struct err *e)
+{
+    struct planning p = { s, c, b, { 0 } };
+    if (!each_test(m, plan_test, &p, e)) return false;
+    struct engine_options o = bench_engine(&p.largest, s->step_rows, common_kv_dtype(&s->common));
+    return plan_device(c, b, &o, NULL, s->common.quiet, e);
+}
+
 /* One thread count's backend with the model on it. */
 struct loaded {
     struct backend backend, trace;
@@ -144,14 +194,14 @@ struct loaded {
     struct read_speed *speed;
 };
 
-static bool load(struct loaded *l, const struct source *o, const struct settings *s, int threads,
-                 const struct report *report, struct err *e)
+static bool load(struct loaded *l, const struct source *o, const struct settings *s, const struct matrix *m,
+                 int threads, const struct report *report, struct err *e)
 {
     struct common common = s->common;
     common.threads = threads;
     *l = (struct loaded){ 0 };
     return read_speed_create(&l->speed, threads, e) && common_backend(&l->backend, &common, e) &&
-           trace_create(&l->trace, &l->backend, e) &&
+           plan_tests(s, m, o->checkpoint, &l->backend, e) && trace_create(&l->trace, &l->backend, e) &&
            model_init(&l->model, o->checkpoint, &l->trace, report, e) && model_bind_all(&l->model, e) &&
            bench_label(&l->model, e);
 }
@@ -170,32 +220,14 @@ struct running {
     const struct bench_options *options;
 };
 
-static bool run_test(const struct running *r, int64_t n_prompt, int64_t n_gen, int64_t depth,
-                     int64_t sequences, struct err *e)
+static bool run_test(void *ctx, const struct bench_test *t, struct err *e)
 {
-    struct bench_test t = { n_prompt, n_gen, depth, (int)sequences };
+    const struct running *r = ctx;
     struct bench_result result;
-    if (n_prompt + n_gen == 0) return true;
-    if (!bench_run(&result, &t, r->options, e)) return false;
-    bench_printer_add(r->printer, r->setting, &t, &result);
+    if (!bench_run(&result, t, r->options, e)) return false;
+    bench_printer_add(r->printer, r->setting, t, &result);
     bench_result_deinit(&result);
     return true;
-}
-
-static bool run_tests(const struct running *r, const struct matrix *m, struct err *e)
-{
-    bool ok = true;
-    for (int d = 0; d < m->depths.n; d++)
-        for (int b = 0; b < m->sequences.n; b++) {
-            int64_t depth = m->depths.items[d], sequences = m->sequences.items[b];
-            for (int i = 0; ok && i < m->prompts.n; i++)
-                ok = run_test(r, m->prompts.items[i], 0, depth, sequences, e);
-            for (int i = 0; ok && i < m->gens.n; i++)
-                ok = run_test(r, 0, m->gens.items[i], depth, sequences, e);
-            for (int i = 0; ok && i < m->pairs.n; i += 2)
-                ok = run_test(r, m->pairs.items[i], m->pairs.items[i + 1], depth, sequences, e);
-        }
-    return ok;
 }
 
 static bool run_threads(struct bench_printer *p, const struct source *o, const struct settings *s,
@@ -204,7 +236,7 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
     struct report report = common_report(&s->common);
     struct loaded l;
     double start = clock_seconds();
-    bool ok = load(&l, o, s, threads, &report, e);
+    bool ok = load(&l, o, s, m, threads, &report, e);
     struct bench_setting setting = { .model = s->model,
                                      .backend = &l.backend,
                                      .threads = threads,
@@ -223,7 +255,7 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
                                      .repetitions = (int)s->repetitions,
                                      .profile = s->profile,
                                      .report = &report };
-    ok = ok && run_tests(&(struct running){ p, &setting, &options }, m, e);
+    ok = ok && each_test(m, run_test, &(struct running){ p, &setting, &options }, e);
     unload(&l);
     return ok;
 }

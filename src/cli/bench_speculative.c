@@ -81,7 +81,7 @@ bool bench_speculative(const struct bench_speculative *b, struct err *e)
         return err_set(e, ERR_ARGUMENT,
                        "--speculative-config: --prompts FILE.jsonl is needed too, acceptance "
                        "means nothing on random tokens");
-    if (!common_drafts(&drafts, b->common, e)) return false;
+    if (!common_drafts(&drafts, b->common, b->model, e)) return false;
     if (!drafts)
         return err_set(e, ERR_ARGUMENT,
                        "--prompts: --speculative-config is needed too, for what is compared");

@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/line.h"
+#include "cli/plan.h"
 #include "engine/session.h"
 #include "engine/picture.h"
 #include "tokenizer/chat.h"
@@ -417,11 +418,16 @@ static bool may_colour(void)
     return isatty(STDOUT_FILENO) && !(none && *none) && terminal && strcmp(terminal, "dumb") != 0;
 }
 
+static struct engine_options engine_for(const struct settings *s)
+{
+    return (struct engine_options){ .context = s->context,
+                                    .kv = common_kv_dtype(&s->common),
+                                    .drafts = s->drafts };
+}
+
 static bool open_chat(struct chat *c, struct engine **engine, const struct settings *s, struct err *e)
 {
-    struct engine_options eo = { .context = s->context,
-                                 .kv = common_kv_dtype(&s->common),
-                                 .drafts = s->drafts };
+    struct engine_options eo = engine_for(s);
     c->thinking = (enum chat_thinking)s->thinking;
     c->messages = json_array();
     c->is_coloured = !s->common.json && may_colour();
@@ -454,9 +460,12 @@ static bool run(struct settings *s, struct err *e)
     struct chat c = { .s = s, .o = &o };
     int32_t eos[16], pictures[2];
     int n_eos = 0;
-    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
-              common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
-              common_bind_mtp(&o, s->drafts, e) && checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
+              common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e);
+    struct engine_options eo = engine_for(s);
+    ok = ok && plan_device(&o.checkpoint, &b, &eo, NULL, s->common.quiet, e) &&
+         common_bind(&o, &b, &report, e) && common_bind_mtp(&o, s->drafts, e) &&
+         checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);
     const struct config *config = &o.checkpoint.config;
     pictures[0] = (int32_t)config->image_token;
     pictures[1] = (int32_t)config->video_token;

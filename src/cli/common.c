@@ -109,7 +109,16 @@ static bool speculative_refused(const char *key, const char *what, struct err *e
     return err_set(e, ERR_ARGUMENT, "--speculative-config: field '%s': %s", key, what);
 }
 
-static bool read_speculative(int *drafts, const json_t *o, struct err *e)
+static bool is_same_folder(const char *a, const char *b)
+{
+    char *x = a ? realpath(a, NULL) : NULL, *y = b ? realpath(b, NULL) : NULL;
+    bool same = a && b && (strcmp(a, b) == 0 || (x && y && strcmp(x, y) == 0));
+    free(x);
+    free(y);
+    return same;
+}
+
+static bool read_speculative(int *drafts, const json_t *o, const char *model, struct err *e)
 {
     const char *key;
     json_t *v;
@@ -126,35 +135,49 @@ static bool read_speculative(int *drafts, const json_t *o, struct err *e)
             json_int_t n = json_integer_value(v);
             if (n < 1 || n > DRAFTS_MAX) return speculative_refused(key, "expected 1 to 8", e);
             *drafts = (int)n;
+        } else if (strcmp(key, "model") == 0) {
+            if (!is_same_folder(json_string_value(v), model))
+                return speculative_refused(
+                    key, "the MTP head is part of MODEL; leave the field out, or give MODEL again", e);
         } else
-            return speculative_refused(key, "not known here; fields are method and num_speculative_tokens",
-                                       e);
+            return speculative_refused(
+                key, "not known here; fields are method, num_speculative_tokens and model", e);
     }
     return has_method || err_set(e, ERR_ARGUMENT, "--speculative-config: field 'method' is missing");
 }
 
-bool common_drafts(int *drafts, const struct common *c, struct err *e)
+bool common_drafts(int *drafts, const struct common *c, const char *model, struct err *e)
 {
     json_error_t fault;
     *drafts = 0;
     if (!c->speculative) return true;
     json_t *o = json_loads(c->speculative, JSON_REJECT_DUPLICATES, &fault);
     if (!o) return err_set(e, ERR_ARGUMENT, "--speculative-config: not JSON: %s", fault.text);
-    bool ok = json_is_object(o) ? read_speculative(drafts, o, e)
+    bool ok = json_is_object(o) ? read_speculative(drafts, o, model, e)
                                 : err_set(e, ERR_ARGUMENT, "--speculative-config: expected an object");
     json_decref(o);
     return ok;
 }
 
+bool common_open_files(struct opened *o, const char *path, struct err *e)
+{
+    *o = (struct opened){ 0 };
+    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e)) return true;
+    common_close(o);
+    return false;
+}
+
+bool common_bind(struct opened *o, struct backend *b, const struct report *report, struct err *e)
+{
+    if (model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_all(&o->model, e)) return true;
+    common_close(o);
+    return false;
+}
+
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e)
 {
-    *o = (struct opened){ 0 };
-    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e) &&
-        model_init(&o->model, &o->checkpoint, b, report, e) && model_bind_all(&o->model, e))
-        return true;
-    common_close(o);
-    return false;
+    return common_open_files(o, path, e) && common_bind(o, b, report, e);
 }
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)

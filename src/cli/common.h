@@ -92,9 +92,13 @@ struct opened {
     struct model model;
     struct tokenizer *tokenizer;
 };
-/* --speculative-config as vLLM has it; *drafts: 0 without. Other methods and fields are refused. */
-bool common_drafts(int *drafts, const struct common *c, struct err *e);
+/* --speculative-config as vLLM has it; *drafts: 0 without. Other methods and fields are refused, and another
+ * model than this path. */
+bool common_drafts(int *drafts, const struct common *c, const char *model, struct err *e);
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
+/* Files, then weights; common_open does both. On failure nothing stays open. */
+bool common_open_files(struct opened *o, const char *path, struct err *e);
+bool common_bind(struct opened *o, struct backend *b, const struct report *report, struct err *e);
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e);
 /* The MTP head of an opened model, where drafts are wanted. */

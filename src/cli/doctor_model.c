@@ -1,6 +1,6 @@
 #include "base/clock.h"
 #include "cli/doctor.h"
-#include "cli/serve_plan.h"
+#include "cli/plan.h"
 #include "eval/load_http.h"
 #include "tokenizer/chat.h"
 #include <math.h>

@@ -1,6 +1,7 @@
 /* quench generate MODEL -p TEXT */
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "cli/plan.h"
 #include "base/file.h"
 #include "engine/generate.h"
 #include "engine/prompt.h"
@@ -179,6 +180,22 @@ static void print_speed(const struct generated *g, const struct speculation *s, 
     if (s->most) print_drafts(s);
 }
 
+static struct engine_options engine_for(const struct settings *s, const struct config *c, int64_t n_prompt)
+{
+    int64_t most = c->max_position_embeddings - n_prompt;
+    return (struct engine_options){ .context = n_prompt + (s->max_tokens < most ? s->max_tokens : most),
+                                    .kv = common_kv_dtype(&s->common),
+                                    .drafts = s->drafts };
+}
+
+/* Pictures, whose rows are not known yet, count for little beside weights. */
+static bool fits(const struct settings *s, const struct opened *o, const struct backend *b,
+                 const struct token_list *tokens, struct err *e)
+{
+    struct engine_options eo = engine_for(s, &o->checkpoint.config, (int64_t)tokens->n);
+    return plan_device(&o->checkpoint, b, &eo, NULL, s->common.quiet, e);
+}
+
 static bool answer(const struct settings *s, struct opened *o, const struct prompt *prompt,
                    const struct sampling *sampling, const struct report *report, struct err *e)
 {
@@ -205,9 +222,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct prom
                             .text = take_text,
                             .speculation = &speculation,
                             .report = report };
-    struct engine_options eo = { .context = n + max_tokens,
-                                 .kv = common_kv_dtype(&s->common),
-                                 .drafts = s->drafts };
+    struct engine_options eo = engine_for(s, c, n);
     struct engine *engine;
     struct generated out = { 0 };
     if (!engine_create(&engine, &o->model, &eo, e)) return false;
@@ -236,9 +251,10 @@ static bool run(struct settings *s, struct err *e)
     struct token_list tokens = { 0 };
     struct picture pictures[TEXT_LIST_MAX] = { 0 };
     struct prompt prompt = { 0 };
-    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, e) &&
-              common_backend(&b, &s->common, e) && common_open(&o, s->model, &b, &report, e) &&
-              common_bind_mtp(&o, s->drafts, e) && encode_prompt(&tokens, &o, s, e) &&
+    bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
+              common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e) &&
+              encode_prompt(&tokens, &o, s, e) && fits(s, &o, &b, &tokens, e) &&
+              common_bind(&o, &b, &report, e) && common_bind_mtp(&o, s->drafts, e) &&
               lay_prompt(&prompt, &o, &tokens, pictures, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
     prompt_free(&prompt);

@@ -1,6 +1,7 @@
 /* quench perplexity MODEL --text FILE [--against OTHER] */
 #include "cli/commands.h"
 #include "cli/evaluate.h"
+#include "cli/plan.h"
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -109,6 +110,14 @@ static bool check(const struct settings *s, struct err *e)
     return true;
 }
 
+static bool open_planned(struct opened *o, const struct settings *s, const char *path, struct backend *b,
+                         const struct report *report, uint64_t *taken, struct err *e)
+{
+    struct engine_options eo = perplexity_engine(s->ctx, common_kv_dtype(&s->common));
+    return common_open_files(o, path, e) && plan_device(&o->checkpoint, b, &eo, taken, s->common.quiet, e) &&
+           common_bind(o, b, report, e);
+}
+
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
@@ -119,11 +128,12 @@ static bool run(const struct settings *s, struct err *e)
     struct opened base = { 0 }, other = { 0 };
     struct token_list tokens = { 0 };
     struct comparison c = { 0 };
+    uint64_t taken = 0;
     bool ok = check(s, e) && common_backend(&b, &s->common, e) &&
-              common_open(&base, s->model, &b, &report, e) &&
+              open_planned(&base, s, s->model, &b, &report, &taken, e) &&
               evaluate_tokens(&tokens, base.tokenizer, s->text, e);
     if (ok && s->against)
-        ok = common_open(&other, s->against, &b, &report, e) &&
+        ok = open_planned(&other, s, s->against, &b, &report, &taken, e) &&
              evaluate_same_tokens(&tokens, other.tokenizer, s->text, s->model, s->against, e) &&
              perplexity_compare(&c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
     else if (ok)

@@ -3,7 +3,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/serve_compat.h"
-#include "cli/serve_plan.h"
+#include "cli/plan.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
@@ -42,24 +42,24 @@ struct settings {
     /* who */
     const char *certificate, *certificate_key, *key_password, *client_ca, *key_file;
     int64_t client_certificates;
-    struct text_list keys, origins;
+    struct text_list keys, origins, media_hosts;
     bool public_metrics;
     /* the model */
     struct text_list names;
     const char *context_text, *step_text, *memory_text, *host_cache_text;
-    int64_t sequences, mtp, queued;
+    int64_t sequences, mtp, queued, stream_interval;
     double utilization, decode_ms;
     int kv;
     bool prefix_caching, language_only, strict;
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
-    const char *header_text, *body_text;
+    const char *header_text, *body_text, *store_text;
     int64_t headers, connections;
     double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
-        shutdown_seconds;
+        shutdown_seconds, store_seconds;
     const char *log;
     /* read from the above */
-    uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes;
+    uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes, store_bytes;
     int drafts, max_images;
     json_t *kwargs, *override;
 };
@@ -125,6 +125,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--max-num-seqs", (double)s->sequences, 0, 4096 },
         { "--mtp", (double)s->mtp, 0, DRAFTS_MAX },
         { "--max-queued", (double)s->queued, 0, 1 << 20 },
+        { "--stream-interval", (double)s->stream_interval, 0, INT32_MAX },
         { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
@@ -138,6 +139,8 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--comment-interval", s->comment_seconds, 0.001, 1e6 },
         { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
         { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
+        { "--response-store", (double)s->store_bytes, 0, 1e12 },
+        { "--response-store-age", s->store_seconds, 1, 1e9 },
         { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
@@ -151,7 +154,7 @@ static bool read_drafts(struct settings *s, struct err *e)
 {
     if (s->mtp && s->common.speculative)
         return err_set(e, ERR_ARGUMENT, "--mtp and --speculative-config: one of them is enough");
-    if (!s->mtp) return common_drafts(&s->drafts, &s->common, e);
+    if (!s->mtp) return common_drafts(&s->drafts, &s->common, s->model, e);
     s->drafts = (int)s->mtp;
     return true;
 }
@@ -189,7 +192,8 @@ static bool check(struct settings *s, json_t **origins, struct err *e)
            read_size(&s->memory, "--memory", s->memory_text, e) &&
            read_size(&s->host_cache, "--host-cache", s->host_cache_text, e) &&
            read_size(&s->header_bytes, "--max-header-bytes", s->header_text, e) &&
-           read_size(&s->body_bytes, "--max-body-bytes", s->body_text, e) && check_ranges(s, e) &&
+           read_size(&s->body_bytes, "--max-body-bytes", s->body_text, e) &&
+           read_size(&s->store_bytes, "--response-store", s->store_text, e) && check_ranges(s, e) &&
            check_tls(s, e) && read_drafts(s, e) && read_media(s, e) && read_origins(s, origins, e) &&
            read_json(&s->kwargs, "--default-chat-template-kwargs", s->template_kwargs, e) &&
            read_json(&s->override, "--override-generation-config", s->generation, e);
@@ -287,6 +291,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
+                              .step_rows = (int64_t)s->step_tokens,
                               .budget = s->memory,
                               .utilization = s->utilization };
     bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
@@ -307,24 +312,11 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
     return engine_create(&v->engine, &v->opened.model, &o, e);
 }
 
-/* Rows of lm_head beyond the tokenizer's entries are padding. */
-static bool find_known(struct service *v, struct err *e)
-{
-    int64_t n_vocab = v->opened.checkpoint.config.vocab_size;
-    size_t words = (size_t)(n_vocab + 31) / 32, n;
-    v->known = calloc(words, sizeof *v->known);
-    if (!v->known) return err_memory(e, "vocabulary", words * sizeof *v->known);
-    for (int32_t id = 0; id < n_vocab; id++) {
-        tokenizer_bytes(v->opened.tokenizer, id, &n);
-        if (n > 0) v->known[id / 32] |= 1u << id % 32;
-    }
-    return true;
-}
-
 static bool make_scheduler(struct service *v, const struct settings *s, struct server *server, struct err *e)
 {
     static const char end[] = "<|im_end|>\n";
-    if (!tokenizer_encode(v->opened.tokenizer, &v->turn_end, end, sizeof end - 1, 0, e) || !find_known(v, e))
+    if (!tokenizer_encode(v->opened.tokenizer, &v->turn_end, end, sizeof end - 1, 0, e) ||
+        !sampled_tokens(&v->known, v->opened.tokenizer, v->opened.checkpoint.config.vocab_size, NULL, 0, e))
         return false;
     struct scheduler_options o = { .engine = v->engine,
                                    .model = &v->opened.model,
@@ -355,9 +347,14 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .n_served_names = s->names.n,
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
+                             .stream_interval = s->stream_interval,
+                             .media_hosts = s->media_hosts.items,
+                             .n_media_hosts = s->media_hosts.n,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
-                             .generation = s->override };
+                             .generation = s->override,
+                             .store_bytes = s->store_bytes,
+                             .store_seconds = s->store_seconds };
     return ok && api_create(&v->api, &o, e);
 }
 
@@ -391,12 +388,20 @@ static bool run(struct settings *s, struct err *e)
     struct service v = { 0 };
     double begin = clock_seconds();
     if (!start_server(&server, s, e)) return false;
+    for (int i = 0; i < s->media_hosts.n; i++)
+        if (strcmp(s->media_hosts.items[i], "*") == 0)
+            fprintf(stderr,
+                    "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
+                    "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
     bool ok = load(&v, s, server, e);
     if (ok) {
         server_attach(server, v.api, v.scheduler);
         fprintf(stderr, "quench serve: ready after %.1f s: %s, %lld tokens\n", clock_seconds() - begin,
                 v.backend.name, (long long)engine_context(v.engine));
+        if (s->store_bytes)
+            fprintf(stderr, "quench serve: keeps responses of /v1/responses: at most %.1f MB, for %.0f s\n",
+                    (double)s->store_bytes / 1e6, s->store_seconds);
         ok = server_wait(server) || err_set(e, ERR_BUSY, "stopped before every request was answered");
     } else
         server_stop(server);
@@ -443,6 +448,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
+        { "--stream-interval", 0, FLAG_INT, &s->stream_interval, "N",
+          "tokens of a stream's event (default 0: what came in 20 ms; the first at once)", NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
@@ -461,8 +468,16 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
           NULL },
+        { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
+          "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
+          "scheme's)",
+          NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
+          NULL },
+        { "--response-store", 0, FLAG_TEXT, &s->store_text, "BYTES",
+          "of /v1/responses kept in memory for previous_response_id (default none)", NULL },
+        { "--response-store-age", 0, FLAG_NUMBER, &s->store_seconds, "S", "and for how long (default 3600)",
           NULL },
         { "--max-header-bytes", 0, FLAG_TEXT, &s->header_text, "BYTES", "of a request (default 64K)", NULL },
         { "--max-headers", 0, FLAG_INT, &s->headers, "N", "default 100", NULL },
@@ -538,7 +553,8 @@ int cli_serve(int argc, char **argv)
                           .send_seconds = 30,
                           .comment_seconds = 10,
                           .stall_seconds = 60,
-                          .shutdown_seconds = 30 };
+                          .shutdown_seconds = 30,
+                          .store_seconds = 3600 };
     struct flag flags[FLAGS_MAX];
     struct compat compat = { 0 };
     make_flags(flags, &s, &compat);

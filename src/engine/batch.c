@@ -15,9 +15,10 @@ struct batch {
     struct engine_draft *drafts;
     int64_t *index;      /* [step rows] of the rows that logits are wanted of */
     struct request **of; /* [step rows] whose they are */
-    int32_t *best;       /* [logits rows] */
-    struct candidate *work;
-    float *changed; /* [vocab] a row of logits under the request's rules */
+    struct draw *draws;  /* [logits rows] */
+    int32_t *drawn;      /* [logits rows] the backend's answers to them; see is_drawn */
+    float *changed;      /* [vocab] a row of logits under the request's rules */
+    struct logits_edits edits[ROUNDS];
 };
 
 bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader, const uint32_t *known,
@@ -34,15 +35,16 @@ bool batch_create(struct batch **out, struct engine *g, struct picture_reader *r
     b->drafts = calloc(n, sizeof *b->drafts);
     b->index = calloc(rows, sizeof *b->index);
     b->of = calloc(rows, sizeof *b->of);
-    b->best = calloc((size_t)engine_logits_rows(g), sizeof *b->best);
-    b->work = malloc(vocab * sizeof *b->work);
+    b->draws = calloc((size_t)engine_logits_rows(g), sizeof *b->draws);
+    b->drawn = calloc((size_t)engine_logits_rows(g), sizeof *b->drawn);
     b->changed = malloc(vocab * sizeof *b->changed);
-    if (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->best && b->work &&
-        b->changed)
-        return true;
+    bool ok = (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->draws && b->drawn &&
+               b->changed) ||
+              err_memory(e, "scheduler", vocab * sizeof *b->changed);
+    if (ok && engine_allow(g, known, e)) return true;
     batch_free(b);
     *out = NULL;
-    return err_memory(e, "scheduler", vocab * (sizeof *b->work + sizeof *b->changed));
+    return false;
 }
 
 void batch_free(struct batch *b)
@@ -54,9 +56,10 @@ void batch_free(struct batch *b)
     free(b->drafts);
     free(b->index);
     free(b->of);
-    free(b->best);
-    free(b->work);
+    free(b->draws);
+    free(b->drawn);
     free(b->changed);
+    for (int i = 0; i < ROUNDS; i++) free(b->edits[i].items);
     free(b);
 }
 
@@ -74,9 +77,9 @@ int64_t batch_rows(const struct batch *b)
     return b->n_rows;
 }
 
-bool batch_draft(struct batch *b, struct request *const *r, int n, struct err *e)
+bool batch_draft(struct batch *b, struct request *const *r, int n, int most, struct err *e)
 {
-    int n_drafts = 0, most = engine_drafts(b->engine);
+    int n_drafts = 0;
     for (int i = 0; i < n; i++) {
         int64_t left = r[i]->most - r[i]->n_answer - 1;
         r[i]->draft.n = most < left ? most : (int)left;
@@ -163,24 +166,35 @@ static bool is_one_of(const int32_t *ids, int n, int32_t id)
     return false;
 }
 
-static bool is_unknown(void *ctx, int32_t id)
+/* Row `row` of r's rows of this step is the last of a prompt or one of an answer: it is sampled from. */
+static bool samples(const struct request *r, int64_t row)
 {
-    const struct batch *b = ctx;
-    return b->known && !(b->known[id / 32] >> id % 32 & 1);
+    return r->done + row + 1 >= r->prompt.n && r->most > 0;
 }
 
-/* -1: the rules leave none. */
-static int32_t choose(struct batch *b, struct request *r, const float *logits)
+/* The backend draws where the logits themselves are not wanted. What the rules say of the rows after a
+ * round's first one depends on the tokens that come: these are drawn as if there were none, and again by
+ * the host if it turns out that there are. */
+static bool is_drawn(const struct request *r, int64_t row)
 {
-    int32_t forced = logits_rules_forced(&r->rules);
-    if (forced >= 0) return forced;
+    return samples(r, row) && r->o.top_logprobs < 0;
+}
+
+static bool is_first(const struct request *r, int64_t row)
+{
+    return r->done < r->prompt.n || row == 0;
+}
+
+/* By the host. *id -1: the rules leave none. */
+static bool choose(struct batch *b, struct request *r, const float *logits, int32_t *id, struct err *e)
+{
     if (logits_rules_change(&r->rules)) {
         memcpy(b->changed, logits, (size_t)b->vocab * sizeof *logits);
-        if (!logits_rules_apply(&r->rules, b->changed)) return -1;
+        if (!logits_rules_apply(&r->rules, b->changed, b->edits, e)) return false;
         logits = b->changed;
     }
-    return sample_token(&r->o.sampling, logits, b->vocab, (uint64_t)r->n_answer, b->work,
-                        b->known ? is_unknown : NULL, b);
+    *id = sample_token(&r->o.sampling, logits, b->vocab, (uint64_t)r->n_answer, b->known);
+    return true;
 }
 
 static void end_without_token(struct request *r)
@@ -195,18 +209,20 @@ static void end_without_token(struct request *r)
     end(r, FINISHED_ERROR);
 }
 
-/* The next token of the answer, by its row of logits. The rows of a round count for as long as each token is
- * the one drafted. */
-static void take_token(struct batch *b, struct request *r, const float *logits, int32_t best)
+/* The next token of the answer; logits: where its score is wanted. The rows of a round count for as long as
+ * each token is the one drafted. */
+static void take_token(struct batch *b, struct request *r, int32_t id, const float *logits)
 {
-    int32_t id = logits ? choose(b, r, logits) : best;
     int row = r->right++;
     if (id < 0) {
         end_without_token(r);
         return;
     }
     struct request_event event = { .kind = REQUEST_TOKEN, .token.id = id };
-    if (r->o.top_logprobs >= 0) logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
+    if (r->o.n_score_ids)
+        logits_score_ids(&event, logits, b->vocab, id, r->o.score_ids, r->o.n_score_ids);
+    else if (r->o.top_logprobs >= 0)
+        logits_score(&event, logits, b->vocab, id, r->o.top_logprobs);
     if (is_one_of(r->o.stop_tokens, r->o.n_stop_tokens, id)) {
         end(r, FINISHED_STOP);
         event.kind = REQUEST_FINISHED;
@@ -244,31 +260,53 @@ static void score_prompt(struct batch *b, struct request *r, int64_t row, const 
     request_post(r, &event);
 }
 
-/* logits: NULL where the likeliest token is all that is asked. */
-static void take_row(struct batch *b, struct request *r, int64_t row, const float *logits, int32_t best)
+/* Rows [first, first + n) of those that logits are wanted of: what the backend is to draw. */
+static bool ask(struct batch *b, struct mat logits, int64_t first, int64_t n, struct err *e)
 {
-    bool in_prompt = r->done < r->prompt.n;
-    if (in_prompt && r->done + row + 1 < r->prompt.n)
-        score_prompt(b, r, r->done + row, logits);
-    else
-        take_token(b, r, logits, best);
+    bool any = false;
+    for (int k = 0; k < ROUNDS; k++) b->edits[k].n = 0;
+    for (int64_t i = 0; i < n; i++) {
+        struct request *r = b->of[first + i];
+        int64_t row = b->index[first + i] - r->first, at = r->n_answer - r->right;
+        b->draws[i] = (struct draw){ 0 };
+        if (r->ended || !is_drawn(r, row)) continue;
+        any = true;
+        b->draws[i] = sampling_draw(&r->o.sampling, (uint64_t)(is_first(r, row) ? at : at + row));
+        if (!is_first(r, row) || !logits_rules_change(&r->rules) || logits_rules_forced(&r->rules) >= 0)
+            continue;
+        const uint32_t *mask = logits_rules_mask(&r->rules);
+        if (mask) engine_mask(b->engine, logits, i, mask);
+        if (!logits_rules_edits(&r->rules, (int32_t)i, b->edits, e)) return false;
+    }
+    for (int k = 0; k < ROUNDS; k++) engine_edit(b->engine, logits, b->edits[k].items, b->edits[k].n);
+    if (any) engine_draw(b->engine, b->drawn, logits, b->draws);
+    return true;
 }
 
-/* Rows [first, first + n) of those that logits are wanted of. */
+static bool take_row(struct batch *b, struct mat logits, int64_t i, int64_t row, struct request *r,
+                     struct err *e)
+{
+    int32_t id = logits_rules_forced(&r->rules);
+    bool host = !is_drawn(r, row) || (!is_first(r, row) && logits_rules_change(&r->rules));
+    const float *x = host ? engine_fetch(b->engine, logits, i, 1) : NULL;
+    if (x && !engine_wait(b->engine, e)) return false;
+    if (!samples(r, row)) {
+        score_prompt(b, r, r->done + row, x);
+        return true;
+    }
+    if (id < 0 && !host) id = b->drawn[i];
+    if (id < 0 && host && !choose(b, r, x, &id, e)) return false;
+    take_token(b, r, id, x);
+    return true;
+}
+
 static bool take_rows(struct batch *b, struct mat hidden, int64_t first, int64_t n, struct err *e)
 {
     struct mat logits = engine_logits(b->engine, hidden, b->index + first, n);
-    bool any_best = false;
-    for (int64_t i = 0; i < n; i++) any_best |= b->of[first + i]->wants_best;
-    if (any_best) engine_best(b->engine, b->best, logits);
-    if (!engine_wait(b->engine, e)) return false;
+    if (!ask(b, logits, first, n, e) || !engine_wait(b->engine, e)) return false;
     for (int64_t i = 0; i < n; i++) {
         struct request *r = b->of[first + i];
-        if (r->ended) continue;
-        bool best = r->wants_best && !is_unknown(b, b->best[i]);
-        const float *row = best ? NULL : engine_fetch(b->engine, logits, i, 1);
-        if (row && !engine_wait(b->engine, e)) return false;
-        take_row(b, r, b->index[first + i] - r->first, row, b->best[i]);
+        if (!r->ended && !take_row(b, logits, i, b->index[first + i] - r->first, r, e)) return false;
     }
     return true;
 }

@@ -12,8 +12,8 @@ void batch_free(struct batch *b); /* NULL is fine */
 
 void batch_clear(struct batch *b);
 int64_t batch_rows(const struct batch *b);
-/* Drafts ahead of n requests that generate, where their heads are ready for it. */
-bool batch_draft(struct batch *b, struct request *const *r, int n, struct err *e);
+/* Drafts, up to `most` of each, ahead of n requests that generate, where their heads are ready for it. */
+bool batch_draft(struct batch *b, struct request *const *r, int n, int most, struct err *e);
 void batch_add_round(struct batch *b, struct request *r); /* the token sampled last, and its drafts */
 /* Rows [done, done + n) of the prompt. False: its pictures could not be read, r has nothing in the step. */
 bool batch_add_prompt(struct batch *b, struct request *r, int64_t n, struct err *e);

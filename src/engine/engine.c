@@ -15,6 +15,22 @@ static void set_defaults(struct engine_options *o, const struct config *c, const
     if (o->step_rows > o->context * o->sequences) o->step_rows = o->context * o->sequences;
 }
 
+static int64_t logits_rows_of(const struct engine_options *o, const struct config *c)
+{
+    int64_t n = LOGITS_BYTES / (c->vocab_size * (int64_t)sizeof(float));
+    if (n < o->drafts + 1) n = o->drafts + 1;
+    if (n > o->step_rows) n = o->step_rows;
+    return n < 1 ? 1 : n;
+}
+
+uint64_t engine_step_bytes(const struct config *c, const struct backend *b,
+                           const struct engine_options *options)
+{
+    struct engine_options o = *options;
+    set_defaults(&o, c, b);
+    return step_bytes(c, b, o.drafts > 0, o.step_rows, logits_rows_of(&o, c), o.context);
+}
+
 static bool take_host_memory(struct engine *g, struct err *e)
 {
     int64_t n_seq = g->o.sequences, lists = (n_seq + g->o.snapshots) * g->pages_each, pages = g->o.pages;
@@ -68,10 +84,7 @@ bool engine_create(struct engine **out, struct model *m, const struct engine_opt
     set_defaults(&g->o, m->config, m->backend);
     g->pages_each = (g->o.context + KV_PAGE - 1) / KV_PAGE;
     if (g->o.pages == 0) g->o.pages = g->pages_each * g->o.sequences;
-    g->logits_rows = LOGITS_BYTES / (m->config->vocab_size * (int64_t)sizeof(float));
-    if (g->logits_rows < g->o.drafts + 1) g->logits_rows = g->o.drafts + 1;
-    if (g->logits_rows > g->o.step_rows) g->logits_rows = g->o.step_rows;
-    if (g->logits_rows < 1) g->logits_rows = 1;
+    g->logits_rows = logits_rows_of(&g->o, m->config);
     bool ok =
         g->o.context <= m->config->max_position_embeddings ||
         err_set(e, ERR_LIMIT, "a context of %" PRId64 " tokens was asked for, the model allows %" PRId64,
@@ -89,6 +102,7 @@ void engine_free(struct engine *g)
 {
     if (!g) return;
     step_free(g->step);
+    g->model->backend->ops->memory_free(g->model->backend->queue, g->allowed);
     for (int i = 0; g->states && i <= g->model->config->n_layers; i++)
         layer_state_free(&g->states[i], g->model);
     free(g->states);
@@ -458,9 +472,36 @@ const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, in
     return to;
 }
 
-void engine_best(struct engine *g, int32_t *out, struct mat logits)
+void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct draw *draws)
 {
-    g->model->backend->ops->argmax(g->model->backend->queue, out, logits);
+    g->model->backend->ops->draw(g->model->backend->queue, out, logits, g->allowed, draws);
+}
+
+bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e)
+{
+    const struct backend *b = g->model->backend;
+    uint64_t bytes = (uint64_t)(g->model->config->vocab_size + 31) / 32 * sizeof *allowed;
+    void *memory = g->allowed;
+    if (!allowed) {
+        b->ops->memory_free(b->queue, memory);
+        g->allowed = NULL;
+        return true;
+    }
+    if (!memory && !b->ops->memory_create(b->queue, &memory, bytes, e)) return err_note(e, "vocabulary");
+    g->allowed = memory;
+    b->ops->upload(b->queue, g->allowed, allowed, bytes);
+    return true;
+}
+
+void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed)
+{
+    struct mat one = mat_of(logits.data + row * logits.stride, 1, logits.cols);
+    g->model->backend->ops->mask(g->model->backend->queue, one, allowed);
+}
+
+void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n)
+{
+    if (n > 0) g->model->backend->ops->edit(g->model->backend->queue, logits, edits, n);
 }
 
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n)

@@ -19,6 +19,8 @@ enum { DRAFTS_MAX = 8 };
 struct engine;
 bool engine_create(struct engine **out, struct model *m, const struct engine_options *o, struct err *e);
 void engine_free(struct engine *g); /* NULL is fine */
+/* What steps of such an engine take of the backend's memory, before anything is bound. */
+uint64_t engine_step_bytes(const struct config *c, const struct backend *b, const struct engine_options *o);
 int64_t engine_context(const struct engine *g);
 int64_t engine_step_rows(const struct engine *g);
 int engine_sequences(const struct engine *g);
@@ -57,10 +59,15 @@ struct mat engine_logits(struct engine *g, struct mat hidden, const int64_t *ind
 /* The same as host rows [n][vocab], owned by the engine, valid until the next call. */
 const float *engine_logits_host(struct engine *g, struct mat hidden, const int64_t *index, int64_t n);
 
-/* Of what engine_logits returned: host rows [first, first + n), as above; and the likeliest token of each
- * row, the first of equals, which costs the host nothing. */
+/* Of what engine_logits returned: host rows [first, first + n), as above; and a token drawn from each row,
+ * which costs the host nothing. -1: none may come. */
 const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, int64_t n);
-void engine_best(struct engine *g, int32_t *out, struct mat logits);
+void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct draw *draws);
+/* What engine_draw may give from now on: bits as in num/draw.h, copied; NULL: everything, as at first. */
+bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e);
+/* Changes of rows before that, see ops.h: tokens that must not come next in one row; n edits. */
+void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed);
+void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n);
 
 /* Waits for what was queued; false: it failed. */
 bool engine_wait(struct engine *g, struct err *e);

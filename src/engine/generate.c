@@ -72,21 +72,10 @@ struct decoding {
     struct speculation *speculation;
     const struct tokenizer *tokenizer;
     const struct generation *o;
-    struct candidate *work;
+    uint32_t *allowed;
     struct detokenizer detokenizer;
     struct pending pending;
 };
-
-/* Rows of the head without a token behind them hold ordinary finite logits. */
-static bool never_sampled(void *ctx, int32_t id)
-{
-    const struct decoding *d = ctx;
-    size_t n;
-    tokenizer_bytes(d->tokenizer, id, &n);
-    for (int i = 0; i < d->o->n_never; i++)
-        if (d->o->never[i] == id) return true;
-    return n == 0;
-}
 
 static bool append(struct token_list *list, int32_t id, struct err *e)
 {
@@ -112,17 +101,15 @@ static bool take_token(struct decoding *d, int32_t id, struct err *e)
     return true;
 }
 
-/* The next tokens by the logits of a round's rows, for as long as each turns out to be the one drafted.
+/* The next tokens, sampled after each row of a round, for as long as each turns out to be the one drafted.
  * *right: how many were. *more: there is a next round, after draft->next. */
-static bool take_round(struct decoding *d, const float *logits, struct engine_draft *draft, int *right,
+static bool take_round(struct decoding *d, const int32_t *ids, struct engine_draft *draft, int *right,
                        bool *more, struct err *e)
 {
     struct generated *out = d->out;
-    int64_t vocab = engine_vocab(d->engine);
     *more = false;
     for (*right = 0;;) {
-        int32_t id = sample_token(&d->o->sampling, logits + *right * vocab, vocab, (uint64_t)out->tokens.n,
-                                  d->work, never_sampled, d);
+        int32_t id = ids[*right];
         bool is_right = *right < draft->n && id == draft->tokens[*right];
         *right += is_right;
         if (is_stop_token(d->o, id)) {
@@ -144,17 +131,19 @@ static bool decode(struct decoding *d, int handle, const float *logits, struct e
     struct engine_draft draft = { .handle = handle };
     struct row rows[DRAFTS_MAX + 1];
     struct generated *out = d->out;
+    int32_t ids[DRAFTS_MAX + 1];
     double seconds = 0;
     bool more = d->o->max_tokens > 0;
+    ids[0] = sample_token(&d->o->sampling, logits, engine_vocab(d->engine), 0, d->allowed);
     out->finish = FINISH_LENGTH;
     for (bool first = true; more; first = false) {
         int right;
-        if (!take_round(d, logits, &draft, &right, &more, e)) return false;
+        if (!take_round(d, ids, &draft, &right, &more, e)) return false;
         if (!first) speculation_learn(d->speculation, draft.n, right, seconds);
         if (!more) break;
         if (draft.n > 0) engine_keep(d->engine, handle, right + 1);
         if (!speculation_run(d->speculation, d->engine, &draft, d->o->max_tokens - (int64_t)out->tokens.n - 1,
-                             rows, &logits, &seconds, e))
+                             rows, &d->o->sampling, (uint64_t)out->tokens.n, ids, &seconds, e))
             return false;
     }
     if (d->pending.stopped) return true;
@@ -170,15 +159,14 @@ bool generate_rows(struct generated *out, struct engine *g, const struct tokeniz
     *out = (struct generated){ 0 };
     struct speculation own;
     struct decoding d = { .engine = g, .tokenizer = t, .o = o, .out = out, .speculation = o->speculation };
-    int64_t vocab = engine_vocab(g);
     int handle;
     const float *logits;
     if (n == 0) return err_set(e, ERR_ARGUMENT, "the prompt is empty");
     if (!engine_open(g, &handle, e)) return false;
     speculation_init(&own, engine_drafts(g));
     if (!d.speculation) d.speculation = &own;
-    d.work = malloc((size_t)vocab * sizeof *d.work);
-    bool ok = d.work || err_memory(e, "sampling", (uint64_t)vocab * sizeof *d.work);
+    bool ok = sampled_tokens(&d.allowed, t, engine_vocab(g), o->never, o->n_never, e) &&
+              engine_allow(g, d.allowed, e);
     double begin = clock_seconds();
     ok = ok && engine_prefill_rows(g, handle, prompt, n, &logits, o->report, e);
     out->prefill_seconds = clock_seconds() - begin;
@@ -186,7 +174,7 @@ bool generate_rows(struct generated *out, struct engine *g, const struct tokeniz
     ok = ok && decode(&d, handle, logits, e);
     out->decode_seconds = clock_seconds() - begin;
     engine_close(g, handle);
-    free(d.work);
+    free(d.allowed);
     free(d.pending.bytes);
     return ok;
 }

@@ -18,6 +18,11 @@ static int longest(const struct request_options *o)
     return n;
 }
 
+static void see(struct logits_rules *l, int32_t id)
+{
+    if (l->counts[id] == 0) l->seen[l->n_seen++] = id;
+}
+
 bool logits_rules_init(struct logits_rules *l, const struct request_options *o, int64_t n_vocab,
                        struct err *e)
 {
@@ -28,20 +33,28 @@ bool logits_rules_init(struct logits_rules *l, const struct request_options *o, 
                                 .recent_most = run > 1 ? run - 1 : 0,
                                 .constrained = o->constraint && o->constraint_after < 0,
                                 .thinking = o->thinking_budget >= 0 && o->n_thinking_end > 0 };
-    if (has_penalties(o)) l->counts = calloc((size_t)n_vocab, sizeof *l->counts);
+    if (has_penalties(o)) {
+        l->counts = calloc((size_t)n_vocab, sizeof *l->counts);
+        l->seen = malloc((size_t)n_vocab * sizeof *l->seen);
+    }
     if (l->recent_most) l->recent = calloc((size_t)l->recent_most, sizeof *l->recent);
-    if (o->constraint) l->mask = calloc(words, sizeof *l->mask);
-    if ((has_penalties(o) && !l->counts) || (l->recent_most && !l->recent) || (o->constraint && !l->mask)) {
+    if (o->constraint || o->n_allowed) l->mask = calloc(words, sizeof *l->mask);
+    if ((has_penalties(o) && (!l->counts || !l->seen)) || (l->recent_most && !l->recent) ||
+        ((o->constraint || o->n_allowed) && !l->mask)) {
         logits_rules_deinit(l);
         return err_memory(e, "penalties", (uint64_t)n_vocab * sizeof *l->counts);
     }
-    for (int64_t i = 0; l->counts && i < o->n_prompt; i++) l->counts[o->prompt[i]] |= IN_PROMPT;
+    for (int64_t i = 0; l->counts && i < o->n_prompt; i++) {
+        see(l, o->prompt[i]);
+        l->counts[o->prompt[i]] |= IN_PROMPT;
+    }
     return true;
 }
 
 void logits_rules_deinit(struct logits_rules *l)
 {
     free(l->counts);
+    free(l->seen);
     free(l->recent);
     free(l->mask);
     *l = (struct logits_rules){ 0 };
@@ -54,25 +67,35 @@ bool logits_rules_change(const struct logits_rules *l)
            (l->n_answer < o->min_tokens && o->n_stop_tokens);
 }
 
-bool logits_rules_want_best(const struct logits_rules *l)
+const uint32_t *logits_rules_mask(struct logits_rules *l)
 {
     const struct request_options *o = l->o;
-    return o->sampling.temperature < 1e-5f && o->top_logprobs < 0 && !o->constraint && !l->thinking &&
-           !logits_rules_change(l);
+    size_t bytes = ((size_t)l->n_vocab + 31) / 32 * sizeof *l->mask;
+    if (!o->n_allowed && !l->constrained) return NULL;
+    memset(l->mask, o->n_allowed ? 0 : 0xff, bytes);
+    for (int i = 0; i < o->n_allowed; i++) l->mask[o->allowed[i] / 32] |= 1u << o->allowed[i] % 32;
+    if (l->constrained) o->constraint->mask(o->constraint->state, l->mask, l->n_vocab);
+    return l->mask;
 }
 
-/* allowed is sorted. */
-static void keep_allowed(float *logits, int64_t n_vocab, const int32_t *allowed, int n)
+static bool make_room(struct logits_edits *list, int64_t more, struct err *e)
 {
-    int at = 0;
-    for (int64_t id = 0; id < n_vocab; id++) {
-        while (at < n && allowed[at] < id) at++;
-        if (at == n || allowed[at] != id) logits[id] = -INFINITY;
-    }
+    if (list->capacity - list->n >= more) return true;
+    int64_t capacity = 2 * (list->n + more);
+    struct edit *grown = realloc(list->items, (size_t)capacity * sizeof *grown);
+    if (!grown) return err_memory(e, "changes of logits", (uint64_t)capacity * sizeof *grown);
+    list->items = grown;
+    list->capacity = capacity;
+    return true;
 }
 
-/* Bans the last token of every bad run whose other tokens have just come. */
-static void ban_bad_words(const struct logits_rules *l, float *logits)
+static void ban(struct logits_edits *list, int32_t row, int32_t id)
+{
+    list->items[list->n++] = (struct edit){ .row = row, .column = id, .bias = -INFINITY, .repetition = 1 };
+}
+
+/* The last token of every bad run whose other tokens have just come. */
+static void ban_bad_words(const struct logits_rules *l, int32_t row, struct logits_edits *list)
 {
     for (int i = 0; i < l->o->n_bad_words; i++) {
         const struct token_run *w = &l->o->bad_words[i];
@@ -80,49 +103,51 @@ static void ban_bad_words(const struct logits_rules *l, float *logits)
         if (before > l->n_recent) continue;
         if (before == 0 ||
             memcmp(l->recent + l->n_recent - before, w->ids, (size_t)before * sizeof *w->ids) == 0)
-            logits[w->ids[before]] = -INFINITY;
+            ban(list, row, w->ids[before]);
     }
 }
 
-static void penalize(const struct logits_rules *l, float *logits)
+static void penalize(const struct logits_rules *l, int32_t row, struct logits_edits *list)
 {
     const struct request_options *o = l->o;
     float repetition = o->repetition_penalty == 0 ? 1 : o->repetition_penalty;
-    for (int64_t i = 0; i < l->n_vocab; i++) {
-        uint32_t count = l->counts[i] & ~IN_PROMPT;
-        if (l->counts[i] == 0) continue;
-        logits[i] = logits[i] > 0 ? logits[i] / repetition : logits[i] * repetition;
-        if (count) logits[i] -= o->frequency_penalty * (float)count + o->presence_penalty;
+    for (int64_t i = 0; i < l->n_seen; i++) {
+        uint32_t times = l->counts[l->seen[i]] & ~IN_PROMPT;
+        float minus = times ? o->frequency_penalty * (float)times + o->presence_penalty : 0;
+        list->items[list->n++] = (struct edit){ row, l->seen[i], 0, repetition, minus };
     }
 }
 
-static void constrain(struct logits_rules *l, float *logits)
-{
-    memset(l->mask, 0xff, ((size_t)l->n_vocab + 31) / 32 * sizeof *l->mask);
-    l->o->constraint->mask(l->o->constraint->state, l->mask, l->n_vocab);
-    for (int64_t i = 0; i < l->n_vocab; i++)
-        if (!(l->mask[i / 32] >> i % 32 & 1)) logits[i] = -INFINITY;
-}
-
-static bool any_left(const float *logits, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        if (logits[i] > -INFINITY) return true;
-    return false;
-}
-
-bool logits_rules_apply(struct logits_rules *l, float *logits)
+bool logits_rules_edits(const struct logits_rules *l, int32_t row, struct logits_edits *rounds, struct err *e)
 {
     const struct request_options *o = l->o;
-    if (o->n_allowed) keep_allowed(logits, l->n_vocab, o->allowed, o->n_allowed);
-    if (l->constrained) constrain(l, logits);
-    for (int i = 0; i < o->n_never; i++) logits[o->never[i]] = -INFINITY;
+    struct logits_edits *bans = &rounds[ROUND_BANS], *biased = &rounds[ROUND_BIAS];
+    if (!make_room(bans, (int64_t)o->n_never + o->n_stop_tokens + o->n_bad_words, e) ||
+        !make_room(biased, o->n_bias, e) || !make_room(&rounds[ROUND_PENALTIES], l->n_seen, e))
+        return false;
+    for (int i = 0; i < o->n_never; i++) ban(bans, row, o->never[i]);
     for (int i = 0; l->n_answer < o->min_tokens && i < o->n_stop_tokens; i++)
-        logits[o->stop_tokens[i]] = -INFINITY;
-    ban_bad_words(l, logits);
-    for (int i = 0; i < o->n_bias; i++) logits[o->bias[i].id] += o->bias[i].bias;
-    if (l->counts) penalize(l, logits);
-    return any_left(logits, l->n_vocab);
+        ban(bans, row, o->stop_tokens[i]);
+    ban_bad_words(l, row, bans);
+    for (int i = 0; i < o->n_bias; i++)
+        biased->items[biased->n++] = (struct edit){ row, o->bias[i].id, o->bias[i].bias, 1, 0 };
+    penalize(l, row, &rounds[ROUND_PENALTIES]);
+    return true;
+}
+
+bool logits_rules_apply(struct logits_rules *l, float *logits, struct logits_edits *rounds, struct err *e)
+{
+    const uint32_t *mask = logits_rules_mask(l);
+    for (int64_t i = 0; mask && i < l->n_vocab; i++)
+        if (!draw_allows(mask, i)) logits[i] = -INFINITY;
+    for (int k = 0; k < ROUNDS; k++) rounds[k].n = 0;
+    if (!logits_rules_edits(l, 0, rounds, e)) return false;
+    for (int k = 0; k < ROUNDS; k++)
+        for (int64_t i = 0; i < rounds[k].n; i++) {
+            float *at = &logits[rounds[k].items[i].column];
+            *at = edit_apply(*at, &rounds[k].items[i]);
+        }
+    return true;
 }
 
 int32_t logits_rules_forced(const struct logits_rules *l)
@@ -163,7 +188,10 @@ bool logits_rules_take(struct logits_rules *l, int32_t id)
     if (o->constraint && id == o->constraint_after && !l->constrained) l->constrained = true;
     think(l, id);
     remember(l, id);
-    if (l->counts) l->counts[id]++;
+    if (l->counts) {
+        see(l, id);
+        l->counts[id]++;
+    }
     l->n_answer++;
     return more;
 }
@@ -181,7 +209,9 @@ static int best_of(struct token_score *top, const float *logits, int64_t n_vocab
     return n;
 }
 
-void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most)
+/* The token's rank and score: its logit less the greatest, *top_logit, and less what is returned. */
+static float score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                   float *top_logit)
 {
     float top = logits[0];
     double total = 0;
@@ -193,6 +223,22 @@ void logits_score(struct request_event *out, const float *logits, int64_t n_voca
     for (int64_t i = 0; i < n_vocab; i++) total += (double)expf(logits[i] - top);
     float log_total = (float)log(total);
     out->token = (struct token_score){ id, logits[id] - top - log_total };
+    *top_logit = top;
+    return log_total;
+}
+
+void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most)
+{
+    float top, log_total = score(out, logits, n_vocab, id, &top);
     out->n_top = best_of(out->top, logits, n_vocab, most);
     for (int i = 0; i < out->n_top; i++) out->top[i].logprob = out->top[i].logprob - top - log_total;
+}
+
+void logits_score_ids(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                      const int32_t *ids, int n)
+{
+    float top, log_total = score(out, logits, n_vocab, id, &top);
+    out->n_top = n;
+    for (int i = 0; i < n; i++)
+        out->top[i] = (struct token_score){ ids[i], logits[ids[i]] - top - log_total };
 }

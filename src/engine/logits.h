@@ -10,9 +10,11 @@ struct logits_rules {
     const struct request_options *o; /* borrow */
     int64_t n_vocab, n_answer;
     uint32_t *counts; /* [n_vocab] of the answer; the top bit: in the prompt. NULL without penalties */
-    int32_t *recent;  /* the answer's last tokens, as many as the longest of bad_words, less one */
+    int32_t *seen;    /* [n_seen] tokens with a count */
+    int64_t n_seen;
+    int32_t *recent; /* the answer's last tokens, as many as the longest of bad_words, less one */
     int n_recent, recent_most;
-    uint32_t *mask;   /* of the constraint */
+    uint32_t *mask;   /* see logits_rules_mask */
     bool constrained; /* the constraint has begun */
     bool thinking;    /* until thinking_end */
     int forced;       /* tokens of thinking_end given so far; 0: none */
@@ -25,10 +27,20 @@ void logits_rules_deinit(struct logits_rules *l); /* accepts a zeroed one */
 
 /* Whether a row is changed at all. */
 bool logits_rules_change(const struct logits_rules *l);
-/* Whether, whatever comes, the answer is the likeliest token each time and nothing else is asked of a row. */
-bool logits_rules_want_best(const struct logits_rules *l);
-/* In place: -inf where a token must not come. False: none may. */
-bool logits_rules_apply(struct logits_rules *l, float *logits);
+/* The tokens that may come next as far as `allowed` and the constraint say, bits as in num/draw.h; NULL: all.
+ * Valid until the next call. */
+const uint32_t *logits_rules_mask(struct logits_rules *l);
+/* What else changes, appended for a row of that number: rounds of edits to be made one after the other, each
+ * of which names a token once, but for bans. */
+enum { ROUND_BANS, ROUND_BIAS, ROUND_PENALTIES, ROUNDS };
+struct logits_edits {
+    struct edit *items;
+    int64_t n, capacity;
+};
+bool logits_rules_edits(const struct logits_rules *l, int32_t row, struct logits_edits *rounds,
+                        struct err *e);
+/* Both, in place, for a row in host memory. rounds: used up. */
+bool logits_rules_apply(struct logits_rules *l, float *logits, struct logits_edits *rounds, struct err *e);
 /* The token that has to come whatever the logits say; -1: none. */
 int32_t logits_rules_forced(const struct logits_rules *l);
 /* The token came. False: the constraint wants no more. */
@@ -36,4 +48,7 @@ bool logits_rules_take(struct logits_rules *l, int32_t id);
 
 /* The score of token id in a row of logits, and the `most` best of the row: log-softmax in f32. */
 void logits_score(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id, int most);
+/* The same with those of ids[n] in place of the best. */
+void logits_score_ids(struct request_event *out, const float *logits, int64_t n_vocab, int32_t id,
+                      const int32_t *ids, int n);
 #endif

@@ -93,6 +93,7 @@ static void copy_options(struct request *r, const struct request_options *o, str
     to->never = copy(a, o->never, o->n_never, sizeof *o->never);
     to->bias = copy(a, o->bias, o->n_bias, sizeof *o->bias);
     to->allowed = copy(a, o->allowed, o->n_allowed, sizeof *o->allowed);
+    to->score_ids = copy(a, o->score_ids, o->n_score_ids, sizeof *o->score_ids);
     to->thinking_end = copy(a, o->thinking_end, o->n_thinking_end, sizeof *o->thinking_end);
     struct token_run *words = copy(a, o->bad_words, o->n_bad_words, sizeof *o->bad_words);
     for (int i = 0; i < o->n_bad_words; i++) {
@@ -111,6 +112,20 @@ static int by_id(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Of one token there is one, the sum. */
+static void join_bias(struct request_options *o)
+{
+    struct logit_bias *b = (struct logit_bias *)(uintptr_t)o->bias; /* our copy */
+    int n = 0;
+    qsort(b, (size_t)o->n_bias, sizeof *b, by_id);
+    for (int i = 0; i < o->n_bias; i++)
+        if (n > 0 && b[n - 1].id == b[i].id)
+            b[n - 1].bias += b[i].bias;
+        else
+            b[n++] = b[i];
+    o->n_bias = n;
+}
+
 static bool check_ids(const char *what, const int32_t *ids, int64_t n, int64_t n_vocab, struct err *e)
 {
     for (int64_t i = 0; i < n; i++)
@@ -126,6 +141,7 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
               check_ids("stop tokens", o->stop_tokens, o->n_stop_tokens, n_vocab, e) &&
               check_ids("never", o->never, o->n_never, n_vocab, e) &&
               check_ids("allowed tokens", o->allowed, o->n_allowed, n_vocab, e) &&
+              check_ids("scored tokens", o->score_ids, o->n_score_ids, n_vocab, e) &&
               check_ids("end of thinking", o->thinking_end, o->n_thinking_end, n_vocab, e) &&
               sampling_check(&o->sampling, e);
     for (int i = 0; ok && i < o->n_bias; i++) ok = check_ids("bias", &o->bias[i].id, 1, n_vocab, e);
@@ -138,6 +154,9 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
     if (!(o->repetition_penalty >= 0))
         return err_set(e, ERR_ARGUMENT, "repetition_penalty: expected more than 0, found %g",
                        (double)o->repetition_penalty);
+    if (o->n_score_ids > TOP_LOGPROBS_MAX || (o->n_score_ids && o->top_logprobs < 0))
+        return err_set(e, ERR_ARGUMENT, "scored tokens: at most %d, and with log-probabilities only",
+                       TOP_LOGPROBS_MAX);
     if (o->top_logprobs > TOP_LOGPROBS_MAX || o->prompt_logprobs > TOP_LOGPROBS_MAX)
         return err_set(
             e, ERR_ARGUMENT, "at most %d log-probabilities of a token are given, %d were asked for",
@@ -218,6 +237,7 @@ static bool create(struct request *r, const struct request_options *o, const str
     if (!arena_back(&r->memory, "a request", e)) return false;
     copy_options(r, o, &r->memory);
     qsort((void *)(uintptr_t)r->o.allowed, (size_t)r->o.n_allowed, sizeof *r->o.allowed, by_id);
+    join_bias(&r->o);
     return open_pictures(r, o, maker->reader, e) && make_rows(r, maker->model, e) &&
            find_room(r, maker->limit, e) && make_cuts(r, &maker->rules, e) &&
            logits_rules_init(&r->rules, &r->o, vocab, e);
@@ -256,7 +276,6 @@ bool request_create(struct request **out, const struct request_options *o, const
     r->handle = -1;
     r->submitted = clock_seconds();
     if (create(r, o, maker, e)) {
-        r->wants_best = logits_rules_want_best(&r->rules) && r->o.prompt_logprobs < 0;
         r->usage.prompt_tokens = r->prompt.n;
         return true;
     }

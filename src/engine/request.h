@@ -64,7 +64,6 @@ struct request {
     struct request *next;
     int64_t number, round; /* of arrival; of its owner's turn */
     struct logits_rules rules;
-    bool wants_best;       /* the likeliest token of a row is all that is asked of it */
     struct parcel *parcel; /* what it knew when it was preempted */
     int handle;            /* the engine's; -1: none */
     int64_t done;          /* rows of the prompt that are computed */

@@ -24,129 +24,35 @@ double sample_uniform(uint64_t seed, uint64_t counter)
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-static int by_logit(const void *a, const void *b)
+struct draw sampling_draw(const struct sampling *s, uint64_t counter)
 {
-    const struct candidate *x = a, *y = b;
-    if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
-    return (x->id > y->id) - (x->id < y->id);
-}
-
-/* Whom a draw is among. */
-struct vocabulary {
-    const float *logits;
-    int64_t n;
-    bool (*banned)(void *ctx, int32_t id);
-    void *ctx;
-};
-
-/* Asked last: most of a vocabulary is out for other reasons. */
-static bool may_come(const struct vocabulary *v, int64_t id)
-{
-    return v->logits[id] > -INFINITY && !(v->banned && v->banned(v->ctx, (int32_t)id));
-}
-
-static int64_t gather(struct candidate *c, const struct vocabulary *v, float least)
-{
-    int64_t n = 0;
-    for (int64_t i = 0; i < v->n; i++)
-        if (v->logits[i] >= least && may_come(v, i)) c[n++] = (struct candidate){ v->logits[i], (int32_t)i };
-    return n;
-}
-
-static int64_t keep_from(struct candidate *c, int64_t n, float least)
-{
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (c[i].logit >= least) c[kept++] = c[i];
-    return kept;
-}
-
-static void sift_down(float *heap, int n)
-{
-    for (int i = 0;;) {
-        int child = 2 * i + 1;
-        if (child >= n) return;
-        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
-        if (heap[i] <= heap[child]) return;
-        float x = heap[i];
-        heap[i] = heap[child];
-        heap[child] = x;
-        i = child;
-    }
-}
-
-/* The k-th largest logit, by a heap of the k best so far; -inf when k is too large to be worth one. */
-static float kth_largest(const struct vocabulary *v, int k)
-{
-    enum { HEAP_MAX = 1024 };
-    float heap[HEAP_MAX];
-    if (k <= 0 || k >= v->n || k > HEAP_MAX) return -INFINITY;
-    for (int i = 0; i < k; i++) heap[i] = -INFINITY;
-    for (int64_t i = 0; i < v->n; i++)
-        if (v->logits[i] > heap[0] && may_come(v, i)) {
-            heap[0] = v->logits[i];
-            sift_down(heap, k);
-        }
-    return heap[0];
-}
-
-/* Against the likeliest, `top`. */
-static double weight(const struct candidate *c, float top)
-{
-    return exp((double)c->logit - (double)top);
-}
-
-static double sum(const struct candidate *c, int64_t n, float top)
-{
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += weight(&c[i], top);
-    return total;
-}
-
-/* The likeliest, sorted, until their probabilities reach top_p; the first always stays. Those that are left
- * out before the sort would not make up 1 - top_p if there were n of them. */
-static int64_t nucleus(struct candidate *c, int64_t n, float top, float top_p)
-{
-    double total = sum(c, n, top), so_far = 0;
-    double least = 0.5 * (1 - (double)top_p) * total / (double)n;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (weight(&c[i], top) >= least) c[kept++] = c[i];
-    qsort(c, (size_t)kept, sizeof *c, by_logit);
-    for (int64_t i = 0; i < kept; i++) {
-        so_far += weight(&c[i], top);
-        if (so_far >= (double)top_p * total) return i + 1;
-    }
-    return kept;
-}
-
-static int32_t greedy(const struct vocabulary *v)
-{
-    int64_t best = -1;
-    for (int64_t i = 0; i < v->n; i++)
-        if ((best < 0 || v->logits[i] > v->logits[best]) && may_come(v, i)) best = i;
-    return (int32_t)best;
+    if (s->temperature < 1e-5f) return (struct draw){ 0 };
+    float reach = s->min_p > 0 ? -logf(s->min_p) : DRAW_REACH;
+    return (struct draw){ .scale = 1 / s->temperature,
+                          .reach = reach < DRAW_REACH ? reach : DRAW_REACH,
+                          .top_k = s->top_k,
+                          .top_p = s->top_p,
+                          .uniform = sample_uniform(s->seed, counter) };
 }
 
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
-                     struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx)
+                     const uint32_t *allowed)
 {
-    struct vocabulary v = { logits, n_vocab, banned, ctx };
-    int32_t best = greedy(&v);
-    if (s->temperature < 1e-5f || best < 0) return best;
-    int64_t n = gather(work, &v, kth_largest(&v, s->top_k));
-    float top = logits[best] / s->temperature;
-    for (int64_t i = 0; i < n; i++) work[i].logit /= s->temperature;
-    if (s->min_p > 0) n = keep_from(work, n, top + logf(s->min_p));
-    if (s->top_k > 0 && s->top_k < n) {
-        qsort(work, (size_t)n, sizeof *work, by_logit);
-        n = keep_from(work, n, work[s->top_k - 1].logit);
+    struct draw d = sampling_draw(s, counter);
+    return draw_token(&d, logits, n_vocab, allowed);
+}
+
+bool sampled_tokens(uint32_t **out, const struct tokenizer *t, int64_t n_vocab, const int32_t *never,
+                    int n_never, struct err *e)
+{
+    size_t words = (size_t)(n_vocab + 31) / 32, n;
+    uint32_t *allowed = *out = calloc(words, sizeof *allowed);
+    if (!allowed) return err_memory(e, "vocabulary", words * sizeof *allowed);
+    for (int32_t id = 0; id < n_vocab; id++) {
+        tokenizer_bytes(t, id, &n);
+        if (n > 0) allowed[id / 32] |= 1u << id % 32;
     }
-    if (s->top_p > 0 && s->top_p < 1) n = nucleus(work, n, top, s->top_p);
-    double draw = sample_uniform(s->seed, counter) * sum(work, n, top), at = 0;
-    for (int64_t i = 0; i < n; i++) {
-        at += weight(&work[i], top);
-        if (draw < at) return work[i].id;
-    }
-    return work[n - 1].id;
+    for (int i = 0; i < n_never; i++)
+        if (never[i] >= 0 && never[i] < n_vocab) allowed[never[i] / 32] &= ~(1u << never[i] % 32);
+    return true;
 }

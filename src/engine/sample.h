@@ -1,10 +1,11 @@
 /* The next token from logits. Order as in vLLM: temperature, min-p, top-k (ties with the k-th stay), top-p,
- * draw. temperature under 1e-5 means greedy. The generator is counter based: draw number `counter` of a seed
- * is the same whatever else runs. */
+ * draw; num/draw.h says it exactly. temperature under 1e-5 means greedy. The generator is counter based: draw
+ * number `counter` of a seed is the same whatever else runs. */
 #ifndef ENGINE_SAMPLE_H
 #define ENGINE_SAMPLE_H
 #include "base/err.h"
-#include <stdint.h>
+#include "num/draw.h"
+#include "tokenizer/tokenizer.h"
 
 struct sampling {
     float temperature; /* 0: greedy */
@@ -15,14 +16,16 @@ struct sampling {
 };
 bool sampling_check(const struct sampling *s, struct err *e); /* ranges, with the flag's name */
 
-struct candidate {
-    float logit;
-    int32_t id;
-};
-/* work: [n_vocab]. banned(ctx, id) true: never sampled; NULL: all allowed. Logits may hold -inf, which are
- * never sampled either. -1: there is no other. */
+/* What the backend's `draw` takes. */
+struct draw sampling_draw(const struct sampling *s, uint64_t counter);
+/* The same draw from a row in host memory. allowed: bits as in num/draw.h. */
 int32_t sample_token(const struct sampling *s, const float *logits, int64_t n_vocab, uint64_t counter,
-                     struct candidate *work, bool (*banned)(void *ctx, int32_t id), void *ctx);
+                     const uint32_t *allowed);
 /* Uniform in [0, 1), a function of its two arguments only. */
 double sample_uniform(uint64_t seed, uint64_t counter);
+
+/* Bits of the tokens that may be sampled: those that have a text (rows of the head beyond the tokenizer's
+ * entries hold ordinary logits), but for `never`. The caller frees *out. */
+bool sampled_tokens(uint32_t **out, const struct tokenizer *t, int64_t n_vocab, const int32_t *never,
+                    int n_never, struct err *e);
 #endif

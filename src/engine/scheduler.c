@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 #include "base/clock.h"
 #include "engine/batch.h"
+#include "engine/drafting.h"
 #include "engine/prefix.h"
 #include <errno.h>
 #include <stdlib.h>
@@ -26,6 +27,8 @@ struct scheduler {
     struct request **running; /* in the order of request_before */
     int n_running;
     struct request **ready; /* those that generate in this step */
+    int n_ready;
+    struct drafting drafting;
     struct batch *batch;
     struct prefix_cache *prefixes; /* NULL: none are kept */
     const struct request *stuck;   /* found no pages while so many were free */
@@ -316,12 +319,14 @@ static void learn(struct scheduler *s, int64_t answers, int64_t prompts, double 
 
 static bool add_answers(struct scheduler *s, struct err *e)
 {
-    int n = 0, rows = engine_drafts(s->engine) + 1;
+    int n = 0, most = engine_drafts(s->engine), rows = most + 1;
     for (int i = 0; i < s->n_running; i++) {
         struct request *r = s->running[i];
         if (r->done == r->prompt.n && request_room(r, rows) >= rows && keep_seat(s, i)) s->ready[n++] = r;
     }
-    if (!batch_draft(s->batch, s->ready, n, e)) return false;
+    s->n_ready = n;
+    if (!s->o.fixed_drafts) most = drafting_choose(&s->drafting, n);
+    if (!batch_draft(s->batch, s->ready, n, most, e)) return false;
     for (int i = 0; i < n; i++) batch_add_round(s->batch, s->ready[i]);
     return true;
 }
@@ -397,6 +402,21 @@ static void remember(struct scheduler *s, struct request *r)
         prefix_add(s->prefixes, r->handle, cut);
 }
 
+/* What a step that took so long tells about drafts. Its time does where nearly all of the requests in it had
+ * as many as most of them. */
+static void learn_drafts(struct scheduler *s, bool prompts, double seconds)
+{
+    int drafted = 0, most = 0, n = s->n_ready;
+    for (int i = 0; i < n; i++) {
+        const struct request *r = s->ready[i];
+        int k = r->tentative ? r->draft.n : 0;
+        drafted += k;
+        if (k > most) most = k;
+        if (k > 0) drafting_count(&s->drafting, k, r->right - 1);
+    }
+    if (n > 0 && !prompts && 10 * drafted >= 9 * n * most) drafting_learn(&s->drafting, n, most, seconds);
+}
+
 /* *worked: there was something to do. */
 static bool step(struct scheduler *s, bool *worked, struct err *e)
 {
@@ -419,6 +439,7 @@ static bool step(struct scheduler *s, bool *worked, struct err *e)
     s->stats.steps++;
     s->stats.step_rows += rows;
     learn(s, answers, rows - answers, s->stats.last_step - begin);
+    learn_drafts(s, rows > answers, s->stats.last_step - begin);
     return true;
 }
 
@@ -462,6 +483,7 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
     int64_t needed = (int64_t)(sequences - 1) * (drafts + 1) + least(PIECE_LEAST, engine_context(o->engine));
     s->o = *o;
     s->engine = o->engine;
+    drafting_init(&s->drafting, drafts);
     if (s->o.max_queued == 0) s->o.max_queued = 1024;
     if (s->o.decode_seconds == 0) s->o.decode_seconds = 0.1;
     if (s->o.step_tokens == 0 || s->o.step_tokens > engine_step_rows(o->engine))

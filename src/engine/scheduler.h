@@ -13,6 +13,7 @@ struct scheduler_options {
     const struct model *model; /* the engine's */
     int64_t max_queued;        /* requests that wait; 0: 1024 */
     int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
+    bool fixed_drafts;         /* always as many as the engine makes, whether it pays or not */
     double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
     /* Bit id % 32 of known[id / 32] is set where token id has a text: no other is ever sampled. Borrow; NULL:
      * all are known. */
@@ -76,8 +77,10 @@ struct request_options {
         int n;
     } * bad_words; /* sequences that are never completed */
     int n_bad_words;
-    int top_logprobs;              /* of each answer token: itself and so many best; < 0: none asked for */
-    int prompt_logprobs;           /* the same of the prompt; < 0: none */
+    int top_logprobs;         /* of each answer token: itself and so many best; < 0: none asked for */
+    const int32_t *score_ids; /* [n_score_ids] of an answer token itself and these, in place of the best */
+    int n_score_ids;          /* at most TOP_LOGPROBS_MAX; top_logprobs >= 0 where there are any */
+    int prompt_logprobs;      /* best ones of the prompt's tokens; < 0: none */
     struct constraint *constraint; /* or NULL */
     int32_t constraint_after;      /* the constraint begins after this token (</think>); < 0: at once */
     /* Tokens of the answer until thinking_end is forced; < 0: none. The answer begins in thinking, which is

@@ -40,6 +40,7 @@ struct engine {
     struct span *head_spans;
     int32_t *guesses;   /* [sequences] */
     float *host_logits; /* [logits_rows][vocab] */
+    uint32_t *allowed;  /* the backend's: see engine_allow; NULL: everything */
 };
 
 /* Layers with a state: the MTP head's too where there are drafts. */

@@ -13,9 +13,9 @@ struct session {
     struct speculation speculation;
     struct engine_draft draft;       /* the round under way */
     struct row rows[DRAFTS_MAX + 1]; /* and its rows */
-    bool foresaw_end; /* the draft after the last of the answer's tokens was the stop token that came */
-    struct candidate *work;
-    char *text; /* of one token */
+    bool foresaw_end;  /* the draft after the last of the answer's tokens was the stop token that came */
+    uint32_t *allowed; /* what may be sampled in the answer under way */
+    char *text;        /* of one token */
     size_t text_size;
     const struct session_options *o; /* of the answer under way */
 };
@@ -23,16 +23,15 @@ struct session {
 bool session_create(struct session **out, struct engine *g, const struct tokenizer *t, struct err *e)
 {
     struct session *s = *out = calloc(1, sizeof *s);
-    size_t vocab = (size_t)engine_vocab(g), context = (size_t)engine_context(g);
+    size_t context = (size_t)engine_context(g);
     if (!s) return err_memory(e, "a session", sizeof *s);
     *s = (struct session){ .engine = g, .tokenizer = t, .handle = -1 };
     speculation_init(&s->speculation, engine_drafts(g));
-    s->work = malloc(vocab * sizeof *s->work);
     s->held = malloc(context * sizeof *s->held);
-    if (s->work && s->held) return true;
+    if (s->held) return true;
     session_free(s);
     *out = NULL;
-    return err_memory(e, "a session", context * sizeof *s->held + vocab * sizeof *s->work);
+    return err_memory(e, "a session", context * sizeof *s->held);
 }
 
 void session_reset(struct session *s)
@@ -47,7 +46,7 @@ void session_free(struct session *s)
     if (!s) return;
     session_reset(s);
     free(s->held);
-    free(s->work);
+    free(s->allowed);
     free(s->text);
     free(s);
 }
@@ -59,12 +58,12 @@ static bool is_one_of(const int32_t *ids, int n, int32_t id)
     return false;
 }
 
-static bool never_sampled(void *ctx, int32_t id)
+static bool find_allowed(struct session *s, struct err *e)
 {
-    const struct session *s = ctx;
-    size_t n;
-    tokenizer_bytes(s->tokenizer, id, &n);
-    return n == 0 || is_one_of(s->o->never, s->o->n_never, id);
+    free(s->allowed);
+    return sampled_tokens(&s->allowed, s->tokenizer, engine_vocab(s->engine), s->o->never, s->o->n_never,
+                          e) &&
+           engine_allow(s->engine, s->allowed, e);
 }
 
 static bool is_cancelled(const struct session *s)
@@ -129,15 +128,14 @@ static bool hand_out(struct session *s, struct detokenizer *d, int32_t id, struc
     return true;
 }
 
-/* The next tokens by the logits of a round's rows, for as long as each turns out to be the one drafted.
+/* The next tokens, sampled after each row of a round, for as long as each turns out to be the one drafted.
  * *right: how many were, and are part of the answer. *more: there is a next round, after draft.next. */
-static bool take_round(struct session *s, struct session_result *out, const float *logits, int64_t most,
+static bool take_round(struct session *s, struct session_result *out, const int32_t *ids, int64_t most,
                        struct detokenizer *d, int *right, bool *more, struct err *e)
 {
-    int64_t vocab = engine_vocab(s->engine);
     for (*right = 0, *more = false;;) {
-        int32_t id = sample_token(&s->o->sampling, logits + *right * vocab, vocab, s->draws++, s->work,
-                                  never_sampled, s);
+        int32_t id = ids[*right];
+        s->draws++;
         bool is_right = *right < s->draft.n && id == s->draft.tokens[*right];
         if (is_one_of(s->o->stop_tokens, s->o->n_stop_tokens, id)) {
             out->finish = SESSION_STOP;
@@ -175,16 +173,18 @@ static bool decode(struct session *s, struct session_result *out, const float *l
     int64_t room = engine_context(s->engine) - s->n_held;
     int64_t most = s->o->max_tokens < room ? s->o->max_tokens : room;
     double seconds = 0;
+    int32_t ids[DRAFTS_MAX + 1];
+    ids[0] = sample_token(&s->o->sampling, logits, engine_vocab(s->engine), s->draws, s->allowed);
     s->draft = (struct engine_draft){ .handle = s->handle };
     s->foresaw_end = false;
     out->finish = SESSION_LENGTH;
     for (bool more = most > 0; more;) {
         int right;
-        if (!take_round(s, out, logits, most, &d, &right, &more, e)) return false;
+        if (!take_round(s, out, ids, most, &d, &right, &more, e)) return false;
         settle(s, out, right, seconds);
         if (!more) break;
-        if (!speculation_run(&s->speculation, s->engine, &s->draft, most - out->tokens - 1, s->rows, &logits,
-                             &seconds, e))
+        if (!speculation_run(&s->speculation, s->engine, &s->draft, most - out->tokens - 1, s->rows,
+                             &s->o->sampling, s->draws, ids, &seconds, e))
             return false;
         out->rounds++;
     }
@@ -205,7 +205,7 @@ bool session_answer(struct session *s, struct session_result *out, const struct 
         return err_set(e, ERR_LIMIT, "the conversation has %lld tokens, the context is %lld with the answer",
                        (long long)n, (long long)context);
     double begin = clock_seconds();
-    bool ok = prefill(s, out, prompt, &logits, e);
+    bool ok = find_allowed(s, e) && prefill(s, out, prompt, &logits, e);
     double middle = clock_seconds();
     ok = ok && (out->finish == SESSION_CANCELLED || decode(s, out, logits, e));
     out->prefill_seconds = middle - begin;

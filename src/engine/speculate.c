@@ -90,10 +90,12 @@ double speculation_mean_length(const struct speculation *s)
 }
 
 bool speculation_run(struct speculation *s, struct engine *g, struct engine_draft *draft, int64_t most,
-                     struct row *rows, const float **logits, double *seconds, struct err *e)
+                     struct row *rows, const struct sampling *sampling, uint64_t counter, int32_t *ids,
+                     double *seconds, struct err *e)
 {
     struct mat hidden;
     int64_t index[DRAFTS_MAX + 1];
+    struct draw draws[DRAFTS_MAX + 1];
     double begin = clock_seconds();
     draft->n = speculation_choose(s);
     if (draft->n > most) draft->n = (int)most;
@@ -101,9 +103,12 @@ bool speculation_run(struct speculation *s, struct engine *g, struct engine_draf
     engine_text_rows(rows, &draft->next, 1, engine_position(g, draft->handle));
     engine_text_rows(rows + 1, draft->tokens, draft->n, engine_position(g, draft->handle) + 1);
     struct engine_run run = { draft->handle, rows, draft->n + 1, draft->n > 0 };
-    for (int i = 0; i <= draft->n; i++) index[i] = i;
+    for (int i = 0; i <= draft->n; i++) {
+        index[i] = i;
+        draws[i] = sampling_draw(sampling, counter + (uint64_t)i);
+    }
     if (!engine_step(g, &run, 1, &hidden, e)) return false;
-    *logits = engine_logits_host(g, hidden, index, run.n);
+    engine_draw(g, ids, engine_logits(g, hidden, index, run.n), draws);
     bool ok = engine_wait(g, e);
     *seconds = clock_seconds() - begin;
     return ok;

@@ -4,6 +4,7 @@
 #ifndef ENGINE_SPECULATE_H
 #define ENGINE_SPECULATE_H
 #include "engine/engine.h"
+#include "engine/sample.h"
 
 struct speculation {
     int most;      /* drafts a round, at most; 0: none */
@@ -18,10 +19,12 @@ struct speculation {
 
 void speculation_init(struct speculation *s, int most);
 /* A round: drafts what pays to come after draft->next, at most `most` tokens, and steps the sequence by all
- * of them. rows: [DRAFTS_MAX + 1], those of the step. *logits: of draft->n + 1 rows. *seconds: what it took.
- * With drafts the rows are tentative: engine_keep has to follow. */
+ * of them. rows: [DRAFTS_MAX + 1], those of the step. ids: [DRAFTS_MAX + 1], of draft->n + 1 rows the tokens
+ * sampled after each, by draws `counter` and on. *seconds: what it took. With drafts the rows are tentative:
+ * engine_keep has to follow. */
 bool speculation_run(struct speculation *s, struct engine *g, struct engine_draft *draft, int64_t most,
-                     struct row *rows, const float **logits, double *seconds, struct err *e);
+                     struct row *rows, const struct sampling *sampling, uint64_t counter, int32_t *ids,
+                     double *seconds, struct err *e);
 /* Drafts wanted for the next round. */
 int speculation_choose(struct speculation *s);
 /* A round with `drafted` drafts, of which the first `accepted` were right, took so long. */

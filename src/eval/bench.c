@@ -235,23 +235,27 @@ static bool run_all(struct bench *b, struct bench_result *r, struct err *e)
     return take_profile(r, backend, e);
 }
 
+struct engine_options bench_engine(const struct bench_test *t, int64_t step_rows, enum kv_dtype kv)
+{
+    int64_t rows = step_rows > t->sequences ? step_rows : t->sequences;
+    int64_t needed = t->n_prompt > 0 ? t->n_prompt * t->sequences : t->sequences;
+    return (struct engine_options){ .context = t->depth + t->n_prompt + t->n_gen,
+                                    .sequences = t->sequences,
+                                    .step_rows = rows < needed ? rows : needed,
+                                    .kv = kv };
+}
+
 static bool prepare(struct bench *b, struct bench_result *r, struct err *e)
 {
     const struct bench_test *t = b->t;
-    b->step_rows = b->o->step_rows > t->sequences ? b->o->step_rows : t->sequences;
-    int64_t needed = t->n_prompt > 0 ? t->n_prompt * t->sequences : t->sequences;
-    if (needed < t->sequences) needed = t->sequences;
-    if (b->step_rows > needed) b->step_rows = needed;
+    struct engine_options options = bench_engine(t, b->o->step_rows, b->o->kv);
+    b->step_rows = options.step_rows;
     size_t n = (size_t)t->sequences;
     b->handles = calloc(n, sizeof *b->handles);
     b->runs = calloc(n + 1, sizeof *b->runs);
     b->last = calloc(n, sizeof *b->last);
     b->rows = calloc((size_t)b->step_rows, sizeof *b->rows);
     r->seconds = calloc((size_t)b->o->repetitions, sizeof *r->seconds);
-    struct engine_options options = { .context = t->depth + t->n_prompt + t->n_gen,
-                                      .sequences = t->sequences,
-                                      .step_rows = b->step_rows,
-                                      .kv = b->o->kv };
     if (!b->handles || !b->runs || !b->last || !b->rows || !r->seconds)
         return err_memory(e, "bench", n * sizeof *b->runs);
     return engine_create(&b->engine, b->o->model, &options, e);

@@ -53,6 +53,8 @@ struct bench_result {
 
 /* Names the model's weights in its trace, by bench_group_names. */
 bool bench_label(struct model *m, struct err *e);
+/* What a test needs of an engine. */
+struct engine_options bench_engine(const struct bench_test *t, int64_t step_rows, enum kv_dtype kv);
 bool bench_run(struct bench_result *r, const struct bench_test *t, const struct bench_options *o,
                struct err *e);
 void bench_result_deinit(struct bench_result *r);

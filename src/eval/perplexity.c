@@ -33,11 +33,16 @@ static void scorer_close(struct scorer *s)
     *s = (struct scorer){ 0 };
 }
 
+struct engine_options perplexity_engine(int64_t ctx, enum kv_dtype kv)
+{
+    return (struct engine_options){ .context = ctx, .step_rows = ctx < 2048 ? ctx : 2048, .kv = kv };
+}
+
 static bool scorer_open(struct scorer *s, struct model *m, int64_t ctx, int64_t chunks, enum kv_dtype kv,
                         struct err *e)
 {
     *s = (struct scorer){ .model = m };
-    struct engine_options o = { .context = ctx, .step_rows = ctx < 2048 ? ctx : 2048, .kv = kv };
+    struct engine_options o = perplexity_engine(ctx, kv);
     if (!engine_create(&s->engine, m, &o, e)) return err_note(e, "%s", m->checkpoint->path);
     s->rows = calloc((size_t)ctx, sizeof *s->rows);
     s->index = calloc((size_t)ctx, sizeof *s->index);

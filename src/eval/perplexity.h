@@ -28,6 +28,8 @@ struct comparison {
     double same_top;              /* share of scored positions with the same most likely token */
 };
 
+/* What either needs of an engine for each model. */
+struct engine_options perplexity_engine(int64_t ctx, enum kv_dtype kv);
 bool perplexity_run(struct perplexity_result *r, struct model *m, const int32_t *tokens, int64_t n,
                     const struct perplexity_options *o, struct err *e);
 bool perplexity_compare(struct comparison *c, struct model *base, struct model *other, const int32_t *tokens,

@@ -167,7 +167,7 @@ struct job {
     struct picture_reader *reader; /* NULL: no task has images */
     struct task_result *results;
     struct engine *engine;
-    struct candidate *work;
+    uint32_t *allowed; /* tokens that may be sampled */
     struct slot *slots;
     struct row *rows;
     struct engine_run *runs;
@@ -271,14 +271,6 @@ static bool is_one_of(const int32_t *ids, int n, int32_t id)
     return false;
 }
 
-static bool never_sampled(void *ctx, int32_t id)
-{
-    const struct tasks_options *o = ((struct job *)ctx)->o;
-    size_t n;
-    tokenizer_bytes(o->tokenizer, id, &n);
-    return n == 0 || is_one_of(o->never, o->n_never, id);
-}
-
 static bool finish(struct job *j, struct slot *s, bool is_cut, struct err *e)
 {
     struct task_result *r = &j->results[s->task];
@@ -299,7 +291,7 @@ static bool finish(struct job *j, struct slot *s, bool is_cut, struct err *e)
 static bool take_logits(struct job *j, struct slot *s, const float *logits, struct err *e)
 {
     static const struct sampling greedy = { 0 };
-    int32_t id = sample_token(&greedy, logits, engine_vocab(j->engine), 0, j->work, never_sampled, j);
+    int32_t id = sample_token(&greedy, logits, engine_vocab(j->engine), 0, j->allowed);
     if (is_one_of(j->o->stop_tokens, j->o->n_stop_tokens, id)) return finish(j, s, false, e);
     s->tokens.ids[s->tokens.n++] = s->next = id; /* room for max_tokens */
     return (int64_t)s->tokens.n < j->o->max_tokens || finish(j, s, true, e);
@@ -359,7 +351,6 @@ static bool allocate(struct job *j, struct err *e)
 {
     size_t n = (size_t)j->o->sequences;
     bool ok = true;
-    j->work = malloc((size_t)engine_vocab(j->engine) * sizeof *j->work);
     j->slots = calloc(n, sizeof *j->slots);
     j->rows = calloc(n, sizeof *j->rows);
     j->runs = calloc(n, sizeof *j->runs);
@@ -369,8 +360,7 @@ static bool allocate(struct job *j, struct err *e)
         j->slots[i].tokens.ids = malloc((size_t)j->o->max_tokens * sizeof(int32_t));
         ok = ok && j->slots[i].tokens.ids;
     }
-    return (ok && j->work && j->slots && j->rows && j->runs && j->index) ||
-           err_memory(e, "tasks", n * sizeof *j->rows);
+    return (ok && j->slots && j->rows && j->runs && j->index) || err_memory(e, "tasks", n * sizeof *j->rows);
 }
 
 static void free_questions(struct job *j)
@@ -390,7 +380,7 @@ static void release(struct job *j)
     engine_free(j->engine);
     for (int i = 0; j->slots && i < j->o->sequences; i++) free(j->slots[i].tokens.ids);
     free_questions(j);
-    free(j->work);
+    free(j->allowed);
     free(j->slots);
     free(j->rows);
     free(j->runs);

@@ -53,18 +53,81 @@ static float element(const struct tensor *t, int64_t i)
     return t->dtype == DTYPE_BF16 ? bf16_to_f32((bf16){ half }) : f16_to_f32(half);
 }
 
+/* Matrices that are made together (bind_later). */
+enum { TOGETHER = 96 };
+struct later {
+    int n;
+    struct weight_source src[TOGETHER];
+    struct weight **out[TOGETHER];
+    const char *name[TOGETHER];
+    void *owned[TOGETHER]; /* goes with the source */
+};
+
 /* The backend keeps its own copy: the file's pages need not stay. */
-static bool create(struct model *m, struct weight **out, const struct weight_source *src, const char *name,
-                   struct err *e)
+static void release(const struct weight_source *src, void *owned)
 {
     static const uint64_t bits[] = { [WEIGHT_BF16] = 16, [WEIGHT_F16] = 16,  [WEIGHT_F32] = 32,
                                      [WEIGHT_FP8] = 8,   [WEIGHT_NVFP4] = 4, [WEIGHT_FP8_BLOCK] = 8 };
-    bool packs = m->packs && bits[src->format] >= 16 && !src->is_table && src->cols % NVFP4_GROUP == 0;
-    if (!(packs ? bind_packed(m, out, src, NULL, src->rows, e)
-                : m->backend->ops->weight_create(m->backend->queue, out, src, e)))
-        return err_note(e, "'%s'", name);
     if (!src->is_table) pages_release(src->data, (uint64_t)(src->rows * src->cols) * bits[src->format] / 8);
-    return true;
+    free(owned);
+}
+
+static bool create_all(struct model *m, struct err *e)
+{
+    struct later *l = m->later;
+    struct weight *made[TOGETHER];
+    int failed = 0, n = l->n;
+    bool ok = n == 0 || m->backend->ops->weights_create(m->backend->queue, made, l->src, n, &failed, e) ||
+              err_note(e, "'%s'", l->name[failed]);
+    for (int i = 0; i < n; i++) {
+        if (ok) *l->out[i] = made[i];
+        release(&l->src[i], l->owned[i]);
+    }
+    l->n = 0;
+    return ok;
+}
+
+bool bind_later(struct model *m, struct err *e)
+{
+    m->later = calloc(1, sizeof *m->later);
+    return m->later || err_memory(e, "weights", sizeof *m->later);
+}
+
+bool bind_now(struct model *m, bool ok, struct err *e)
+{
+    struct later *l = m->later;
+    if (!l) return ok;
+    ok = ok && create_all(m, e);
+    for (int i = 0; i < l->n; i++) free(l->owned[i]);
+    free(l);
+    m->later = NULL;
+    return ok;
+}
+
+static bool is_packed(const struct model *m, const struct weight_source *src)
+{
+    bool numbers = src->format == WEIGHT_BF16 || src->format == WEIGHT_F16 || src->format == WEIGHT_F32;
+    return m->packs && numbers && !src->is_table && src->cols % NVFP4_GROUP == 0;
+}
+
+/* owned: malloc'd, what src points to besides the file; NULL: nothing. Taken over. */
+static bool create(struct model *m, struct weight **out, const struct weight_source *src, const char *name,
+                   void *owned, struct err *e)
+{
+    bool packs = is_packed(m, src);
+    struct later *l = packs || src->is_table ? NULL : m->later;
+    if (l) {
+        int i = l->n++;
+        l->src[i] = *src;
+        l->out[i] = out;
+        l->name[i] = name;
+        l->owned[i] = owned;
+        return l->n < TOGETHER || create_all(m, e);
+    }
+    bool ok = packs ? bind_packed(m, out, src, NULL, src->rows, e)
+                    : m->backend->ops->weight_create(m->backend->queue, out, src, e);
+    release(src, owned);
+    return ok || err_note(e, "'%s'", name);
 }
 
 /* The formats of a linear module. */
@@ -74,7 +137,7 @@ static bool bind_dense(struct model *m, struct weight **out, const struct tensor
 {
     struct weight_source src = { .rows = rows, .cols = cols, .data = t->data };
     return check_shape(t, 2, (int64_t[]){ rows, cols }, e) && dense_format(&src.format, t, e) &&
-           create(m, out, &src, t->name, e);
+           create(m, out, &src, t->name, NULL, e);
 }
 
 static bool is_scale(float x, const struct tensor *t, int64_t i, struct err *e)
@@ -131,9 +194,9 @@ static bool bind_fp8(struct model *m, struct weight **out, const char *name, con
                                  .scale = scales,
                                  .input = fp8_input(scheme),
                                  .input_global = input_scale };
-    bool ok = widen_scales(scales, l, n, e) && create(m, out, &src, l->codes->name, e);
+    if (widen_scales(scales, l, n, e)) return create(m, out, &src, l->codes->name, scales, e);
     free(scales);
-    return ok;
+    return false;
 }
 
 static bool one_float(float *out, const struct tensor *t, struct err *e)
@@ -210,7 +273,7 @@ static bool bind_nvfp4(struct model *m, struct weight **out, const char *name, c
                                  .input_global = input_global };
     return check_shape(t, 2, (int64_t[]){ rows, cols / 2 }, e) &&
            check_shape(scale, 2, (int64_t[]){ rows, cols / NVFP4_GROUP }, e) &&
-           global_scale(m, &src.global, l, name, e) && create(m, out, &src, t->name, e);
+           global_scale(m, &src.global, l, name, e) && create(m, out, &src, t->name, NULL, e);
 }
 
 static bool check_scheme(const struct linear *l, enum scheme scheme, const char *name, struct err *e)
@@ -263,7 +326,7 @@ bool bind_patches(struct model *m, struct weight **out, const char *name, int64_
                                  .cols = (int64_t)channels * frames * side * side,
                                  .data = t->data };
     return check_shape(t, 5, (int64_t[]){ rows, channels, frames, side, side }, e) &&
-           dense_format(&src.format, t, e) && create(m, out, &src, t->name, e);
+           dense_format(&src.format, t, e) && create(m, out, &src, t->name, NULL, e);
 }
 
 bool bind_fused(struct model *m, struct weight **out, const char *name, int n_experts, int expert,
@@ -275,7 +338,7 @@ bool bind_fused(struct model *m, struct weight **out, const char *name, int n_ex
     if (!check_shape(t, 3, (int64_t[]){ n_experts, all_rows, cols }, e) || !dense_format(&src.format, t, e))
         return false;
     src.data = t->data + ((int64_t)expert * all_rows + first) * cols * dtype_bytes(t->dtype);
-    return create(m, out, &src, t->name, e);
+    return create(m, out, &src, t->name, NULL, e);
 }
 
 bool bind_table(struct model *m, struct weight **out, const char *name, int64_t rows, int64_t cols,
@@ -285,7 +348,7 @@ bool bind_table(struct model *m, struct weight **out, const char *name, int64_t 
     if (!t) return missing(name, e);
     struct weight_source src = { .rows = rows, .cols = cols, .data = t->data, .is_table = true };
     return check_shape(t, 2, (int64_t[]){ rows, cols }, e) && dense_format(&src.format, t, e) &&
-           create(m, out, &src, name, e);
+           create(m, out, &src, name, NULL, e);
 }
 
 bool bind_rows_nvfp4(struct model *m, struct weight **out, const char *name, const int32_t *ids, int64_t n,

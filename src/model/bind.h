@@ -4,6 +4,11 @@
 #define MODEL_BIND_H
 #include "model/model.h"
 
+/* Between the two, matrices are made several at a time, which a GPU does faster: bind_* below only say that
+ * they are wanted, and errors may come late. bind_now returns `ok`, false: what is left is not made. */
+bool bind_later(struct model *m, struct err *e);
+bool bind_now(struct model *m, bool ok, struct err *e);
+
 /* The linear module `name` ([rows x cols]), in whichever format the checkpoint has it: name.weight (BF16,
  * F16, F32) or what checkpoint/linear.h knows. Must agree with a quantization_config in compressed-tensors'
  * words. */

@@ -49,7 +49,7 @@ static void layout(struct step *s, struct arena *a)
     s->picks.expert = arena_take(a, n * c->experts_per_token, sizeof *s->picks.expert, 64);
     s->picks.weight = arena_take(a, n * c->experts_per_token, sizeof *s->picks.weight, 64);
     s->final = take(a, n, hidden);
-    int64_t guesses = s->model->mtp.fc ? n : 0;
+    int64_t guesses = s->guesses ? n : 0;
     s->pair = take(a, guesses, 2 * hidden);
     s->guess = take(a, guesses, hidden);
     s->chosen = take(a, s->logits_max, hidden);
@@ -82,6 +82,18 @@ static bool take_last(struct step *s, struct err *e)
            err_memory(e, "step", n * (sizeof *s->last_rows + sizeof *s->last_spans));
 }
 
+uint64_t step_bytes(const struct config *c, const struct backend *b, bool drafts, int64_t rows_max,
+                    int64_t logits_max, int64_t context)
+{
+    struct model m = { .config = c };
+    struct step s = { .model = &m, .rows_max = rows_max, .logits_max = logits_max, .guesses = drafts };
+    struct arena a = { 0 };
+    layout(&s, &a);
+    struct step_limits limits = limits_of(&s, context);
+    uint64_t inside = b->ops->reserve_bytes(b->queue, &limits);
+    return a.overflow || inside > UINT64_MAX - a.used ? UINT64_MAX : a.used + inside;
+}
+
 bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
                  struct err *e)
 {
@@ -93,9 +105,10 @@ bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t l
     s->q = m->backend->queue;
     s->rows_max = rows_max;
     s->logits_max = logits_max;
+    s->guesses = m->mtp.fc != NULL;
     struct arena a = { 0 };
     layout(s, &a);
-    bool ok = !m->mtp.fc || take_last(s, e);
+    bool ok = !s->guesses || take_last(s, e);
     ok =
         ok && (!a.overflow || err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)rows_max));
     ok = ok && s->op->memory_create(s->q, &s->memory, a.used, e);
@@ -178,11 +191,18 @@ struct mat step_run(struct step *s, const struct step_rows *rows, const struct l
     return mat_rows(s->final, rows->n);
 }
 
+static bool are_first(const int64_t *index, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (index[i] != i) return false;
+    return true;
+}
+
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
 {
-    struct mat chosen = mat_rows(s->chosen, n), logits = mat_rows(s->logits, n);
+    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n), logits = mat_rows(s->logits, n);
     assert(n <= s->logits_max);
-    s->op->gather(s->q, chosen, hidden, index);
+    if (chosen.data != hidden.data) s->op->gather(s->q, chosen, hidden, index);
     s->op->matmul(s->q, logits, chosen, s->model->head);
     return logits;
 }

@@ -118,8 +118,9 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
          bind_linear(m, &w->up, at(&n, "mlp.shared_expert.up_proj"), shared, hidden, e) &&
          bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
          find_input_globals(&g, m, n, e);
+    ok = ok && bind_later(m, e);
     for (int i = 0; ok && i < c->n_experts; i++) ok = bind_expert_parts(m, x, i, fused, &g, n, e);
-    return ok && m->backend->ops->experts_bind(m->backend->queue, x, e);
+    return bind_now(m, ok, e) && m->backend->ops->experts_bind(m->backend->queue, x, e);
 }
 
 bool model_bind_layer(struct model *m, int layer, struct err *e)

@@ -61,6 +61,7 @@ struct model {
     float *final_norm;
     struct layer *layers; /* [n_layers + 1]; zeroed until bound. The last is the MTP head's */
     struct mtp mtp;       /* zeroed until bound */
+    struct later *later;  /* bind.h: matrices to be made together, or NULL */
     bool packs;           /* what is bound now is for drafts: matrices of numbers become NVFP4 */
 };
 
@@ -86,6 +87,9 @@ struct step;
 bool step_create(struct step **out, struct model *m, int64_t rows_max, int64_t logits_max, int64_t context,
                  struct err *e);
 void step_free(struct step *s);
+/* What it takes of the backend's memory, before anything is bound. drafts: with the MTP head. */
+uint64_t step_bytes(const struct config *c, const struct backend *b, bool drafts, int64_t rows_max,
+                    int64_t logits_max, int64_t context);
 int64_t step_rows_max(const struct step *s);
 
 /* Called with intermediate results, in the backend's memory: "embed"; per layer "mixer.in", "mixer.out",

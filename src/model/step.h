@@ -11,6 +11,7 @@ struct step {
     struct queue *q;
     void *memory; /* the backend's, holds every matrix below */
     int64_t rows_max, logits_max;
+    bool guesses; /* there is an MTP head */
     struct tap tap;
     struct mat x, h, y;          /* [hidden]: residual, its norm, a mixer's or the experts' result */
     struct mat qg, k, v, att;    /* attention: queries with gates, keys, values, attended values */

@@ -4,6 +4,8 @@
 #include <string.h>
 #include <time.h>
 
+static const double LOOK_SECONDS = 0.1;
+
 static bool generates(const struct connection *c)
 {
     if (!c->route || c->route->kind != ROUTE_API) return false;
@@ -39,10 +41,13 @@ static void see_tokens(struct connection *c, const struct exchange_account *a, d
     c->seen_at = now;
 }
 
-void account_tokens(struct connection *c, double now)
+/* How many there are costs a lock and a sum; after the first one it is asked with events, and now and then.
+ */
+void account_tokens(struct connection *c, double now, bool says)
 {
     struct exchange_account a = { 0 };
     if (!c->exchange || !generates(c)) return;
+    if (!says && c->seen_tokens > 0 && now - c->seen_at < LOOK_SECONDS) return;
     exchange_account(c->exchange, &a);
     see_tokens(c, &a, now);
 }

@@ -143,6 +143,7 @@ bool api_create(struct api **out, const struct api_options *o, struct err *e)
     if (getrandom(&a->seed, sizeof a->seed, 0) != sizeof a->seed) a->seed = (uint64_t)a->created;
     if (read_tokens(a, e) && read_generation(a, e) && read_patch_rule(a, e) &&
         load(&a->tokenizer_config, o->dir, "tokenizer_config.json", e) &&
+        (o->store_bytes == 0 || response_store_create(&a->store, o->store_bytes, o->store_seconds, e)) &&
         token_trie_create(&a->trie, a->n_vocab, token_bytes, (void *)o->tokenizer, a->stops, a->n_stops, e))
         return true;
     api_free(a);
@@ -154,6 +155,7 @@ void api_free(struct api *a)
 {
     if (!a) return;
     token_trie_free(a->trie);
+    response_store_free(a->store);
     json_decref(a->tokenizer_config);
     free(a->force_end.ids);
     free(a);
@@ -161,7 +163,8 @@ void api_free(struct api *a)
 
 bool api_route_reads_body(enum api_route route)
 {
-    return route != API_MODELS && route != API_MODEL && route != API_TOKENIZER_INFO;
+    return route != API_MODELS && route != API_MODEL && route != API_TOKENIZER_INFO &&
+           route != API_RESPONSE && route != API_RESPONSE_DELETE && route != API_RESPONSE_CANCEL;
 }
 
 bool api_route_begin(struct exchange *x, const char *argument)
@@ -170,6 +173,9 @@ bool api_route_begin(struct exchange *x, const char *argument)
     case API_CHAT_COMPLETIONS: return api_chat_begin(x);
     case API_COMPLETIONS: return api_completions_begin(x);
     case API_RESPONSES: return api_responses_begin(x);
+    case API_RESPONSE: return api_response(x, argument ? argument : "");
+    case API_RESPONSE_DELETE: return api_response_delete(x, argument ? argument : "");
+    case API_RESPONSE_CANCEL: return api_response_cancel(x, argument ? argument : "");
     case API_MESSAGES: return api_messages_begin(x);
     case API_COUNT_TOKENS: return api_count_tokens(x);
     case API_TOKENIZE: return api_tokenize(x);

@@ -16,11 +16,17 @@ struct api_options {
     const char *const *served_names; /* [n_served_names] the first is what answers say */
     int n_served_names;
     int64_t max_model_len;
-    int max_n;                 /* of `n`; 0: 16 */
-    int max_images;            /* of a request; 0: 16 */
+    int max_n;               /* of `n`; 0: 16 */
+    int64_t stream_interval; /* tokens of an event of a stream; 0: as time goes */
+    int max_images;          /* of a request; 0: 16 */
+    const char *const
+        *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
+    int n_media_hosts;
     bool strict_params;        /* unknown fields are refused */
     const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
     const json_t *generation;  /* --override-generation-config, or NULL */
+    size_t store_bytes;        /* of responses that are kept; 0: none are */
+    double store_seconds;      /* how long they are kept at most */
 };
 
 /* Immutable but for atomic counters: any number of threads may call exchange_create at a time. An exchange
@@ -33,6 +39,9 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
+    API_RESPONSE, /* argument: the id; these three */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,
@@ -64,12 +73,15 @@ int exchange_retry_after(const struct exchange *x); /* seconds; 0: no such heade
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);
+/* clock_seconds at which it is to be pumped though the scheduler did not wake: text waits for more of it;
+ * 0: none does. */
+double exchange_due(const struct exchange *x);
 /* A comment line for a stream that has nothing to say yet; also counts tokens of the prompt done so far. */
 const char *exchange_comment(struct exchange *x, size_t *bytes);
 
 /* For the request log and metrics, once done. */
 struct exchange_account {
-    const char *finish; /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish; /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int64_t n_choices, max_tokens;
     struct request_usage usage;    /* sums over choices */
     double first_token, per_token; /* seconds; 0 where there was none */

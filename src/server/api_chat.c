@@ -25,7 +25,8 @@ static void write_call(struct exchange *x, const struct choice *c, int index, bo
     json_out_key_text(o, "type", "function");
     json_out_key_open(o, "function", '{');
     json_out_key_text(o, "name", c->calls[index].name);
-    json_out_key_text(o, "arguments", in_stream ? "" : c->calls[index].arguments);
+    json_out_key_string(o, "arguments", c->calls[index].arguments.data,
+                        in_stream ? 0 : c->calls[index].arguments.n);
     json_out_close(o, '}');
     json_out_close(o, '}');
 }
@@ -84,10 +85,25 @@ static void begin(struct exchange *x, struct choice *c)
     close_chunk(x, c, NULL, false);
 }
 
+static void write_arguments(struct exchange *x, int index, const char *text, size_t n)
+{
+    struct json_out *o = &x->out;
+    json_out_key_open(o, "tool_calls", '[');
+    json_out_open(o, '{');
+    json_out_key_int(o, "index", index);
+    json_out_key_open(o, "function", '{');
+    json_out_key_string(o, "arguments", text, n);
+    json_out_close(o, '}');
+    json_out_close(o, '}');
+    json_out_close(o, ']');
+}
+
 static void delta(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n)
 {
     open_chunk(x, c);
-    if (kind == PART_REASONING) {
+    if (kind == PART_ARGUMENTS) {
+        write_arguments(x, c->n_calls - 1, text, n);
+    } else if (kind == PART_REASONING) {
         json_out_key_string(&x->out, "reasoning", text, n);
         json_out_key_string(&x->out, "reasoning_content", text, n);
     } else {
@@ -96,7 +112,7 @@ static void delta(struct exchange *x, struct choice *c, enum part_kind kind, con
     close_chunk(x, c, NULL, true);
 }
 
-/* The name, then the arguments: clients put pieces together. */
+/* The name; the arguments follow in pieces. */
 static void call(struct exchange *x, struct choice *c, int index)
 {
     struct json_out *o = &x->out;
@@ -105,16 +121,6 @@ static void call(struct exchange *x, struct choice *c, int index)
     write_call(x, c, index, true);
     json_out_close(o, ']');
     close_chunk(x, c, NULL, false);
-    open_chunk(x, c);
-    json_out_key_open(o, "tool_calls", '[');
-    json_out_open(o, '{');
-    json_out_key_int(o, "index", index);
-    json_out_key_open(o, "function", '{');
-    json_out_key_text(o, "arguments", c->calls[index].arguments);
-    json_out_close(o, '}');
-    json_out_close(o, '}');
-    json_out_close(o, ']');
-    close_chunk(x, c, NULL, true);
 }
 
 static void finish(struct exchange *x, struct choice *c)

@@ -43,8 +43,11 @@ static bool image_block(json_t *parts, const json_t *block, const char *param, s
     const char *data = json_string_value(json_object_get(source, "data"));
     struct param at;
     param_set(&at, "%s.source", param);
+    json_t *given = json_object_get(source, "url");
+    if (type && strcmp(type, "url") == 0 && json_is_string(given))
+        return append(parts, json_pack("{s:s, s:{s:O}}", "type", "image_url", "image_url", "url", given), f);
     if (!type || strcmp(type, "base64") != 0)
-        return fault_set(f, at.text, "%s: images are fetched from nowhere: expected type base64", at.text);
+        return fault_set(f, at.text, "%s: expected type base64, or type url and a url", at.text);
     if (!media || !data) return fault_set(f, at.text, "%s: expected media_type and data", at.text);
     json_t *url = json_sprintf("data:%s;base64,%s", media, data);
     return append(parts, json_pack("{s:s, s:{s:o}}", "type", "image_url", "image_url", "url", url), f);
@@ -302,9 +305,12 @@ static bool add_thinking(json_t *chat, const json_t *body, struct fault *f)
 /* output_config.format, the schema of an answer */
 static bool add_format(json_t *chat, const json_t *body, struct fault *f)
 {
-    const json_t *format = json_object_get(json_object_get(body, "output_config"), "format");
+    const struct fields in = { body, "", f };
+    const json_t *config = NULL, *format = NULL;
+    if (!fields_object(&in, "output_config", &config)) return false;
+    const struct fields inside = { config, "output_config.", f };
+    if (!fields_object(&inside, "format", &format) || !format) return !f->status;
     const json_t *schema = json_object_get(format, "schema");
-    if (!format || json_is_null(format)) return true;
     if (strcmp(type_of(format), "json_schema") != 0 || !schema)
         return fault_set(f, "output_config.format",
                          "output_config.format: expected type json_schema and a schema");
@@ -321,8 +327,11 @@ static bool make_chat(struct exchange *x)
     if (!x->chat) return fault_memory(f);
     for (size_t i = 0; i < sizeof same / sizeof *same; i++)
         if (!copy(x->chat, same[i], body, same[i], f)) return false;
-    return copy(x->chat, "stop", body, "stop_sequences", f) && add_thinking(x->chat, body, f) &&
-           add_format(x->chat, body, f) && add_tools(x->chat, body, f) && add_messages(x->chat, body, f);
+    const struct fields in = { body, "", f };
+    const json_t *stops = NULL;
+    return fields_array(&in, "stop_sequences", &stops) && copy(x->chat, "stop", body, "stop_sequences", f) &&
+           add_thinking(x->chat, body, f) && add_format(x->chat, body, f) && add_tools(x->chat, body, f) &&
+           add_messages(x->chat, body, f);
 }
 
 /* The answer. */
@@ -384,6 +393,14 @@ static void write_block(struct exchange *x, enum part_kind kind, const struct js
     json_out_close(o, '}');
 }
 
+/* An object: of a call that was cut the arguments that are complete. */
+static void write_input(struct json_out *o, const struct tool_call *call)
+{
+    json_out_raw(o, call->whole ? call->arguments.data : "{", call->whole ? call->whole : 1);
+    if (call->is_cut) json_out_raw(o, "}", 1);
+    o->needs_comma = true;
+}
+
 static void write_tool(struct exchange *x, const struct choice *c, int index, bool whole)
 {
     struct json_out *o = &x->out;
@@ -395,8 +412,7 @@ static void write_tool(struct exchange *x, const struct choice *c, int index, bo
     json_out_key_text(o, "name", c->calls[index].name);
     json_out_key(o, "input");
     if (whole) {
-        json_out_raw(o, c->calls[index].arguments, strlen(c->calls[index].arguments));
-        o->needs_comma = true;
+        write_input(o, &c->calls[index]);
     } else {
         json_out_open(o, '{');
         json_out_close(o, '}');
@@ -465,6 +481,10 @@ static void delta(struct exchange *x, struct choice *c, enum part_kind kind, con
 {
     struct blocks *b = x->state;
     (void)c;
+    if (kind == PART_ARGUMENTS) {
+        block_delta(x, "input_json_delta", "partial_json", text, n);
+        return;
+    }
     if (b->open != kind) {
         open_block(x);
         write_block(x, kind, NULL);
@@ -483,9 +503,12 @@ static void call(struct exchange *x, struct choice *c, int index)
     open_block(x);
     write_tool(x, c, index, false);
     close_event(x);
-    b->open = PART_CONTENT;
-    block_delta(x, "input_json_delta", "partial_json", c->calls[index].arguments,
-                strlen(c->calls[index].arguments));
+    b->open = PART_ARGUMENTS;
+}
+
+static void call_end(struct exchange *x, struct choice *c, int index)
+{
+    (void)c, (void)index;
     close_block(x);
 }
 
@@ -529,6 +552,7 @@ static void whole(struct exchange *x)
 static const struct shape shape = { .begin = begin,
                                     .delta = delta,
                                     .call = call,
+                                    .call_end = call_end,
                                     .finish = finish,
                                     .end = end,
                                     .whole = whole,
@@ -541,7 +565,12 @@ bool api_messages_begin(struct exchange *x)
     if (!fields_get(&in, "max_tokens")) return fields_wrong(&x->fault, "max_tokens", "an integer", NULL);
     x->state = calloc(1, sizeof(struct blocks));
     if (!x->state) return fault_memory(&x->fault);
-    return make_chat(x) && api_chat_begin_as(x, &shape);
+    static const char *const names[][2] = { { "stop", "stop_sequences" },
+                                            { "thinking_token_budget", "thinking.budget_tokens" },
+                                            { "response_format.json_schema.schema",
+                                              "output_config.format.schema" },
+                                            { NULL, NULL } };
+    return make_chat(x) && (api_chat_begin_as(x, &shape) || fault_rename(&x->fault, names));
 }
 
 /* Rows that a picture takes in place of its one token. */

@@ -1,6 +1,8 @@
-/* /v1/responses: its input items as a chat, the answer as output items and events. Nothing is stored. Source:
- * OpenAI's API reference, "Responses" and "Streaming". */
+/* /v1/responses: its input items as a chat, the answer as output items and events; what is kept of it, where
+ * the server keeps responses. Source: OpenAI's API reference, "Responses" and "Streaming". */
 #include "server/api_routes.h"
+#include "base/doc.h"
+#include <sys/random.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -152,16 +154,51 @@ static bool add_item(json_t *messages, const json_t *item, const char *param, st
         param, type);
 }
 
-static bool add_input(json_t *chat, const json_t *body, struct fault *f)
+static bool unknown_response(struct fault *f, int status, const char *id)
 {
-    json_t *input = json_object_get(body, "input"), *instructions = json_object_get(body, "instructions");
-    json_t *messages = json_array();
-    if (!set(chat, "messages", messages, f)) return false;
-    if (instructions && !json_is_null(instructions)) {
-        if (!json_is_string(instructions)) return fields_wrong(f, "instructions", "a string", instructions);
-        if (!append(messages, json_pack("{s:s, s:O}", "role", "system", "content", instructions), f))
-            return false;
+    return fault_status(
+        f, status, status == 400 ? "previous_response_not_found" : "not_found",
+        "response '%.80s' is not here: it was not kept, is too old, or has made room for others", id);
+}
+
+/* The conversation that ends with a response that was kept. */
+static bool add_previous(json_t *messages, const struct exchange *x, struct fault *f)
+{
+    const struct fields in = { x->body, "", f };
+    const char *id = NULL;
+    struct err e = { 0 };
+    json_t *before = NULL;
+    if (!fields_text(&in, "previous_response_id", &id) || !id) return !f->status;
+    if (!x->api->store)
+        return fault_set(
+            f, "previous_response_id",
+            "previous_response_id: this server keeps no responses; start it with --response-store 64M, "
+            "or send the conversation as input items");
+    const struct stored_response *r = response_store_get(x->api->store, id, x->owner);
+    if (!r) {
+        unknown_response(f, 400, id);
+        param_set(&f->param, "previous_response_id");
+        return false;
     }
+    bool ok = doc_parse(&before, r->messages, r->messages_bytes, &e) ||
+              fault_from_err(f, "previous_response_id", &e);
+    ok = ok && (json_array_extend(messages, before) == 0 || fault_memory(f));
+    json_decref(before);
+    response_store_release(r);
+    return ok;
+}
+
+static bool add_instructions(json_t *messages, const json_t *body, struct fault *f)
+{
+    json_t *instructions = json_object_get(body, "instructions");
+    if (!instructions || json_is_null(instructions)) return true;
+    if (!json_is_string(instructions)) return fields_wrong(f, "instructions", "a string", instructions);
+    return append(messages, json_pack("{s:s, s:O}", "role", "system", "content", instructions), f);
+}
+
+static bool add_input(json_t *messages, const json_t *body, struct fault *f)
+{
+    json_t *input = json_object_get(body, "input");
     if (json_is_string(input))
         return append(messages, json_pack("{s:s, s:O}", "role", "user", "content", input), f);
     if (!json_is_array(input)) return fields_wrong(f, "input", "a string or an array of items", input);
@@ -171,6 +208,14 @@ static bool add_input(json_t *chat, const json_t *body, struct fault *f)
         if (!add_item(messages, json_array_get(input, i), at.text, f)) return false;
     }
     return true;
+}
+
+static bool add_messages(struct exchange *x)
+{
+    struct fault *f = &x->fault;
+    json_t *messages = json_array();
+    return set(x->chat, "messages", messages, f) && add_instructions(messages, x->body, f) &&
+           add_previous(messages, x, f) && add_input(messages, x->body, f);
 }
 
 static bool add_tools(json_t *chat, const json_t *body, struct fault *f)
@@ -201,8 +246,12 @@ static bool add_tools(json_t *chat, const json_t *body, struct fault *f)
 /* text.format, flat here, nested there */
 static bool add_format(json_t *chat, const json_t *body, struct fault *f)
 {
-    json_t *format = json_object_get(json_object_get(body, "text"), "format");
-    if (!format || json_is_null(format)) return true;
+    const struct fields in = { body, "", f };
+    const json_t *text = NULL, *found = NULL;
+    if (!fields_object(&in, "text", &text)) return false;
+    const struct fields inside = { text, "text.", f };
+    if (!fields_object(&inside, "format", &found) || !found) return !f->status;
+    json_t *format = (json_t *)found;
     if (strcmp(type_of(format), "json_schema") == 0)
         return set(chat, "response_format",
                    json_pack("{s:s, s:O}", "type", "json_schema", "json_schema", format), f);
@@ -219,11 +268,9 @@ static bool refuse(const json_t *body, struct fault *f)
         if (what && strcmp(what, "message.output_text.logprobs") == 0)
             return fault_set(f, "include", "include: log-probabilities come from /v1/chat/completions");
     }
-    return fields_refuse(&in, "previous_response_id",
-                         "no response is stored; send the conversation as input items") &&
-           fields_refuse(&in, "conversation", "no conversation is stored; send it as input items") &&
+    return fields_refuse(&in, "conversation", "go on with previous_response_id, or send it as input items") &&
            fields_refuse(&in, "prompt", "no prompts are stored; send instructions and input") &&
-           fields_refuse(&in, "background", "no response is stored; stream it") &&
+           fields_refuse(&in, "background", "an answer is made while its client waits; stream it") &&
            fields_refuse(&in, "top_logprobs", "log-probabilities come from /v1/chat/completions");
 }
 
@@ -240,13 +287,14 @@ static bool make_chat(struct exchange *x)
     return refuse(body, &x->fault) && fields_object(&in, "reasoning", &reasoning) &&
            copy(x->chat, "reasoning_effort", reasoning, "effort", &x->fault) &&
            copy(x->chat, "max_tokens", body, "max_output_tokens", &x->fault) &&
-           add_format(x->chat, body, &x->fault) && add_tools(x->chat, body, &x->fault) &&
-           add_input(x->chat, body, &x->fault);
+           add_format(x->chat, body, &x->fault) && add_tools(x->chat, body, &x->fault) && add_messages(x);
 }
 
 /* The answer. */
 
 struct items {
+    char id[RESPONSE_ID_MAX];
+    bool is_kept;
     int64_t sequence;    /* of events */
     int n;               /* items begun */
     enum part_kind open; /* of the last one; PART_NONE: none is open */
@@ -306,13 +354,14 @@ static void write_text_item(struct exchange *x, enum part_kind kind, int index, 
 static void write_call_item(struct exchange *x, const struct choice *c, int call, int index, bool whole)
 {
     struct json_out *o = &x->out;
+    const struct tool_call *t = &c->calls[call];
     json_out_open(o, '{');
     write_id(x, "id", "fc", index);
     json_out_key_text(o, "type", "function_call");
-    json_out_key_text(o, "status", whole ? "completed" : "in_progress");
+    json_out_key_text(o, "status", !whole ? "in_progress" : t->is_cut ? "incomplete" : "completed");
     write_id(x, "call_id", "call", call);
-    json_out_key_text(o, "name", c->calls[call].name);
-    json_out_key_text(o, "arguments", whole ? c->calls[call].arguments : "");
+    json_out_key_text(o, "name", t->name);
+    json_out_key_string(o, "arguments", t->arguments.data, whole ? t->arguments.n : 0);
     json_out_close(o, '}');
 }
 
@@ -363,14 +412,15 @@ static const json_t *asked(const struct exchange *x, const char *key)
 static void write_request(struct exchange *x)
 {
     struct json_out *o = &x->out;
+    const struct items *items = x->state;
     const json_t *tools = asked(x, "tools"), *choice = asked(x, "tool_choice"), *text = asked(x, "text");
     json_out_key_value(o, "instructions", asked(x, "instructions"));
     json_out_key_value(o, "max_output_tokens", asked(x, "max_output_tokens"));
     json_out_key_value(o, "metadata", asked(x, "metadata"));
     json_out_key_bool(o, "parallel_tool_calls", !json_is_false(asked(x, "parallel_tool_calls")));
-    json_out_key_null(o, "previous_response_id");
+    json_out_key_value(o, "previous_response_id", asked(x, "previous_response_id"));
     json_out_key_value(o, "reasoning", asked(x, "reasoning"));
-    json_out_key_bool(o, "store", false);
+    json_out_key_bool(o, "store", items->is_kept);
     json_out_key(o, "temperature");
     json_out_float(o, x->params.sampling.temperature);
     json_out_key(o, "top_p");
@@ -391,13 +441,59 @@ static void write_request(struct exchange *x)
     json_out_key_text(o, "truncation", "disabled");
 }
 
+/* An assistant's message of a chat, without calls that a limit cut. */
+static void write_turn(struct json_out *o, const struct choice *c)
+{
+    json_out_open(o, '{');
+    json_out_key_text(o, "role", "assistant");
+    json_out_key_string(o, "content", c->content.data, c->content.n);
+    if (c->reasoning.n) json_out_key_string(o, "reasoning_content", c->reasoning.data, c->reasoning.n);
+    json_out_key_open(o, "tool_calls", '[');
+    for (int i = 0; i < c->n_calls; i++) {
+        if (c->calls[i].is_cut) continue;
+        json_out_open(o, '{');
+        json_out_key_text(o, "type", "function");
+        json_out_key_open(o, "function", '{');
+        json_out_key_text(o, "name", c->calls[i].name);
+        json_out_key_string(o, "arguments", c->calls[i].arguments.data, c->calls[i].arguments.n);
+        json_out_close(o, '}');
+        json_out_close(o, '}');
+    }
+    json_out_close(o, ']');
+    json_out_close(o, '}');
+}
+
+/* Before the answer begins, away from the loop: what a long conversation costs to write. */
+static void keep_messages(struct exchange *x)
+{
+    const json_t *messages = json_object_get(x->chat, "messages");
+    const json_t *instructions = json_object_get(x->body, "instructions");
+    size_t i = instructions && !json_is_null(instructions); /* not of the next response */
+    json_out_open(&x->kept, '[');
+    for (; i < json_array_size(messages); i++) json_out_value(&x->kept, json_array_get(messages, i));
+}
+
+/* The response is x->out from `from` on. */
+static void keep(struct exchange *x, const struct choice *c, size_t from)
+{
+    const struct items *items = x->state;
+    if (!items->is_kept || strcmp(c->finish, "abort") == 0) return;
+    write_turn(&x->kept, c);
+    json_out_close(&x->kept, ']');
+    if (x->out.failed || x->kept.failed) return;
+    const struct stored_response r = { x->out.data + from, x->out.n - from, x->kept.data, x->kept.n };
+    response_store_put(x->api->store, items->id, x->owner, &r);
+}
+
 /* c NULL: under way */
 static void write_response(struct exchange *x, const struct choice *c)
 {
     struct json_out *o = &x->out;
+    const struct items *items = x->state;
     const char *status = status_of(c);
+    size_t from = o->n + o->needs_comma;
     json_out_open(o, '{');
-    exchange_write_id(x, "resp_");
+    json_out_key_text(o, "id", items->id);
     json_out_key_text(o, "object", "response");
     json_out_key_int(o, "created_at", x->created);
     json_out_key_text(o, "status", status);
@@ -417,6 +513,7 @@ static void write_response(struct exchange *x, const struct choice *c)
     else
         json_out_key_null(o, "usage");
     json_out_close(o, '}');
+    if (c) keep(x, c, from);
 }
 
 static void open_event(struct exchange *x, const char *name)
@@ -519,9 +616,23 @@ static void open_item(struct exchange *x, enum part_kind kind, size_t from)
     part_event(x, "response.content_part.added", "", 0);
 }
 
+static void arguments_delta(struct exchange *x, const char *text, size_t n)
+{
+    const struct items *items = x->state;
+    open_event(x, "response.function_call_arguments.delta");
+    write_id(x, "item_id", "fc", items->n - 1);
+    json_out_key_int(&x->out, "output_index", items->n - 1);
+    json_out_key_string(&x->out, "delta", text, n);
+    close_event(x);
+}
+
 static void delta(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n)
 {
     struct items *items = x->state;
+    if (kind == PART_ARGUMENTS) {
+        arguments_delta(x, text, n);
+        return;
+    }
     if (items->open != kind) {
         close_item(x, c);
         open_item(x, kind, items->said[kind]);
@@ -541,26 +652,23 @@ static void item_event(struct exchange *x, const char *name, const struct choice
     close_event(x);
 }
 
-static void arguments_event(struct exchange *x, const char *name, const char *key, const struct choice *c,
-                            int call)
-{
-    const struct items *items = x->state;
-    open_event(x, name);
-    write_id(x, "item_id", "fc", items->n - 1);
-    json_out_key_int(&x->out, "output_index", items->n - 1);
-    if (strcmp(key, "arguments") == 0) json_out_key_text(&x->out, "name", c->calls[call].name);
-    json_out_key_text(&x->out, key, c->calls[call].arguments);
-    close_event(x);
-}
-
 static void call(struct exchange *x, struct choice *c, int index)
 {
     struct items *items = x->state;
     close_item(x, c);
     items->n++;
     item_event(x, "response.output_item.added", c, index, false);
-    arguments_event(x, "response.function_call_arguments.delta", "delta", c, index);
-    arguments_event(x, "response.function_call_arguments.done", "arguments", c, index);
+}
+
+static void call_end(struct exchange *x, struct choice *c, int index)
+{
+    const struct items *items = x->state;
+    open_event(x, "response.function_call_arguments.done");
+    write_id(x, "item_id", "fc", items->n - 1);
+    json_out_key_int(&x->out, "output_index", items->n - 1);
+    json_out_key_text(&x->out, "name", c->calls[index].name);
+    json_out_key_string(&x->out, "arguments", c->calls[index].arguments.data, c->calls[index].arguments.n);
+    close_event(x);
     item_event(x, "response.output_item.done", c, index, true);
 }
 
@@ -593,15 +701,90 @@ static void whole(struct exchange *x)
 static const struct shape shape = { .begin = begin,
                                     .delta = delta,
                                     .call = call,
+                                    .call_end = call_end,
                                     .finish = finish,
                                     .end = end,
                                     .whole = whole,
                                     .fail = fail,
                                     .max_is_soft = true };
 
+/* An id that nobody guesses, where it leads to something. */
+static bool begin_items(struct exchange *x)
+{
+    const struct fields in = { x->body, "", &x->fault };
+    unsigned char random[16];
+    struct items *items = x->state = calloc(1, sizeof *items);
+    if (!items) return fault_memory(&x->fault);
+    items->is_kept = x->api->store;
+    if (!fields_bool(&in, "store", &items->is_kept)) return false;
+    items->is_kept =
+        items->is_kept && x->api->store && getrandom(random, sizeof random, 0) == (ssize_t)sizeof random;
+    int n = snprintf(items->id, sizeof items->id, "resp_%.80s", items->is_kept ? "" : x->request_id);
+    for (size_t i = 0; items->is_kept && i < sizeof random; i++)
+        n += snprintf(items->id + n, sizeof items->id - (size_t)n, "%02x", random[i]);
+    return true;
+}
+
 bool api_responses_begin(struct exchange *x)
 {
-    x->state = calloc(1, sizeof(struct items));
-    if (!x->state) return fault_memory(&x->fault);
-    return make_chat(x) && api_chat_begin_as(x, &shape);
+    static const char *const names[][2] = { { "max_tokens", "max_output_tokens" },
+                                            { "reasoning_effort", "reasoning.effort" },
+                                            { "response_format.json_schema", "text.format" },
+                                            { "response_format", "text.format" },
+                                            { NULL, NULL } };
+    if (!begin_items(x) || !make_chat(x)) return false;
+    if (((const struct items *)x->state)->is_kept) keep_messages(x);
+    return api_chat_begin_as(x, &shape) || fault_rename(&x->fault, names);
+}
+
+/* Responses that are kept. */
+
+static const struct stored_response *find(struct exchange *x, const char *id)
+{
+    const struct stored_response *r = x->api->store ? response_store_get(x->api->store, id, x->owner) : NULL;
+    if (!r && x->api->store)
+        unknown_response(&x->fault, 404, id);
+    else if (!r)
+        fault_status(&x->fault, 404, "not_found",
+                     "this server keeps no responses; start it with --response-store 64M");
+    return r;
+}
+
+bool api_response(struct exchange *x, const char *id)
+{
+    const struct stored_response *r = find(x, id);
+    if (!r) return false;
+    json_out_raw(&x->out, r->body, r->body_bytes);
+    response_store_release(r);
+    return exchange_answered(x);
+}
+
+bool api_response_delete(struct exchange *x, const char *id)
+{
+    const struct stored_response *r = find(x, id);
+    if (!r) return false;
+    response_store_release(r);
+    response_store_delete(x->api->store, id, x->owner);
+    json_out_open(&x->out, '{');
+    json_out_key_text(&x->out, "id", id);
+    json_out_key_text(&x->out, "object", "response");
+    json_out_key_bool(&x->out, "deleted", true);
+    json_out_close(&x->out, '}');
+    return exchange_answered(x);
+}
+
+bool api_response_cancel(struct exchange *x, const char *argument)
+{
+    static const char cancel[] = "/cancel";
+    char id[RESPONSE_ID_MAX] = "";
+    size_t n = strlen(argument), tail = sizeof cancel - 1;
+    if (n < tail || strcmp(argument + n - tail, cancel) != 0)
+        return fault_status(&x->fault, 404, NULL,
+                            "there is no such path; POST /v1/responses makes a response");
+    if (n - tail < sizeof id) memcpy(id, argument, n - tail);
+    const struct stored_response *r = find(x, id);
+    if (!r) return false;
+    response_store_release(r);
+    return fault_set(&x->fault, NULL,
+                     "the response is complete; one that is under way ends when its client leaves");
 }

@@ -16,6 +16,10 @@ bool api_completions_begin(struct exchange *x);
 bool api_completions_prompts(struct exchange *x);
 
 bool api_responses_begin(struct exchange *x);
+/* Of one that is kept. */
+bool api_response(struct exchange *x, const char *id);
+bool api_response_delete(struct exchange *x, const char *id);
+bool api_response_cancel(struct exchange *x, const char *argument); /* "ID/cancel" */
 bool api_messages_begin(struct exchange *x);
 bool api_count_tokens(struct exchange *x);
 bool api_tokenize(struct exchange *x);

@@ -4,6 +4,7 @@
 #include "image/patches.h"
 #include "server/api.h"
 #include "server/json_out.h"
+#include "server/response_store.h"
 #include <stdatomic.h>
 
 /* What a request that does not say gets. From generation_config.json by vLLM's rule, overridden by options.
@@ -30,9 +31,11 @@ struct api {
     int64_t n_vocab;                    /* ids below have a meaning */
     struct token_trie *trie;
     struct patch_rule patch_rule; /* of a model that sees */
+    struct response_store *store; /* NULL: none is kept */
     uint64_t seed;                /* of seeds for requests that name none */
     atomic_uint_fast64_t n_requests;
-    int64_t created; /* seconds since 1970 */
+    atomic_int n_fetching; /* requests whose images are being fetched */
+    int64_t created;       /* seconds since 1970 */
 };
 
 /* Whether a model of that name is served; NULL: nobody asked. */

@@ -1,38 +1,86 @@
 #include "server/choice.h"
 #include "base/clock.h"
+#include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { EVENTS = 32 };
 
-/* NULL: out of memory. */
-static char *text_of(const json_t *arguments)
+/* The call that is under way; NULL: none is. */
+static struct tool_call *open_call(const struct choice *c)
 {
-    struct json_out o = { 0 };
-    json_out_value(&o, arguments);
-    json_out_raw(&o, "", 1);
-    if (!o.failed) return o.data;
-    json_out_deinit(&o);
-    return NULL;
+    struct tool_call *last = c->n_calls ? &c->calls[c->n_calls - 1] : NULL;
+    return last && last->is_open ? last : NULL;
 }
 
-static void take_call(struct choice *c, const struct reply_event *event)
+static void begin_call(struct choice *c, const char *name)
 {
     if (c->o.params->one_call && c->n_calls > 0) return;
     struct tool_call *grown = realloc(c->calls, (size_t)(c->n_calls + 1) * sizeof *grown);
-    if (!grown) {
+    if (grown) c->calls = grown;
+    char *copy = grown ? strdup(name) : NULL;
+    if (!copy) {
         c->content.failed = true;
         return;
     }
-    c->calls = grown;
-    struct tool_call *call = &grown[c->n_calls];
-    *call = (struct tool_call){ strdup(event->name), text_of(event->arguments) };
-    c->n_calls++;
-    if (!call->name || !call->arguments)
+    grown[c->n_calls++] = (struct tool_call){ .name = copy, .is_open = true };
+    c->o.part(c->o.ctx, PART_CALL, NULL, 0);
+}
+
+/* Hands on the arguments from `from` on. */
+static void give_arguments(struct choice *c, const struct tool_call *call, size_t from)
+{
+    if (call->arguments.failed)
         c->content.failed = true;
-    else
-        c->o.part(c->o.ctx, PART_NONE, NULL, 0);
+    else if (call->arguments.n > from)
+        c->o.part(c->o.ctx, PART_ARGUMENTS, call->arguments.data + from, call->arguments.n - from);
+}
+
+/* What is certain of a call that is not complete. */
+static void take_argument(struct choice *c, const struct reply_event *event)
+{
+    struct tool_call *call = open_call(c);
+    if (!call) return;
+    struct json_out *o = &call->arguments;
+    size_t from = o->n;
+    if (from == 0) json_out_open(o, '{');
+    if (event->kind == REPLY_ARGUMENT) json_out_name(o, event->name);
+    if (event->kind == REPLY_ARGUMENT && event->value) json_out_value(o, event->value);
+    if (event->kind == REPLY_ARGUMENT && !event->value) json_out_string_begin(o);
+    if (event->kind == REPLY_ARGUMENT_PART) json_out_string_part(o, event->part, event->part_bytes);
+    if (event->kind == REPLY_ARGUMENT_ENDS) json_out_string_end(o);
+    if (event->kind == REPLY_ARGUMENT_ENDS || event->value) call->whole = o->n;
+    give_arguments(c, call, from);
+}
+
+static void end_call(struct choice *c, struct tool_call *call, bool is_cut)
+{
+    call->is_open = false;
+    call->is_cut = is_cut;
+    c->o.part(c->o.ctx, PART_CALL_END, NULL, 0);
+}
+
+/* A complete call: what was not handed on yet of the arguments. */
+static void take_call(struct choice *c, const struct reply_event *event)
+{
+    if (!open_call(c)) begin_call(c, event->name);
+    struct tool_call *call = open_call(c);
+    if (!call) return;
+    struct json_out all = { 0 };
+    size_t from = call->arguments.n;
+    json_out_value(&all, event->arguments);
+    if (all.failed) {
+        c->content.failed = true;
+        json_out_deinit(&all);
+        return;
+    }
+    assert(from <= all.n && (from == 0 || memcmp(all.data, call->arguments.data, from) == 0));
+    json_out_deinit(&call->arguments);
+    call->arguments = all;
+    call->whole = all.n;
+    give_arguments(c, call, from);
+    end_call(c, call, false);
 }
 
 static void give(struct choice *c, enum part_kind kind, const char *text, size_t n)
@@ -42,19 +90,30 @@ static void give(struct choice *c, enum part_kind kind, const char *text, size_t
     c->o.part(c->o.ctx, kind, text, n);
 }
 
-/* A call that a limit cut is handed on as text: what is left of its arguments might do harm. */
+/* A call that a limit cut keeps its arguments open, so that nobody can take half a command for the whole; it
+ * is text if nothing was said of it yet. */
 static void take_event(void *ctx, const struct reply_event *event)
 {
     struct choice *c = ctx;
     bool is_cut = event->is_cut && (strcmp(c->finish, "stop") != 0 || c->stop_string >= 0);
     switch (event->kind) {
     case REPLY_MARK: return;
+    case REPLY_CALL_BEGINS:
+        if (c->o.tools) begin_call(c, event->name);
+        return;
+    case REPLY_ARGUMENT:
+    case REPLY_ARGUMENT_PART:
+    case REPLY_ARGUMENT_ENDS: take_argument(c, event); return;
     case REPLY_REASONING:
         if (!c->o.params->no_reasoning) give(c, PART_REASONING, event->text, event->bytes);
         return;
     case REPLY_CALL:
         if (c->o.tools && !is_cut) {
             take_call(c, event);
+            return;
+        }
+        if (open_call(c)) {
+            end_call(c, open_call(c), true);
             return;
         }
         break;
@@ -100,6 +159,7 @@ bool choice_init(struct choice *c, const struct choice_options *o, struct fault 
     c->in_reasoning = o->prompt->in_reasoning;
     bool ok =
         (o->params->n_stops == 0 || stops_create(&c->stops, o->params->stops, o->params->n_stops, &e)) &&
+        (o->params->repeats.size_max == 0 || repeats_create(&c->repeats, &o->params->repeats, &e)) &&
         (o->is_plain || reply_create(&c->reply, &ro, &e));
     /* The first token of a text follows nothing. */
     const struct request_event first = { .token.id = o->prompt->ids[0] };
@@ -119,11 +179,12 @@ void choice_deinit(struct choice *c)
     request_free(c->request);
     stops_free(c->stops);
     reply_free(c->reply);
+    repeats_free(c->repeats);
     json_out_deinit(&c->reasoning);
     json_out_deinit(&c->content);
     for (int i = 0; i < c->n_calls; i++) {
         free(c->calls[i].name);
-        free(c->calls[i].arguments);
+        json_out_deinit(&c->calls[i].arguments);
     }
     free(c->calls);
     score_list_deinit(&c->scores);
@@ -225,7 +286,8 @@ static bool flush(struct choice *c)
         ok = ok && take_certain(c, held, n);
     }
     ok = ok && (!c->reply || reply_finish(c->reply, &e));
-    if (c->n_calls && strcmp(c->finish, "stop") == 0) c->finish = "tool_calls";
+    if (c->n_calls && !c->calls[c->n_calls - 1].is_cut && strcmp(c->finish, "stop") == 0)
+        c->finish = "tool_calls";
     return ok;
 }
 
@@ -243,11 +305,21 @@ static bool take_finish(struct choice *c, const struct request_event *event)
     return true;
 }
 
+/* Before min_tokens nothing ends an answer. */
+static void look_for_repeats(struct choice *c, int32_t id)
+{
+    if (c->repeats && repeats_push(c->repeats, id) && !c->is_over && c->n_tokens >= c->o.params->min_tokens)
+        end(c, "repetition");
+}
+
 static bool take(struct choice *c, const struct request_event *event)
 {
     switch (event->kind) {
     case REQUEST_PROMPT: return !c->o.wants_prompt || keep_score(&c->prompt_scores, event, true);
-    case REQUEST_TOKEN: return take_token(c, event) && take_bytes(c, event->token.id);
+    case REQUEST_TOKEN:
+        if (!take_token(c, event) || !take_bytes(c, event->token.id)) return false;
+        look_for_repeats(c, event->token.id);
+        return true;
     default: return take_finish(c, event);
     }
 }
@@ -255,7 +327,7 @@ static bool take(struct choice *c, const struct request_event *event)
 /* One call was asked for, and has come. */
 static bool has_enough(const struct choice *c)
 {
-    return c->o.params->one_call && c->n_calls > 0;
+    return c->o.params->one_call && c->n_calls > 0 && !open_call(c);
 }
 
 bool choice_pump(struct choice *c)

@@ -6,7 +6,14 @@
 #include "server/conversation.h"
 #include "tokenizer/reply.h"
 
-enum part_kind { PART_NONE, PART_REASONING, PART_CONTENT };
+enum part_kind {
+    PART_NONE,
+    PART_REASONING,
+    PART_CONTENT,
+    PART_CALL,      /* calls[n_calls - 1] begins: its name is there */
+    PART_ARGUMENTS, /* more of the JSON text of its arguments */
+    PART_CALL_END
+};
 
 /* A token's score and the best ones of its place, in struct choice's `top`. */
 struct score {
@@ -25,7 +32,11 @@ struct score_list {
 };
 
 struct tool_call {
-    char *name, *arguments; /* the latter a JSON text */
+    char *name;
+    struct json_out arguments; /* an object as JSON, or as much of it as came before a limit cut the call */
+    size_t whole;              /* bytes of it up to the end of an argument that is complete */
+    bool is_open;              /* more may come */
+    bool is_cut;               /* nothing more comes, and the object has no end: nobody can take it for one */
 };
 
 struct choice_options {
@@ -37,7 +48,7 @@ struct choice_options {
     bool wants_prompt;                   /* scores of the prompt are kept */
     const struct grammar_share *grammar; /* that it follows, or NULL */
     void *ctx;
-    /* Certain text, never empty; PART_NONE: calls[n_calls - 1] is complete. */
+    /* What is certain. text: of reasoning, content, arguments, never empty; NULL with the other kinds. */
     void (*part)(void *ctx, enum part_kind kind, const char *text, size_t n);
 };
 
@@ -47,8 +58,9 @@ struct choice {
     int index;               /* in the exchange */
     struct request *request; /* NULL: not submitted yet, or over */
     struct detokenizer detokenizer;
-    struct stops *stops; /* NULL: none asked for */
-    struct reply *reply; /* NULL: is_plain */
+    struct stops *stops;     /* NULL: none asked for */
+    struct reply *reply;     /* NULL: is_plain */
+    struct repeats *repeats; /* NULL: none are looked for */
     bool in_reasoning;
     int64_t n_tokens, n_reasoning; /* of the answer, a stop token included */
     struct json_out reasoning, content;
@@ -58,7 +70,7 @@ struct choice {
     int32_t *tokens; /* where they are to be returned */
     size_t tokens_capacity;
     bool is_submitted, is_over;
-    const char *finish;             /* "stop", "length", "tool_calls", "abort", "error" */
+    const char *finish;             /* "stop", "length", "tool_calls", "repetition", "abort", "error" */
     int stop_string;                /* which ended it; -1: none */
     int32_t stop_token;             /* not one of the model's own; -1: none */
     double first_token, last_token; /* clock_seconds; 0: none yet */

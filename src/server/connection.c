@@ -144,13 +144,36 @@ static void send_head(struct connection *c, int status, const char *type, const 
     c->status = status;
 }
 
+/* What the kernel takes at once needs no buffer, and no look at whether it may be written. */
+static size_t write_now(struct connection *c, const struct iovec *pieces, int n)
+{
+    struct msghdr m = { .msg_iov = (struct iovec *)(uintptr_t)pieces, .msg_iovlen = (size_t)n };
+    if (unread(c) > 0 || bufferevent_openssl_get_ssl(c->events)) return 0;
+    ssize_t sent = sendmsg(bufferevent_getfd(c->events), &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return sent > 0 ? (size_t)sent : 0; /* a fault comes again when the rest is written */
+}
+
+static void put(struct connection *c, const struct iovec *pieces, int n)
+{
+    size_t sent = write_now(c, pieces, n);
+    for (int i = 0; i < n; i++) {
+        size_t skip = sent < pieces[i].iov_len ? sent : pieces[i].iov_len;
+        sent -= skip;
+        if (skip < pieces[i].iov_len)
+            evbuffer_add(bufferevent_get_output(c->events), (const char *)pieces[i].iov_base + skip,
+                         pieces[i].iov_len - skip);
+    }
+}
+
 static void send_chunk(struct connection *c, const char *bytes, size_t n)
 {
-    struct evbuffer *out = bufferevent_get_output(c->events);
+    char length[24];
+    bool framed = c->request.version == 1;
     if (n == 0) return;
-    if (c->request.version == 1) evbuffer_add_printf(out, "%zx\r\n", n);
-    evbuffer_add(out, bytes, n);
-    if (c->request.version == 1) evbuffer_add(out, "\r\n", 2);
+    struct iovec pieces[] = { { length, (size_t)snprintf(length, sizeof length, "%zx\r\n", n) },
+                              { (char *)(uintptr_t)bytes, n },
+                              { (char *)"\r\n", 2 } };
+    put(c, pieces + !framed, framed ? 3 : 1);
     c->sent_bytes += n;
     c->heard = clock_seconds();
 }
@@ -214,9 +237,9 @@ static void pump(struct connection *c)
 {
     size_t n = 0;
     bool done = false;
-    account_tokens(c, clock_seconds());
     if (unread(c) > OUTPUT_MOST) return;
     const char *bytes = exchange_pump(c->exchange, &n, &done);
+    account_tokens(c, clock_seconds(), n > 0);
     if (exchange_status(c->exchange) == 0) return;
     c->streams = exchange_is_stream(c->exchange);
     if (c->streams)
@@ -225,11 +248,13 @@ static void pump(struct connection *c)
         connection_answer(c, exchange_status(c->exchange), "application/json", NULL, bytes, n);
 }
 
-void connection_pump(struct connection *c)
+double connection_pump(struct connection *c)
 {
-    if (!c->exchange) return;
+    if (!c->exchange) return 0;
     pump(c);
-    if (!c->exchange) advance(c); /* to what was sent behind that request */
+    if (c->exchange) return exchange_due(c->exchange);
+    advance(c); /* to what was sent behind that request */
+    return 0;
 }
 
 void connection_abort(struct connection *c)

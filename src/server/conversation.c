@@ -1,10 +1,13 @@
 #include "server/conversation.h"
+#include "base/clock.h"
 #include "base/doc.h"
+#include "server/fetch.h"
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 enum { IMAGES_DEFAULT_MAX = 16, MESSAGES_MAX = 100000 };
 
@@ -13,7 +16,49 @@ void prompt_text_deinit(struct prompt_text *p)
     free(p->ids);
     free(p->text);
     free(p->pictures);
+    for (int i = 0; i < p->n_fetched; i++) free(p->fetched[i]);
+    free(p->fetched);
     *p = (struct prompt_text){ 0 };
+}
+
+/* A thread that fetches makes no exchange meanwhile: one stays free, and a request has its time and its
+ * bytes. */
+enum { FETCHING_MAX = 2, FETCH_SECONDS = 10, FETCH_BYTES_MAX = 20 << 20 };
+
+static bool fetch_here(struct prompt_text *p, const struct api *a, const char *url, struct err *e)
+{
+    const struct fetch_rules rules = { a->o.media_hosts, a->o.n_media_hosts };
+    size_t bytes;
+    if (p->fetch_until == 0) p->fetch_until = clock_seconds() + FETCH_SECONDS;
+    char **grown = realloc(p->fetched, (size_t)(p->n_fetched + 1) * sizeof *grown);
+    if (!grown) return err_memory(e, "images", sizeof *grown);
+    p->fetched = grown;
+    if (!fetch_data_url(&grown[p->n_fetched], &bytes, &rules, url, FETCH_BYTES_MAX - p->fetched_bytes,
+                        p->fetch_until, e))
+        return false;
+    p->n_fetched++;
+    p->fetched_bytes += bytes;
+    return true;
+}
+
+static bool fetch_picture(struct prompt_text *p, const struct api *a, const char *url, const char *param,
+                          struct fault *f)
+{
+    atomic_int *n = &((struct api *)a)->n_fetching;
+    struct err e = { 0 };
+    if (a->o.n_media_hosts == 0)
+        return fault_set(
+            f, param,
+            "%s: images are fetched from nowhere: expected a data: URL with base64 content; a server "
+            "started with --allowed-media-domains fetches from the hosts it names",
+            param);
+    bool free_thread = atomic_fetch_add(n, 1) < FETCHING_MAX;
+    bool ok = free_thread && fetch_here(p, a, url, &e);
+    atomic_fetch_sub(n, 1);
+    if (!free_thread)
+        return fault_status(f, 503, NULL, "images of %d other requests are being fetched; try again",
+                            FETCHING_MAX);
+    return ok || fault_set(f, param, "%s: the image cannot be fetched: %s", param, e.text);
 }
 
 /* Only data: URLs reach image_load, which would take anything else for a path. */
@@ -22,14 +67,15 @@ static bool add_picture(struct prompt_text *p, const struct api *a, const char *
 {
     int max = a->o.max_images ? a->o.max_images : IMAGES_DEFAULT_MAX;
     if (!a->o.config->has_vision) return fault_set(f, param, "%s: the served model takes no images", param);
-    if (strncmp(url, "data:", 5) != 0)
-        return fault_set(
-            f, param, "%s: images are fetched from nowhere: expected a data: URL with base64 content", param);
+    bool by_url = strncasecmp(url, "http:", 5) == 0 || strncasecmp(url, "https:", 6) == 0;
+    if (!by_url && strncmp(url, "data:", 5) != 0)
+        return fault_set(f, param, "%s: expected a data: URL with base64 content", param);
     if (p->n_pictures >= max) return fault_set(f, param, "%s: more than %d images in a request", param, max);
     const char **grown = realloc(p->pictures, (size_t)(p->n_pictures + 1) * sizeof *grown);
     if (!grown) return fault_memory(f);
     p->pictures = grown;
-    grown[p->n_pictures++] = url;
+    if (by_url && !fetch_picture(p, a, url, param, f)) return false;
+    grown[p->n_pictures++] = by_url ? p->fetched[p->n_fetched - 1] : url;
     return true;
 }
 
@@ -332,7 +378,8 @@ bool conversation_prompt(struct prompt_text *out, const struct api *a, const jso
     const struct chat_options o = { .add_generation_prompt = p->add_generation_prompt,
                                     .thinking = p->thinking,
                                     .preserve_thinking = p->preserve_thinking,
-                                    .add_vision_id = p->add_vision_id };
+                                    .add_vision_id = p->add_vision_id,
+                                    .documents = p->documents };
     json_t *messages;
     const json_t *tools;
     char *text = NULL;

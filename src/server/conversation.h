@@ -8,9 +8,13 @@ struct prompt_text {
     int64_t n;
     char *text; /* owned, `bytes` long; NULL where the request has token ids */
     size_t bytes;
-    const char **pictures; /* owned, what it points to is the body's */
+    const char **pictures; /* owned, what it points to is the body's, or of `fetched` */
     int n_pictures;
-    bool in_reasoning; /* ends inside of <think> */
+    char **fetched; /* data: URLs of images that came by URL, owned */
+    int n_fetched;
+    size_t fetched_bytes;
+    double fetch_until; /* clock_seconds; 0: none was fetched */
+    bool in_reasoning;  /* ends inside of <think> */
 };
 void prompt_text_deinit(struct prompt_text *p); /* accepts a zeroed one */
 

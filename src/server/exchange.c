@@ -16,6 +16,10 @@ enum {
     SCORES_MAX = 1 << 21 /* of prompts' tokens: some 100 MB of an answer */
 };
 
+/* Between two events of a stream's text: nobody reads faster, and each event costs packets and wake-ups on
+ * both sides. */
+static const double EVENT_SECONDS = 0.02;
+
 void exchange_event(struct exchange *x, const char *name)
 {
     if (name) {
@@ -44,6 +48,8 @@ void exchange_write_stop_reason(struct exchange *x, const struct choice *c)
     const struct stop_string *s = c->stop_string >= 0 ? &x->params.stops[c->stop_string] : NULL;
     if (s)
         json_out_key_string(&x->out, "stop_reason", s->text, s->n);
+    else if (c->finish && strcmp(c->finish, "repetition") == 0)
+        json_out_key_text(&x->out, "stop_reason", "repetition_detected");
     else if (c->stop_token >= 0)
         json_out_key_int(&x->out, "stop_reason", c->stop_token);
     else
@@ -134,6 +140,21 @@ static void say_text(struct exchange *x, int i)
     if (p->text.n == 0) return;
     x->shape->delta(x, &x->choices[i], p->kind, p->text.data, p->text.n);
     json_out_clear(&p->text);
+    p->said_at = x->now;
+}
+
+/* Clock at which text that waits is to be said, whatever comes until then. */
+static double due_at(const struct exchange *x, const struct pending *p)
+{
+    return p->text.n == 0 || p->said_at == 0 || x->params.stream_interval ? 0 : p->said_at + EVENT_SECONDS;
+}
+
+/* The first text and the last are said at once. */
+static bool is_due(const struct exchange *x, const struct pending *p, const struct choice *c)
+{
+    if (c->is_over || p->said_at == 0) return true;
+    if (x->params.stream_interval) return c->n_tokens - p->tokens >= x->params.stream_interval;
+    return x->now >= due_at(x, p);
 }
 
 static void begin(struct exchange *x, int i)
@@ -152,9 +173,11 @@ static void take_part(void *ctx, enum part_kind kind, const char *text, size_t n
     begin(x, c->index);
     if (kind != p->kind) say_text(x, c->index);
     p->kind = kind;
-    if (kind == PART_NONE)
+    if (kind == PART_CALL)
         x->shape->call(x, c, c->n_calls - 1);
-    else
+    else if (kind == PART_CALL_END && x->shape->call_end)
+        x->shape->call_end(x, c, c->n_calls - 1);
+    else if (text)
         json_out_raw(&p->text, text, n);
 }
 
@@ -164,7 +187,7 @@ static void say(struct exchange *x, int i)
     struct choice *c = &x->choices[i];
     if (c->n_tokens == p->tokens && !c->is_over) return;
     begin(x, i);
-    if (c->is_over || c->n_tokens - p->tokens >= x->params.stream_interval) {
+    if (is_due(x, p, c)) {
         say_text(x, i);
         p->tokens = c->n_tokens;
     }
@@ -215,6 +238,8 @@ static bool submit(struct exchange *x, struct choice *c, struct err *e)
                                  .bad_words = p->bad_words,
                                  .n_bad_words = p->n_bad_words,
                                  .top_logprobs = p->logprobs,
+                                 .score_ids = p->score_ids,
+                                 .n_score_ids = p->n_score_ids,
                                  .prompt_logprobs = p->prompt_logprobs >= 0 ? p->prompt_logprobs : -1,
                                  .constraint_after = -1,
                                  .thinking_budget = -1,
@@ -378,6 +403,7 @@ void exchange_free(struct exchange *x)
     json_decref(x->chat);
     json_decref(x->body);
     json_out_deinit(&x->out);
+    json_out_deinit(&x->kept);
     free(x->state);
     free(x);
 }
@@ -427,6 +453,7 @@ static void answer_whole(struct exchange *x)
 static void pump(struct exchange *x)
 {
     json_out_clear(&x->out);
+    x->now = clock_seconds();
     if (!take_news(x)) {
         fail(x);
         return;
@@ -457,6 +484,16 @@ const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done)
     *bytes = x->out.n;
     *done = x->is_done;
     return x->out.data ? x->out.data : "";
+}
+
+double exchange_due(const struct exchange *x)
+{
+    double first = 0;
+    for (int i = 0; i < x->n_choices && x->params.stream && !x->is_done; i++) {
+        double at = due_at(x, &x->pending[i]);
+        if (at > 0 && (first == 0 || at < first)) first = at;
+    }
+    return first;
 }
 
 const char *exchange_comment(struct exchange *x, size_t *bytes)

@@ -3,14 +3,16 @@
 #define SERVER_EXCHANGE_H
 #include "server/choice.h"
 
-/* How a route writes what comes. Of a stream `delta`, `call` and `finish` append events to x->out; else only
- * `whole` does, once all choices are over. `begin` may be NULL. */
+/* How a route writes what comes. Of a stream `delta` (reasoning, content, arguments of the last call),
+ * `call`, `call_end` and `finish` append events to x->out; else only `whole` does, once all choices are over.
+ * `begin` and `call_end` may be NULL. */
 struct shape {
     bool is_plain;    /* answers are neither parsed for reasoning nor for calls */
     bool max_is_soft; /* max_tokens is a bound: more than fits is no error */
     void (*begin)(struct exchange *x, struct choice *c);
     void (*delta)(struct exchange *x, struct choice *c, enum part_kind kind, const char *text, size_t n);
-    void (*call)(struct exchange *x, struct choice *c, int index);
+    void (*call)(struct exchange *x, struct choice *c, int index); /* begins: its name is there */
+    void (*call_end)(struct exchange *x, struct choice *c, int index);
     void (*finish)(struct exchange *x, struct choice *c);
     void (*end)(struct exchange *x);
     void (*whole)(struct exchange *x);
@@ -23,6 +25,7 @@ struct pending {
     enum part_kind kind;
     struct json_out text;
     int64_t tokens;               /* of the choice when it spoke last */
+    double said_at;               /* clock_seconds when a text of it was said last; 0: none was */
     size_t scores, tokens_listed; /* said already */
     bool has_begun, has_finished, prompt_said;
     int64_t offset; /* of the next token in the text, in characters */
@@ -35,7 +38,7 @@ struct exchange {
     char request_id[80];
     const char *model; /* as asked for, or the first served */
     int64_t created;   /* seconds since 1970 */
-    double began;      /* clock_seconds */
+    double began, now; /* clock_seconds: when it was made, and of this pump */
     uint64_t owner;
     uint8_t salt[32];
     json_t *body, *chat; /* chat: the body in the form of chat completions; may be the same */
@@ -48,6 +51,7 @@ struct exchange {
     struct pending *pending; /* [n_choices] */
     int n_choices, n_submitted, n_over;
     struct json_out out;
+    struct json_out kept; /* of a response that is to be kept: its messages, an array that lacks its end */
     int status;
     bool is_done, was_taken;       /* the body is complete; and has been handed out */
     bool has_begun;                /* a stream has said something */

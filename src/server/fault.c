@@ -49,6 +49,33 @@ bool fault_memory(struct fault *f)
     return fault_status(f, 503, NULL, "the server is out of memory");
 }
 
+/* text is the name, or a part of it: "stop[3]". */
+static bool is_named(const char *text, const char *name)
+{
+    size_t n = strlen(name);
+    return strncmp(text, name, n) == 0 && (!text[n] || strchr(".[: ", text[n]));
+}
+
+static void rename_start(char *text, size_t size, const char *from, const char *to)
+{
+    char copy[sizeof((struct fault *)0)->text];
+    snprintf(copy, sizeof copy, "%s", text + strlen(from));
+    snprintf(text, size, "%s%s", to, copy);
+    text[utf8_valid_prefix(text, strlen(text))] = 0;
+}
+
+bool fault_rename(struct fault *f, const char *const names[][2])
+{
+    for (; names[0][0]; names++) {
+        const char *from = names[0][0], *to = names[0][1];
+        if (!is_named(f->param.text, from)) continue;
+        rename_start(f->param.text, sizeof f->param.text, from, to);
+        if (is_named(f->text, from)) rename_start(f->text, sizeof f->text, from, to);
+        break;
+    }
+    return false;
+}
+
 static int status_of(enum err_code code)
 {
     switch (code) {

@@ -28,6 +28,9 @@ bool fault_status(struct fault *f, int status, const char *code, const char *for
 /* The status follows from the code; memory and a full queue are 503. */
 bool fault_from_err(struct fault *f, const char *param, const struct err *e);
 bool fault_memory(struct fault *f);
+/* A field of another name, {as it was called, as the client calls it}, {NULL} at the end: in the field and at
+ * the beginning of the sentence. Returns false. */
+bool fault_rename(struct fault *f, const char *const names[][2]);
 
 /* The body of an error, in the route's own shape. type NULL: what goes with the status. */
 void fault_write(struct json_out *o, enum api_route route, int status, const char *type, const char *param,

@@ -81,11 +81,15 @@ static void escape(struct json_out *o, unsigned char c)
     json_out_raw(o, text, 6);
 }
 
-void json_out_string(struct json_out *o, const char *text, size_t n)
+void json_out_string_begin(struct json_out *o)
 {
-    size_t from = 0;
     comma(o);
     json_out_raw(o, "\"", 1);
+}
+
+void json_out_string_part(struct json_out *o, const char *text, size_t n)
+{
+    size_t from = 0;
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
         if (c >= 0x20 && c != '"' && c != '\\') continue;
@@ -94,7 +98,25 @@ void json_out_string(struct json_out *o, const char *text, size_t n)
         from = i + 1;
     }
     if (from < n) json_out_raw(o, text + from, n - from);
+}
+
+void json_out_string_end(struct json_out *o)
+{
     json_out_raw(o, "\"", 1);
+}
+
+void json_out_string(struct json_out *o, const char *text, size_t n)
+{
+    json_out_string_begin(o);
+    json_out_string_part(o, text, n);
+    json_out_string_end(o);
+}
+
+void json_out_name(struct json_out *o, const char *name)
+{
+    json_out_text(o, name);
+    json_out_raw(o, ":", 1);
+    o->needs_comma = false;
 }
 
 void json_out_text(struct json_out *o, const char *text)
@@ -158,9 +180,7 @@ static void json_out_object(struct json_out *o, const json_t *v)
     json_out_open(o, '{');
     json_object_foreach((json_t *)v, key, member)
     {
-        json_out_text(o, key);
-        json_out_raw(o, ":", 1);
-        o->needs_comma = false;
+        json_out_name(o, key);
         json_out_value(o, member);
     }
     json_out_close(o, '}');

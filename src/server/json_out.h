@@ -22,6 +22,12 @@ void json_out_close(struct json_out *o, char bracket);
 void json_out_key(struct json_out *o, const char *key); /* plain ASCII, or escaped already */
 /* text: UTF-8, NUL allowed. */
 void json_out_string(struct json_out *o, const char *text, size_t n);
+/* The same in parts of whole characters. */
+void json_out_string_begin(struct json_out *o);
+void json_out_string_part(struct json_out *o, const char *text, size_t n);
+void json_out_string_end(struct json_out *o);
+/* A member's name that may need escapes. */
+void json_out_name(struct json_out *o, const char *name);
 void json_out_text(struct json_out *o, const char *text); /* NUL-terminated; NULL writes null */
 void json_out_int(struct json_out *o, int64_t v);
 void json_out_bool(struct json_out *o, bool v);

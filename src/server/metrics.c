@@ -59,6 +59,7 @@ static enum metrics_finish finish_of(const char *finish)
 {
     if (!finish || !*finish || strcmp(finish, "abort") == 0) return METRICS_ABORT;
     if (strcmp(finish, "length") == 0) return METRICS_LENGTH;
+    if (strcmp(finish, "repetition") == 0) return METRICS_REPETITION;
     return strcmp(finish, "error") == 0 ? METRICS_ERROR : METRICS_STOP;
 }
 
@@ -194,7 +195,7 @@ static void put_scheduler(const struct writer *w, const struct scheduler_stats *
 
 static void put_requests(const struct writer *w, const struct metrics *m)
 {
-    static const char *const reasons[] = { "stop", "length", "abort", "error" };
+    static const char *const reasons[] = { "stop", "length", "abort", "error", "repetition" };
     put(w, "vllm:prompt_tokens_total", "counter", (double)m->prompt_tokens_total, "Prompt tokens processed");
     put(w, "vllm:generation_tokens_total", "counter", (double)m->generation_tokens_total, "Tokens generated");
     put_head(w, "vllm:request_success_total", "counter", "Requests ended, by reason");

@@ -14,7 +14,14 @@ struct histogram {
 };
 void histogram_observe(struct histogram *h, double value, uint64_t times);
 
-enum metrics_finish { METRICS_STOP, METRICS_LENGTH, METRICS_ABORT, METRICS_ERROR, METRICS_FINISHES };
+enum metrics_finish {
+    METRICS_STOP,
+    METRICS_LENGTH,
+    METRICS_ABORT,
+    METRICS_ERROR,
+    METRICS_REPETITION,
+    METRICS_FINISHES
+};
 
 struct metrics {
     struct histogram first_token, inter_token, per_token, latency, queued, inference, prefill, decode;

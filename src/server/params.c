@@ -11,7 +11,8 @@ enum {
     BAD_WORDS_MAX = 1024,
     SALT_BYTES_MAX = 1024,
     N_DEFAULT_MAX = 16,
-    COMPLETION_TOKENS = 16
+    COMPLETION_TOKENS = 16,
+    REPEATS_SIZE_MAX = 1024
 };
 
 /* Fields that ask for what is not done here, in any route. */
@@ -20,10 +21,8 @@ static bool refuse(const struct fields *in)
     static const char *const refused[][2] = {
         { "use_beam_search", "tokens are sampled one after the other" },
         { "prompt_embeds", "prompts are text or token ids" },
-        { "logprob_token_ids", "ask for top_logprobs, at most 20" },
         { "kv_transfer_params", "caches stay in this server" },
         { "vllm_xargs", "there are no extensions to pass arguments to" },
-        { "repetition_detection", "max_tokens and penalties bound repetition" },
         { "chat_template", "the template is the server's; start it with --chat-template" },
         { "functions", "use tools" },
         { "function_call", "use tool_choice" },
@@ -258,22 +257,54 @@ static bool read_chat_logprobs(struct params *p, const struct fields *in)
     return true;
 }
 
-static bool read_logprobs(struct params *p, const struct fields *in, bool is_chat)
+static bool read_score_ids(struct params *p, const struct api *a, const struct fields *in)
+{
+    if (!fields_ids(in, "logprob_token_ids", a->n_vocab, &p->score_ids, &p->n_score_ids)) return false;
+    if (p->n_score_ids == 0) return true;
+    if (p->n_score_ids > TOP_LOGPROBS_MAX)
+        return fault_set(in->fault, "logprob_token_ids",
+                         "logprob_token_ids: expected at most %d ids, found %d", TOP_LOGPROBS_MAX,
+                         p->n_score_ids);
+    if (p->echo)
+        return fault_set(in->fault, "logprob_token_ids",
+                         "logprob_token_ids: not with echo; prompts are scored by prompt_logprobs");
+    p->logprobs = p->n_score_ids;
+    return true;
+}
+
+static bool read_repeats(struct params *p, const struct fields *in)
+{
+    const json_t *object = NULL;
+    int64_t most = 0, least = 0, count = 0;
+    if (!fields_object(in, "repetition_detection", &object) || !object) return !in->fault->status;
+    const struct fields inside = { object, "repetition_detection.", in->fault };
+    if (!fields_int(&inside, "max_pattern_size", 0, REPEATS_SIZE_MAX, &most) ||
+        !fields_int(&inside, "min_pattern_size", 0, most, &least) ||
+        !fields_int(&inside, "min_count", most ? 2 : 0, INT32_MAX, &count))
+        return false;
+    if (most && !fields_get(&inside, "min_count"))
+        return fields_wrong(in->fault, "repetition_detection.min_count", "an integer of 2 or more", NULL);
+    p->repeats = (struct repeats_rule){ least ? (int)least : 1, (int)most, count };
+    return true;
+}
+
+static bool read_logprobs(struct params *p, const struct api *a, const struct fields *in, bool is_chat)
 {
     p->logprobs = p->prompt_logprobs = -1;
     bool ok = is_chat ? read_chat_logprobs(p, in)
                       : read_count_of_best(in, "logprobs", &p->logprobs) && fields_bool(in, "echo", &p->echo);
-    if (!ok || !read_count_of_best(in, "prompt_logprobs", &p->prompt_logprobs)) return false;
+    if (!ok || !read_score_ids(p, a, in) || !read_count_of_best(in, "prompt_logprobs", &p->prompt_logprobs))
+        return false;
     if (p->prompt_logprobs >= 0 && p->stream)
         return fault_set(in->fault, "prompt_logprobs", "prompt_logprobs comes only without \"stream\": true");
     return fields_bool(in, "return_token_ids", &p->return_token_ids) &&
            fields_bool(in, "return_tokens_as_token_ids", &p->tokens_as_ids);
 }
 
-static bool read_stream(struct params *p, const struct fields *in)
+static bool read_stream(struct params *p, const struct api *a, const struct fields *in)
 {
     const json_t *options = NULL;
-    p->stream_interval = 1;
+    p->stream_interval = a->o.stream_interval;
     if (!fields_bool(in, "stream", &p->stream) || !fields_object(in, "stream_options", &options) ||
         !fields_int(in, "stream_interval", 1, INT32_MAX, &p->stream_interval))
         return false;
@@ -349,6 +380,21 @@ static bool read_effort(struct params *p, const struct fields *in)
         "reasoning_effort: expected none, minimal, low, medium, high, xhigh or max, found \"%.40s\"", effort);
 }
 
+/* What a template for retrieval shows: texts under their names. */
+static bool read_documents(struct params *p, const struct api *a, const struct fields *in)
+{
+    if (!chat_template_takes_documents(a->o.chat_template))
+        return fields_refuse(in, "documents", "the model's template takes none; put them into a message");
+    if (!fields_array(in, "documents", &p->documents)) return false;
+    for (size_t i = 0; i < json_array_size(p->documents); i++) {
+        const json_t *d = json_array_get(p->documents, i);
+        struct param at;
+        param_set(&at, "documents[%zu]", i);
+        if (!json_is_object(d)) return fields_wrong(in->fault, at.text, "an object of texts", d);
+    }
+    return true;
+}
+
 bool params_read_template(struct params *p, const struct api *a, const json_t *body, struct fault *f)
 {
     const struct fields in = { body, "", f };
@@ -373,7 +419,7 @@ bool params_read_template(struct params *p, const struct api *a, const json_t *b
                          "continue_final_message goes with \"add_generation_prompt\": false only");
     return fields_refuse(&in, "chat_template",
                          "the template is the server's; start it with --chat-template") &&
-           fields_refuse(&in, "documents", "the model's template takes none");
+           read_documents(p, a, &in);
 }
 
 bool params_read(struct params *p, const struct api *a, const json_t *body, bool is_chat, struct fault *f)
@@ -383,8 +429,8 @@ bool params_read(struct params *p, const struct api *a, const json_t *body, bool
     return refuse(&in) && read_sampling(p, a, &in) && read_lengths(p, a, &in, is_chat) &&
            read_counts(p, a, &in) && read_stops(p, &in) && read_stop_tokens(p, a, &in) &&
            read_bias(p, a, &in) && read_allowed(p, a, &in) && read_bad_words(p, a, &in) &&
-           read_stream(p, &in) && read_logprobs(p, &in, is_chat) && read_prompt_handling(p, a, &in) &&
-           (!is_chat || params_read_template(p, a, body, f));
+           read_stream(p, a, &in) && read_logprobs(p, a, &in, is_chat) && read_repeats(p, &in) &&
+           read_prompt_handling(p, a, &in) && (!is_chat || params_read_template(p, a, body, f));
 }
 
 void params_deinit(struct params *p)
@@ -395,4 +441,5 @@ void params_deinit(struct params *p)
     free(p->stop_tokens);
     free(p->bias);
     free(p->allowed);
+    free(p->score_ids);
 }

@@ -3,6 +3,7 @@
 #define SERVER_PARAMS_H
 #include "server/api_struct.h"
 #include "server/fields.h"
+#include "server/repeats.h"
 #include "server/stops.h"
 
 struct params {
@@ -12,7 +13,7 @@ struct params {
     int64_t min_tokens;
     int n;
     bool stream, include_usage, continuous_usage;
-    int64_t stream_interval; /* tokens between two chunks, at least */
+    int64_t stream_interval; /* tokens between two chunks, at least; 0: as time goes */
     struct stop_string *stops;
     int n_stops;
     bool include_stop;
@@ -25,8 +26,11 @@ struct params {
     struct token_run *bad_words; /* ids owned */
     int n_bad_words;
     int logprobs, prompt_logprobs; /* best tokens besides the token itself; < 0: none */
-    bool echo;                     /* completions */
-    bool keep_special;             /* skip_special_tokens: false */
+    int32_t *score_ids; /* [n_score_ids] scored in place of the best; logprobs is their number then */
+    int n_score_ids;
+    struct repeats_rule repeats;
+    bool echo;         /* completions */
+    bool keep_special; /* skip_special_tokens: false */
     bool return_token_ids, tokens_as_ids;
     bool no_reasoning; /* include_reasoning: false */
     int64_t truncate;  /* prompt tokens to keep; < 0: all */
@@ -36,6 +40,7 @@ struct params {
     /* of conversations */
     enum chat_thinking thinking;
     bool preserve_thinking, add_vision_id, add_generation_prompt, continue_final_message;
+    const json_t *documents; /* borrow; NULL: none */
     int64_t thinking_budget; /* < 0: none */
     bool one_call;           /* parallel_tool_calls: false */
 };

@@ -7,6 +7,9 @@ static const struct route routes[] = {
     { "/v1/chat/completions", "POST", ROUTE_API, API_CHAT_COMPLETIONS, false, NULL },
     { "/v1/completions", "POST", ROUTE_API, API_COMPLETIONS, false, NULL },
     { "/v1/responses", "POST", ROUTE_API, API_RESPONSES, false, NULL },
+    { "/v1/responses/", "GET", ROUTE_API, API_RESPONSE, false, NULL },
+    { "/v1/responses/", "DELETE", ROUTE_API, API_RESPONSE_DELETE, false, NULL },
+    { "/v1/responses/", "POST", ROUTE_API, API_RESPONSE_CANCEL, false, NULL },
     { "/v1/messages", "POST", ROUTE_API, API_MESSAGES, false, NULL },
     { "/v1/messages/count_tokens", "POST", ROUTE_API, API_COUNT_TOKENS, false, NULL },
     { "/v1/chat/completions/render", "POST", ROUTE_API, API_CHAT_RENDER, false, NULL },
@@ -72,11 +75,13 @@ const struct route *route_find(const char *method, const char *path, const char 
 
 const char *route_methods(const char *path)
 {
-    bool get = false, post = false;
+    bool get = false, post = false, removes = false;
     for (int i = 0; i < N_ROUTES; i++) {
         if (!match(&routes[i], path)) continue;
         get = get || routes[i].method[0] == 'G';
         post = post || routes[i].method[0] == 'P';
+        removes = removes || routes[i].method[0] == 'D';
     }
+    if (removes) return "GET, HEAD, POST, DELETE, OPTIONS";
     return get && post ? "GET, HEAD, POST, OPTIONS" : get ? "GET, HEAD, OPTIONS" : "POST, OPTIONS";
 }

@@ -5,6 +5,7 @@
 #include "server/server_struct.h"
 #include <errno.h>
 #include <event2/thread.h>
+#include <math.h>
 #include <netdb.h>
 #include <openssl/rand.h>
 #include <signal.h>
@@ -12,6 +13,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -19,6 +21,8 @@ static const struct timeval TICK = { 0, 250000 };
 enum { BACKLOG = 1024, SPARE_DESCRIPTORS = 64 };
 /* Once nothing runs any more, requests that are half here are still waited for so long. */
 static const double LAST_SECONDS = 1;
+/* Between two looks at the scheduler's news: where steps are shorter, several of them make one wake-up. */
+static const double LOOK_SECONDS = 1e-3;
 
 static void say(struct server *s, const char *text)
 {
@@ -159,18 +163,41 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 
 /* News. */
 
-static void on_wake(evutil_socket_t fd, short what, void *ctx)
+static void pump_all(struct server *s)
 {
-    (void)fd, (void)what;
-    struct server *s = ctx;
+    double due = 0, now;
     if (!s->scheduler) return;
     scheduler_stats(s->scheduler, &s->stats);
     metrics_take_steps(&s->metrics, &s->stats);
     for (struct connection *c = s->connections, *next; c; c = next) {
         next = c->next;
-        connection_pump(c);
+        double at = connection_pump(c);
+        if (at > 0 && (due == 0 || at < due)) due = at;
     }
-    if (s->draining) check_drain(s, clock_seconds());
+    now = clock_seconds();
+    if (due > 0 && !event_pending(s->due, EV_TIMEOUT, NULL)) {
+        struct timeval after = { 0, due > now ? (suseconds_t)(1e6 * (due - now)) : 0 };
+        event_add(s->due, &after);
+    }
+    if (s->draining) check_drain(s, now);
+}
+
+/* What comes after wake_is_set is cleared sets the timer again. */
+static void on_wake(evutil_socket_t fd, short what, void *ctx)
+{
+    (void)what;
+    struct server *s = ctx;
+    uint64_t times;
+    (void)!read(fd, &times, sizeof times);
+    atomic_store(&s->wake_is_set, false);
+    atomic_store(&s->looked, clock_seconds());
+    pump_all(s);
+}
+
+static void on_due(evutil_socket_t fd, short what, void *ctx)
+{
+    (void)fd, (void)what;
+    pump_all(ctx);
 }
 
 static void on_made(evutil_socket_t fd, short what, void *ctx)
@@ -215,7 +242,11 @@ static void on_attach(evutil_socket_t fd, short what, void *ctx)
 
 void server_wake(void *server)
 {
-    event_active(((struct server *)server)->wake, EV_READ, 0);
+    struct server *s = server;
+    if (atomic_exchange(&s->wake_is_set, true)) return;
+    double at = atomic_load(&s->looked) + LOOK_SECONDS, seconds = floor(at);
+    struct itimerspec when = { .it_value = { (time_t)seconds, (long)(1e9 * (at - seconds)) } };
+    timerfd_settime(s->wake_timer, TFD_TIMER_ABSTIME, &when, NULL);
 }
 
 void server_attach(struct server *s, struct api *api, struct scheduler *scheduler)
@@ -366,14 +397,17 @@ static bool make_events(struct server *s, struct err *e)
 {
     static const int numbers[] = { SIGTERM, SIGINT, SIGHUP };
     if (evthread_use_pthreads() != 0 || !(s->base = event_base_new())) return err_memory(e, "libevent", 0);
-    s->wake = event_new(s->base, -1, EV_PERSIST, on_wake, s);
+    s->wake_timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    if (s->wake_timer < 0) return err_errno(e, "a timer");
+    s->wake = event_new(s->base, s->wake_timer, EV_READ | EV_PERSIST, on_wake, s);
+    s->due = event_new(s->base, -1, 0, on_due, s);
     s->made = event_new(s->base, -1, EV_PERSIST, on_made, s);
     s->attach = event_new(s->base, -1, EV_PERSIST, on_attach, s);
     s->stop = event_new(s->base, -1, EV_PERSIST, on_stop, s);
     s->tick = event_new(s->base, -1, EV_PERSIST, on_tick, s);
     s->relisten = event_new(s->base, -1, 0, on_relisten, s);
-    bool ok = s->wake && s->made && s->attach && s->stop && s->tick && s->relisten &&
-              event_add(s->tick, &TICK) == 0;
+    bool ok = s->wake && s->due && s->made && s->attach && s->stop && s->tick && s->relisten &&
+              event_add(s->wake, NULL) == 0 && event_add(s->tick, &TICK) == 0;
     for (int i = 0; i < 3; i++) {
         s->signals[i] = evsignal_new(s->base, numbers[i], on_signal, s);
         ok = ok && s->signals[i] && event_add(s->signals[i], NULL) == 0;
@@ -433,6 +467,7 @@ bool server_start(struct server **out, const struct server_options *o, struct er
     if (!s) return err_memory(e, "server", sizeof *s);
     s->o = *o;
     s->clean = true;
+    s->wake_timer = -1;
     set_defaults(s);
     raise_descriptors(s);
     make_id_prefix(s);
@@ -471,6 +506,7 @@ void server_free(struct server *s)
     }
     workers_free(s->workers);
     free_event(s->wake);
+    free_event(s->due);
     free_event(s->made);
     free_event(s->attach);
     free_event(s->stop);
@@ -478,6 +514,7 @@ void server_free(struct server *s)
     free_event(s->relisten);
     for (int i = 0; i < 3; i++) free_event(s->signals[i]);
     if (s->base) event_base_free(s->base);
+    if (s->wake_timer >= 0) close(s->wake_timer);
     SSL_CTX_free(s->tls);
     keys_free(&s->keys);
     request_log_close(s->log);

@@ -69,6 +69,10 @@ struct server {
     struct http_limits limits;
     struct event_base *base;
     struct event *wake, *attach, *made, *stop, *tick, *signals[3], *relisten;
+    struct event *due; /* text of a stream waits no longer */
+    int wake_timer;    /* fires once the scheduler has news; -1: not opened */
+    atomic_bool wake_is_set;
+    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news */
     struct evconnlistener *listener;
     pthread_t thread;
     bool thread_runs, clean;
@@ -104,8 +108,9 @@ bool connection_open(struct server *s, evutil_socket_t fd);
 void connection_close(struct connection *c);
 bool connection_is_answering(const struct connection *c);
 void connection_take(struct connection *c,
-                     struct exchange *x);               /* the one it waits for; NULL: out of memory */
-void connection_pump(struct connection *c);             /* the exchange has news, or there is room for it */
+                     struct exchange *x); /* the one it waits for; NULL: out of memory */
+/* The exchange has news, or there is room for it. Returns exchange_due. */
+double connection_pump(struct connection *c);
 void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
 void connection_abort(struct connection *c);            /* the server ends: an error in place of the rest */
 bool connection_is_idle(const struct connection *c);
@@ -127,6 +132,7 @@ void answer_local(struct connection *c);
 void answer_cors(const struct connection *c, struct evbuffer *out);
 
 /* account.c */
-void account_tokens(struct connection *c, double now);    /* tokens that came since the last look */
+/* Tokens that came since the last look. says: they were sent, too. */
+void account_tokens(struct connection *c, double now, bool says);
 void account_request(struct connection *c, bool aborted); /* it is answered, or will not be */
 #endif

@@ -113,6 +113,11 @@ bool chat_template_is_built_in(const struct chat_template *t)
     return t->is_built_in;
 }
 
+bool chat_template_takes_documents(const struct chat_template *t)
+{
+    return memmem(t->text, t->bytes, "documents", 9);
+}
+
 const char *chat_template_text(const struct chat_template *t, size_t *bytes)
 {
     *bytes = t->bytes;
@@ -138,7 +143,7 @@ bool chat_render(char **text, size_t *bytes, const struct chat_template *t, cons
     struct jinja_variable variables[N_SPECIAL + 7] = {
         { "messages", messages },
         { "tools", tools ? tools : json_null() },
-        { "documents", json_null() },
+        { "documents", o->documents ? o->documents : json_null() },
         { "add_generation_prompt", boolean(o->add_generation_prompt) },
         { "enable_thinking", o->thinking ? boolean(o->thinking == CHAT_THINKING_ON) : NULL },
         { "preserve_thinking", o->preserve_thinking ? json_true() : NULL },

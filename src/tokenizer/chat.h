@@ -17,6 +17,7 @@ bool chat_template_load(struct chat_template **out, const char *dir, struct err 
 bool chat_template_load_file(struct chat_template **out, const char *dir, const char *path, struct err *e);
 void chat_template_free(struct chat_template *t); /* NULL is fine */
 bool chat_template_is_built_in(const struct chat_template *t);
+bool chat_template_takes_documents(const struct chat_template *t);            /* it has the word */
 const char *chat_template_text(const struct chat_template *t, size_t *bytes); /* borrow; not NUL-terminated */
 
 enum chat_thinking {
@@ -28,13 +29,14 @@ enum chat_thinking {
 struct chat_options {
     bool add_generation_prompt; /* end with the opening of an assistant turn */
     enum chat_thinking thinking;
-    bool preserve_thinking; /* keep the reasoning of turns before the last question */
-    bool add_vision_id;     /* number images and videos: "Picture 1: " */
+    bool preserve_thinking;  /* keep the reasoning of turns before the last question */
+    bool add_vision_id;      /* number images and videos: "Picture 1: " */
+    const json_t *documents; /* an array of objects, or NULL */
 };
 
 /* messages: array of objects with role, content, and for assistants reasoning_content and tool_calls, whose
  * arguments are objects, not strings. tools: array of {"type": "function", ...}; NULL, null or [] for none.
- * Both stay unchanged. The template sees messages, tools, documents (none), the options under their names,
+ * Both stay unchanged. The template sees messages, tools, documents, the options under their names,
  * and the special tokens of tokenizer_config.json (bos_token, eos_token, ...). *text is malloc'd,
  * NUL-terminated, `bytes` long without the NUL, and the caller's. Integers over 64 bits are an error already
  * when a document is parsed. Errors are ERR_ARGUMENT (the template's own words where it raises one),

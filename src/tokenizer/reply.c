@@ -1,5 +1,5 @@
 #include "tokenizer/reply.h"
-#include "tokenizer/reply_call.h"
+#include "tokenizer/reply_preview.h"
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +19,7 @@ struct reply {
     size_t begin, end, capacity;
     size_t blanks;             /* STATE_CALL: in front of it */
     struct call_search search; /* STATE_CALL */
+    struct call_preview preview;
     struct err *e;
 };
 
@@ -34,6 +35,7 @@ bool reply_create(struct reply **out, const struct reply_options *o, struct err 
 void reply_free(struct reply *p)
 {
     if (!p) return;
+    call_preview_deinit(&p->preview);
     free(p->data);
     free(p);
 }
@@ -166,6 +168,7 @@ static bool step_content(struct reply *p, bool final)
     p->blanks = at - text;
     p->state = STATE_CALL;
     p->search = (struct call_search){ 0 };
+    call_preview_deinit(&p->preview);
     return true;
 }
 
@@ -185,18 +188,39 @@ static void hand_out_call(struct reply *p, const struct call *c)
     change(p, STATE_CONTENT);
 }
 
+/* What is certain of a call of which s has come. */
+static void hand_out_preview(struct reply *p, struct span s)
+{
+    static const enum reply_kind kinds[] = { REPLY_CALL_BEGINS, REPLY_ARGUMENT, REPLY_ARGUMENT,
+                                             REPLY_ARGUMENT_PART, REPLY_ARGUMENT_ENDS };
+    struct call_news news;
+    while (call_preview_next(&p->preview, &news, s, p->options.tools)) {
+        const struct reply_event event = { .kind = kinds[news.kind],
+                                           .name = news.name,
+                                           .value = news.value,
+                                           .part = news.text.at,
+                                           .part_bytes = news.text.bytes };
+        p->options.event(p->options.ctx, &event);
+    }
+}
+
 static bool step_call(struct reply *p, bool final)
 {
     struct call c = { 0 };
-    switch (call_find(&c, &p->search, span_from(held(p), p->blanks), p->options.tools, final, p->e)) {
-    case CALL_WAIT: return false;
+    struct span s = span_from(held(p), p->blanks);
+    switch (call_find(&c, &p->search, s, p->options.tools, final, p->e)) {
+    case CALL_WAIT: hand_out_preview(p, s); return false;
     case CALL_FAILED: return false;
-    case CALL_FOUND: hand_out_call(p, &c); break;
+    case CALL_FOUND:
+        hand_out_preview(p, (struct span){ s.at, c.bytes });
+        hand_out_call(p, &c);
+        break;
     case CALL_NONE:
         hand_out(p, REPLY_CONTENT, p->blanks + 1); /* and its first character; the rest is looked at anew */
         p->state = STATE_CONTENT;
         break;
     }
+    call_preview_deinit(&p->preview);
     call_deinit(&c);
     return true;
 }

@@ -1,13 +1,11 @@
 #include "tokenizer/reply_call.h"
+#include "tokenizer/reply_tags.h"
+#include "tokenizer/utf8.h"
 #include "base/doc.h"
 #include <stdlib.h>
 #include <strings.h>
 
-static const char OPEN[] = "<tool_call>", CLOSE[] = "</tool_call>",
-                  FUNCTION[] = "<function=", END_FUNCTION[] = "</function>",
-                  PARAMETER[] = "<parameter=", END_PARAMETER[] = "</parameter>";
-
-enum { NAME_BYTES_MAX = 256, JSON_ATTEMPTS_MAX = 16 };
+enum { JSON_ATTEMPTS_MAX = 16 };
 
 void call_deinit(struct call *c)
 {
@@ -27,22 +25,11 @@ struct span call_skip_blanks(struct span s)
     return s;
 }
 
-static struct span trim(struct span s)
+struct span call_trim(struct span s)
 {
     s = call_skip_blanks(s);
     while (s.bytes && is_blank(s.at[s.bytes - 1])) s.bytes--;
     return s;
-}
-
-static bool starts(struct span s, const char *marker)
-{
-    return pystr_starts(s, span_of(marker));
-}
-
-/* s may become the marker when more comes. */
-static bool may_start(struct span s, const char *marker)
-{
-    return s.bytes < strlen(marker) && pystr_starts(span_of(marker), s);
 }
 
 static size_t find(struct span s, const char *marker, size_t from)
@@ -52,15 +39,20 @@ static size_t find(struct span s, const char *marker, size_t from)
 
 /* Types of arguments. */
 
-static const json_t *parameters_of(const json_t *tools, const char *function)
+const json_t *call_function(const json_t *tools, const char *name)
 {
     for (size_t i = 0; i < json_array_size(tools); i++) {
         const json_t *tool = json_array_get(tools, i), *f = json_object_get(tool, "function");
         if (!f) f = tool;
-        const char *name = json_string_value(json_object_get(f, "name"));
-        if (name && strcmp(name, function) == 0) return json_object_get(f, "parameters");
+        const char *own = json_string_value(json_object_get(f, "name"));
+        if (own && strcmp(own, name) == 0) return f;
     }
     return NULL;
+}
+
+static const json_t *parameters_of(const json_t *tools, const char *function)
+{
+    return json_object_get(call_function(tools, function), "parameters");
 }
 
 /* What "$ref" points to, "#/$defs/NAME" of the parameters' schema. */
@@ -161,27 +153,56 @@ static bool is_one_of(const char *type, const char *a, const char *b, const char
     return strcmp(type, a) == 0 || strcmp(type, b) == 0 || strcmp(type, c) == 0;
 }
 
+/* A string; what is not UTF-8 in it becomes U+FFFD. */
+static json_t *text_value(struct span s)
+{
+    json_t *v = json_stringn(s.at, s.bytes);
+    char *out = v ? NULL : malloc(3 * s.bytes + 1);
+    size_t n = 0;
+    for (size_t i = 0; out && i < s.bytes;) {
+        int k = utf8_scan((const unsigned char *)s.at + i, s.bytes - i);
+        size_t bytes = k > 0 ? (size_t)k : k < 0 ? (size_t)-k : s.bytes - i;
+        memcpy(out + n, k > 0 ? s.at + i : "\xef\xbf\xbd", k > 0 ? bytes : 3);
+        n += k > 0 ? bytes : 3;
+        i += bytes;
+    }
+    if (out) v = json_stringn(out, n);
+    free(out);
+    return v;
+}
+
+enum argument_kind call_argument_kind(const json_t *parameters, const char *key)
+{
+    bool nullable = false;
+    const char *type =
+        type_in(json_object_get(json_object_get(parameters, "properties"), key), parameters, &nullable);
+    if (!type) return ARGUMENT_TEXT;
+    if (strcmp(type, "enum") == 0) return ARGUMENT_TEXT_OR_NULL;
+    if (!is_one_of(type, "string", "str", "text")) return ARGUMENT_WHOLE;
+    return nullable ? ARGUMENT_TEXT_OR_NULL : ARGUMENT_TEXT;
+}
+
 /* The value that text stands for where the schema asks for it; text that does not fit stays a string. */
 static json_t *typed(struct span text, const json_t *schema, const json_t *root)
 {
     bool nullable = false;
     const char *type = type_in(schema, root, &nullable);
-    struct span s = trim(text);
+    struct span s = call_trim(text);
     if (type && (nullable || !is_one_of(type, "string", "str", "text")) &&
         (is_word(s, "null") || is_word(s, "none")))
         return json_null();
     if (!type || is_one_of(type, "string", "str", "text") || strcmp(type, "enum") == 0)
-        return json_stringn(text.at, text.bytes);
+        return text_value(text);
     if (strncmp(type, "bool", 4) == 0) return json_boolean(is_word(s, "true"));
     json_t *v = parse_json(s);
     if (strncmp(type, "int", 3) == 0 || strcmp(type, "number") == 0 || strcmp(type, "float") == 0) {
         bool fits = *type == 'i' ? json_is_integer(v) : json_is_number(v);
         if (fits) return whole_or_number(v);
         json_decref(v);
-        return json_stringn(text.at, text.bytes);
+        return text_value(text);
     }
     if (!v) v = parse_python(s);
-    return v ? v : json_stringn(text.at, text.bytes);
+    return v ? v : text_value(text);
 }
 
 /* <parameter=KEY> ... inside of a function. */
@@ -200,7 +221,7 @@ static size_t value_end(struct span body, size_t from, const json_t *properties,
     if (end == body.bytes) end = first;
     while ((open = find(body, "\n<parameter=", open)) < first) {
         size_t key = open + 1 + strlen(PARAMETER), stop = find(body, ">", key);
-        char name[NAME_BYTES_MAX] = "";
+        char name[CALL_NAME_MAX] = "";
         if (stop - key < sizeof name) memcpy(name, body.at + key, stop - key);
         if (first == body.bytes || json_object_get(properties, name)) {
             *next = open + 1;
@@ -220,16 +241,31 @@ static struct span without_newlines(struct span s)
     return s;
 }
 
-/* The key between "=" and ">", into name; bytes of it, 0: there is no such name. */
-static size_t read_name(char name[NAME_BYTES_MAX], struct span s)
+json_t *call_argument(const json_t *parameters, const char *key, struct span value)
 {
-    size_t n = find(s, ">", 0);
-    if (n == 0 || n == s.bytes || n >= NAME_BYTES_MAX) return 0;
-    for (size_t i = 0; i < n; i++)
-        if (s.at[i] == '\n' || s.at[i] == '<' || s.at[i] == 0) return 0;
+    return typed(without_newlines(value), json_object_get(json_object_get(parameters, "properties"), key),
+                 parameters);
+}
+
+enum call_result call_name(char name[CALL_NAME_MAX], struct span s, size_t *bytes)
+{
+    size_t n = 0;
+    while (n < s.bytes && n < CALL_NAME_MAX && s.at[n] != '>' && s.at[n] != '\n' && s.at[n] != '<' && s.at[n])
+        n++;
+    if (n == s.bytes && n < CALL_NAME_MAX) return CALL_WAIT;
+    if (n == 0 || n == CALL_NAME_MAX || s.at[n] != '>' || utf8_valid_prefix(s.at, n) != n) return CALL_NONE;
     memcpy(name, s.at, n);
     name[n] = 0;
-    return n;
+    *bytes = n;
+    return CALL_FOUND;
+}
+
+/* "<parameter=KEY>", the bytes of it; 0: s does not begin so. */
+static size_t read_parameter(char key[CALL_NAME_MAX], struct span s)
+{
+    size_t n;
+    if (!starts(s, PARAMETER) || call_name(key, span_from(s, strlen(PARAMETER)), &n) != CALL_FOUND) return 0;
+    return strlen(PARAMETER) + n + 1;
 }
 
 /* The beginning of a parameter that the end of the text cut before its value. */
@@ -238,22 +274,35 @@ static bool is_cut_parameter(struct span s)
     return may_start(s, PARAMETER) || (starts(s, PARAMETER) && !memchr(s.at, '>', s.bytes));
 }
 
-/* False for text that is not parameters and blanks. */
+/* Where the next parameter begins in what comes behind one and is neither blank nor a parameter. */
+static struct span next_parameter(struct span s)
+{
+    char key[CALL_NAME_MAX];
+    size_t at = 0;
+    while (at < s.bytes && !read_parameter(key, span_from(s, at))) at = find(s, PARAMETER, at + 1);
+    return span_from(s, at);
+}
+
+/* False for text that does not begin with a parameter. What comes between two of them is dropped; of two of
+ * one name the first counts, as it may have been handed on already. */
 static bool read_parameters(json_t *arguments, struct span body, const json_t *parameters, bool is_cut)
 {
     const json_t *properties = json_object_get(parameters, "properties");
-    char key[NAME_BYTES_MAX];
-    for (body = call_skip_blanks(body); body.bytes; body = call_skip_blanks(body)) {
-        size_t n, next;
+    char key[CALL_NAME_MAX];
+    bool first = true;
+    for (body = call_skip_blanks(body); body.bytes; body = call_skip_blanks(body), first = false) {
+        size_t next;
         if (is_cut && is_cut_parameter(body)) return true;
-        if (!starts(body, PARAMETER) || !(n = read_name(key, span_from(body, strlen(PARAMETER)))))
-            return false;
-        body = span_from(body, strlen(PARAMETER) + n + 1);
+        if (!first) body = next_parameter(body);
+        if (body.bytes == 0) return true;
+        size_t head = read_parameter(key, body);
+        if (head == 0) return false;
+        body = span_from(body, head);
         size_t end = value_end(body, 0, properties, &next);
-        struct span value = without_newlines((struct span){ body.at, end });
-        json_t *v = typed(value, json_object_get(properties, key), parameters);
-        /* Text that is not UTF-8 cannot become an argument. */
-        if (!v || json_object_set_new(arguments, key, v) != 0) return false;
+        if (!json_object_get(arguments, key)) {
+            json_t *v = call_argument(parameters, key, (struct span){ body.at, end });
+            if (!v || json_object_set_new(arguments, key, v) != 0) return false;
+        }
         body = span_from(body, next);
     }
     return true;
@@ -319,19 +368,16 @@ static struct span without_cut_tag(struct span s)
 static enum call_result find_function(struct call *out, struct call_search *search, struct span s,
                                       size_t before, const json_t *tools, bool final, struct err *e)
 {
-    char name[NAME_BYTES_MAX];
-    size_t n = read_name(name, span_from(s, strlen(FUNCTION)));
-    if (n == 0) {
-        bool may_come = !final && s.bytes < strlen(FUNCTION) + NAME_BYTES_MAX &&
-                        !memchr(s.at, '\n', s.bytes) && !memchr(s.at, '>', s.bytes);
-        return may_come ? CALL_WAIT : CALL_NONE;
-    }
+    char name[CALL_NAME_MAX];
+    size_t n;
+    enum call_result named = call_name(name, span_from(s, strlen(FUNCTION)), &n);
+    if (named != CALL_FOUND) return final ? CALL_NONE : named;
     size_t body = strlen(FUNCTION) + n + 1, end = s.bytes;
     if (search->from < body) search->from = body;
     for (;;) {
         size_t close = find(s, END_FUNCTION, search->from), bare = find(s, CLOSE, search->from);
         if (bare < close) { /* </tool_call> without </function> */
-            struct span inside = trim((struct span){ s.at + body, bare - body });
+            struct span inside = call_trim((struct span){ s.at + body, bare - body });
             if (inside.bytes == 0 || ends_with(inside, END_PARAMETER))
                 return read_call(out, inside, before + bare + strlen(CLOSE), name, tools, false, e);
             search->from = bare + 1;
@@ -361,7 +407,7 @@ static enum call_result find_function(struct call *out, struct call_search *sear
 /* {"name": ..., "arguments": {...}}, the arguments perhaps as a string that holds an object. */
 static enum call_result read_json_call(struct call *out, struct span text, size_t bytes, struct err *e)
 {
-    json_t *v = parse_json(trim(text)), *arguments = json_object_get(v, "arguments");
+    json_t *v = parse_json(call_trim(text)), *arguments = json_object_get(v, "arguments");
     const char *name = json_string_value(json_object_get(v, "name"));
     if (!arguments) arguments = json_object_get(v, "parameters");
     json_t *object =

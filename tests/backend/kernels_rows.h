@@ -82,6 +82,104 @@ static void embed_case(enum weight_format f)
     drop_weight(&w);
 }
 
+/* Draws: the same token, whatever the row is like. */
+
+/* Close together or far apart, many equal or none, a few that are not numbers, all the same, none at all. */
+static void fill_logits(float *x, int64_t n)
+{
+    static const float odd[] = { NAN, INFINITY, -INFINITY, -0.0f, 0.0f, -NAN };
+    float scale = powf(10, (float)random_below(4) - 1), step = random_below(2) ? 0 : scale / 8;
+    int64_t kind = random_below(8);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = random_normal() * scale;
+        if (step > 0) x[i] = roundf(x[i] / step) * step;
+        if (kind == 0 && random_below(20) == 0) x[i] = odd[random_below(6)];
+        if (kind == 1) x[i] = 3;
+        if (kind == 2) x[i] = random_below(2) ? NAN : -INFINITY;
+        if (kind == 3 && random_below(3)) x[i] = -INFINITY;
+    }
+}
+
+static struct draw random_draw(void)
+{
+    static const float scales[] = { 0, 1, 1.4f, 0.01f, 20, 1e5f };
+    static const double uniforms[] = { 0, 0x1.fffffffffffffp-1 };
+    struct draw d = { .scale = scales[random_below(6)], .reach = DRAW_REACH };
+    if (random_below(3) == 0) d.reach = (float)random_below(4) / 2;
+    if (random_below(2)) d.top_k = 1 + (int32_t)random_below(random_below(2) ? 5 : 3000);
+    if (random_below(2)) d.top_p = (float)(1 + random_below(1000)) / 1000;
+    d.uniform = random_below(5) ? (double)random_u32() * 0x1p-32 : uniforms[random_below(2)];
+    return d;
+}
+
+static void draw_case(int64_t n, int64_t cols)
+{
+    struct guarded x = guarded(n, cols, 3);
+    struct draw *draws = malloc((size_t)n * sizeof *draws);
+    int64_t words = (cols + 31) / 32, n_edits = 0;
+    int32_t *want = malloc((size_t)n * sizeof *want), *got = malloc((size_t)n * sizeof *got);
+    uint32_t *allowed = take((size_t)words * sizeof *allowed), *mask = malloc((size_t)words * sizeof *mask);
+    struct edit *edits = malloc((size_t)(n * cols) * sizeof *edits);
+    for (int64_t i = 0; i < words; i++) allowed[i] = random_u32() | random_u32() | random_u32();
+    for (int64_t i = 0; i < words; i++) mask[i] = random_u32() | random_u32();
+    for (int64_t r = 0; r < n; r++) {
+        fill_logits(x.m.data + r * x.m.stride, cols);
+        draws[r] = random_draw();
+        for (int64_t c = random_below(4); c < cols; c += 1 + random_below(40))
+            edits[n_edits++] =
+                (struct edit){ (int32_t)r, (int32_t)c, random_below(9) ? random_normal() : -INFINITY,
+                               random_below(2) ? 1 : 1.3f, random_below(2) ? 0 : 0.7f };
+    }
+    for (int edited = 0; edited < 2; edited++) {
+        struct guarded changed = copy_of(&x);
+        for (int i = 0; edited && i < 2; i++) {
+            struct backend *b = i ? &cpu : &ref;
+            struct mat m = i ? changed.m : x.m, first = m;
+            first.rows = 1;
+            b->ops->mask(b->queue, first, mask);
+            b->ops->edit(b->queue, m, edits, n_edits);
+        }
+        check_guards(&changed, "edit");
+        for (int64_t r = 0; r < n; r++)
+            for (int64_t c = 0; c < cols; c++) {
+                float a = x.m.data[r * x.m.stride + c], b = changed.m.data[r * x.m.stride + c];
+                if (memcmp(&a, &b, sizeof a) != 0 && !(isnan(a) && isnan(b)))
+                    fail_msg("edit on %s: (%d, %d) is %.9g, ref %.9g", cpu.name, (int)r, (int)c, (double)b,
+                             (double)a);
+            }
+        for (int bans = 0; bans < 2; bans++) {
+            ref.ops->draw(ref.queue, want, x.m, bans ? allowed : NULL, draws);
+            cpu.ops->draw(cpu.queue, got, x.m, bans ? allowed : NULL, draws);
+            finish();
+            for (int64_t r = 0; r < n; r++)
+                if (got[r] != want[r])
+                    fail_msg(
+                        "draw on %s, row %d of %d x %d: %d, ref %d; scale %g, reach %g, top_k %d, top_p %g, "
+                        "uniform %g",
+                        cpu.name, (int)r, (int)n, (int)cols, got[r], want[r], (double)draws[r].scale,
+                        (double)draws[r].reach, draws[r].top_k, (double)draws[r].top_p, draws[r].uniform);
+        }
+        drop(&changed);
+    }
+    drop(&x);
+    give(allowed);
+    free(mask);
+    free(edits);
+    free(draws);
+    free(want);
+    free(got);
+}
+
+static void draws(void)
+{
+    static const int64_t cols[] = { 1, 2, 31, 33, 257, 2048, 2049, 20000 };
+    for (size_t i = 0; i < sizeof cols / sizeof *cols; i++) {
+        draw_case(1 + random_below(7), cols[i]);
+        draw_case(8 + random_below(120), cols[i] < 3000 ? cols[i] : 700);
+    }
+    draw_case(3, 248320);
+}
+
 static void rows(void)
 {
     static const int64_t cols[] = { 1, 3, 4, 15, 16, 17, 64, 100, 129, 1000 };
@@ -89,6 +187,7 @@ static void rows(void)
     embed_case(WEIGHT_BF16);
     embed_case(WEIGHT_F16);
     embed_case(WEIGHT_F32);
+    draws();
 }
 
 /* What a vision tower needs. */

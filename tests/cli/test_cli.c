@@ -375,6 +375,33 @@ static void tensors_of_the_wrong_kind(void **state)
         "needs 2097152 bytes, its span has 1048576\n");
 }
 
+/* Matrices of experts are made many at a time: the one that is wrong is named. */
+static void experts_that_are_no_numbers(void **state)
+{
+    (void)state;
+    static const char wanted[] = "layers.1.mlp.experts.13.up_proj.weight_scale\"",
+                      place[] = "\"data_offsets\":[";
+    size_t n;
+    char *data;
+    struct err e = { 0 };
+    uint64_t header;
+    succeed(WORDS("synth", demo, in("nan"), "--format", "card", "--layers", "2", "--quiet"));
+    if (!file_read(&data, &n, in("nan/model-00001-of-00001.safetensors"), 1 << 30, &e))
+        fail_msg("%s", e.text);
+    memcpy(&header, data, 8);
+    char *entry = memmem(data + 8, header, wanted, sizeof wanted - 1);
+    assert_non_null(entry);
+    const char *offsets = strstr(entry, place);
+    assert_non_null(offsets);
+    data[8 + header + strtoull(offsets + sizeof place - 1, NULL, 10) + 1] = 0x7f;
+    replace(in("nan"), "model-00001-of-00001.safetensors", data, n);
+    refuse(WORDS("generate", in("nan"), "-p", "x"), 1,
+           "quench generate: @/nan: 'model.language_model.layers.1.mlp.experts.13.up_proj.weight_packed': "
+           "NaN at "
+           "row 0, column 16\n");
+    free(data);
+}
+
 /* quantization_config of one group of the demo's modules. */
 static void set_scheme(const char *folder, const char *weights, const char *more)
 {
@@ -602,7 +629,7 @@ static void drafts_as_json(void **state)
 {
     (void)state;
     json_t *o = result(WORDS("generate", demo, "-p", "The river", "-n", "60", "--ignore-eos", "--json",
-                             "--quiet", DRAFTS(",\"num_speculative_tokens\":3")));
+                             "--quiet", DRAFTS(",\"num_speculative_tokens\":3,\"model\":\"models/demo/\"")));
     assert_int_equal(json_array_size(json_object_get(o, "token_ids")), 60);
     assert_true(number(o, "accepted") <= number(o, "drafted"));
     assert_true(number(o, "mean_accepted_length") >= 1);
@@ -632,7 +659,9 @@ static void drafts_are_checked(void **state)
         { "{\"method\":\"mtp\",\"num_speculative_tokens\":9}",
           "field 'num_speculative_tokens': expected 1 to 8" },
         { "{\"method\":\"mtp\",\"model\":\"x\"}",
-          "field 'model': not known here; fields are method and num_speculative_tokens" },
+          "field 'model': the MTP head is part of MODEL; leave the field out, or give MODEL again" },
+        { "{\"method\":\"mtp\",\"quantization\":\"x\"}",
+          "field 'quantization': not known here; fields are method, num_speculative_tokens and model" },
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         char message[200];
@@ -828,6 +857,7 @@ int main(void)
         cmocka_unit_test(folders_that_are_no_models),
         cmocka_unit_test(shards_that_are_not_whole),
         cmocka_unit_test(tensors_of_the_wrong_kind),
+        cmocka_unit_test(experts_that_are_no_numbers),
         cmocka_unit_test(schemes_not_computed_here),
         cmocka_unit_test(tokenizers_of_another_kind),
         cmocka_unit_test(texts_that_cannot_be_scored),

@@ -74,11 +74,10 @@ static void check_counts(const int64_t *counts, const double *p, int64_t draws, 
 
 static void check_distribution(const struct sampling *s, const char *what)
 {
-    struct candidate work[VOCAB];
     int64_t counts[VOCAB] = { 0 };
     double p[VOCAB];
     target(p, s, tiny, VOCAB);
-    for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(s, tiny, VOCAB, i, work, NULL, NULL)]++;
+    for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(s, tiny, VOCAB, i, NULL)]++;
     check_counts(counts, p, DRAWS, what);
 }
 
@@ -107,28 +106,25 @@ static void draws_follow_the_target(void **state)
 static void greedy_takes_the_first_of_the_largest(void **state)
 {
     (void)state;
-    struct candidate work[VOCAB];
     float logits[VOCAB] = { -1, 0, 3, 2, 3, -INFINITY };
     static const float temperatures[] = { 0, 9e-6f };
     for (int i = 0; i < 2; i++) {
         struct sampling s = { .temperature = temperatures[i], .top_k = 2, .top_p = 0.1f, .min_p = 0.9f };
-        for (uint64_t c = 0; c < 1000; c++)
-            assert_int_equal(sample_token(&s, logits, VOCAB, c, work, NULL, NULL), 2);
+        for (uint64_t c = 0; c < 1000; c++) assert_int_equal(sample_token(&s, logits, VOCAB, c, NULL), 2);
     }
     for (int i = 0; i < VOCAB; i++) { /* wherever it stands */
         float one[VOCAB] = { 0 };
         one[i] = 1;
         struct sampling s = { 0 };
-        assert_int_equal(sample_token(&s, one, VOCAB, 0, work, NULL, NULL), i);
+        assert_int_equal(sample_token(&s, one, VOCAB, 0, NULL), i);
     }
 }
 
 /* Which tokens `draws` draws gave. */
-static void drawn(bool *seen, const struct sampling *s, const float *logits, int64_t n, uint64_t draws,
-                  struct candidate *work)
+static void drawn(bool *seen, const struct sampling *s, const float *logits, int64_t n, uint64_t draws)
 {
     memset(seen, 0, (size_t)n * sizeof *seen);
-    for (uint64_t i = 0; i < draws; i++) seen[sample_token(s, logits, n, i, work, NULL, NULL)] = true;
+    for (uint64_t i = 0; i < draws; i++) seen[sample_token(s, logits, n, i, NULL)] = true;
 }
 
 static void ties_with_the_kth_stay(void **state)
@@ -136,30 +132,28 @@ static void ties_with_the_kth_stay(void **state)
     (void)state;
     float logits[VOCAB] = { 0, 2, 1, 1, 0, 1, 0, 1, 0 };
     bool seen[VOCAB];
-    struct candidate work[VOCAB];
     for (int k = 2; k <= 5; k++) {
         struct sampling s = { .temperature = 1, .top_k = k };
-        drawn(seen, &s, logits, VOCAB, 2000, work);
+        drawn(seen, &s, logits, VOCAB, 2000);
         for (int i = 0; i < VOCAB; i++) assert_int_equal(seen[i], logits[i] >= 1);
     }
     struct sampling one = { .temperature = 1, .top_k = 1 };
-    drawn(seen, &one, logits, VOCAB, 2000, work);
+    drawn(seen, &one, logits, VOCAB, 2000);
     for (int i = 0; i < VOCAB; i++) assert_int_equal(seen[i], i == 1);
 }
 
-/* A vocabulary with many equal logits, around and above the size up to which the k-th is found by a heap. */
+/* A vocabulary with many equal logits. */
 static void top_k_of_a_large_vocabulary(void **state)
 {
     (void)state;
     static const int ks[] = { 1, 2, 17, 1000, 1023, 1024, 1025, 2000, LARGE - 1, LARGE, LARGE + 1 };
     float *logits = malloc(LARGE * sizeof *logits);
-    struct candidate *work = malloc(LARGE * sizeof *work);
     bool *seen = malloc(LARGE * sizeof *seen);
     for (int i = 0; i < LARGE; i++) logits[i] = (float)(int)(sample_uniform(77, (uint64_t)i) * 800) / 100;
     for (size_t k = 0; k < sizeof ks / sizeof *ks; k++) {
         struct sampling s = { .temperature = 20, .top_k = ks[k], .seed = k };
         int distinct = 0, kept = 0;
-        drawn(seen, &s, logits, LARGE, 400, work);
+        drawn(seen, &s, logits, LARGE, 400);
         for (int i = 0; i < LARGE; i++) {
             bool in = in_top_k(logits, LARGE, i, ks[k]);
             kept += in;
@@ -169,7 +163,6 @@ static void top_k_of_a_large_vocabulary(void **state)
         assert_true(kept > 50 ? distinct > 30 : distinct == kept);
     }
     free(logits);
-    free(work);
     free(seen);
 }
 
@@ -179,52 +172,37 @@ static void a_large_top_k_cuts_in_the_right_place(void **state)
     (void)state;
     static const int ks[] = { LARGE / 2 - 1, LARGE / 2, LARGE / 2 + 1 };
     float logits[LARGE];
-    struct candidate work[LARGE];
     for (int i = 0; i < LARGE; i++) logits[i] = (float)(i % 2);
     for (int k = 0; k < 3; k++) {
         struct sampling s = { .temperature = 1, .top_k = ks[k] };
         int even = 0;
-        for (uint64_t i = 0; i < 200; i++)
-            even += sample_token(&s, logits, LARGE, i, work, NULL, NULL) % 2 == 0;
+        for (uint64_t i = 0; i < 200; i++) even += sample_token(&s, logits, LARGE, i, NULL) % 2 == 0;
         assert_int_equal(even > 0, ks[k] > LARGE / 2);
     }
 }
 
-static bool is_odd(void *ctx, int32_t id)
-{
-    ++*(int64_t *)ctx;
-    return id % 2 != 0;
-}
-
-static bool is_not_nine(void *ctx, int32_t id)
-{
-    (void)ctx;
-    return id != 9;
-}
+static const uint32_t even_ones = 0x55555555, nine = 1 << 9;
 
 static void banned_tokens_never_come(void **state)
 {
     (void)state;
-    struct candidate work[VOCAB];
     float logits[VOCAB], even[VOCAB];
-    int64_t asked = 0, counts[VOCAB] = { 0 };
+    int64_t counts[VOCAB] = { 0 };
     double p[VOCAB];
     memcpy(logits, tiny, sizeof logits);
     logits[1] = 50; /* all but certain, were it allowed */
     for (int i = 0; i < VOCAB; i++) even[i] = i % 2 ? -INFINITY : logits[i];
     struct sampling s = { .temperature = 1, .top_k = 4, .seed = 3 };
     target(p, &s, even, VOCAB);
-    for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(&s, logits, VOCAB, i, work, is_odd, &asked)]++;
+    for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(&s, logits, VOCAB, i, &even_ones)]++;
     check_counts(counts, p, DRAWS, "banned");
-    assert_true(asked > 0);
     struct sampling greedy = { 0 };
-    assert_int_equal(sample_token(&greedy, logits, VOCAB, 0, work, is_odd, &asked), 2);
+    assert_int_equal(sample_token(&greedy, logits, VOCAB, 0, &even_ones), 2);
 }
 
 static void one_candidate_left(void **state)
 {
     (void)state;
-    struct candidate work[VOCAB];
     static const struct sampling all[] = { { .temperature = 1, .top_k = 1 },
                                            { .temperature = 1, .top_p = 1e-6f },
                                            { .temperature = 1, .min_p = 1 },
@@ -233,27 +211,26 @@ static void one_candidate_left(void **state)
     for (int i = 0; i < VOCAB; i++) only[i] = i == 7 ? -3 : -INFINITY;
     for (uint64_t c = 0; c < 10000; c++) {
         for (size_t k = 0; k < sizeof all / sizeof *all; k++) {
-            assert_int_equal(sample_token(&all[k], tiny, VOCAB, c, work, NULL, NULL), 2);
-            assert_int_equal(sample_token(&all[k], only, VOCAB, c, work, NULL, NULL), 7);
-            assert_int_equal(sample_token(&all[k], tiny, VOCAB, c, work, is_not_nine, NULL), 9);
-            assert_int_equal(sample_token(&all[k], tiny, 1, c, work, NULL, NULL), 0);
+            assert_int_equal(sample_token(&all[k], tiny, VOCAB, c, NULL), 2);
+            assert_int_equal(sample_token(&all[k], only, VOCAB, c, NULL), 7);
+            assert_int_equal(sample_token(&all[k], tiny, VOCAB, c, &nine), 9);
+            assert_int_equal(sample_token(&all[k], tiny, 1, c, NULL), 0);
         }
         struct sampling plain = { .temperature = 1 };
-        assert_int_equal(sample_token(&plain, only, VOCAB, c, work, NULL, NULL), 7);
+        assert_int_equal(sample_token(&plain, only, VOCAB, c, NULL), 7);
     }
 }
 
 static void seed_and_counter_decide(void **state)
 {
     (void)state;
-    struct candidate work[VOCAB];
     struct sampling a = { .temperature = 1, .seed = 5 }, b = { .temperature = 1, .seed = 6 };
     int differ = 0;
     int32_t first[1000];
-    for (uint64_t i = 0; i < 1000; i++) first[i] = sample_token(&a, tiny, VOCAB, i, work, NULL, NULL);
+    for (uint64_t i = 0; i < 1000; i++) first[i] = sample_token(&a, tiny, VOCAB, i, NULL);
     for (uint64_t i = 1000; i-- > 0;) { /* in another order, between draws of another seed */
-        differ += sample_token(&b, tiny, VOCAB, i, work, NULL, NULL) != first[i];
-        assert_int_equal(sample_token(&a, tiny, VOCAB, i, work, NULL, NULL), first[i]);
+        differ += sample_token(&b, tiny, VOCAB, i, NULL) != first[i];
+        assert_int_equal(sample_token(&a, tiny, VOCAB, i, NULL), first[i]);
     }
     assert_true(differ > 500);
     for (uint64_t i = 0; i < 100; i++) /* neighbouring seeds are not one stream shifted */
@@ -277,6 +254,22 @@ static void uniform_is_uniform(void **state)
         for (int i = 0; i < SIDE * SIDE; i++)
             sum += ((double)boxes[i] - want) * ((double)boxes[i] - want) / want;
         if (!(sum <= chi_square_limit(SIDE * SIDE - 1))) fail_msg("seed %d: chi-square %g", (int)seed, sum);
+    }
+}
+
+/* The weights of a draw, in integers, against the exponential. */
+static void weights_are_exponentials(void **state)
+{
+    (void)state;
+    uint64_t before = UINT64_MAX;
+    assert_int_equal(draw_weight(0), 1ull << 42);
+    for (double nats = 0; nats <= (double)DRAW_REACH; nats += 0.001) {
+        uint64_t weight = draw_weight((uint32_t)(nats * 0x1p19));
+        double want = exp(-floor(nats * 0x1p19) * 0x1p-19) * 0x1p42;
+        if (!(fabs((double)weight - want) <= 4e-9 * want + 1))
+            fail_msg("%g nats: %g, not %g", nats, (double)weight, want);
+        assert_true(weight >= 1 && weight <= before);
+        before = weight;
     }
 }
 
@@ -323,6 +316,7 @@ int main(void)
         cmocka_unit_test(one_candidate_left),
         cmocka_unit_test(seed_and_counter_decide),
         cmocka_unit_test(uniform_is_uniform),
+        cmocka_unit_test(weights_are_exponentials),
         cmocka_unit_test(ranges_are_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -303,14 +303,13 @@ static void exact(double p[VOCAB], const struct sampling *s, int last)
 /* Draws SAMPLES tokens in rounds with up to `k` drafts of the likeliest token; counts who follows whom. */
 static int64_t draw(int64_t counts[VOCAB][VOCAB], const struct sampling *s, int k)
 {
-    struct candidate work[VOCAB];
     int last = 0;
     int64_t right = 0;
     for (uint64_t n = 0; n < SAMPLES;) {
         int drafts[DRAFTS_MAX], from = last;
         for (int i = 0; i < k; i++) from = drafts[i] = argmax(chain[from], VOCAB);
         for (int row = 0; row <= k && n < SAMPLES; row++) {
-            int id = sample_token(s, chain[last], VOCAB, n++, work, NULL, NULL);
+            int id = sample_token(s, chain[last], VOCAB, n++, NULL);
             counts[last][id]++;
             last = id;
             if (row == k || id != drafts[row]) break;

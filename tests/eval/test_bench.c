@@ -171,9 +171,16 @@ static void null_moe_run(struct queue *q, const struct moe_run *r)
     fused_moe(&null_ops, q, r);
 }
 
+static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e)
+{
+    return fused_weights(&null_ops, q, out, src, n, failed, e);
+}
+
 static const struct ops null_ops = {
     .name = "null",
     .weight_create = null_weight_create,
+    .weights_create = weights_create,
     .weight_free = null_weight_free,
     .memory_create = null_memory_create,
     .memory_free = null_memory_free,

@@ -1,14 +1,9 @@
 /* The APIs over the demo model's tokenizer and template and a scripted scheduler. */
 #ifndef TESTS_SERVER_API_FIXTURE_H
 #define TESTS_SERVER_API_FIXTURE_H
-#include "base/doc.h"
 #include "server/api.h"
 #include "server/fake_scheduler.h"
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <cmocka.h>
+#include "server/json_at.h"
 
 struct fixture {
     struct tokenizer *tokenizer;
@@ -18,6 +13,7 @@ struct fixture {
     struct api_options options;
     struct api *api;
     int status, retry_after;
+    uint64_t owner; /* who asks */
     bool is_stream;
     struct exchange_account account;
 };
@@ -38,6 +34,7 @@ static inline int fixture_setup(void **state)
     json_t *root = NULL;
     x = (struct fixture){ 0 };
     x.scheduler.room = x.scheduler.fail_at = -1;
+    x.owner = 7;
     if (!tokenizer_load(&x.tokenizer, "models/demo", &e) ||
         !chat_template_load(&x.template, "models/demo", &e) ||
         !doc_load(&root, "models/demo/config.json", 1 << 20, &e) || !config_parse(&x.config, root, &e))
@@ -50,6 +47,7 @@ static inline int fixture_setup(void **state)
                                       .dir = "models/demo",
                                       .served_names = fixture_names,
                                       .n_served_names = 2,
+                                      .stream_interval = 1,
                                       .max_model_len = 2048 };
     fixture_api(&x);
     *state = &x;
@@ -92,7 +90,7 @@ static inline void fixture_script(struct fixture *x, const char *text)
 static inline char *fixture_ask_at(struct fixture *x, enum api_route route, const char *argument,
                                    const char *body)
 {
-    const struct api_caller caller = { .request_id = "r1", .owner = 7, .salt = { 1, 2, 3 } };
+    const struct api_caller caller = { .request_id = "r1", .owner = x->owner, .salt = { 1, 2, 3 } };
     x->scheduler.submitted = 0;
     struct exchange *e = exchange_create(x->api, route, argument, body, strlen(body), &caller);
     assert_non_null(e);
@@ -116,14 +114,6 @@ static inline char *fixture_ask_at(struct fixture *x, enum api_route route, cons
     exchange_free(e);
     assert_int_equal(x->scheduler.open, 0);
     return all;
-}
-
-static inline json_t *fixture_parse(const char *text)
-{
-    struct err e = { 0 };
-    json_t *root;
-    if (!doc_parse(&root, text, strlen(text), &e)) fail_msg("%s in %s", e.text, text);
-    return root;
 }
 
 static inline json_t *fixture_ask(struct fixture *x, enum api_route route, const char *body)
@@ -154,21 +144,6 @@ static inline json_t *fixture_stream(struct fixture *x, enum api_route route, co
     }
     free(text);
     return events;
-}
-
-/* "choices.0.message.content"; NULL: not there. */
-static inline json_t *at(json_t *root, const char *path)
-{
-    char copy[200], *rest;
-    snprintf(copy, sizeof copy, "%s", path);
-    for (char *name = strtok_r(copy, ".", &rest); name && root; name = strtok_r(NULL, ".", &rest))
-        root = json_is_array(root) ? json_array_get(root, (size_t)atoi(name)) : json_object_get(root, name);
-    return root;
-}
-static inline const char *text_at(json_t *root, const char *path)
-{
-    const char *text = json_string_value(at(root, path));
-    return text ? text : "(none)";
 }
 
 /* Status, field, and a piece of the sentence. */

@@ -41,6 +41,15 @@ static inline void fake_score(struct request_event *e, int32_t id, int n_top)
         e->top[i] = (struct token_score){ (id + 1 + i) % 256, -0.1f - (float)i / 3.0f };
 }
 
+/* As the request wants it. */
+static inline void fake_score_as(struct request_event *e, int32_t id, const struct request_options *o)
+{
+    fake_score(e, id, o->n_score_ids ? 0 : o->top_logprobs);
+    if (o->n_score_ids) e->n_top = o->n_score_ids;
+    for (int i = 0; i < o->n_score_ids; i++)
+        e->top[i] = (struct token_score){ o->score_ids[i], -(float)(o->score_ids[i] % 89) / 9.0f - 0.25f };
+}
+
 static inline bool fake_stops(const struct request_options *o, int32_t id)
 {
     for (int i = 0; i < o->n_stop_tokens; i++)
@@ -62,7 +71,7 @@ static inline void fake_answer(struct request *r, const struct request_options *
         if (fake_stops(o, s->tokens[i])) {
             end.finish = FINISHED_STOP;
             end.stop_token = s->tokens[i];
-            if (o->top_logprobs >= 0) fake_score(&end, s->tokens[i], o->top_logprobs);
+            if (o->top_logprobs >= 0) fake_score_as(&end, s->tokens[i], o);
             break;
         }
         if (s->fail_at == i) {
@@ -70,7 +79,7 @@ static inline void fake_answer(struct request *r, const struct request_options *
             break;
         }
         r->events[r->n] = (struct request_event){ .kind = REQUEST_TOKEN, .token.id = s->tokens[i] };
-        if (o->top_logprobs >= 0) fake_score(&r->events[r->n], s->tokens[i], o->top_logprobs);
+        if (o->top_logprobs >= 0) fake_score_as(&r->events[r->n], s->tokens[i], o);
         r->n++;
         if (follows) more = o->constraint->advance(o->constraint->state, s->tokens[i]);
         if (o->constraint && s->tokens[i] == o->constraint_after) follows = true;

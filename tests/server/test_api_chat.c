@@ -1,5 +1,8 @@
 /* Chat completions over scripted tokens. */
 #include "server/api_fixture.h"
+#include "server/repeats.h"
+#include <math.h>
+#include <unistd.h>
 
 #define USER "\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]"
 #define TOOLS                                                                                                \
@@ -177,19 +180,6 @@ static void test_tool_calls(void **state)
 }
 
 /* What is left of a call that max_tokens cut is shown, not executed. */
-static void test_cut_call(void **state)
-{
-    struct fixture *x = *state;
-    fixture_script(x, "</think>" CALL("s", "rm -rf /tmp/x"));
-    char body[400];
-    snprintf(body, sizeof body, "{\"max_tokens\":%d," TOOLS "," USER "}", x->scheduler.n_tokens - 12);
-    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
-    assert_string_equal(text_at(r, "choices.0.finish_reason"), "length");
-    assert_null(at(r, "choices.0.message.tool_calls"));
-    assert_int_equal(strncmp(text_at(r, "choices.0.message.content"), "<tool_call>\n<function=f>", 23), 0);
-    json_decref(r);
-}
-
 static void test_no_tools(void **state)
 {
     struct fixture *x = *state;
@@ -290,6 +280,91 @@ static void test_logprobs(void **state)
     assert_int_equal(scores, x->scheduler.n_tokens);
     assert_int_equal(ids, x->scheduler.n_tokens);
     json_decref(r);
+}
+
+/* The tokens asked for, in that order, in place of the best. */
+static void test_logprob_token_ids(void **state)
+{
+    struct fixture *x = *state;
+    fixture_script(x, "</think>one");
+    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS,
+                            "{\"logprob_token_ids\":[50,49],\"return_tokens_as_token_ids\":true," USER "}");
+    assert_int_equal(x->scheduler.last.n_score_ids, 2);
+    json_t *top = at(r, "choices.0.logprobs.content.0.top_logprobs");
+    assert_int_equal(json_array_size(top), 2);
+    assert_string_equal(text_at(top, "0.token"), "token_id:50");
+    assert_string_equal(text_at(top, "1.token"), "token_id:49");
+    assert_true(fabs(json_real_value(at(top, "1.logprob")) + 49 / 9.0 + 0.25) < 1e-6);
+    json_decref(r);
+    r = fixture_ask(x, API_COMPLETIONS,
+                    "{\"logprob_token_ids\":[50,49],\"return_tokens_as_token_ids\":true,\"prompt\":\"a\"}");
+    top = at(r, "choices.0.logprobs.top_logprobs.0");
+    assert_int_equal(json_object_size(top), 3); /* and the token itself */
+    assert_non_null(at(top, "token_id:49"));
+    json_decref(r);
+}
+
+static void test_repeats(void **state)
+{
+    struct fixture *x = *state;
+    static const char script[] = "</think>\x01"
+                                 "xababababab";
+    static const struct {
+        const char *rule, *content, *finish;
+    } cases[] = {
+        { "\"max_pattern_size\":4,\"min_count\":3", "xababab", "repetition" },
+        { "\"max_pattern_size\":1,\"min_count\":2", "xababababab", "stop" },
+        { "\"max_pattern_size\":8,\"min_pattern_size\":3,\"min_count\":2", "xabababab", "repetition" },
+        { "\"max_pattern_size\":4,\"min_count\":50", "xababababab", "stop" },
+        { "\"max_pattern_size\":0", "xababababab", "stop" },
+    };
+    fixture_script(x, script);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (x->scheduler.piece = 0; x->scheduler.piece < 3; x->scheduler.piece++) {
+            char body[400];
+            snprintf(body, sizeof body, "{\"repetition_detection\":{%s}," USER "}", cases[i].rule);
+            json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
+            assert_string_equal(text_at(r, "choices.0.message.content"), cases[i].content);
+            assert_string_equal(text_at(r, "choices.0.finish_reason"), cases[i].finish);
+            bool found = strcmp(cases[i].finish, "repetition") == 0;
+            assert_string_equal(text_at(r, "choices.0.stop_reason"),
+                                found ? "repetition_detected" : "(none)");
+            json_decref(r);
+        }
+    char body[400];
+    snprintf(body, sizeof body,
+             "{\"min_tokens\":%d,\"repetition_detection\":{\"max_pattern_size\":4,\"min_count\":3}," USER "}",
+             x->scheduler.n_tokens - 2);
+    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, body);
+    assert_string_equal(text_at(r, "choices.0.message.content"), "xababababa");
+    json_decref(r);
+    /* Against a plain search. */
+    uint64_t seed = 5;
+    int32_t ids[200];
+    int found = 0;
+    for (int round = 0; round < 3000; round++) {
+        struct repeats *p;
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        const struct repeats_rule rule = { 1 + (int)(seed >> 33) % 3, 3 + (int)(seed >> 40) % 5,
+                                           2 + (int)(seed >> 50) % 3 };
+        assert_true(repeats_create(&p, &rule, NULL));
+        for (int n = 0; n < 200; n++) {
+            seed = seed * 6364136223846793005u + 1442695040888963407u;
+            ids[n] = (int32_t)(seed >> 60) % 4 == 0 && n > 6 ? (int32_t)(seed >> 33) % 3
+                     : n > 6                                 ? ids[n - 4]
+                                                             : n % 3;
+            bool want = false;
+            for (int k = rule.size_min; k <= rule.size_max && k * rule.count <= n + 1; k++) {
+                bool all = true;
+                for (int64_t i = n; all && i > n - k * (rule.count - 1); i--) all = ids[i] == ids[i - k];
+                want = want || all;
+            }
+            assert_int_equal(repeats_push(p, ids[n]), want);
+            found += want;
+        }
+        repeats_free(p);
+    }
+    assert_true(found > 1000);
 }
 
 static void test_prompt_logprobs(void **state)
@@ -419,6 +494,37 @@ static void test_messages(void **state)
     json_decref(r);
 }
 
+/* Where the template has a place for them. */
+static void test_documents(void **state)
+{
+    struct fixture *x = *state;
+    static const struct wrong refused[] = { { "{\"documents\":[{\"text\":\"t\"}]," USER "}", 400, "documents",
+                                              "template takes none" } };
+    static const struct wrong wrongs[] = {
+        { "{\"documents\":[1]," USER "}", 400, "documents[0]", "an object" },
+        { "{\"documents\":{}," USER "}", 400, "documents", "an array" },
+    };
+    static const char text[] =
+        "{% for d in documents %}[{{ d.title }}: {{ d.text }}]{% endfor %}{{ messages[0].content }}";
+    struct err e = { 0 };
+    char path[] = "/tmp/quench-template-XXXXXX";
+    int fd = mkstemp(path);
+    struct chat_template *own;
+    check_wrong(x, API_CHAT_COMPLETIONS, refused, 1);
+    assert_true(fd >= 0 && write(fd, text, sizeof text - 1) == (ssize_t)sizeof text - 1 && close(fd) == 0);
+    if (!chat_template_load_file(&own, "models/demo", path, &e)) fail_msg("%s", e.text);
+    unlink(path);
+    x->options.chat_template = own;
+    fixture_api(x);
+    fixture_script(x, "a");
+    json_decref(fixture_ask(
+        x, API_CHAT_COMPLETIONS,
+        "{\"documents\":[{\"title\":\"A\",\"text\":\"b\"},{\"title\":\"C\",\"text\":\"d\"}]," USER "}"));
+    fixture_prompt(x, "[A: b][C: d]hi");
+    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, 2);
+    chat_template_free(own);
+}
+
 static void test_images(void **state)
 {
     struct fixture *x = *state;
@@ -458,7 +564,7 @@ static void test_errors(void **state)
           400, "messages[0].content[0].image_url.url", "data: URL" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":\"http://a/"
           "b.png\"}]}]}",
-          400, "messages[0].content[0].image_url", "fetched from nowhere" },
+          400, "messages[0].content[0].image_url", "--allowed-media-domains" },
         { "{\"messages\":[{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"function\":{\"name\":"
           "\"f\","
           "\"arguments\":\"{\"}}]}]}",
@@ -483,6 +589,18 @@ static void test_errors(void **state)
         { "{\"top_logprobs\":2," USER "}", 400, "top_logprobs", "needs" },
         { "{\"logprobs\":true,\"top_logprobs\":21," USER "}", 400, "top_logprobs", "0 to 20" },
         { "{\"prompt_logprobs\":1,\"stream\":true," USER "}", 400, "prompt_logprobs", "without" },
+        { "{\"logprob_token_ids\":[99999]," USER "}", 400, "logprob_token_ids[0]", "token id 99999" },
+        { "{\"logprob_token_ids\":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21]," USER "}", 400,
+          "logprob_token_ids", "at most 20 ids, found 21" },
+        { "{\"repetition_detection\":{\"max_pattern_size\":3}," USER "}", 400,
+          "repetition_detection.min_count", "found nothing" },
+        { "{\"repetition_detection\":{\"max_pattern_size\":3,\"min_count\":1}," USER "}", 400,
+          "repetition_detection.min_count", "expected 2 to" },
+        { "{\"repetition_detection\":{\"max_pattern_size\":3,\"min_pattern_size\":4,\"min_count\":2}," USER
+          "}",
+          400, "repetition_detection.min_pattern_size", "0 to 3" },
+        { "{\"repetition_detection\":{\"max_pattern_size\":1025,\"min_count\":2}," USER "}", 400,
+          "repetition_detection.max_pattern_size", "0 to 1024" },
         { "{\"stream_options\":{}," USER "}", 400, "stream_options", "\"stream\": true" },
         { "{\"min_tokens\":5,\"max_tokens\":4," USER "}", 400, "min_tokens", "max_tokens (4)" },
         { "{\"reasoning_effort\":\"much\"," USER "}", 400, "reasoning_effort", "\"much\"" },
@@ -719,16 +837,18 @@ int main(void)
         TEST(test_eaten_budget),
         TEST(test_thinking_switches),
         TEST(test_tool_calls),
-        TEST(test_cut_call),
         TEST(test_no_tools),
         TEST(test_stop_strings),
         TEST(test_stop_tokens),
         TEST(test_logprobs),
+        TEST(test_logprob_token_ids),
+        TEST(test_repeats),
         TEST(test_prompt_logprobs),
         TEST(test_several),
         TEST(test_parameters),
         TEST(test_defaults),
         TEST(test_messages),
+        TEST(test_documents),
         TEST(test_images),
         TEST(test_errors),
         TEST(test_strict),

@@ -24,12 +24,66 @@ static const char TOOLS[] =
     "\"l\":{\"$ref\":\"#/$defs/L\"}},\"$defs\":{\"R\":{\"type\":\"object\"},\"Q\":{\"$ref\":\"#/$defs/I\"},"
     "\"I\":{\"type\":\"integer\"},\"L\":{\"$ref\":\"#/$defs/L\"}}}}}]";
 
-/* What came: a JSON array of [kind, text] with neighbours of one kind joined, and all texts as they were. */
+/* What came: a JSON array of [kind, text] with neighbours of one kind joined, and all texts as they were.
+ * ahead: of each call "NAME" and the arguments' JSON as far as it came ahead of the call, a line each. */
 struct seen {
     json_t *events;
     char *input;
     size_t n, calls;
+    char ahead[2000];
+    size_t call; /* where the call's JSON begins in `ahead`; 0: none came ahead */
+    bool in_text;
 };
+
+/* Appends JSON without its first and last `cut` bytes. */
+static void add_ahead(struct seen *s, const json_t *v, size_t cut)
+{
+    char *text = json_dumps(v, JSON_COMPACT | JSON_ENCODE_ANY);
+    assert_non_null(text);
+    size_t n = strlen(s->ahead), bytes = strlen(text) - 2 * cut;
+    assert_true(n + bytes < sizeof s->ahead);
+    memcpy(s->ahead + n, text + cut, bytes);
+    s->ahead[n + bytes] = 0;
+    free(text);
+}
+
+static void take_ahead(struct seen *s, const struct reply_event *e)
+{
+    assert_true(e->bytes == 0 && (s->call > 0 || e->kind == REPLY_CALL_BEGINS));
+    json_t *text = e->name ? json_string(e->name) : json_stringn(e->part, e->part_bytes);
+    assert_true(text || e->kind == REPLY_ARGUMENT_ENDS);
+    assert_int_equal(s->in_text, e->kind == REPLY_ARGUMENT_PART || e->kind == REPLY_ARGUMENT_ENDS);
+    if (e->kind == REPLY_CALL_BEGINS) {
+        add_ahead(s, text, 1);
+        strcat(s->ahead, " {");
+        s->call = strlen(s->ahead) - 1;
+    } else if (e->kind == REPLY_ARGUMENT) {
+        if (s->ahead[strlen(s->ahead) - 1] != '{') strcat(s->ahead, ",");
+        add_ahead(s, text, 0);
+        strcat(s->ahead, e->value ? ":" : ":\"");
+        if (e->value) add_ahead(s, e->value, 0);
+        s->in_text = !e->value;
+    } else if (e->kind == REPLY_ARGUMENT_PART) {
+        assert_true(e->part_bytes > 0);
+        add_ahead(s, text, 1);
+    } else {
+        strcat(s->ahead, "\"");
+        s->in_text = false;
+    }
+    json_decref(text);
+}
+
+/* What came ahead is how the whole call's arguments begin. */
+static void check_ahead(struct seen *s, const struct reply_event *e)
+{
+    char *whole = json_dumps(e->arguments, JSON_COMPACT);
+    assert_non_null(whole);
+    if (s->call) assert_memory_equal(whole, s->ahead + s->call, strlen(s->ahead + s->call));
+    if (s->call) strcat(s->ahead, "\n");
+    s->call = 0;
+    s->in_text = false;
+    free(whole);
+}
 
 static const char *const kinds[] = { "mark", "reasoning", "content", "call" };
 
@@ -45,8 +99,13 @@ static void append(struct seen *s, const char *text, size_t n)
 static void take(void *ctx, const struct reply_event *e)
 {
     struct seen *s = ctx;
+    if (e->kind > REPLY_CALL) {
+        take_ahead(s, e);
+        return;
+    }
     append(s, e->text, e->bytes);
     if (e->kind == REPLY_CALL) {
+        check_ahead(s, e);
         s->calls++;
         json_array_append_new(s->events, json_pack("[s,s,O]", e->is_cut ? "cut call" : "call", e->name,
                                                    (json_t *)e->arguments));
@@ -63,6 +122,9 @@ static void take(void *ctx, const struct reply_event *e)
     }
     json_array_append_new(s->events, json_pack("[s,o]", kinds[e->kind], json_stringn(e->text, e->bytes)));
 }
+
+/* What came ahead of the calls of the text parsed last. */
+static char ahead[2000];
 
 /* Parses text given in pieces that end at `cut` and then have `piece` bytes (0: the rest at once). */
 static char *parse(const char *text, bool in_reasoning, const json_t *tools, size_t cut, size_t piece)
@@ -81,6 +143,8 @@ static char *parse(const char *text, bool in_reasoning, const json_t *tools, siz
     assert_int_equal(reply_calls(p), s.calls);
     reply_free(p);
     assert_string_equal(s.input, text);
+    assert_int_equal(s.call, 0);
+    strcpy(ahead, s.ahead);
     char *events = json_dumps(s.events, JSON_COMPACT);
     json_decref(s.events);
     free(s.input);
@@ -89,16 +153,20 @@ static char *parse(const char *text, bool in_reasoning, const json_t *tools, siz
 
 static void check_cuts(const char *text, bool in_reasoning, const json_t *tools, const char *want)
 {
+    char first[sizeof ahead] = "";
     for (size_t cut = 0; cut <= strlen(text); cut++) {
         char *got = parse(text, in_reasoning, tools, cut, 0);
         if (strcmp(got, want) != 0)
             fail_msg("cut at %zu: %s\n  found  %s\n  wanted %s", cut, text, got, want);
+        if (cut == 0) strcpy(first, ahead);
+        assert_string_equal(ahead, first);
         free(got);
     }
     for (size_t piece = 1; piece <= 3; piece++) {
         char *got = parse(text, in_reasoning, tools, 0, piece);
         if (strcmp(got, want) != 0)
             fail_msg("pieces of %zu: %s\n  found  %s\n  wanted %s", piece, text, got, want);
+        assert_string_equal(ahead, first);
         free(got);
     }
 }
@@ -176,7 +244,7 @@ static void test_types(void **state)
         { CALL(P("x", "2.0") P("i", "2.5") P("b", "no")),
           "[[\"call\",\"f\",{\"x\":2,\"i\":\"2.5\",\"b\":false}]]" },
         { CALL(P("i", "x") P("x", "x") P("s", "null") P("i", " 4 ")),
-          "[[\"call\",\"f\",{\"i\":4,\"x\":\"x\",\"s\":\"null\"}]]" },
+          "[[\"call\",\"f\",{\"i\":\"x\",\"x\":\"x\",\"s\":\"null\"}]]" },
         { CALL(P("n", "None") P("m", "null") P("i", "null")),
           "[[\"call\",\"f\",{\"n\":null,\"m\":null,\"i\":null}]]" },
         { CALL(P("n", "text") P("m", "5") P("u", "5") P("other", "6")),
@@ -206,6 +274,8 @@ static void test_quoted_markers(void **state)
         { CALL("<parameter=s>\nno end\n<parameter=t>\nx\n</parameter>\n"),
           "[[\"call\",\"f\",{\"s\":\"no end\",\"t\":\"x\"}]]" },
         { CALL("<parameter=s>\nno end\n"), "[[\"call\",\"f\",{\"s\":\"no end\"}]]" },
+        { CALL(P("s", "v") "prose\n" P("t", "x") "more"), "[[\"call\",\"f\",{\"s\":\"v\",\"t\":\"x\"}]]" },
+        { CALL(P("s", "v") "<parameter=a\nb>"), "[[\"call\",\"f\",{\"s\":\"v\"}]]" },
     };
     CHECK(cases, false);
 }
@@ -267,6 +337,41 @@ static void test_json_calls(void **state)
     CHECK(cases, false);
 }
 
+/* What is said of a call before it is complete: `text` and nothing behind it. */
+static void test_ahead(void **state)
+{
+    (void)state;
+    static const struct reply_case cases[] = {
+        { "<tool_call>\n<function=f>\n", "" },
+        { "<tool_call>\n<function=f>\n<parameter=s>", "f {\"s\":\"\n" },
+        { "<tool_call>\n<function=g>\n<parameter=s>\nv", "" }, /* no such function */
+        { "<function=f><parameter=s>\nhalf a", "f {\"s\":\"half a\n" },
+        { "<function=f><parameter=s>\nline\n", "f {\"s\":\"line\n" },
+        { "<function=f><parameter=s>\nline\n\n", "f {\"s\":\"line\\n\n" },
+        { "<function=f><parameter=s>\n\"a\\\t\xc3\xa9 </para", "f {\"s\":\"\\\"a\\\\\\t\xc3\xa9 \n" },
+        { "<function=f><parameter=s>a < b <i>c</i>\n<par", "f {\"s\":\"a < b <i>c</i>\n" },
+        { "<function=f><parameter=s>a</parameter>\n", "f {\"s\":\"a\n" },
+        { "<function=f><parameter=s>a</parameter>\n<parameter=t>", "f {\"s\":\"a\",\"t\":\"\n" },
+        { "<function=f><parameter=s>a</parameter> or </parameter>\n<parameter=t>x", "f {\"s\":\"a\n" },
+        { "<function=f><parameter=i>\n12", "f {\n" },
+        { "<function=f><parameter=i>\n12\n</parameter>\n<parameter=o>{\"k\"", "f {\"i\":12\n" },
+        { "<function=f><parameter=n>nu", "f {\n" },
+        { "<function=f><parameter=n>null and", "f {\"n\":\"null and\n" },
+        { "<function=f><parameter=n>\nnone\n</parameter><parameter=s>x", "f {\"n\":null,\"s\":\"x\n" },
+        { CALL(P("s", "v") P("i", "2")), "f {\"s\":\"v\"\n" },
+        { "<function=f>" P("s", "v") P("s", "w") P("t", "x") "<parameter=i>",
+          "f {\"s\":\"v\",\"t\":\"x\"\n" },
+    };
+    json_t *tools;
+    assert_true(doc_parse(&tools, TOOLS, sizeof TOOLS - 1, NULL));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        free(parse(cases[i].text, false, tools, 0, 1));
+        if (strcmp(ahead, cases[i].want) != 0)
+            fail_msg("%s\n  found  %s\n  wanted %s", cases[i].text, ahead, cases[i].want);
+    }
+    json_decref(tools);
+}
+
 /* Random strings of the grammar's own pieces: nothing lost, and the same however it is cut. */
 static void test_random_texts(void **state)
 {
@@ -279,6 +384,11 @@ static void test_random_texts(void **state)
                                           "<function=",
                                           "</function>",
                                           "<parameter=s>",
+                                          "<parameter=i>",
+                                          "<parameter=n>",
+                                          "<function=f><parameter=t>",
+                                          "</parameter>\n<parameter=m>",
+                                          "null",
                                           "<parameter=",
                                           "</parameter>",
                                           "\n",
@@ -292,6 +402,7 @@ static void test_random_texts(void **state)
                                           "text" };
     json_t *tools;
     uint64_t seed = 1;
+    int n_ahead = 0;
     assert_true(doc_parse(&tools, TOOLS, sizeof TOOLS - 1, NULL));
     for (int i = 0; i < 20000; i++) {
         char text[256] = "";
@@ -299,14 +410,21 @@ static void test_random_texts(void **state)
             seed = seed * 6364136223846793005u + 1442695040888963407u;
             strcat(text, pieces[(seed >> 33) % (sizeof pieces / sizeof *pieces)]);
         }
-        char *whole = parse(text, i & 1, tools, 0, 0), *bytes = parse(text, i & 1, tools, 0, 1);
+        char first[sizeof ahead], *whole = parse(text, i & 1, tools, 0, 0);
+        strcpy(first, ahead);
+        char *bytes = parse(text, i & 1, tools, 0, 1);
+        bool same = strcmp(first, ahead) == 0;
         char *threes = parse(text, i & 1, tools, 0, 3);
+        if (!same || strcmp(first, ahead) != 0)
+            fail_msg("%s\n  ahead at once %s\n  last %s", text, first, ahead);
+        n_ahead += *first != 0;
         if (strcmp(whole, bytes) != 0 || strcmp(whole, threes) != 0)
             fail_msg("%s\n  at once %s\n  bytes   %s\n  threes  %s", text, whole, bytes, threes);
         free(whole);
         free(bytes);
         free(threes);
     }
+    assert_true(n_ahead > 1000);
     json_decref(tools);
 }
 
@@ -407,15 +525,11 @@ static void test_rendering_undone(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reasoning),
-        cmocka_unit_test(test_calls),
-        cmocka_unit_test(test_types),
-        cmocka_unit_test(test_quoted_markers),
-        cmocka_unit_test(test_cut_text),
-        cmocka_unit_test(test_not_understood),
-        cmocka_unit_test(test_json_calls),
-        cmocka_unit_test(test_random_texts),
-        cmocka_unit_test(test_rendering_undone),
+        cmocka_unit_test(test_reasoning),    cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_types),        cmocka_unit_test(test_quoted_markers),
+        cmocka_unit_test(test_cut_text),     cmocka_unit_test(test_not_understood),
+        cmocka_unit_test(test_json_calls),   cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_random_texts), cmocka_unit_test(test_rendering_undone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

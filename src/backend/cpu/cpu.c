@@ -135,9 +135,16 @@ static void moe_run(struct queue *q, const struct moe_run *r)
     fused_moe(&cpu_ops, q, r);
 }
 
+static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                           int *failed, struct err *e)
+{
+    return fused_weights(&cpu_ops, q, out, src, n, failed, e);
+}
+
 const struct ops cpu_ops = {
     .name = "cpu",
     .weight_create = cpu_weight_create,
+    .weights_create = weights_create,
     .weight_free = cpu_weight_free,
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,
@@ -146,6 +153,7 @@ const struct ops cpu_ops = {
     .download = host_copy,
     .zero = host_zero,
     .reserve = reserve,
+    .reserve_bytes = host_reserve_bytes,
     .experts_bind = host_experts_bind,
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,
@@ -176,6 +184,9 @@ const struct ops cpu_ops = {
     .divergence = cpu_divergence,
     .pick = host_pick,
     .argmax = host_argmax,
+    .mask = host_mask,
+    .edit = host_edit,
+    .draw = cpu_draw,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

@@ -170,4 +170,5 @@ void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks
                  const struct experts *experts);
 void cpu_log_softmax(struct queue *q, struct mat x);
 void cpu_divergence(struct queue *q, double *out, struct mat p, struct mat other);
+void cpu_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws);
 #endif

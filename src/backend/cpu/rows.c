@@ -215,3 +215,23 @@ void cpu_divergence(struct queue *q, double *out, struct mat p, struct mat other
     struct divergence_job j = { q, out, p, other };
     cpu_run_rows(q, p.rows, p.cols, divergence_row, &j);
 }
+
+struct draw_job {
+    int32_t *out;
+    struct mat x;
+    const uint32_t *allowed;
+    const struct draw *draws;
+};
+
+static void draw_row(void *ctx, int64_t i, int thread)
+{
+    struct draw_job *j = ctx;
+    (void)thread;
+    j->out[i] = draw_token(&j->draws[i], j->x.data + i * j->x.stride, j->x.cols, j->allowed);
+}
+
+void cpu_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws)
+{
+    struct draw_job j = { out, x, allowed, draws };
+    cpu_run_rows(q, x.rows, x.cols, draw_row, &j);
+}

@@ -1,14 +1,13 @@
-/* Several rows at once past weights that are read once, with the sums of stream.cuh to the bit, for up to
- * ROWS_EXACT rows on compute capability 9.0a.
+/* Several rows at once past weights that are read once, with the sums of stream.cuh to the bit, for up to ROWS_EXACT rows on
+ * compute capability 9.0a.
  *
- * A group of four warps multiplies 64 weight rows, sixteen a warp, decoded in registers, with all rows'
- * inputs in shared memory (wide.cuh). An output of that instruction is the same function of its weight row
- * and its input as that of mma(); two accumulators take the columns that stream.cuh gives to each of its two,
- * over the same share of the columns.
+ * A group of four warps multiplies 64 weight rows, sixteen a warp, decoded in registers, with all rows' inputs in shared
+ * memory (wide.cuh). An output of that instruction is the same function of its weight row and its input as that of mma();
+ * two accumulators take the columns that stream.cuh gives to each of its two, over the same share of the columns.
  *
- * Inputs. A panel is 64 columns of eight input rows, 1024 bytes, swizzled as wide_matrix says. An f32 row is
- * in three panels, as the three BF16 numbers it is the sum of; one rounded to E4M3 is in one. Columns lie in
- * the order in which weights of a format meet them: panel_place. */
+ * Inputs. A panel is 64 columns of eight input rows, 1024 bytes, swizzled as wide_matrix says. An f32 row is in three panels,
+ * as the three BF16 numbers it is the sum of; one rounded to E4M3 is in one. Columns lie in the order in which weights of a
+ * format meet them: panel_place. */
 #ifndef BACKEND_CUDA_BATCH_CUH
 #define BACKEND_CUDA_BATCH_CUH
 #include "backend/cuda/barrier.cuh"
@@ -16,13 +15,12 @@
 #include "backend/cuda/stream.cuh"
 #include "backend/cuda/wide.cuh"
 
-namespace
-{
+namespace {
 
 /* As launch(), on blocks in clusters. */
 template <int SIZE, class... P, class... A>
-void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid,
-                     unsigned cluster, size_t shared, A... arguments)
+void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid, unsigned cluster,
+                     size_t shared, A... arguments)
 {
     cudaLaunchConfig_t c = {};
     cudaLaunchAttribute attributes[2];
@@ -38,10 +36,8 @@ void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     c.attrs = attributes;
     c.numAttrs = cluster > 1 ? 2 : 1;
-    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
-                    operation) &&
-        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
-                    operation))
+    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), operation) &&
+        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
         queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
 }
 
@@ -96,8 +92,8 @@ struct ring_place {
 
 /* ---- weights ---- */
 
-/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane
- * reads what it copied itself. */
+/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane reads what it
+ * copied itself. */
 constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
 
 struct tile16 {
@@ -115,9 +111,7 @@ struct tile16 {
              (m.format == WEIGHT_NVFP4 ? first * FP4_UNIT_BYTES + lane * 16
                                        : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
     }
-    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0)
-    {
-    }
+    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0) {}
 };
 
 /* Asks for a unit; a group of copies, of nothing if none. */
@@ -132,8 +126,7 @@ template <bool FP4> __device__ __forceinline__ void ask16(uint32_t to, tile16 &w
             const uint8_t *from = in && h ? w.at + w.half : w.at;
             copy_async16(to + h * 1024, from, in);
             copy_async16(to + h * 1024 + 512, from + (FP4 ? 512 : PIECE), in);
-            if (FP4 && in)
-                copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
+            if (FP4 && in) copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
         }
         w.at += FP4 ? FP4_UNIT_BYTES : UNIT_BYTES;
     }
@@ -192,6 +185,13 @@ template <int FORMAT> struct words16 {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* The compiler is to keep what an instruction under way reads. */
+__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
+}
+
 /* The two accumulators of 64 weight rows against N input rows and parts; not TWO: the first takes all. */
 template <int N, bool TWO> struct accumulators {
     float a[N / 8][4], b[TWO ? N / 8 : 1][4];
@@ -206,13 +206,10 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it
-     * does where there is code in between. */
-    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    /* Asks for a panel's products. f stays as it is until they are done. */
+    __device__ __forceinline__ void ask(const uint32_t (&f)[4][4], uint32_t panel)
     {
         uint64_t x = wide_matrix(panel);
-        wide_hold(a);
-        if constexpr (TWO) wide_hold(b);
         wide_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -221,9 +218,20 @@ template <int N, bool TWO> struct accumulators {
             else
                 wide_mma<N>(a, f[k], x + k * WIDE_STEP);
         wide_commit();
-        wide_wait<0>();
+    }
+    __device__ __forceinline__ void hold()
+    {
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
+    }
+    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
+     * there is code in between. */
+    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    {
+        hold();
+        ask(f, panel);
+        wide_wait<0>();
+        hold();
     }
     __device__ __forceinline__ float sum(int n, int i) const
     {

@@ -38,6 +38,8 @@ __device__ __forceinline__ void store4(__nv_bfloat16 *row, int c, const float (&
 /* A block a row; a thread EACH times four neighbouring columns, a warp 128 of them: a head. */
 template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_args a)
 {
+    wait_for_previous();
+    let_next_start();
     __shared__ float part[2 * WARPS];
     int64_t r = blockIdx.x;
     int n = (int)a.x.cols;
@@ -104,13 +106,13 @@ void prepare(struct queue *q, const input_args &a)
 {
     dim3 grid((unsigned)a.x.rows);
     if (a.x.cols <= 4 * THREADS)
-        launch(q, "matmul", false, prepare_rows<1>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<1>, grid, 0, a);
     else if (a.x.cols <= 8 * THREADS)
-        launch(q, "matmul", false, prepare_rows<2>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<2>, grid, 0, a);
     else if (a.x.cols <= 16 * THREADS)
-        launch(q, "matmul", false, prepare_rows<4>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<4>, grid, 0, a);
     else
-        launch(q, "matmul", false, prepare_rows<ROW_MOST / THREADS / 4>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<ROW_MOST / THREADS / 4>, grid, 0, a);
 }
 
 struct dense_args {
@@ -122,16 +124,11 @@ struct dense_args {
     const float *scale;
 };
 
-/* Grid: tiles of weight rows of all matrices of this format, tiles of rows. */
-template <int FORMAT, int TOKENS>
-__global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
+/* Tile number `tile` of rows of matrix k. */
+template <int FORMAT, int TOKENS> __device__ __forceinline__ void dense_tile(const dense_args &a, uint8_t *shared, int k, int tile_row)
 {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    int k = 0, lane = threadIdx.x % LANES;
-    while ((int)blockIdx.x >= a.first[k + 1]) k++;
     const cuda_matrix &m = a.m[k];
-    if (m.format != FORMAT) return;
-    int row0 = ((int)blockIdx.x - a.first[k]) * TILE_ROWS, token0 = blockIdx.y * TOKENS;
+    int row0 = tile_row * TILE_ROWS, token0 = blockIdx.y * TOKENS, lane = threadIdx.x % LANES;
     int tokens = a.tokens - token0 < TOKENS ? a.tokens - token0 : TOKENS;
     bool quantized = m.input == INPUT_FP8_ROW;
     int parts = quantized ? 1 : a.parts, stride = parts * a.cols;
@@ -167,14 +164,36 @@ __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant_
     }
 }
 
-template <int FORMAT> void start(struct queue *q, const dense_args &a, int64_t n)
+/* Grid: tiles of weight rows of all matrices, tiles of rows. */
+template <int TOKENS> __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
 {
-    int tiles = a.first[a.n];
-    bool wide = n > 64 && tiles * blocks(n, 128) >= (unsigned)q->sms;
-    if (wide)
-        launch(q, "matmul", false, dense_tiles<FORMAT, 128>, dim3(tiles, blocks(n, 128)), tile<FORMAT, 128>::SHARED, a);
+    extern __shared__ __align__(1024) uint8_t shared[];
+    int k = 0;
+    wait_for_previous();
+    let_next_start();
+    while ((int)blockIdx.x >= a.first[k + 1]) k++;
+    int tile_row = (int)blockIdx.x - a.first[k];
+    if (a.m[k].format == WEIGHT_BF16)
+        dense_tile<WEIGHT_BF16, TOKENS>(a, shared, k, tile_row);
+    else if (a.m[k].format == WEIGHT_FP8)
+        dense_tile<WEIGHT_FP8, TOKENS>(a, shared, k, tile_row);
     else
-        launch(q, "matmul", false, dense_tiles<FORMAT, 32>, dim3(tiles, blocks(n, 32)), tile<FORMAT, 32>::SHARED, a);
+        dense_tile<WEIGHT_NVFP4, TOKENS>(a, shared, k, tile_row);
+}
+
+template <int FORMAT, int TOKENS> void have_room(const dense_args &a, size_t &bytes)
+{
+    for (int i = 0; i < a.n; i++)
+        if (a.m[i].format == FORMAT && bytes < tile<FORMAT, TOKENS>::SHARED) bytes = tile<FORMAT, TOKENS>::SHARED;
+}
+
+template <int TOKENS> void start(struct queue *q, const dense_args &a, int64_t n)
+{
+    size_t bytes = 0;
+    have_room<WEIGHT_BF16, TOKENS>(a, bytes);
+    have_room<WEIGHT_FP8, TOKENS>(a, bytes);
+    have_room<WEIGHT_NVFP4, TOKENS>(a, bytes);
+    launch(q, "matmul", true, dense_tiles<TOKENS>, dim3(a.first[a.n], blocks(n, TOKENS)), bytes, a);
 }
 
 bool takes(const struct queue *q, const cuda_matrix &m)
@@ -182,9 +201,11 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
+/* A call of the library for a few weight rows costs more than tiles of them beside others. */
 bool is_library(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
-    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+    constexpr int FEW_ROWS = 256, FEW_TOKENS = 1024;
+    return q->blas && (m.rows > FEW_ROWS || y.rows > FEW_TOKENS) && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
 }
 
 /* False: the library refused. */
@@ -219,13 +240,6 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
         else
             in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     }
-}
-
-bool has_format(const dense_args &a, int format)
-{
-    for (int i = 0; i < a.n; i++)
-        if (a.m[i].format == format) return true;
-    return false;
 }
 
 } /* namespace */
@@ -274,8 +288,9 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     a.plain = (const __nv_bfloat16 *)q->prefill.inputs;
     a.quantized = (const __nv_bfloat16 *)q->prefill.quantized;
     a.scale = q->prefill.scale;
-    if (has_format(a, WEIGHT_BF16)) start<WEIGHT_BF16>(q, a, p->x.rows);
-    if (has_format(a, WEIGHT_FP8)) start<WEIGHT_FP8>(q, a, p->x.rows);
-    if (has_format(a, WEIGHT_NVFP4)) start<WEIGHT_NVFP4>(q, a, p->x.rows);
+    if (a.tokens > 64 && a.first[a.n] * blocks(a.tokens, 128) >= (unsigned)q->sms)
+        start<128>(q, a, a.tokens);
+    else
+        start<32>(q, a, a.tokens);
     return true;
 }

@@ -56,11 +56,15 @@ template <int ROWS> __device__ __forceinline__ uint32_t place(int row, int piece
     return piece / 8 * (ROWS * 128) + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
-/* Page `number` of the tile's span. */
-__device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, const flash_tile &tile, int number, int kv_head)
+/* Where page `number` of the tile's span lies. */
+__device__ __forceinline__ int page_of(const flash_args &a, const flash_tile &tile, int number)
+{
+    return a.keys ? tile.page0 + number : a.rows.pages[(int64_t)tile.number * a.rows.pages_each + number];
+}
+
+__device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, const flash_tile &tile, int number, int page, int kv_head)
 {
     int64_t line = (int64_t)a.kv.n_kv_heads * DIM;
-    int page = a.keys ? tile.page0 + number : a.rows.pages[(int64_t)tile.number * a.rows.pages_each + number];
     int64_t at = (int64_t)page * KV_PAGE * line + kv_head * DIM;
     const __nv_bfloat16 *k = (a.keys ? a.keys : (const __nv_bfloat16 *)a.kv.keys) + at;
     const __nv_bfloat16 *v = (a.keys ? a.values : (const __nv_bfloat16 *)a.kv.values) + at;
@@ -95,14 +99,14 @@ __device__ __forceinline__ float quad_max(float x)
     return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
 }
 
-/* A warp's sixteen pairs: s += queries by 64 keys; o += probabilities by 64 values. */
+/* A warp's sixteen pairs: s += queries by 64 keys, done once await_scores returns; o += probabilities by 64 values. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 __device__ __forceinline__ void show()
 {
     wide_show();
 }
 
-__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+__device__ __forceinline__ void ask_scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
 {
     wide_hold(s);
     wide_begin();
@@ -111,6 +115,10 @@ __device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint3
         wide_mma_shared(s, wide_matrix(queries + k / 4 * (PAIRS * 128) + threadIdx.x / 128 * 8192) + k % 4 * WIDE_STEP,
                         wide_matrix(keys + k / 4 * (TOKENS * 128)) + k % 4 * WIDE_STEP);
     wide_commit();
+}
+
+__device__ __forceinline__ void await_scores(float (&s)[8][4])
+{
     wide_wait();
     wide_hold(s);
 }
@@ -134,7 +142,11 @@ __device__ __forceinline__ void show()
 {
 }
 
-__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+__device__ __forceinline__ void await_scores(float (&)[8][4])
+{
+}
+
+__device__ __forceinline__ void ask_scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
 {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
 #pragma unroll
@@ -169,6 +181,8 @@ __device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p
 /* Grid: tiles of all spans, the last first; kv heads. */
 __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flash_args a)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr float LOG2E = 1.4426950408889634f;
     flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);
@@ -178,8 +192,8 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
     if (pairs > PAIRS) pairs = PAIRS;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), cache = base + Q_BYTES;
     int last = tile.span.past + (tile.first + pairs - 1) / a.group; /* token of the last row */
-    int pages = last / TOKENS + 1;
-    load_page(cache, a, tile, 0, kv_head);
+    int pages = last / TOKENS + 1, next = pages > 1 ? page_of(a, tile, 1) : 0;
+    load_page(cache, a, tile, 0, page_of(a, tile, 0), kv_head);
     copy_commit();
     load_queries(shared, a, tile, kv_head, pairs);
     float o[32][4], top[2] = { -INFINITY, -INFINITY }, sum[2] = { 0, 0 };
@@ -195,14 +209,16 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
         copy_wait<0>();
         show();
         __syncthreads();
-        if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, kv_head);
-        copy_commit();
         float s[8][4];
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[n][i] = 0;
-        scores(s, base, keys);
+        ask_scores(s, base, keys);
+        if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, next, kv_head);
+        copy_commit();
+        if (page + 2 < pages) next = page_of(a, tile, page + 2);
+        await_scores(s);
         if (page * TOKENS + TOKENS - 1 > first_token) {
 #pragma unroll
             for (int n = 0; n < 8; n++)
@@ -255,6 +271,8 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
 /* A cache of f32 or E4M3 as BF16, span after span. Grid: columns of a line by pairs, pages of the span, spans. */
 __global__ void gather_cache(__nv_bfloat16 *keys, __nv_bfloat16 *values, kv_cache kv, cuda_rows rows)
 {
+    wait_for_previous();
+    let_next_start();
     cuda_span span = rows.spans[blockIdx.z];
     int64_t line = (int64_t)kv.n_kv_heads * kv.head_dim, page0 = 0;
     for (int s = 0; s < (int)blockIdx.z; s++) page0 += pages_of(rows.spans[s]);
@@ -305,10 +323,10 @@ bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const
     a.rows = *rows;
     if (kv->dtype != KV_BF16) {
         __nv_bfloat16 *keys = (__nv_bfloat16 *)q->prefill.down, *values = keys + pages * KV_PAGE * line;
-        launch(q, "attention", false, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
+        launch(q, "attention", true, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
         a.keys = keys;
         a.values = values;
     }
-    launch(q, "attention", false, flash, dim3((unsigned)tiles, (unsigned)kv->n_kv_heads), FLASH_SHARED, a);
+    launch(q, "attention", true, flash, dim3((unsigned)tiles, (unsigned)kv->n_kv_heads), FLASH_SHARED, a);
     return true;
 }

@@ -29,6 +29,8 @@ __device__ int before(int x, int *part)
 __global__ void __launch_bounds__(SORTERS)
     sort_picks(cuda_prefill s, picks p, int picked, int n_experts, int most)
 {
+    wait_for_previous();
+    let_next_start();
     __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], next[EXPERTS_MAX];
     int e = threadIdx.x;
     count[e] = 0;
@@ -91,6 +93,8 @@ __device__ const uint8_t *expert_rows(const cuda_matrix &m, int expert, int row0
 template <int FORMAT, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ grouped_args a)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
@@ -131,117 +135,12 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
     }
 }
 
-/* up_tiles for NVFP4 by the wide instruction with 128 gate and 128 up rows, so that activations are read half as often: a
- * group of four warps has 64 of both, and of every sum its own partner. Grid: tiles of 128 rows, tiles of slots. */
-constexpr int WIDE_ROWS = 2 * TILE_ROWS;
-[[maybe_unused]] constexpr int WIDE_STRIDE = TILE_ROWS + 8;
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <int N>
-__device__ __forceinline__ void wide_up(uint8_t *shared, const tile_source &source, int steps, int tokens, const float unit[2])
-{
-    using T = tile<WEIGHT_NVFP4, 128, WIDE_ROWS>;
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
-    tile_loader<WEIGHT_NVFP4, 128, WIDE_ROWS> load(base, source, steps, 1, tokens);
-    float gate[N / 8][4], up[N / 8][4];
-#pragma unroll
-    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) gate[n][i] = up[n][i] = 0;
-    for (int s = 0; s < T::STAGES - 1; s++) load.request();
-    int x_slot = 0, w_slot = 0;
-    auto decode = [&](uint32_t (&a)[4][4], int row, int odd) {
-        weight_rows<WEIGHT_NVFP4> w;
-        w.load(shared + T::W_AT + w_slot * T::W, shared + T::S_AT + w_slot * T::S, row + warp * 16, lane, odd);
-        w.template decode<0>(a[0]);
-        w.template decode<1>(a[1]);
-        w.template decode<2>(a[2]);
-        w.template decode<3>(a[3]);
-    };
-    auto multiply = [&](float (&sum)[N / 8][4], const uint32_t (&a)[4][4]) {
-        uint64_t x = wide_matrix(base + x_slot * T::X);
-        wide_hold(sum);
-        wide_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++) wide_mma<N>(sum, a[k], x + k * WIDE_STEP);
-        wide_commit();
-    };
-    uint32_t a[4][4], b[4][4];
-    copy_wait<T::STAGES - 2>();
-    wide_show();
-    __syncthreads();
-    decode(a, 0, 0);
-#pragma unroll 1
-    for (int s = 0; s < steps; s++) {
-        multiply(gate, a);
-        decode(b, TILE_ROWS, s % 2);
-        multiply(up, b);
-        x_slot = x_slot + 1 == T::STAGES ? 0 : x_slot + 1;
-        if (s % 2) w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
-        wide_wait<1>();
-        wide_hold(gate);
-        if (s + 1 < steps) {
-            copy_wait<T::STAGES - 3>();
-            wide_show();
-            __syncthreads();
-            load.request();
-            decode(a, 0, (s + 1) % 2);
-        }
-        wide_wait<0>();
-        wide_hold(up);
-    }
-    copy_wait<0>();
-    __syncthreads();
-    __nv_bfloat16 *out = (__nv_bfloat16 *)shared;
-#pragma unroll
-    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            out[(n * 8 + 2 * t + i % 2) * WIDE_STRIDE + warp * 16 + g + i / 2 * 8] =
-                __float2bfloat16_rn(silu(gate[n][i] * unit[0]) * (up[n][i] * unit[1]));
-    __syncthreads();
-}
-#endif
-
-__global__ void __launch_bounds__(THREADS, 1) up_tiles_wide(const __grid_constant__ grouped_args a)
-{
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ __align__(1024) uint8_t shared[];
-    if ((int)blockIdx.y >= a.s.tiles[0]) return;
-    const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
-    int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS, lane = threadIdx.x % LANES;
-    const cuda_matrix &m = a.e.m[GATE];
-    tile_source s = {};
-    float unit[2];
-    s.rows = m.rows - row0;
-    s.split = TILE_ROWS;
-    s.pitch = tile_pitch(WEIGHT_NVFP4, m.cols);
-    s.x = a.x;
-    s.x_stride = m.cols;
-    s.index = a.s.slot_row + first;
-    for (int i = 0; i < 2; i++) {
-        s.data[i] = expert_rows<WEIGHT_NVFP4>(a.e.m[GATE + i], expert, row0, s.pitch);
-        unit[i] = matrix_unit(WEIGHT_NVFP4, a.e.globals[(GATE + i) * a.e.n + expert]);
-    }
-    if (tokens > 96)
-        wide_up<128>(shared, s, m.cols / TILE_K, tokens, unit);
-    else if (tokens > 64)
-        wide_up<96>(shared, s, m.cols / TILE_K, tokens, unit);
-    else
-        wide_up<64>(shared, s, m.cols / TILE_K, tokens, unit);
-    const __nv_bfloat16 *out = (const __nv_bfloat16 *)shared;
-    for (int i = threadIdx.x / LANES; i < tokens; i += WARPS)
-        for (int c = 2 * lane; c < TILE_ROWS && c < s.rows; c += 2 * LANES)
-            *(uint32_t *)(a.hidden + (int64_t)(first + i) * m.rows + row0 + tile_place(c)) =
-                *(const uint32_t *)(out + i * WIDE_STRIDE + c);
-#endif
-}
-
 /* Grid: tiles of rows of down, tiles of slots. */
 template <int FORMAT, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__ grouped_args a)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
@@ -291,6 +190,8 @@ template <bool ROUNDED> __device__ __forceinline__ float4 pick_values(const floa
 template <bool ROUNDED>
 __global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
 {
+    wait_for_previous();
+    let_next_start();
     int64_t row = blockIdx.y, c = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     if (c >= y.cols) return;
     float sum[4] = {};
@@ -317,17 +218,13 @@ template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int
     unsigned most = (unsigned)(picked / TOKENS + (a.e.n < picked ? a.e.n : picked));
     mat none = {}, hidden = { q->hidden, picked, up.rows, up.rows };
     cuda_sort_picks(q, &p, n, a.e.n, TOKENS);
-    if (FORMAT == WEIGHT_NVFP4 && TOKENS == 128 && q->has_wide && a.hidden)
-        launch(q, "experts", false, up_tiles_wide, dim3(blocks(up.rows, TILE_ROWS), most),
-               tile<WEIGHT_NVFP4, 128, WIDE_ROWS>::SHARED, a);
-    else
-        launch(q, "experts", false, up_tiles<FORMAT, TOKENS>, dim3(blocks(up.rows, UP_ROWS), most), tile<FORMAT, TOKENS>::SHARED, a);
+    launch(q, "experts", true, up_tiles<FORMAT, TOKENS>, dim3(blocks(up.rows, UP_ROWS), most), tile<FORMAT, TOKENS>::SHARED, a);
     bool quantized = down.input == INPUT_FP8_ROW;
     a.parts = q->rounded || quantized ? 1 : EXACT_PARTS;
     if (!a.hidden)
         cuda_dense_inputs(q, q->prefill.hidden, q->prefill.scale, hidden, none, quantized, a.parts);
     a.x = (const __nv_bfloat16 *)q->prefill.hidden;
-    launch(q, "experts", false, down_tiles<FORMAT, TOKENS>, dim3(blocks(down.rows, TILE_ROWS), most),
+    launch(q, "experts", true, down_tiles<FORMAT, TOKENS>, dim3(blocks(down.rows, TILE_ROWS), most),
            tile<FORMAT, TOKENS>::SHARED, a);
 }
 
@@ -354,13 +251,13 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 
 void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int n_experts, int most)
 {
-    launch<SORTERS>(q, "experts", false, sort_picks, dim3(1), 0, q->prefill, *p, (int)(rows * p->k), n_experts, most);
+    launch<SORTERS>(q, "experts", true, sort_picks, dim3(1), 0, q->prefill, *p, (int)(rows * p->k), n_experts, most);
 }
 
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p)
 {
     mat none = {};
-    launch(q, "experts", false, sum_picks<false>, dim3(blocks(y.cols, 4 * THREADS), (unsigned)y.rows), 0, y, none, none,
+    launch(q, "experts", true, sum_picks<false>, dim3(blocks(y.cols, 4 * THREADS), (unsigned)y.rows), 0, y, none, none,
            none, q->prefill, *p);
 }
 
@@ -387,13 +284,15 @@ bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct pick
     else
         a.hidden_f32 = q->hidden;
     a.parts = quantized ? 1 : parts;
-    if (up.format == WEIGHT_BF16)
+    if (!quantized && cuda_grouped_wide(q, e, p, x.rows))
+        ;
+    else if (up.format == WEIGHT_BF16)
         run_any<WEIGHT_BF16>(q, a, x.rows, *p);
     else if (up.format == WEIGHT_FP8)
         run_any<WEIGHT_FP8>(q, a, x.rows, *p);
     else
         run_any<WEIGHT_NVFP4>(q, a, x.rows, *p);
-    launch(q, "experts", false, q->rounded ? sum_picks<true> : sum_picks<false>,
+    launch(q, "experts", true, q->rounded ? sum_picks<true> : sum_picks<false>,
            dim3(blocks(y.cols, 4 * THREADS), (unsigned)x.rows), 0, y, run ? run->x : none,
            run ? run->shared : none, run ? run->shared_gate : none, q->prefill, *p);
     return true;

@@ -22,7 +22,11 @@ enum {
 /* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
  * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
  * words of columns 32 i + 8 t + 0..7, i = 0..3 (for INPUT_NVFP4 with the first code in the low bits). Then 8
- * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15. */
+ * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15.
+ *
+ * A scale is (8 + m) 2^(e - 13) as 8 e + m, with e from 1 to 18: E4M3 with its small numbers normalised, so that a
+ * shift and an addition make BF16 of it. Its sign is in the codes, which are zeros where it is 0. (For INPUT_NVFP4
+ * it stays E4M3, without sign.) */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -104,6 +108,14 @@ struct cuda_batch {
     int64_t rows, cols, picked, chunks_most, intermediate, width;
 };
 
+/* Scratch of sampling, device memory (draw.cu). */
+struct cuda_draw {
+    void *state, *draws, *edits, *mask;
+    int *answers; /* host memory that the device writes */
+    uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes, answers_bytes;
+    bool is_used; /* state has to be cleared */
+};
+
 /* A recorded step: `rows` sequences of one row each. */
 struct cuda_graph {
     const void *key;
@@ -135,7 +147,9 @@ struct queue {
     unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: parts of attention that are done, 0 between kernels */
     struct cuda_prefill prefill;
     struct cuda_batch batch;
-    struct blas *blas; /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct cuda_draw draw;
+    struct loader *loader; /* load.c; NULL until something was loaded */
+    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
@@ -171,9 +185,12 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *r
 void cuda_step_end(struct queue *q);
 void cuda_forget_steps(struct queue *q); /* what was recorded refers to memory that goes away */
 bool cuda_reserve(struct queue *q, const struct step_limits *limits, struct err *e);
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *limits);
 /* plain.cu: whether this build has kernels for the device */
 bool cuda_has_kernels(int *version);
 
+bool cuda_weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                         int *failed, struct err *e);
 bool cuda_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cuda_weight_free(struct queue *q, struct weight *w);
 bool cuda_experts_bind(struct queue *q, struct experts *x, struct err *e);
@@ -220,6 +237,12 @@ void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* draw.cu */
+void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
+void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
+void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
+               const struct draw *draws);
 /* vision.cu */
 void cuda_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
                      float eps);

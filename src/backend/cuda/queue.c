@@ -1,6 +1,7 @@
 /* The queue of the CUDA backend: the device, its stream, failures, memory. */
 #include "backend/cuda/batch.h"
 #include "backend/cuda/blas.h"
+#include "backend/cuda/load.h"
 #include "backend/cuda/prefill.h"
 #include "backend/fused.h"
 #include <inttypes.h>
@@ -84,12 +85,14 @@ void cuda_queue_free(struct queue *q)
 {
     if (!q) return;
     cuda_forget_steps(q);
+    cuda_load_end(q);
     queue_give(q, q->memory);
     if (q->stream) {
         cudaStreamSynchronize(q->stream);
         cudaStreamDestroy(q->stream);
     }
     blas_close(q->blas);
+    cudaFreeHost(q->draw.answers);
     free(q->host_step);
     free(q->host_next);
     free(q->host_index);
@@ -273,6 +276,7 @@ static void moe_run(struct queue *q, const struct moe_run *r)
 const struct ops cuda_ops = {
     .name = "cuda",
     .weight_create = cuda_weight_create,
+    .weights_create = cuda_weights_create,
     .weight_free = cuda_weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,
@@ -281,6 +285,7 @@ const struct ops cuda_ops = {
     .download = download,
     .zero = zero,
     .reserve = cuda_reserve,
+    .reserve_bytes = cuda_reserve_bytes,
     .experts_bind = cuda_experts_bind,
     .experts_unbind = cuda_experts_unbind,
     .wait = wait,
@@ -310,6 +315,9 @@ const struct ops cuda_ops = {
     .divergence = cuda_divergence,
     .pick = cuda_pick,
     .argmax = cuda_argmax,
+    .mask = cuda_mask,
+    .edit = cuda_edit,
+    .draw = cuda_draw,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

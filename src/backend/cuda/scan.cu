@@ -66,6 +66,8 @@ __device__ __forceinline__ void load4(float (&x)[4], const float *from)
 /* Grid: chunks, heads of q, k and v by eights. A lane has four neighbouring channels. */
 __global__ void conv_heads(const __grid_constant__ scan_args p)
 {
+    wait_for_previous();
+    let_next_start();
     constexpr int AHEAD = 8;
     chunk c = chunk_of(p.rows, blockIdx.x);
     int keys = p.shape.key_heads, head = blockIdx.y * WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -114,6 +116,8 @@ __global__ void conv_heads(const __grid_constant__ scan_args p)
 /* The last TAPS - 1 inputs of each span. Grid: channels, spans. */
 __global__ void conv_advance(const __grid_constant__ scan_args p)
 {
+    wait_for_previous();
+    let_next_start();
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, channels = p.u.cols;
     cuda_span span = p.rows.spans[blockIdx.y];
     if (c >= channels) return;
@@ -189,6 +193,8 @@ __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums,
 /* Grid: chunks, value heads. Shared memory: K, Q, V of the chunk, A, c, e^c, beta. */
 __global__ void __launch_bounds__(THREADS, 2) chunk_parts(const __grid_constant__ scan_args p)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     float *A = (float *)(shared + 3 * BIG), *sums = A + CHUNK * A_STRIDE, *powers = sums + CHUNK, *beta = powers + CHUNK;
     chunk c = chunk_of(p.rows, blockIdx.x);
@@ -289,6 +295,8 @@ __device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, cons
 /* Grid: heads by slices of columns, spans. */
 __global__ void __launch_bounds__(THREADS, 1) chunk_scan(const __grid_constant__ scan_args p)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int SLICES = DIM / SLICE;
     int head = blockIdx.x / SLICES, column = blockIdx.x % SLICES * SLICE, heads = p.shape.value_heads;
@@ -433,9 +441,9 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     p.shape = *s;
     p.rows = *rows;
     unsigned n = (unsigned)chunks;
-    launch(q, "conv", false, conv_heads, dim3(n, blocks(2 * s->key_heads + heads, WARPS)), 0, p);
-    launch(q, "conv", false, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
-    launch(q, "delta", false, chunk_parts, dim3(n, (unsigned)heads), PARTS_SHARED, p);
-    launch(q, "delta", false, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), SCAN_SHARED, p);
+    launch(q, "conv", true, conv_heads, dim3(n, blocks(2 * s->key_heads + heads, WARPS)), 0, p);
+    launch(q, "conv", true, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
+    launch(q, "delta", true, chunk_parts, dim3(n, (unsigned)heads), PARTS_SHARED, p);
+    launch(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), SCAN_SHARED, p);
     return true;
 }

@@ -30,6 +30,15 @@ static struct step_layout layout_of(const struct step_limits *l, int64_t rows)
     return s;
 }
 
+static void draw_layout(struct cuda_draw *d, struct arena *a)
+{
+    cuda_draw_sizes(d);
+    d->state = arena_take(a, (int64_t)d->state_bytes, 1, 64);
+    d->draws = arena_take(a, (int64_t)d->draws_bytes, 1, 64);
+    d->edits = arena_take(a, (int64_t)d->edits_bytes, 1, 64);
+    d->mask = arena_take(a, (int64_t)d->mask_bytes, 1, 64);
+}
+
 static void layout(struct queue *q, struct arena *a)
 {
     const struct step_limits *l = &q->limits;
@@ -47,7 +56,17 @@ static void layout(struct queue *q, struct arena *a)
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
     cuda_prefill_layout(q, a);
     cuda_batch_layout(q, a);
+    draw_layout(&q->draw, a);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
+}
+
+uint64_t cuda_reserve_bytes(struct queue *q, const struct step_limits *l)
+{
+    struct queue counted = *q; /* layout() sets pointers */
+    struct arena a = { 0 };
+    counted.limits = *l;
+    layout(&counted, &a);
+    return a.overflow ? UINT64_MAX : a.used;
 }
 
 bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
@@ -74,6 +93,10 @@ bool cuda_reserve(struct queue *q, const struct step_limits *l, struct err *e)
     q->host_next = malloc(bytes);
     q->host_index = malloc((size_t)have->rows * sizeof *q->host_index + 1);
     if (!q->host_step || !q->host_next || !q->host_index) return err_memory(e, "rows of a step", bytes);
+    q->draw.is_used = true;
+    if (!q->draw.answers &&
+        cudaHostAlloc((void **)&q->draw.answers, q->draw.answers_bytes, cudaHostAllocMapped) != cudaSuccess)
+        return err_memory(e, "tokens drawn", q->draw.answers_bytes);
     if (a.overflow) return err_set(e, ERR_LIMIT, "a step of %lld rows is too large", (long long)have->rows);
     if (!queue_take(q, &q->memory, a.used, "scratch of a step", e)) return false;
     a = (struct arena){ .memory = q->memory, .size = a.used };

@@ -12,8 +12,7 @@
 #define BACKEND_CUDA_STREAM_CUH
 #include "backend/cuda/device.cuh"
 
-namespace
-{
+namespace {
 
 constexpr int BLOCK = 512, CREW = BLOCK / LANES;
 constexpr int UNIT_BYTES = 128, PIECE = 64;
@@ -86,18 +85,16 @@ __device__ __forceinline__ float divided(float x, float scale, float inverse)
     return fmaf(fmaf(-q, scale, x), inverse, q);
 }
 
-__device__ __forceinline__ void put_quantized_at(__nv_bfloat16 *slots, int stride, int c, float2 x,
-                                                 float scale, float inverse)
+__device__ __forceinline__ void put_quantized_at(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale,
+                                                 float inverse)
 {
     float2 q = make_float2(divided(x.x, scale, inverse), divided(x.y, scale, inverse));
-    __half2_raw h =
-        __nv_cvt_fp8x2_to_halfraw2(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3), __NV_E4M3);
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3), __NV_E4M3);
     float2 y = __half22float2(*reinterpret_cast<__half2 *>(&h));
     *(uint32_t *)(slots + 3 * stride + c) = pack(y.x, y.y);
 }
 
-__device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale,
-                                              float inverse)
+__device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale, float inverse)
 {
     put_quantized_at(slots, stride, slot_place(c), x, scale, inverse);
 }
@@ -143,8 +140,7 @@ __host__ __device__ inline int row_bytes_of(const cuda_matrix &m)
 /* Bytes of a tile, and of a matrix of those that lie below one another. */
 __host__ __device__ __forceinline__ unsigned tile_bytes(const cuda_matrix &m)
 {
-    return m.format == WEIGHT_NVFP4 ? (unsigned)(units_of(m.format, m.cols) * FP4_UNIT_BYTES)
-                                    : 8u * row_bytes_of(m);
+    return m.format == WEIGHT_NVFP4 ? (unsigned)(units_of(m.format, m.cols) * FP4_UNIT_BYTES) : 8u * row_bytes_of(m);
 }
 
 __device__ __forceinline__ unsigned matrix_bytes(const cuda_matrix &m)
@@ -160,8 +156,7 @@ __device__ __forceinline__ const uint8_t *tile_at(const cuda_matrix &m, unsigned
 
 __device__ __forceinline__ void copy_async16(uint32_t to, const void *from, bool valid)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void copy_async8(uint32_t to, const void *from)
@@ -226,8 +221,7 @@ template <int KINDS, int RING> struct stream {
     {
         int lane = threadIdx.x % LANES;
         bool fp4 = KINDS == TILED || (KINDS == (CUT | TILED) && row_bytes == 0);
-        return tile + (fp4 ? first * FP4_UNIT_BYTES + lane * 16
-                           : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
+        return tile + (fp4 ? first * FP4_UNIT_BYTES + lane * 16 : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
     }
 
     /* Units s of a tile are asked for next; from: lane_at of the first. */
@@ -267,9 +261,8 @@ template <int KINDS, int RING> struct stream {
     }
 
     template <int ROWS>
-    static __device__ __forceinline__ void two(float (&a)[4], float (&b)[4], const __nv_bfloat16 *x,
-                                               int stride8, uint32_t b0, uint32_t b1, uint32_t b2,
-                                               uint32_t b3)
+    static __device__ __forceinline__ void two(float (&a)[4], float (&b)[4], const __nv_bfloat16 *x, int stride8,
+                                               uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3)
     {
         uint4 low = *(const uint4 *)x;
         if (ROWS == 1) { /* rows 8.. of a and 0.. of b come to nothing and are not looked at */
@@ -292,8 +285,8 @@ template <int KINDS, int RING> struct stream {
         } else if (FORMAT == WEIGHT_FP8) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                two<ROWS>(a, b, x + i * 8, stride8, fp8_pair(v[2 * i], 0), fp8_pair(v[2 * i], 2),
-                          fp8_pair(v[2 * i + 1], 0), fp8_pair(v[2 * i + 1], 2));
+                two<ROWS>(a, b, x + i * 8, stride8, fp8_pair(v[2 * i], 0), fp8_pair(v[2 * i], 2), fp8_pair(v[2 * i + 1], 0),
+                          fp8_pair(v[2 * i + 1], 2));
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -308,8 +301,8 @@ template <int KINDS, int RING> struct stream {
     /* `units` units from unit `first` of a row on against x, this lane's row of slots, asking for another
      * after each. */
     template <int ROWS, int FORMAT, class NEXT>
-    __device__ __forceinline__ void run(float (&sum)[4], int first, int units, const __nv_bfloat16 *x,
-                                        int stride, NEXT &&next)
+    __device__ __forceinline__ void run(float (&sum)[4], int first, int units, const __nv_bfloat16 *x, int stride,
+                                        NEXT &&next)
     {
         constexpr int COLS = unit_cols(FORMAT), LANE_COLS = FORMAT == WEIGHT_FP8 ? 16 : 8;
         float a[4] = {}, b[4] = {};
@@ -320,8 +313,7 @@ template <int KINDS, int RING> struct stream {
             const uint8_t *from_ring = ring + slot;
             uint4 low = *(const uint4 *)from_ring, high = *(const uint4 *)(from_ring + 512);
             uint2 scale = uint2{};
-            if (FORMAT == WEIGHT_NVFP4)
-                scale = *(const uint2 *)(from_ring + 1024 - 8 * (threadIdx.x % LANES));
+            if (FORMAT == WEIGHT_NVFP4) scale = *(const uint2 *)(from_ring + 1024 - 8 * (threadIdx.x % LANES));
             piece<ROWS, FORMAT>(a, b, low, scale.x, x, 8 * stride);
             piece<ROWS, FORMAT>(a, b, high, scale.y, x + COLS / 2, 8 * stride);
             ask(next);
@@ -333,8 +325,8 @@ template <int KINDS, int RING> struct stream {
      * 2 t and 2 t + 1 of row 0, with ROWS 4 of row 2 too in [2], [3]; lanes 16..19 those of rows 1 and 3.
      * quantized: of the fourth slot, else of the others. */
     template <int ROWS, class NEXT>
-    __device__ __forceinline__ void work(float (&sum)[4], int format, share s, const __nv_bfloat16 *slots,
-                                         int stride, bool quantized, NEXT &&next)
+    __device__ __forceinline__ void work(float (&sum)[4], int format, share s, const __nv_bfloat16 *slots, int stride,
+                                         bool quantized, NEXT &&next)
     {
         int g = threadIdx.x % LANES / 4;
         bool counts = quantized == (g % SLOTS == SLOTS - 1);
@@ -359,8 +351,8 @@ template <int KINDS, int RING> struct stream {
     }
 
     /* work() on a tile of NVFP4 that lies in shared memory as it does in device memory; for one row. */
-    static __device__ __forceinline__ void work_tile(float (&sum)[4], const uint8_t *tile, share s,
-                                                     const __nv_bfloat16 *slots, int stride, bool quantized)
+    static __device__ __forceinline__ void work_tile(float (&sum)[4], const uint8_t *tile, share s, const __nv_bfloat16 *slots,
+                                                     int stride, bool quantized)
     {
         int lane = threadIdx.x % LANES, slot = lane / 4 % SLOTS;
         const __nv_bfloat16 *x = slots + slot * stride + s.first * FP4_UNIT_COLS + lane % 4 * 8;
@@ -381,9 +373,7 @@ template <int KINDS, int RING> struct stream {
 /* What a sum is multiplied by. number: of the matrices that follow m. */
 __device__ __forceinline__ float unit_of(const cuda_matrix &m, int64_t number, int row, float global)
 {
-    return m.format == WEIGHT_FP8     ? m.scale[number * m.rows + row]
-           : m.format == WEIGHT_NVFP4 ? FP4_UNIT / global
-                                      : 1;
+    return m.format == WEIGHT_FP8 ? m.scale[number * m.rows + row] : m.format == WEIGHT_NVFP4 ? FP4_UNIT / global : 1;
 }
 
 } /* namespace */

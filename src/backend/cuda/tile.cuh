@@ -71,14 +71,6 @@ struct tile_source {
     const int *index;
 };
 
-/* As fp4_scale, of two scales at once. */
-__device__ __forceinline__ uint32_t fp4_scales(uint32_t two)
-{
-    uint32_t t = __byte_perm(two, 0, 0x1404);
-    t = (t & 0x80008000u) | (t >> 4 & 0x07f007f0u);
-    return bf16_pair_product(bf16_pair_product(t, bf16_pair(0x1p119f)), bf16_pair(0x1p119f));
-}
-
 /* A lane's columns of weight rows g and g + 8 of sixteen: 16 of 64. */
 template <int FORMAT> struct weight_rows {
     uint4 w[2][FORMAT == WEIGHT_BF16 ? 2 : 1];
@@ -123,8 +115,7 @@ template <int FORMAT> struct weight_rows {
                 a[2 + h] = fp8_pair(word, 2);
             } else {
                 uint32_t word = S / 2 ? w[h][0].y : w[h][0].x;
-                uint32_t both = fp4_scales(scale[h]), one = __byte_perm(both, 0, S / 2 ? 0x3232 : 0x1010);
-                __nv_bfloat162 s = *reinterpret_cast<__nv_bfloat162 *>(&one);
+                __nv_bfloat162 s = fp4_scale(scale[h], S / 2);
                 a[h] = bf16_pair_product(fp4_pair<S % 2 * 2>(word), s);
                 a[2 + h] = bf16_pair_product(fp4_pair<S % 2 * 2 + 1>(word), s);
             }

@@ -1,6 +1,6 @@
 /* Weights of the CUDA backend: copied to the device as they lie in the file, NVFP4 rearranged there, the
  * experts of a layer put below one another. */
-#include "backend/cuda/parts.h"
+#include "backend/cuda/load.h"
 #include "base/checked.h"
 #include "num/fp8.h"
 #include <inttypes.h>
@@ -34,20 +34,6 @@ static uint64_t tile_slack(const struct weight *w)
     return tiled ? 8 * (uint64_t)w->cols * (w->format == WEIGHT_BF16 ? 2 : 1) : 0;
 }
 
-/* The first NaN among E4M3 bytes, or -1. */
-static int64_t find_nan(const uint8_t *bytes, int64_t n)
-{
-    enum { BLOCK = 4096 };
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        int64_t count = n - at < BLOCK ? n - at : BLOCK;
-        uint8_t found = 0;
-        for (int64_t i = 0; i < count; i++) found |= (bytes[at + i] & 0x7f) == 0x7f;
-        for (int64_t i = 0; found && i < count; i++)
-            if ((bytes[at + i] & 0x7f) == 0x7f) return at + i;
-    }
-    return -1;
-}
-
 static bool takes_input(const struct weight_source *s, struct err *e)
 {
     static const char *const fp8[] = {
@@ -61,16 +47,10 @@ static bool takes_input(const struct weight_source *s, struct err *e)
 static bool check_source(const struct weight_source *s, struct err *e)
 {
     uint64_t elements, bytes;
-    int64_t at = -1, n = s->rows * s->cols;
     if (!fits_mul((uint64_t)s->rows, (uint64_t)s->cols, &elements) || !fits_mul(elements, 4, &bytes) ||
         s->rows > INT32_MAX / 2 || s->cols > INT32_MAX / 2)
         return err_set(e, ERR_LIMIT, "matrix of %" PRId64 " x %" PRId64 " is too large", s->rows, s->cols);
-    if (s->is_table) return true;
-    if (!takes_input(s, e)) return false;
-    if (is_fp8(s->format)) at = find_nan(s->data, n);
-    if (s->format == WEIGHT_NVFP4 && (at = find_nan(s->scale, n / 16)) >= 0) at *= 16;
-    return at < 0 ||
-           err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / s->cols, at % s->cols);
+    return s->is_table || takes_input(s, e);
 }
 
 static bool copy(struct queue *q, void *to, const void *host, uint64_t bytes)
@@ -79,50 +59,104 @@ static bool copy(struct queue *q, void *to, const void *host, uint64_t bytes)
            queue_check(q, cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, q->stream), "weights");
 }
 
-/* Codes and scales as stored pass through memory that is given back. */
-static bool fill_fp4(struct queue *q, struct cuda_weight *w, const struct weight_source *s, struct err *e)
-{
-    uint64_t codes = (uint64_t)s->rows * (uint64_t)s->cols / 2, scales = codes / 8;
+/* A matrix on its way: what of it is copied where. Codes and scales of NVFP4 pass through memory that is
+ * given back. */
+struct arrival {
+    struct cuda_weight *w;
+    const struct weight_source *src;
     void *staged;
-    if (!queue_take(q, &staged, codes + scales, "weights", e)) return false;
-    copy(q, staged, s->data, codes);
-    copy(q, (char *)staged + codes, s->scale, scales);
-    cuda_lay_fp4(q, w->data, staged, (char *)staged + codes, s->rows, s->cols, s->input == INPUT_NVFP4);
-    queue_give(q, staged);
+    int loads[2]; /* of data and scale: index of its struct load, -1: none */
+};
+
+static int add_load(struct load *list, int *n, void *to, const void *from, uint64_t bytes, bool is_e4m3)
+{
+    if (bytes == 0) return -1;
+    list[*n] = (struct load){ .to = to, .from = from, .bytes = bytes, .is_e4m3 = is_e4m3 };
+    return (*n)++;
+}
+
+static bool expect(struct queue *q, struct arrival *a, struct load *list, int *n, struct err *e)
+{
+    const struct weight_source *s = a->src;
+    struct cuda_weight *w = a->w;
+    uint64_t codes = (uint64_t)s->rows * (uint64_t)s->cols / 2, bytes = data_bytes(&w->head);
+    void *scale = NULL;
+    bool packed = s->format == WEIGHT_NVFP4;
+    bool ok = queue_take(q, &w->data, bytes + tile_slack(&w->head), "weights", e) &&
+              (!scale_bytes(&w->head) || queue_take(q, &scale, scale_bytes(&w->head), "weights", e)) &&
+              (!packed || queue_take(q, &a->staged, codes + codes / 8, "weights", e));
+    w->scale = scale;
+    if (!ok) return false;
+    if (packed) {
+        a->loads[0] = add_load(list, n, a->staged, s->data, codes, false);
+        a->loads[1] = add_load(list, n, (char *)a->staged + codes, s->scale, codes / 8, !s->is_table);
+    } else {
+        a->loads[0] = add_load(list, n, w->data, s->data, bytes, is_fp8(s->format) && !s->is_table);
+        a->loads[1] = add_load(list, n, scale, s->scale, scale_bytes(&w->head), false);
+    }
     return true;
 }
 
-static bool fill(struct queue *q, struct cuda_weight *w, const struct weight_source *s, struct err *e)
+/* Once the bytes are on their way: what they are is known, and NVFP4 is laid out. */
+static bool settle(struct queue *q, const struct arrival *a, const struct load *list, struct err *e)
 {
-    void *scale = NULL;
-    uint64_t bytes = data_bytes(&w->head);
-    bool ok = queue_take(q, &w->data, bytes + tile_slack(&w->head), "weights", e) &&
-              (!scale_bytes(&w->head) || queue_take(q, &scale, scale_bytes(&w->head), "weights", e));
-    w->scale = scale;
-    if (!ok) return false;
-    if (s->format == WEIGHT_NVFP4) {
-        if (!fill_fp4(q, w, s, e)) return false;
-    } else {
-        copy(q, w->data, s->data, bytes);
-        copy(q, scale, s->scale, scale_bytes(&w->head));
-    }
+    const struct weight_source *s = a->src;
+    bool packed = s->format == WEIGHT_NVFP4;
+    int which = a->loads[packed];
+    int64_t at = which < 0 ? -1 : list[which].nan_at * (packed ? 16 : 1);
+    if (at >= 0)
+        return err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / s->cols, at % s->cols);
+    if (packed)
+        cuda_lay_fp4(q, a->w->data, a->staged, (char *)a->staged + s->rows * s->cols / 2, s->rows, s->cols,
+                     s->input == INPUT_NVFP4);
     return !queue_failed(q) || err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
+}
+
+static bool arrive(struct queue *q, struct arrival *all, struct load *list, int n, int *failed, struct err *e)
+{
+    int n_loads = 0;
+    for (int i = 0; i < n; i++) {
+        *failed = i;
+        if (!check_source(all[i].src, e)) return false;
+        struct cuda_weight *w = all[i].w = calloc(1, sizeof *w);
+        const struct weight_source *s = all[i].src;
+        if (!w) return err_memory(e, "weight", sizeof *w);
+        w->head = (struct weight){ s->format, s->rows, s->cols, s->input, s->input_global, s->is_table };
+        w->global = s->global;
+        if (!expect(q, &all[i], list, &n_loads, e)) return false;
+    }
+    *failed = 0;
+    if (!cuda_load(q, list, n_loads, e)) return false;
+    for (int i = 0; i < n; i++) {
+        *failed = i;
+        if (!settle(q, &all[i], list, e)) return false;
+    }
+    return true;
+}
+
+bool cuda_weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
+                         int *failed, struct err *e)
+{
+    struct arrival *all = calloc((size_t)n, sizeof *all);
+    struct load *list = calloc(2 * (size_t)n, sizeof *list);
+    bool ok = (all && list) || err_memory(e, "weights", (uint64_t)n * (sizeof *all + 2 * sizeof *list));
+    *failed = 0;
+    for (int i = 0; ok && i < n; i++) all[i].src = &src[i];
+    ok = ok && arrive(q, all, list, n, failed, e);
+    for (int i = 0; i < n; i++) {
+        out[i] = ok ? &all[i].w->head : NULL;
+        if (all) queue_give(q, all[i].staged);
+        if (all && all[i].w && !ok) cuda_weight_free(q, &all[i].w->head);
+    }
+    free(all);
+    free(list);
+    return ok;
 }
 
 bool cuda_weight_create(struct queue *q, struct weight **out, const struct weight_source *s, struct err *e)
 {
-    *out = NULL;
-    if (!check_source(s, e)) return false;
-    struct cuda_weight *w = calloc(1, sizeof *w);
-    if (!w) return err_memory(e, "weight", sizeof *w);
-    w->head = (struct weight){ s->format, s->rows, s->cols, s->input, s->input_global, s->is_table };
-    w->global = s->global;
-    if (fill(q, w, s, e)) {
-        *out = &w->head;
-        return true;
-    }
-    cuda_weight_free(q, &w->head);
-    return false;
+    int failed;
+    return cuda_weights_create(q, out, s, 1, &failed, e);
 }
 
 static void give_parts(struct queue *q, struct cuda_weight *w)

@@ -1,4 +1,4 @@
-#include "cli/serve_plan.h"
+#include "cli/plan.h"
 #include "base/memory.h"
 #include "cli/common.h"
 #include <stdio.h>
@@ -11,9 +11,9 @@ enum {
     AUTO_LEAST = 4096  /* tokens, before sequences are given up for them */
 };
 static const double SHARE_DEVICE = 0.92, SHARE_HOST = 0.5;
-/* For a step's rows, the program and what a backend keeps for itself; the same in all shapes, measured low.
- */
-static const uint64_t RESERVE_DEVICE = 2ull << 30, RESERVE_HOST = 64ull << 20;
+/* For the program and what a backend keeps for itself, a host's steps among it and a device's pictures; the
+ * same in all shapes. */
+static const uint64_t RESERVE_DEVICE = 512ull << 20, RESERVE_HOST = 64ull << 20;
 
 static bool is_vision(const char *name)
 {
@@ -46,7 +46,9 @@ static uint64_t state_of(const struct plan_options *o, uint64_t linear_layers, i
     uint64_t values = (uint64_t)c->linear_value_heads * (uint64_t)c->linear_value_dim;
     uint64_t channels = 2 * (uint64_t)c->linear_key_heads * (uint64_t)c->linear_key_dim + values;
     uint64_t keep = c->conv_kernel > 0 ? (uint64_t)c->conv_kernel - 1 : 0;
-    uint64_t log = drafts ? (uint64_t)(drafts + 1) * (2 * channels + 2 * values) : 0;
+    struct delta_shape shape = { c->linear_key_heads, c->linear_value_heads, c->linear_key_dim,
+                                 c->linear_value_dim, c->conv_kernel };
+    uint64_t log = drafts ? (uint64_t)(drafts + 1) * (uint64_t)delta_log_floats(&shape) : 0;
     return linear_layers * 4 * (values * (uint64_t)c->linear_key_dim + keep * channels + log);
 }
 
@@ -66,7 +68,7 @@ static int64_t pages_for(int64_t tokens)
 /* What pages and states may take. */
 static uint64_t rest_of(const struct plan *p)
 {
-    uint64_t fixed = p->weights + p->reserve;
+    uint64_t fixed = p->weights + p->steps + p->reserve;
     return p->budget > fixed ? p->budget - fixed : 0;
 }
 
@@ -78,13 +80,38 @@ static uint64_t least(const struct plan *p)
 
 static bool too_large(const struct plan *p, struct err *e)
 {
-    char need[32], have[32];
+    char need[32], have[32], more[32];
+    uint64_t bytes = p->weights + p->steps + p->reserve + least(p);
+    return err_set(e, ERR_LIMIT,
+                   "%lld sequences, one of them of %lld tokens, need %s with the weights, %s more than the "
+                   "budget of %s; "
+                   "lower --max-model-len or --max-num-seqs, take --kv-cache-dtype fp8, or raise --memory",
+                   (long long)p->sequences, (long long)p->context, common_bytes(need, sizeof need, bytes),
+                   common_bytes(more, sizeof more, bytes - p->budget),
+                   common_bytes(have, sizeof have, p->budget));
+}
+
+static uint64_t plan_bytes(const struct plan *p)
+{
+    return p->weights + p->steps + p->reserve + (uint64_t)p->pages * p->page +
+           (uint64_t)p->sequences * p->state;
+}
+
+/* Every sequence in full. */
+static bool fill_exactly(struct plan *p, struct err *e)
+{
+    char need[32], have[32], more[32], weights[32], each[32];
+    p->pages = p->sequences * pages_for(p->context);
+    uint64_t bytes = plan_bytes(p), sequence = (uint64_t)pages_for(p->context) * p->page + p->state;
+    if (bytes <= p->budget) return true;
     return err_set(
         e, ERR_LIMIT,
-        "%lld sequences, one of them of %lld tokens, need %s with the weights, the budget is %s; lower "
-        "--max-model-len or --max-num-seqs, take --kv-cache-dtype fp8, or raise --memory",
-        (long long)p->sequences, (long long)p->context,
-        common_bytes(need, sizeof need, p->weights + p->reserve + least(p)),
+        "%s of memory are needed, %s of it for weights and %s for each of %lld sequence%s of %lld "
+        "tokens; that is %s more than the %s that are free. Fewer tokens and --kv-cache-dtype fp8 take "
+        "less, --device cpu takes the host's",
+        common_bytes(need, sizeof need, bytes), common_bytes(weights, sizeof weights, p->weights),
+        common_bytes(each, sizeof each, sequence), (long long)p->sequences, p->sequences == 1 ? "" : "s",
+        (long long)p->context, common_bytes(more, sizeof more, bytes - p->budget),
         common_bytes(have, sizeof have, p->budget));
 }
 
@@ -122,6 +149,17 @@ static void share_rest(struct plan *p, bool prefix_cache)
     p->pages += (int64_t)more;
 }
 
+static uint64_t steps_of(const struct plan_options *o)
+{
+    const struct config *c = &o->checkpoint->config;
+    if (!o->backend->memory) return 0;
+    struct engine_options e = { .context = o->context ? o->context : c->max_position_embeddings,
+                                .sequences = (int)(o->sequences ? o->sequences : SEQUENCES_MOST),
+                                .step_rows = o->step_rows,
+                                .drafts = o->drafts };
+    return engine_step_bytes(c, o->backend, &e);
+}
+
 bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
 {
     const struct config *c = &o->checkpoint->config;
@@ -132,6 +170,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
                         .sequences = o->sequences,
                         .budget = budget_of(o),
                         .weights = weights_of(o),
+                        .steps = steps_of(o),
                         .reserve = o->backend->memory ? RESERVE_DEVICE : RESERVE_HOST,
                         .page = page_of(o, full),
                         .state = state_of(o, linear, o->drafts),
@@ -140,6 +179,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
         return err_set(e, ERR_LIMIT, "--max-model-len: %lld, the model allows %lld", (long long)p->context,
                        (long long)c->max_position_embeddings);
     if (p->page == 0) return err_set(e, ERR_UNSUPPORTED, "a model without attention layers cannot be served");
+    if (o->exact) return fill_exactly(p, e);
     choose_size(p, c->max_position_embeddings, o->prefix_cache);
     if (least(p) > rest_of(p)) return too_large(p, e);
     share_rest(p, o->prefix_cache);
@@ -166,6 +206,29 @@ void plan_print(const struct plan *p, const struct plan_options *o)
     snprintf(text, sizeof text, "%lld sequences", (long long)p->sequences);
     print_row("recurrent state", text, (uint64_t)p->sequences * p->state);
     snprintf(text, sizeof text, "%lld snapshots", (long long)p->snapshots);
-    print_row("prefix cache", text, (uint64_t)p->snapshots * p->snapshot_state);
-    print_row("steps", "kept free", p->reserve);
+    if (!o->exact) print_row("prefix cache", text, (uint64_t)p->snapshots * p->snapshot_state);
+    if (p->steps) print_row("steps", "", p->steps);
+    print_row(p->steps ? "others" : "steps", "kept free", p->reserve);
+}
+
+bool plan_device(const struct checkpoint *c, const struct backend *b, const struct engine_options *o,
+                 uint64_t *taken, bool quiet, struct err *e)
+{
+    int64_t most = c->config.max_position_embeddings;
+    uint64_t before = taken ? *taken : 0;
+    struct plan_options options = { .checkpoint = c,
+                                    .backend = b,
+                                    .kv = o->kv,
+                                    .drafts = o->drafts,
+                                    .context = o->context < most ? o->context : most,
+                                    .sequences = o->sequences ? o->sequences : 1,
+                                    .step_rows = o->step_rows,
+                                    .exact = true,
+                                    .budget = b->memory_free > before ? b->memory_free - before : 1 };
+    struct plan p;
+    if (!b->memory) return true;
+    if (!plan_make(&p, &options, e)) return c->path ? err_note(e, "%s", c->path) : false;
+    if (!quiet) plan_print(&p, &options);
+    if (taken) *taken += plan_bytes(&p) - p.reserve;
+    return true;
 }
