@@ -11,6 +11,7 @@
 #ifndef BACKEND_CUDA_STREAM_CUH
 #define BACKEND_CUDA_STREAM_CUH
 #include "backend/cuda/device.cuh"
+#include "backend/cuda/matrices.cuh"
 
 namespace {
 
@@ -154,24 +155,9 @@ __device__ __forceinline__ const uint8_t *tile_at(const cuda_matrix &m, unsigned
     return (const uint8_t *)m.data + (uint64_t)number * matrix_bytes(m) + (uint64_t)tile * tile_bytes(m);
 }
 
-__device__ __forceinline__ void copy_async16(uint32_t to, const void *from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
 __device__ __forceinline__ void copy_async8(uint32_t to, const void *from)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy_commit()
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int N> __device__ __forceinline__ void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 /* Units of the warp `member` of `crew` that share a tile: [first, first + n). */
