@@ -15,7 +15,7 @@ enum input_form cpu_form(const struct queue *q, const struct weight *w)
 
 int64_t cpu_words(enum input_form form, const struct weight *w)
 {
-    if (form == FORM_INT8) return w->cols / 16 * INT8_WORDS;
+    if (form == FORM_INT8) return (w->cols + 31) / 32 * INT8_WORDS;
     if (form == FORM_F32) return w->cols;
     return w->format == WEIGHT_FP8 ? (w->cols + 3) / 4 * 2 : (w->cols + 1) / 2;
 }
@@ -66,7 +66,7 @@ static void apply_scales(float *sums, const struct packed *in, const struct cpu_
 {
     int64_t each = in->rows * PANEL;
     const float by = 128 / w->global;
-    for (int64_t i = 0; in->form == FORM_INT8 && i < panels * each; i++) sums[i] *= by;
+    for (int64_t i = 0; in->form == FORM_INT8 && !in->wide && i < panels * each; i++) sums[i] *= by;
     if (w->head.format != WEIGHT_FP8) return;
     for (int p = 0; p < panels; p++)
         for (int64_t r = 0; r < in->rows; r++)
@@ -85,9 +85,9 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
 {
     int64_t each = in->rows * PANEL;
     for (int p = 0; in->wide && p < panels; p += 2) {
-        int64_t at = panel + p, n = panels - p < 2 ? 1 : 2, then = at + n < w->panels ? at + n : at;
+        int64_t at = panel + p, n = panels - p < 2 ? 1 : 2, then = at + 2 * n <= w->panels ? at + n : at;
         const struct panel pair[2] = { { w, at }, { w, at + 1 } };
-        const struct panel next[2] = { { w, then }, { w, then + 1 < w->panels ? then + 1 : then } };
+        const struct ahead next[2] = { panel_ahead(w, then, 0), panel_ahead(w, then + n - 1, 0) };
         wide_of(q, in->form)(sums + p * each, each, in->words, in->words_each, pair, next, (int)n, in->rows);
     }
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
@@ -105,7 +105,8 @@ void cpu_pair_product(struct queue *q, float *a_sums, float *b_sums, const struc
                       const struct cpu_weight *a, const struct cpu_weight *b, int64_t panel)
 {
     int64_t then = panel + 1 < a->panels ? panel + 1 : panel;
-    const struct panel pair[2] = { { a, panel }, { b, panel } }, next[2] = { { a, then }, { b, then } };
+    const struct panel pair[2] = { { a, panel }, { b, panel } };
+    const struct ahead next[2] = { panel_ahead(a, then, 0), panel_ahead(b, then, 0) };
     wide_of(q, in->form)(a_sums, b_sums - a_sums, in->words, in->words_each, pair, next, 2, in->rows);
     apply_scales(a_sums, in, a, panel, 1);
     apply_scales(b_sums, in, b, panel, 1);
