@@ -162,6 +162,8 @@ void cpu_weight_free(struct queue *q, struct weight *w);
 
 void cpu_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
 double cpu_product_speed(struct queue *q, enum weight_format f);
+/* Several matrices times the same rows, which are written once for all that take them alike. */
+void cpu_products(struct queue *q, int n, const struct mat *y, struct mat x, const struct weight *const *w);
 void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w);
 void cpu_add(struct queue *q, struct mat y, struct mat x);
 void cpu_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps);
