@@ -229,12 +229,12 @@ static void whole_gate_up(struct moe *m, int32_t e, const struct packed *in, flo
                             *down = (const struct cpu_weight *)m->experts->down[e];
     float *sums = q->threads[thread].sums;
     int64_t each = in->rows * PANEL,
-            half = gate->head.cols / down->head.cols; /* panels of down that are as long as one of up */
+            longer = gate->head.cols / down->head.cols; /* panels of down that one of gate is as long as */
     for (int64_t p = 0; p < gate->panels; p++) {
         bool last = p + 1 == gate->panels;
         const struct panel pair[2] = { { gate, p }, { up, p } };
         const struct ahead next[2] = { last ? panel_ahead(down, 0, 0) : panel_ahead(gate, p + 1, 0),
-                                       last ? panel_ahead(down, half, 0) : panel_ahead(up, p + 1, 0) };
+                                       last ? panel_ahead(down, longer, 0) : panel_ahead(up, p + 1, 0) };
         q->k->wide_int8(sums, each, in->words, in->words_each, pair, next, 2, in->rows);
         q->k->silu_mul(sums, sums, sums + each, each);
         int64_t n = gate->head.rows - p * PANEL < PANEL ? gate->head.rows - p * PANEL : PANEL;
