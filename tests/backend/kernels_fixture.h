@@ -196,8 +196,12 @@ static struct made make_weight(enum weight_format format, int64_t rows, int64_t 
             scale[r] = bf16_round(0.001f + (float)random_below(100) * 1e-4f);
     } else if (format == WEIGHT_NVFP4) {
         uint8_t *scale = w.scale = malloc((size_t)(n / 16) + 1);
-        for (int64_t i = 0; i < n / 16; i++)
-            scale[i] = (uint8_t)(random_below(0x7f) | (random_below(9) == 0 ? 0x80 : 0)); /* tiny ones too */
+        bool tiny = random_below(2), zeros = random_below(2); /* what is tiny has kernels of its own */
+        for (int64_t i = 0; i < n / 16; i++) {
+            int64_t code = tiny ? random_below(0x7f) : 0x20 + random_below(0x5f);
+            if (zeros && random_below(7) == 0) code = 0;
+            scale[i] = (uint8_t)(code | (random_below(9) == 0 ? 0x80 : 0));
+        }
         w.src.global = 900;
     }
     w.src.data = w.data;

@@ -117,7 +117,8 @@ static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
 
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
-    fused_norm_products(&cpu_ops, q, r);
+    cpu_rmsnorm(q, r->h, r->x, r->gain, r->eps);
+    cpu_products(q, r->n, r->out, r->h, r->w);
 }
 
 static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *rows)

@@ -1,6 +1,8 @@
 /* The mixture of experts on the CPU: picks are grouped by expert, each expert's rows are packed, and gate, up
  * and SiLU happen panel by panel while both panels' sums are in the first cache. */
 #include "backend/cpu/parts.h"
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 struct moe {
@@ -11,6 +13,8 @@ struct moe {
     int n_active;
     int64_t items; /* of one expert in this phase, panels_each panels each */
     int panels_each;
+    int64_t most;       /* rows of an expert */
+    atomic_llong taken; /* experts */
 };
 
 /* Groups the picks by expert: order[begin[e] .. begin[e + 1]) are the picks of expert e, ascending. */
@@ -206,6 +210,137 @@ static void combine(void *ctx, int64_t row, int thread)
         m->q->k->scale_add(y, m->q->outputs + i * m->y.cols, m->picks->weight[i], m->y.cols);
 }
 
+/* A prompt's experts, one thread each from beginning to end: its rows, hidden rows and sums stay in the
+ * second cache, and the thread knows which weights it reads next. Every matrix takes int8. */
+
+static void gather_rows(struct moe *m, int32_t e, uint32_t *to, int64_t apart)
+{
+    const struct queue *q = m->q;
+    int64_t words = cpu_words(FORM_INT8, m->experts->gate[e]);
+    for (int64_t i = q->begin[e]; i < q->begin[e + 1]; i++, to += apart)
+        memcpy(to, shared_row(m, q->order[i] / m->picks->k), (size_t)words * sizeof *to);
+}
+
+static void whole_gate_up(struct moe *m, int32_t e, const struct packed *in, float *hidden, int thread)
+{
+    struct queue *q = m->q;
+    const struct cpu_weight *gate = (const struct cpu_weight *)m->experts->gate[e],
+                            *up = (const struct cpu_weight *)m->experts->up[e],
+                            *down = (const struct cpu_weight *)m->experts->down[e];
+    float *sums = q->threads[thread].sums;
+    int64_t each = in->rows * PANEL,
+            longer = gate->head.cols / down->head.cols; /* panels of down that one of gate is as long as */
+    for (int64_t p = 0; p < gate->panels; p++) {
+        bool last = p + 1 == gate->panels;
+        const struct panel pair[2] = { { gate, p }, { up, p } };
+        const struct ahead next[2] = { last ? panel_ahead(down, 0, 0) : panel_ahead(gate, p + 1, 0),
+                                       last ? panel_ahead(down, longer, 0) : panel_ahead(up, p + 1, 0) };
+        q->k->wide_int8(sums, each, in->words, in->words_each, pair, next, 2, in->rows);
+        q->k->silu_mul(sums, sums, sums + each, each);
+        int64_t n = gate->head.rows - p * PANEL < PANEL ? gate->head.rows - p * PANEL : PANEL;
+        for (int64_t r = 0; r < in->rows; r++)
+            cpu_keep(hidden + r * gate->head.rows + p * PANEL, sums + r * PANEL, n);
+    }
+}
+
+static void keep_output(float *to, const float *sums, const struct cpu_weight *w, int64_t panel)
+{
+    if (w->head.rows % PANEL == 0)
+        cpu_keep_away(to, sums);
+    else
+        cpu_keep(to, sums, w->head.rows - panel * PANEL < PANEL ? w->head.rows - panel * PANEL : PANEL);
+}
+
+enum { DOWN_PANELS = 2 * PANELS_MAX }; /* whose sums are written together */
+
+static void whole_down(struct moe *m, int32_t e, int32_t then, const struct packed *in, int thread)
+{
+    struct queue *q = m->q;
+    const struct cpu_weight *w = (const struct cpu_weight *)m->experts->down[e],
+                            *gate = (const struct cpu_weight *)m->experts->gate[then],
+                            *up = (const struct cpu_weight *)m->experts->up[then];
+    float *sums = q->threads[thread].sums;
+    int64_t each = in->rows * PANEL, column = 0;
+    for (int64_t p = 0; p < w->panels; p += DOWN_PANELS) {
+        int64_t here = w->panels - p < DOWN_PANELS ? w->panels - p : DOWN_PANELS;
+        for (int64_t i = 0; i < here; i += 2) {
+            int n = here - i < 2 ? 1 : 2;
+            int64_t ahead = p + i + DOWN_PANELS;
+            const struct panel pair[2] = { { w, p + i }, { w, p + i + 1 } };
+            struct ahead next[2] = { panel_ahead(gate, 0, column), panel_ahead(up, 0, column) };
+            if (ahead + n <= w->panels)
+                for (int k = 0; k < n; k++) next[k] = panel_ahead(w, ahead + k, 0);
+            else if (column + 2 * w->head.cols <= gate->head.cols)
+                column += w->head.cols;
+            q->k->wide_int8(sums + i * each, each, in->words, in->words_each, pair, next, n, in->rows);
+        }
+        for (int64_t r = 0; r < in->rows; r++) {
+            float *to = q->outputs + q->order[q->begin[e] + r] * w->head.rows + p * PANEL;
+            for (int64_t i = 0; i < here; i++)
+                keep_output(to + i * PANEL, sums + i * each + r * PANEL, w, p + i);
+        }
+    }
+}
+
+static void whole_expert(struct moe *m, int32_t e, int32_t then, int thread)
+{
+    struct queue *q = m->q;
+    const struct weight *gate = m->experts->gate[e], *down = m->experts->down[e];
+    uint32_t *packed = q->packed + thread * m->most * q->words_most;
+    float *hidden = q->hidden + thread * m->most * gate->rows;
+    struct packed in = { packed,
+                         NULL,
+                         FORM_INT8,
+                         q->begin[e + 1] - q->begin[e],
+                         cpu_words_apart(cpu_words(FORM_INT8, gate), true),
+                         true };
+    gather_rows(m, e, packed, in.words_each);
+    whole_gate_up(m, e, &in, hidden, thread);
+    in.words_each = cpu_words_apart(cpu_words(FORM_INT8, down), true);
+    for (int64_t r = 0; r < in.rows; r++)
+        q->k->round_int8(packed + r * in.words_each, hidden + r * gate->rows, gate->rows);
+    whole_down(m, e, then, &in, thread);
+}
+
+/* A thread knows its next expert while it works on one. */
+static void take_experts(void *ctx, int64_t item, int thread)
+{
+    struct moe *m = ctx;
+    const int32_t *active = m->q->active;
+    (void)item;
+    for (int64_t at = atomic_fetch_add(&m->taken, 1), then; at < m->n_active; at = then) {
+        then = atomic_fetch_add(&m->taken, 1);
+        whole_expert(m, active[at], active[then < m->n_active ? then : at], thread);
+    }
+    cpu_kept();
+}
+
+static int compare_rows(const void *a, const void *b, void *ctx)
+{
+    const int64_t *begin = ctx;
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    int64_t rows_x = begin[x + 1] - begin[x], rows_y = begin[y + 1] - begin[y];
+    return rows_x != rows_y ? rows_x < rows_y ? 1 : -1 : x < y ? -1 : 1;
+}
+
+/* Longest first, so that threads end together. False where one would be left with the rest of the work. */
+static bool run_whole(struct moe *m)
+{
+    struct queue *q = m->q;
+    int threads = pool_threads(q->pool);
+    int64_t picked = m->x.rows * m->picks->k;
+    if (!cpu_is_wide(q->k, FORM_INT8, m->x.rows, 1)) return false;
+    for (int i = 0; i < m->n_active; i++) {
+        int64_t rows = q->begin[q->active[i] + 1] - q->begin[q->active[i]];
+        if (cpu_form(q, m->experts->down[q->active[i]]) != FORM_INT8) return false;
+        if (rows > m->most) m->most = rows;
+    }
+    if (2 * m->most * threads > picked) return false;
+    qsort_r(q->active, (size_t)m->n_active, sizeof *q->active, compare_rows, q->begin);
+    pool_run(q->pool, threads, take_experts, m);
+    return true;
+}
+
 static void run_panels(struct moe *m, int64_t rows, void (*body)(void *, int64_t, int))
 {
     m->items = ((rows + PANEL - 1) / PANEL + m->panels_each - 1) / m->panels_each;
@@ -222,12 +357,14 @@ void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks
     int32_t first = q->active[0];
     bool shared = is_shared(&m);
     if (shared) cpu_run_rows(q, x.rows, 2 * x.cols, round_shared, &m);
-    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * x.cols / m.n_active,
-                 shared ? pack_shared : pack_gate_up, &m);
-    run_panels(&m, experts->gate[first]->rows, gate_up);
-    cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * experts->down[first]->cols / m.n_active, pack_down,
-                 &m);
-    if (x.rows > ROWS_EXACT) m.panels_each = 2;
-    run_panels(&m, experts->down[first]->rows, down);
+    if (!shared || !run_whole(&m)) {
+        cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * x.cols / m.n_active,
+                     shared ? pack_shared : pack_gate_up, &m);
+        run_panels(&m, experts->gate[first]->rows, gate_up);
+        cpu_run_rows(q, m.n_active, 2 * x.rows * picks->k * experts->down[first]->cols / m.n_active,
+                     pack_down, &m);
+        if (x.rows > ROWS_EXACT) m.panels_each = 2;
+        run_panels(&m, experts->down[first]->rows, down);
+    }
     cpu_run_rows(q, x.rows, 2 * picks->k * y.cols, combine, &m);
 }

@@ -22,6 +22,7 @@ struct cpu_weight {
     float *scale;          /* FP8: [panels * 16]; FP8_BLOCK: [rows / 128][cols / 128], rounded up */
     struct cpu_slab *slab; /* slab.h */
     float global;          /* NVFP4 */
+    bool narrow;           /* NVFP4: every scale is 0 or at least 1/8, so 64 times it is a 16-bit integer */
     const void *table;     /* is_table: borrowed rows */
 };
 
@@ -29,10 +30,11 @@ struct cpu_weight {
  * words: [word][R].
  *   F32    a column a word
  *   BF16   two columns a word, zeros after the last (of FP8 weights: up to a multiple of 4 columns)
- *   INT8   six words for each 16 columns: codes of columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15; the
- * scale of their group of 32, f32; -12 times the sum of the codes */
+ *   INT8   twelve words for each 32 columns, of which the last 16 may be zeros: codes of columns 0 2 4 6 and
+ * 16 18 20 22, 1 3 5 7 and 17 19 21 23, 8 10 12 14 and 24 26 28 30, 9 11 13 15 and 25 27 29 31; -12 times the
+ * sum of the first 16 codes and of the others; their scale, f32; 0 */
 enum input_form { FORM_F32, FORM_BF16, FORM_INT8 };
-enum { INT8_WORDS = 6 };
+enum { INT8_WORDS = 12, INT8_LESS = 8, INT8_SCALE = 10 };
 
 /* y[p * stride + i * 16 ..] = x_i . the 16 rows of panel `panel` + p, for p < panels, i < rows; x: a block of
  * 1 to 16 rows, of f32 a power of two. An output's additions have one order whatever `panels` and `rows`. FP8
@@ -41,14 +43,22 @@ typedef void cpu_dot(float *y, int64_t stride, const uint32_t *x, const struct c
                      int panels, int rows);
 
 /* The same for n panels, 1 or 2, of one weight or of two that are alike in format and columns, and any number
- * of rows, whose words lie one row after the other, `words` apart: y[p * stride + i * 16 ..]. next: the n
- * panels that this thread reads afterwards. */
+ * of rows, whose words lie one row after the other, `words` apart: y[p * stride + i * 16 ..]. INT8 is
+ * complete. next: what this thread reads soon, as much for each panel as it has, from where it lies. */
 struct panel {
     const struct cpu_weight *w;
     int64_t at;
 };
+struct ahead {
+    const uint8_t *codes, *scales;
+};
 typedef void cpu_wide(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
-                      const struct panel *next, int n, int64_t rows);
+                      const struct ahead *next, int n, int64_t rows);
+static inline struct ahead panel_ahead(const struct cpu_weight *w, int64_t panel, int64_t column)
+{
+    return (struct ahead){ w->data + panel * w->panel_bytes + 8 * column,
+                           w->groups + panel * w->head.cols + column };
+}
 
 /* Query heads that read one kv head. qg: per head the query, then the gate, [dim] each. pages as in struct
  * span. */

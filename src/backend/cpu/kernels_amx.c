@@ -119,7 +119,7 @@ static void tiles_of_panel(float *y, const uint32_t *x, int64_t words, const str
 }
 
 static void wide_tiles(float *y, int64_t stride, const uint32_t *x, int64_t words, const struct panel *panels,
-                       const struct panel *next, int n, int64_t rows)
+                       const struct ahead *next, int n, int64_t rows)
 {
     (void)next;
     for (int p = 0; p < n; p++) tiles_of_panel(y + p * stride, x, words, panels[p].w, panels[p].at, rows);

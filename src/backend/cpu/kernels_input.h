@@ -142,27 +142,34 @@ static float round_fp8(float *out, const float *x, int64_t n)
     return s;
 }
 
-/* A record of 16 columns (kernels.h). */
-INLINE void write_int8(uint32_t *out, const int8_t *codes, float scale)
+/* 16 columns, the first or the second of a record (kernels.h). */
+INLINE void write_int8(uint32_t *out, const int8_t *codes, int half)
 {
     static const uint8_t order[16] = { 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15 };
     int32_t sum = 0;
     for (int i = 0; i < 16; i++) {
-        ((int8_t *)(void *)out)[i] = codes[order[i]];
+        ((int8_t *)(void *)(out + i / 4 * 2 + half))[i % 4] = codes[order[i]];
         sum += codes[i];
     }
-    memcpy(out + 4, &scale, 4);
-    out[5] = (uint32_t)(-12 * sum);
+    out[INT8_LESS + half] = (uint32_t)(-12 * sum);
 }
 
 #if defined(__AVX512F__)
-INLINE void record_int8(uint32_t *out, __m512 x, __m512 inverse, float scale)
+INLINE void record_int8(uint32_t *out, __m512 a, __m512 b, __m512 inverse, float scale)
 {
-    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
-    _mm_storeu_si128((__m128i *)(void *)out, _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(q), order));
-    memcpy(out + 4, &scale, 4);
-    out[5] = (uint32_t)(-12 * _mm512_reduce_add_epi32(q));
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    const __m256i pairs = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
+            q = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+    __m256i codes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(p)),
+                                            _mm512_cvtsepi32_epi8(q), 1);
+    codes = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(codes, order), pairs);
+    _mm256_storeu_si256((__m256i *)(void *)out, codes);
+    out[INT8_LESS] = (uint32_t)(-12 * _mm512_reduce_add_epi32(p));
+    out[INT8_LESS + 1] = (uint32_t)(-12 * _mm512_reduce_add_epi32(q));
+    memcpy(out + INT8_SCALE, &scale, 4);
+    out[INT8_SCALE + 1] = 0;
 }
 #endif
 
@@ -170,20 +177,20 @@ static void round_int8(uint32_t *out, const float *x, int64_t n)
 {
     int64_t c = 0;
 #if defined(__AVX512F__)
-    for (; c + INT8_GROUP <= n; c += INT8_GROUP, out += 2 * INT8_WORDS) {
+    for (; c + INT8_GROUP <= n; c += INT8_GROUP, out += INT8_WORDS) {
         __m512 a = _mm512_loadu_ps(x + c), b = _mm512_loadu_ps(x + c + 16);
         float m = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
         float scale = m < 0x1p-100f ? 0 : m / 127;
-        __m512 inverse = _mm512_set1_ps(m < 0x1p-100f ? 0 : 127 / m);
-        record_int8(out, a, inverse, scale);
-        record_int8(out + INT8_WORDS, b, inverse, scale);
+        record_int8(out, a, b, _mm512_set1_ps(m < 0x1p-100f ? 0 : 127 / m), scale);
     }
 #endif
-    for (; c < n; c += INT8_GROUP) {
-        int8_t codes[INT8_GROUP];
-        int64_t here = n - c < INT8_GROUP ? n - c : INT8_GROUP;
-        float scale = int8_quantize_group(codes, x + c, here);
-        for (int64_t i = 0; i < here; i += 16, out += INT8_WORDS) write_int8(out, codes + i, scale);
+    for (; c < n; c += INT8_GROUP, out += INT8_WORDS) {
+        int8_t codes[INT8_GROUP] = { 0 };
+        float scale = int8_quantize_group(codes, x + c, n - c < INT8_GROUP ? n - c : INT8_GROUP);
+        write_int8(out, codes, 0);
+        write_int8(out, codes + 16, 1);
+        memcpy(out + INT8_SCALE, &scale, 4);
+        out[INT8_SCALE + 1] = 0;
     }
 }
 #endif

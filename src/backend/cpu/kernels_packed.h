@@ -143,13 +143,15 @@ INLINE struct nvfp4_group nvfp4_group(const uint8_t *codes, const uint8_t *scale
                              _mm512_cvtph_ps(_mm256_slli_epi16(half, 7)) };
 }
 
-/* The group times row r of a block; the record's last word takes the twelves back. Exact. */
-INLINE __m512 group_sum(const struct nvfp4_group *g, const uint32_t *x, const int r, const int rows)
+/* The group, one of a record's two, times row r of a block; a word of the record takes the twelves back.
+ * Exact. */
+INLINE __m512 group_sum(const struct nvfp4_group *g, const uint32_t *x, const int half, const int r,
+                        const int rows)
 {
-    __m512i dot = _mm512_set1_epi32((int)x[5 * rows + r]);
+    __m512i dot = _mm512_set1_epi32((int)x[(INT8_LESS + half) * rows + r]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        dot = _mm512_dpbusd_epi32(dot, g->value[i], _mm512_set1_epi32((int)x[i * rows + r]));
+        dot = _mm512_dpbusd_epi32(dot, g->value[i], _mm512_set1_epi32((int)x[(2 * i + half) * rows + r]));
     return _mm512_cvtepi32_ps(dot);
 }
 
@@ -162,7 +164,7 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
     const uint8_t *scales = w->groups + panel * w->head.cols;
     __m512 sum[4][16];
     no_sums(sum, 1, rows);
-    for (; end - in >= 256; in += 256, scales += 2 * PANEL, x += 2 * INT8_WORDS * rows) {
+    for (; end - in >= 256; in += 256, scales += 2 * PANEL, x += INT8_WORDS * rows) {
         /* past the page: the hardware's prefetch stops there, and a panel's codes are two streams */
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) _mm_prefetch((const char *)in + 4096 + 64 * i, _MM_HINT_T0);
@@ -170,9 +172,9 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
         struct nvfp4_group a = nvfp4_group(in, scales), b = nvfp4_group(in + 128, scales + PANEL);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            __m512 both = _mm512_mul_ps(group_sum(&a, x, r, rows), a.scale);
-            both = _mm512_fmadd_ps(group_sum(&b, x + INT8_WORDS * rows, r, rows), b.scale, both);
-            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[4 * rows + r]));
+            __m512 both = _mm512_mul_ps(group_sum(&a, x, 0, r, rows), a.scale);
+            both = _mm512_fmadd_ps(group_sum(&b, x, 1, r, rows), b.scale, both);
+            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[INT8_SCALE * rows + r]));
             sum[0][r] = _mm512_fmadd_ps(both, input, sum[0][r]);
         }
     }
@@ -180,8 +182,9 @@ INLINE void tile_int8(float *y, int64_t stride, const uint32_t *x, const struct 
         struct nvfp4_group a = nvfp4_group(in, scales);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[4 * rows + r]));
-            sum[0][r] = _mm512_fmadd_ps(_mm512_mul_ps(group_sum(&a, x, r, rows), a.scale), input, sum[0][r]);
+            __m512 input = _mm512_castsi512_ps(_mm512_set1_epi32((int)x[INT8_SCALE * rows + r]));
+            sum[0][r] =
+                _mm512_fmadd_ps(_mm512_mul_ps(group_sum(&a, x, 0, r, rows), a.scale), input, sum[0][r]);
         }
     }
     keep_sums(y, stride, sum, 1, rows);

@@ -7,6 +7,9 @@
 #include "backend/rounding.h"
 #include "base/pool.h"
 #include <string.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 enum { DECODE_COLUMNS = 256 }; /* of a panel at a time: 16 KiB of f32, half of the first cache */
 
@@ -94,11 +97,11 @@ enum input_form cpu_form(const struct queue *q, const struct weight *w);
 int64_t cpu_words(enum input_form form, const struct weight *w);
 float cpu_write_row(struct queue *q, const struct weight *w, enum input_form form, uint32_t *out,
                     const float *x, float *scratch);
-/* Words from one row to the next: rows that a kernel reads side by side are not 4 KiB apart, which is one set
- * of the first cache. */
+/* Words from one row to the next: rows that a kernel reads side by side are an odd number of cache lines
+ * apart and so in all sets of the first cache. */
 static inline int64_t cpu_words_apart(int64_t words, bool is_wide)
 {
-    return is_wide && words % 1024 == 0 ? words + 16 : words;
+    return is_wide && words >= 64 ? ((words + 15) / 16 | 1) * 16 : words;
 }
 /* sums[p][i][0..16) = x_i . rows of panel `panel` + p, scaled. */
 void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, const struct packed *in,
@@ -136,11 +139,31 @@ static inline void cpu_keep(float *to, const float *sums, int64_t n)
         memcpy(to, sums, (size_t)n * sizeof *to);
 }
 
+/* The same past the caches, for what is read so late that it would have left them: a line that is written
+ * whole need not be read before. Then cpu_kept, before another thread reads. to: 16-byte aligned. */
+static inline void cpu_keep_away(float *to, const float *sums)
+{
+#if defined(__SSE__)
+    for (int i = 0; i < PANEL; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(sums + i));
+#else
+    memcpy(to, sums, PANEL * sizeof *to);
+#endif
+}
+
+static inline void cpu_kept(void)
+{
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
+
 bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
 void cpu_weight_free(struct queue *q, struct weight *w);
 
 void cpu_embed(struct queue *q, struct mat y, const struct weight *table, const struct step_rows *rows);
 double cpu_product_speed(struct queue *q, enum weight_format f);
+/* Several matrices times the same rows, which are written once for all that take them alike. */
+void cpu_products(struct queue *q, int n, const struct mat *y, struct mat x, const struct weight *const *w);
 void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w);
 void cpu_add(struct queue *q, struct mat y, struct mat x);
 void cpu_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps);

@@ -15,7 +15,7 @@ enum input_form cpu_form(const struct queue *q, const struct weight *w)
 
 int64_t cpu_words(enum input_form form, const struct weight *w)
 {
-    if (form == FORM_INT8) return w->cols / 16 * INT8_WORDS;
+    if (form == FORM_INT8) return (w->cols + 31) / 32 * INT8_WORDS;
     if (form == FORM_F32) return w->cols;
     return w->format == WEIGHT_FP8 ? (w->cols + 3) / 4 * 2 : (w->cols + 1) / 2;
 }
@@ -66,7 +66,7 @@ static void apply_scales(float *sums, const struct packed *in, const struct cpu_
 {
     int64_t each = in->rows * PANEL;
     const float by = 128 / w->global;
-    for (int64_t i = 0; in->form == FORM_INT8 && i < panels * each; i++) sums[i] *= by;
+    for (int64_t i = 0; in->form == FORM_INT8 && !in->wide && i < panels * each; i++) sums[i] *= by;
     if (w->head.format != WEIGHT_FP8) return;
     for (int p = 0; p < panels; p++)
         for (int64_t r = 0; r < in->rows; r++)
@@ -85,9 +85,9 @@ void cpu_panels_product(struct queue *q, struct cpu_thread *t, float *sums, cons
 {
     int64_t each = in->rows * PANEL;
     for (int p = 0; in->wide && p < panels; p += 2) {
-        int64_t at = panel + p, n = panels - p < 2 ? 1 : 2, then = at + n < w->panels ? at + n : at;
+        int64_t at = panel + p, n = panels - p < 2 ? 1 : 2, then = at + 2 * n <= w->panels ? at + n : at;
         const struct panel pair[2] = { { w, at }, { w, at + 1 } };
-        const struct panel next[2] = { { w, then }, { w, then + 1 < w->panels ? then + 1 : then } };
+        const struct ahead next[2] = { panel_ahead(w, then, 0), panel_ahead(w, then + n - 1, 0) };
         wide_of(q, in->form)(sums + p * each, each, in->words, in->words_each, pair, next, (int)n, in->rows);
     }
     cpu_dot *few = in->rows <= STREAM_ROWS_MAX ? q->k->stream : NULL;
@@ -105,7 +105,8 @@ void cpu_pair_product(struct queue *q, float *a_sums, float *b_sums, const struc
                       const struct cpu_weight *a, const struct cpu_weight *b, int64_t panel)
 {
     int64_t then = panel + 1 < a->panels ? panel + 1 : panel;
-    const struct panel pair[2] = { { a, panel }, { b, panel } }, next[2] = { { a, then }, { b, then } };
+    const struct panel pair[2] = { { a, panel }, { b, panel } };
+    const struct ahead next[2] = { panel_ahead(a, then, 0), panel_ahead(b, then, 0) };
     wide_of(q, in->form)(a_sums, b_sums - a_sums, in->words, in->words_each, pair, next, 2, in->rows);
     apply_scales(a_sums, in, a, panel, 1);
     apply_scales(b_sums, in, b, panel, 1);
@@ -118,8 +119,8 @@ struct matmul {
     struct mat y, x;
     const struct cpu_weight *w;
     struct packed in;
-    bool as_is;
-    int panels_each; /* of an item */
+    bool as_is, away; /* inputs are used where they are; outputs leave the caches */
+    int panels_each;  /* of an item */
     int64_t rows_each;
 };
 
@@ -168,6 +169,23 @@ static struct packed rows_of(const struct matmul *m, int64_t first)
     return in;
 }
 
+/* Sums of in->rows rows by some panels, to the rows of y from `row` on. */
+static void keep_sums(const struct matmul *m, const float *sums, int64_t rows, int64_t row, int64_t panel,
+                      int panels)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        float *to = m->y.data + (row + r) * m->y.stride + panel * PANEL;
+        for (int p = 0; p < panels; p++) {
+            int64_t left = m->y.cols - (panel + p) * PANEL;
+            if (m->away)
+                cpu_keep_away(to + p * PANEL, sums + (p * rows + r) * PANEL);
+            else
+                cpu_keep(to + p * PANEL, sums + (p * rows + r) * PANEL, left < PANEL ? left : PANEL);
+        }
+    }
+    if (m->away) cpu_kept();
+}
+
 /* An item is some panels and some rows. */
 static void multiply(void *ctx, int64_t item, int thread)
 {
@@ -178,30 +196,58 @@ static void multiply(void *ctx, int64_t item, int thread)
     int panels = left < m->panels_each ? (int)left : m->panels_each;
     struct packed in = rows_of(m, row);
     cpu_panels_product(m->q, t, t->sums, &in, m->w, panel, panels);
-    for (int p = 0; p < panels; p++) {
-        int64_t first = (panel + p) * PANEL, n = m->y.cols - first < PANEL ? m->y.cols - first : PANEL;
-        const float *sums = t->sums + p * in.rows * PANEL;
-        for (int64_t r = 0; r < in.rows; r++)
-            cpu_keep(m->y.data + (row + r) * m->y.stride + first, sums + r * PANEL, n);
-    }
+    keep_sums(m, t->sums, in.rows, row, panel, panels);
 }
 
-void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *weight)
+/* Panels side by side make longer runs of outputs. */
+static int panels_each(const struct matmul *m, bool wide)
+{
+    int64_t threads = pool_threads(m->q->pool), panels = m->w->panels;
+    if (!wide) return cpu_panels_each(m->x.rows);
+    return panels >= 32 * threads ? 4 : panels >= 2 * threads ? 2 : 1;
+}
+
+static struct matmul matmul_of(struct queue *q, struct mat y, struct mat x, const struct weight *weight)
 {
     const struct cpu_weight *w = (const struct cpu_weight *)weight;
     enum input_form form = cpu_form(q, weight);
-    if (x.rows == 0) return;
     bool as_is = form == FORM_F32 && rounding_of(weight, q->rounded) == ROUND_NONE, alone = x.rows == 1;
     const uint32_t *words =
         alone ? as_is ? (const uint32_t *)(const void *)x.data : q->rounded_rows : q->packed;
     bool wide = cpu_is_wide(q->k, form, x.rows, x.rows);
     struct matmul m = { .q = q, .y = y, .x = x, .w = w, .as_is = as_is };
-    m.panels_each = wide && w->panels >= 2 * pool_threads(q->pool) ? 2 : cpu_panels_each(x.rows);
+    m.panels_each = panels_each(&m, wide);
     m.rows_each = wide ? rows_each(&m) : x.rows;
+    m.away = wide && y.cols % PANEL == 0 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
     m.in = (struct packed){ words,  weight->input == INPUT_FP8_ROW ? q->row_scale : NULL, form,
                             x.rows, cpu_words_apart(cpu_words(form, weight), wide),       wide };
-    if (!as_is || !alone) pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
-    pool_run(q->pool, runs_of_panels(&m) * ((x.rows + m.rows_each - 1) / m.rows_each), multiply, &m);
+    return m;
+}
+
+/* Two products take their inputs as the same words. */
+static bool same_inputs(const struct matmul *a, const struct matmul *b)
+{
+    const struct weight *v = &a->w->head, *w = &b->w->head;
+    return a->in.form == b->in.form && a->in.words_each == b->in.words_each && a->in.wide == b->in.wide &&
+           a->as_is == b->as_is && v->cols == w->cols && v->input_global == w->input_global &&
+           rounding_of(v, a->q->rounded) == rounding_of(w, a->q->rounded);
+}
+
+void cpu_products(struct queue *q, int n, const struct mat *y, struct mat x, const struct weight *const *w)
+{
+    struct matmul before, m;
+    for (int i = 0; i < n && x.rows > 0; i++, before = m) {
+        m = matmul_of(q, y[i], x, w[i]);
+        bool packed = m.as_is && x.rows == 1;
+        if (!packed && (i == 0 || !same_inputs(&before, &m)))
+            pool_run(q->pool, cpu_runs(q->k, x.rows), pack_rows, &m);
+        pool_run(q->pool, runs_of_panels(&m) * ((x.rows + m.rows_each - 1) / m.rows_each), multiply, &m);
+    }
+}
+
+void cpu_matmul(struct queue *q, struct mat y, struct mat x, const struct weight *w)
+{
+    cpu_products(q, 1, &y, x, &w);
 }
 
 /* What the instructions reach. */

@@ -14,6 +14,7 @@ struct laying {
     struct cpu_weight *w;
     const struct weight_source *src;
     atomic_llong nan_at; /* element + 1 of an FP8 NaN */
+    atomic_bool small;   /* an NVFP4 scale is: see `narrow` */
 };
 
 static bool is_fp8(enum weight_format f)
@@ -77,6 +78,14 @@ static bool has_sign(const uint8_t *codes, int64_t n)
     return found & 0x80;
 }
 
+/* A scale is under 1/8 and not 0. */
+static bool has_small(const uint8_t *codes, int64_t n)
+{
+    unsigned char found = 0;
+    for (int64_t i = 0; i < n; i++) found |= (uint8_t)((codes[i] & 0x7f) - 1) < 0x1f;
+    return found;
+}
+
 /* Where the NaN is: element + 1, by the stored order. `each` columns stand behind a code. */
 static void note_nan(struct laying *l, const uint8_t *codes, int64_t first, int64_t rows, int64_t cols,
                      int64_t each)
@@ -99,6 +108,7 @@ static void lay_scales(struct laying *l, int64_t panel, int64_t rows)
     for (int64_t i = 0; i < words; i++)
         for (int64_t g = 4 * i; g < 4 * i + 4 && g < groups; g++)
             for (int64_t r = 0; r < PANEL; r++) out[g * PANEL + r] = r < rows ? stored[r * groups + g] : 0;
+    if (has_small(out, groups * PANEL)) atomic_store(&l->small, true);
     if (!has_sign(out, groups * PANEL)) return;
     for (int64_t i = 0; i < groups * PANEL; i++) {
         if (!(out[i] & 0x80)) continue;
@@ -186,6 +196,7 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
             for (int64_t i = n; i < n_scales(w); i++) w->scale[i] = 0;
         }
         pool_run(q->pool, w->panels, lay_panel, &l);
+        w->narrow = src->format == WEIGHT_NVFP4 && !atomic_load(&l.small);
         int64_t at = atomic_load(&l.nan_at) - 1;
         ok = at < 0 || err_set(e, ERR_FORMAT, "NaN at row %" PRId64 ", column %" PRId64, at / src->cols,
                                at % src->cols);
