@@ -3,6 +3,7 @@
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
+# make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
 # make bench          the programs under bench/
 # make fmt            clang-format in place
@@ -141,6 +142,9 @@ $(BUILD)/%.h.alone: %.h
 # Its allocations can be made to fail.
 $(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
 
+soak: $(BUILD)/tests/server/test_serve all
+	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 QUENCH_KEYS=1 $<
+
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
@@ -189,5 +193,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+.PHONY: always all check test soak fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
