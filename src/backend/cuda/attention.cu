@@ -1,9 +1,10 @@
 /* Attention: norms and rotation of heads, the KV cache, and each row over its sequence. A block takes one
- * part of a row's tokens for one kv head: its warps read each key and value once for up to eight query heads,
- * four heads a warp, and keep running maximum, sum and values. The block that is done last puts the parts of
- * a row together, in their order. A part is at least PART tokens, and how many there are depends on the row's
- * own length only. */
-#include "backend/cuda/device.cuh"
+ * part of a row's tokens for one kv head: its warps read each key and value once for up to eight query heads
+ * and keep running maximum, sum and values. BF16 heads of 256 go through the tensor cores, 16 tokens a warp at
+ * a time (attention_tiles.cuh); others four heads a warp, token by token. The block that is done last puts the
+ * parts of a row together, in their order. A part is at least PART tokens, and how many there are depends on
+ * the row's own length only. */
+#include "backend/cuda/attention_tiles.cuh"
 
 namespace {
 
@@ -16,21 +17,33 @@ __device__ int part_length(int tokens, int splits)
     return splits == 1 ? tokens : each < PART ? PART : each;
 }
 
-/* Norm of one head by a warp, its values into `out`, which may be `x`. */
-__device__ __forceinline__ void norm_head(float *out, const float *x, int dim, const float *gain, float eps)
-{
-    int lane = threadIdx.x % LANES;
-    float v[EACH], sum = 0;
+/* A head by a warp, and its norm into `out`, which may be where it came from. */
+struct head_values {
+    float v[EACH];
+
+    __device__ __forceinline__ void load(const float *x, int dim)
+    {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) v[i] = lane + i * LANES < dim ? __ldcg(x + lane + i * LANES) : 0;
+        for (int i = 0; i < EACH; i++) {
+            int d = threadIdx.x % LANES + i * LANES;
+            v[i] = d < dim ? __ldcg(x + d) : 0;
+        }
+    }
+
+    __device__ __forceinline__ void store(float *out, int dim, const float *gain, float eps) const
+    {
+        float sum = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
-    float scale = 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+        for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
+        float scale = gain ? 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps) : 1;
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
-        if (lane + i * LANES < dim) out[lane + i * LANES] = v[i] * scale * gain[lane + i * LANES];
-    __syncwarp();
-}
+        for (int i = 0; i < EACH; i++) {
+            int d = threadIdx.x % LANES + i * LANES;
+            if (d < dim) out[d] = gain ? v[i] * scale * gain[d] : v[i];
+        }
+        __syncwarp();
+    }
+};
 
 /* Cosine and sine of pair j at a position. */
 __device__ __forceinline__ float2 rope_turn(const rope &rope, const int position[3], int j)
@@ -53,7 +66,9 @@ __global__ void norm_rope_heads(mat x, int n_heads, int head_stride, int dim, co
     int head = blockIdx.x * WARPS + threadIdx.x / LANES;
     if (head >= n_heads) return;
     float *at = x.data + blockIdx.y * x.stride + (int64_t)head * head_stride;
-    norm_head(at, at, dim, gain, eps);
+    head_values values;
+    values.load(at, dim);
+    values.store(at, dim, gain, eps);
     for (int j = threadIdx.x % LANES; j < rope.n; j += LANES)
         turn_pair(at, rope.n, j, rope_turn(rope, rows.rows[blockIdx.y].position, j));
 }
@@ -178,59 +193,84 @@ __device__ void attend(running (&r)[HEADS], const float *queries, int n, const a
     }
 }
 
-/* Values of a head put together and gated: d of them. */
-__device__ __forceinline__ void put_out(const attention_args &a, int64_t row, int head, int d, float x, float total)
+__device__ __forceinline__ float gate_of(const attention_args &a, int64_t row, int head, int d)
 {
-    int dim = a.kv.head_dim;
-    float gate = __ldcg(a.qg.data + row * a.qg.stride + (int64_t)head * 2 * dim + dim + d);
-    a.y.data[row * a.y.stride + (int64_t)head * dim + d] = x / total * sigmoid(gate);
+    return __ldcg(a.qg.data + row * a.qg.stride + (int64_t)(2 * head + 1) * a.kv.head_dim + d);
 }
 
-/* Running values of all warps of a head group put together in order, by the threads of the group's first
- * warps. The only part of a row is its whole. */
-__device__ __forceinline__ void store_parts(const attention_args &a, const running (&r)[HEADS], float *meeting, int64_t row,
-                                            int head, int n, int group, int warps, bool wide, bool only)
+/* A value of a head put together, and gated. */
+__device__ __forceinline__ void put_out(const attention_args &a, int64_t row, int head, int d, float x, float total, float gate)
 {
-    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, size = dim + 2;
+    a.y.data[row * a.y.stride + (int64_t)head * a.kv.head_dim + d] = x / total * sigmoid(gate);
+}
+
+/* Where warps leave their running values: [warp][N heads][dim values, maximum, sum]. */
+template <int N>
+__device__ __forceinline__ float *meeting_at(float *meeting, int warp, int head, int dim)
+{
+    return meeting + (warp * N + head) * (dim + 2);
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void leave(const running (&r)[HEADS], float *meeting, int n, int dim)
+{
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-        float *to = meeting + (warp * HEADS + h) * size;
+        float *to = meeting_at<HEADS>(meeting, warp, h, dim);
         if (h >= n) continue;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            int d = wide ? lane * EACH + i : lane + LANES * i;
+            int d = WIDE ? lane * EACH + i : lane + LANES * i;
             if (d < dim) to[d] = r[h].value[i];
         }
         if (lane == 0) to[dim] = r[h].top, to[dim + 1] = r[h].sum;
     }
-    __syncthreads();
+}
+
+/* What warps [first, first + warps) have left of n heads from `head` on, put together in their order by these warps. The only part
+ * of a row is its whole. */
+template <int N>
+__device__ __forceinline__ void join_warps(const attention_args &a, float *meeting, int64_t row, int head, int n, int first,
+                                           int warps, bool only)
+{
+    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, step = N * (dim + 2);
 #pragma unroll 1
-    for (int h = warp % warps; h < n; h += warps) {
-        const float *from = meeting + (group * warps * HEADS + h) * size;
-        float top = -INFINITY, sum = 0, share[WARPS];
+    for (int h = threadIdx.x / LANES - first; h < n; h += warps) {
+        const float *from = meeting_at<N>(meeting, first, h, dim);
+        float top = -INFINITY, sum = 0, share[WARPS], x[EACH], gate[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int d = lane + i * LANES;
+            gate[i] = only && d < dim ? gate_of(a, row, head + h, d) : 0;
+        }
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
-            if (w < warps) top = fmaxf(top, from[w * HEADS * size + dim]);
+            if (w < warps) top = fmaxf(top, from[w * step + dim]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            share[w] = w < warps ? expf(from[w * HEADS * size + dim] - top) : 0;
-            if (w < warps) sum += from[w * HEADS * size + dim + 1] * share[w];
+            share[w] = w < warps ? expf(from[w * step + dim] - top) : 0;
+            if (w < warps) sum += from[w * step + dim + 1] * share[w];
         }
-        float *out = a.parts + ((row * a.n_heads + head + h) * a.splits + blockIdx.x) * size;
-#pragma unroll 1
-        for (int d = lane; d < dim; d += LANES) {
-            float x = 0;
+        float *out = a.parts + ((row * a.n_heads + head + h) * a.splits + blockIdx.x) * (dim + 2);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            x[i] = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++)
-                if (w < warps) x += from[w * HEADS * size + d] * share[w];
+                if (w < warps && lane + i * LANES < dim) x[i] += from[w * step + lane + i * LANES] * share[w];
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int d = lane + i * LANES;
+            if (d >= dim) continue;
             if (only)
-                put_out(a, row, head + h, d, x, sum);
+                put_out(a, row, head + h, d, x[i], sum, gate[i]);
             else
-                out[d] = x;
+                out[d] = x[i];
         }
         if (!only && lane == 0) out[dim] = top, out[dim + 1] = sum;
     }
-    __syncthreads();
 }
 
 /* The parts of a kv head's query heads, a warp a head; share: room for a warp's. */
@@ -251,7 +291,10 @@ __device__ __forceinline__ void join_parts(const attention_args &a, int64_t row,
         }
         sum = warp_sum(sum);
         __syncwarp();
-        float x[EACH] = {};
+        float x[EACH] = {}, gate[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            gate[i] = lane + i * LANES < dim ? gate_of(a, row, first_head + h, lane + i * LANES) : 0;
 #pragma unroll 4
         for (int s = 0; s < parts; s++)
 #pragma unroll
@@ -259,7 +302,7 @@ __device__ __forceinline__ void join_parts(const attention_args &a, int64_t row,
                 if (lane + i * LANES < dim) x[i] = fmaf(__ldcg(from + s * size + lane + i * LANES), share[s], x[i]);
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (lane + i * LANES < dim) put_out(a, row, first_head + h, lane + i * LANES, x[i], sum);
+            if (lane + i * LANES < dim) put_out(a, row, first_head + h, lane + i * LANES, x[i], sum, gate[i]);
         __syncwarp();
     }
 }
@@ -280,12 +323,39 @@ __device__ __forceinline__ bool is_last(const attention_args &a, int64_t row, in
     return last;
 }
 
-/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns
- * [rope.n][2], meeting [warps][HEADS][dim + 2]. */
+/* Queries of a kv head, and its own key behind them, into shared memory: normed and rotated where that has not been done. */
+__device__ __forceinline__ void place_heads(const attention_args &a, float *queries, const float2 *turns, const float *k,
+                                            int64_t row, int kv_head, int group, bool owner)
+{
+    constexpr int AT_ONCE = 2;
+    int dim = a.kv.head_dim;
+#pragma unroll 1
+    for (int h = threadIdx.x / LANES; h < group + owner; h += AT_ONCE * WARPS) {
+        head_values values[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            int head = h + i * WARPS;
+            if (head < group + owner)
+                values[i].load(head == group ? k : a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + head) * 2 * dim,
+                               dim);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            int head = h + i * WARPS;
+            float *to = queries + head * dim;
+            if (head >= group + owner) continue;
+            values[i].store(to, dim, head == group ? a.k_gain : a.q_gain, a.eps);
+            for (int j = threadIdx.x % LANES; a.q_gain && j < a.rope.n; j += LANES) turn_pair(to, a.rope.n, j, turns[j]);
+        }
+    }
+}
+
+/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns [rope.n][2] (room for dim),
+ * then what warps leave, or before that what attention_tiles.cuh wants. */
 template <int DTYPE, bool WIDE>
 __global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_constant__ attention_args a)
 {
-    extern __shared__ float shared_f[];
+    extern __shared__ __align__(128) float shared_f[];
     int dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES;
     int64_t row = blockIdx.z;
     float *queries = shared_f, *own = queries + group * dim, *meeting = own + 2 * dim;
@@ -302,30 +372,42 @@ __global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_const
     int64_t line = kv_line(a.kv, a.rows, span, token) + (int64_t)kv_head * dim;
     const float *k = a.k.data + row * a.k.stride + (int64_t)kv_head * dim;
     const float *v = a.v.data + row * a.v.stride + (int64_t)kv_head * dim;
+    bool mine = owner && (int)threadIdx.x < dim;
     wait_for_previous();
-    for (int d = threadIdx.x; owner && d < dim; d += THREADS) kv_store(a.kv.values, a.kv.dtype, line + d, __ldcg(v + d));
-#pragma unroll 1
-    for (int h = warp; h < group + owner; h += WARPS) {
-        float *to = queries + h * dim; /* the key behind the queries */
-        const float *from = h == group ? k : a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + h) * 2 * dim;
-        if (a.q_gain) {
-            norm_head(to, from, dim, h == group ? a.k_gain : a.q_gain, a.eps);
-            for (int j = threadIdx.x % LANES; j < a.rope.n; j += LANES) turn_pair(to, a.rope.n, j, turns[j]);
-        } else {
-            for (int d = threadIdx.x % LANES; d < dim; d += LANES) to[d] = __ldcg(from + d);
-        }
-        __syncwarp();
-        for (int d = threadIdx.x % LANES; h == group && d < dim; d += LANES)
-            kv_store(a.kv.keys, a.kv.dtype, line + d, to[d]);
-    }
+    float value = mine ? __ldcg(v + threadIdx.x) : 0;
+    place_heads(a, queries, turns, k, row, kv_head, group, owner);
     __syncthreads();
+    if (mine) {
+        kv_store(a.kv.keys, a.kv.dtype, line + threadIdx.x, own[threadIdx.x]);
+        kv_store(a.kv.values, a.kv.dtype, line + threadIdx.x, value);
+    }
+    if (owner) __syncthreads();
+    if constexpr (DTYPE == KV_BF16 && WIDE) {
 #pragma unroll 1
-    for (int head = 0; head < group; head += 2 * HEADS) {
-        int sides = group - head > HEADS ? 2 : 1, warps = WARPS / sides, side = warp / warps;
-        int mine = head + side * HEADS, n = group - mine < HEADS ? group - mine : HEADS;
-        running r[HEADS];
-        attend<DTYPE, WIDE>(r, queries + mine * dim, n, a, span, kv_head, begin + warp % warps, end, warps);
-        store_parts(a, r, meeting, row, kv_head * group + mine, n, side, warps, WIDE, parts == 1);
+        for (int head = 0; head < group; head += TILE_HEADS) {
+            int n = group - head < TILE_HEADS ? group - head : TILE_HEADS;
+            const kv_tiles from = { (const __nv_bfloat16 *)a.kv.keys, (const __nv_bfloat16 *)a.kv.values,
+                                    a.rows.pages + (int64_t)span * a.rows.pages_each, a.kv.n_kv_heads, kv_head };
+            tile_running r;
+            attend_tiles(r, (uint8_t *)meeting, queries + head * dim, n, from, begin, end);
+            __syncthreads();
+            r.leave(meeting);
+            __syncthreads();
+            join_warps<TILE_HEADS>(a, meeting, row, kv_head * group + head, n, 0, WARPS, parts == 1);
+            __syncthreads();
+        }
+    } else {
+#pragma unroll 1
+        for (int head = 0; head < group; head += 2 * HEADS) {
+            int sides = group - head > HEADS ? 2 : 1, warps = WARPS / sides, side = warp / warps;
+            int mine = head + side * HEADS, n = group - mine < HEADS ? group - mine : HEADS;
+            running r[HEADS];
+            attend<DTYPE, WIDE>(r, queries + mine * dim, n, a, span, kv_head, begin + warp % warps, end, warps);
+            leave<WIDE>(r, meeting, n, dim);
+            __syncthreads();
+            join_warps<HEADS>(a, meeting, row, kv_head * group + mine, n, side * warps, warps, parts == 1);
+            __syncthreads();
+        }
     }
     if (parts > 1 && is_last(a, row, parts)) join_parts(a, row, kv_head * group, group, parts, meeting);
 }
@@ -341,6 +423,7 @@ void run(struct queue *q, mat y, attention_args a, int64_t n)
 {
     int group = a.n_heads / a.kv.n_kv_heads, dim = a.kv.head_dim;
     size_t shared = (size_t)((group + 2) * dim + WARPS * HEADS * (dim + 2)) * sizeof(float);
+    if (a.kv.dtype == KV_BF16 && dim == HEAD_MAX) shared = (size_t)(group + 2) * dim * sizeof(float) + TILES_SHARED;
     a.splits = n <= ROWS_EXACT ? SPLITS : 1;
     a.parts = q->attended;
     a.arrived = q->arrived;

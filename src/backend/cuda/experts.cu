@@ -6,19 +6,23 @@
  * warp j on the expert of pick j (j + 8, ...) and all of them on a share of the shared expert's; then the sum
  * over picks in order, the shared expert behind its gate, and the residual. It starts when the logits are
  * final and chooses for itself, so that its weights come while experts_up still works. */
+#include "backend/cuda/barrier.cuh"
 #include "backend/cuda/route.cuh"
 #include "backend/cuda/stream.cuh"
 
-namespace {
+namespace
+{
 
 struct up_args {
     cuda_experts e;
     mat x;
     picks p;
-    mat logits;         /* data NULL: the picks are given */
-    float *hidden;      /* [rows][k][intermediate] */
-    mat gate, up, made; /* the shared expert's products, and what becomes of them; made.data NULL: no shared expert */
-    int items, extra;   /* of a block; blocks that have one more */
+    mat logits;    /* data NULL: the picks are given */
+    float *hidden; /* [rows][k][intermediate] */
+    mat gate, up,
+        made; /* the shared expert's products, and what becomes of them; made.data NULL: no shared expert */
+    float *made_scale; /* [rows]: what that row is quantized by, where its product asks for it */
+    int items, extra;  /* of a block; blocks that have one more */
 };
 
 struct down_args {
@@ -29,6 +33,7 @@ struct down_args {
     mat logits;
     cuda_matrix w; /* shared down; rows 0: none */
     mat made, shared_gate;
+    const float *made_scale;
     int tiles, extra; /* of a block; blocks that have one more */
 };
 
@@ -43,21 +48,24 @@ __global__ void route_rows(picks p, mat logits)
     __shared__ uint32_t keys[WARPS][EXPERTS_MAX];
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LANES;
     if (row >= logits.rows) return;
-    choose(p.expert + row * p.k, p.weight + row * p.k, keys[threadIdx.x / LANES], logits.data + row * logits.stride,
-           (int)logits.cols, p.k);
+    choose(p.expert + row * p.k, p.weight + row * p.k, keys[threadIdx.x / LANES],
+           logits.data + row * logits.stride, (int)logits.cols, p.k);
 }
 
 /* N pairs of columns of a row into slots, pairs first, first + step, ...; returns the largest magnitude. */
 template <int N>
-__device__ __forceinline__ float place_pairs(__nv_bfloat16 *slots, int stride, const float *x, int cols, int first, int step)
+__device__ __forceinline__ float place_pairs(__nv_bfloat16 *slots, int stride, const float *x, int cols,
+                                             int first, int step)
 {
     float2 v[N];
     float top = 0;
 #pragma unroll
-    for (int i = 0; i < N; i++) v[i] = 2 * (first + i * step) < cols ? load_pair(x, 2 * (first + i * step)) : float2{};
+    for (int i = 0; i < N; i++)
+        v[i] = 2 * (first + i * step) < cols ? load_pair(x, 2 * (first + i * step)) : float2{};
 #pragma unroll
     for (int i = 0; i < N; i++)
-        if (2 * (first + i * step) < cols) top = fmaxf(top, put_parts(slots, stride, 2 * (first + i * step), v[i]));
+        if (2 * (first + i * step) < cols)
+            top = fmaxf(top, put_parts(slots, stride, 2 * (first + i * step), v[i]));
     return top;
 }
 
@@ -77,12 +85,81 @@ __device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, f
 
 /* ---- gate and up ---- */
 
-/* A thread's numbers in shared memory, or the compiler works them out behind the wait that follows. */
-__device__ __forceinline__ void keep(void *to, uint4 x)
+/* Worked out before the wait that follows, where the compiler would put it off. */
+template <class T> __device__ __forceinline__ void now(T &x)
 {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "r"(x.x),
-                 "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
+    asm volatile("" : "+r"(x));
+}
+
+__device__ __forceinline__ void now(const uint8_t *&x)
+{
+    asm volatile("" : "+l"(x));
+}
+
+/* NVFP4: the tiles of a block lie in shared memory whole, of every item gate and up. Warp i asks for tile i,
+ * in one piece: what lanes ask for, 16 bytes each, keeps them waiting until most of it has come. Of other
+ * formats warps ask as they go along (stream.cuh); lane i asks for item i of the warp's side. */
+struct asked_tile {
+    const uint8_t *from; /* of expert 0 */
+    int pick;
+
+    __device__ __forceinline__ asked_tile(const up_args &a, int item, int side, int each)
+    {
+        pick = item / each;
+        from = tile_at(a.e.m[side], 0, item - pick * each);
+        now(pick);
+        now(from);
+    }
+
+    __device__ __forceinline__ const uint8_t *at(const up_args &a, const int *expert) const
+    {
+        return from + (uint64_t)expert[pick] * matrix_bytes(a.e.m[GATE]);
+    }
+};
+
+/* The tile a warp asks for; come: of its item. */
+__device__ __forceinline__ void ask_tile(const up_args &a, uint8_t *tiles, uint64_t *come,
+                                         const uint8_t *from)
+{
+#if __CUDA_ARCH__ >= 900
+    int bytes = (int)tile_bytes(a.e.m[GATE]);
+    if (threadIdx.x % LANES != 0) return;
+    barrier_expect(come, bytes);
+    copy_bulk(shared_at(tiles + threadIdx.x / LANES * bytes), from, bytes, come);
+#endif
+}
+
+#if __CUDA_ARCH__ < 900
+/* No such copies: each warp what it will work on. */
+__device__ __forceinline__ void copy_tiles(const up_args &a, uint8_t *tiles, const int *expert, int begin,
+                                           int items, int each, share s)
+{
+    int lane = threadIdx.x % LANES, side = threadIdx.x / LANES / TEAM, bytes = (int)tile_bytes(a.e.m[GATE]);
+    for (int i = 0; i < items; i++) {
+        const uint8_t *at = tile_at(a.e.m[side], expert[(begin + i) / each], (begin + i) % each);
+        for (int c = s.first * FP4_UNIT_BYTES + lane * 16; c < (s.first + s.n) * FP4_UNIT_BYTES;
+             c += LANES * 16)
+            copy_async16((uint32_t)__cvta_generic_to_shared(tiles + (2 * i + side) * bytes + c), at + c,
+                         true);
+    }
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+}
+#endif
+
+/* The shared expert's hidden row, and what it is quantized by. */
+__device__ __forceinline__ void make_shared_row(const up_args &a, int64_t row, float *scratch)
+{
+    float top = 0;
+    for (int c = threadIdx.x; c < a.made.cols; c += BLOCK) {
+        float x =
+            silu(__ldcg(a.gate.data + row * a.gate.stride + c)) * __ldcg(a.up.data + row * a.up.stride + c);
+        a.made.data[row * a.made.stride + c] = x;
+        top = fmaxf(top, fabsf(x));
+    }
+    top = block_max<CREW>(top, scratch);
+    if (threadIdx.x == 0) a.made_scale[row] = fp8_input_scale(top);
 }
 
 /* The tiles a warp asks for: lane i knows where tile i begins. */
@@ -102,36 +179,46 @@ template <int KINDS, int RING> struct listed_tiles {
     }
 };
 
-/* Grid: blocks, rows. Shared memory: ring, sums [warp][item][8], slots. An item is eight gate and eight up rows of a pick;
- * those of a block follow one another, so that they lie on few pages of memory. */
+/* Grid: blocks, rows. Shared memory: ring, or whole tiles; sums [warp][item][8], slots. An item is eight gate
+ * and eight up rows of a pick; those of a block follow one another, so that they lie on few pages of memory.
+ */
 template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
 {
+    constexpr bool whole = KINDS == TILED;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
-    __shared__ float weight[PICKS_MAX], scratch[CREW];
+    __shared__ float weight[PICKS_MAX], scratch[2][CREW];
+    [[maybe_unused]] __shared__ uint64_t come[UP_ITEMS];
     const cuda_matrix &gate = a.e.m[GATE];
-    float *sums = (float *)(shared + ring_bytes(UP_RING, KINDS & TILED));
+    float *sums = (float *)(shared + (whole ? (a.items + (a.extra > 0)) * 2 * tile_bytes(gate)
+                                            : ring_bytes(UP_RING, false)));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + UP_SUMS);
     int cols = gate.cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int each = tiles_of(gate.rows), items = a.items + ((int)blockIdx.x < a.extra);
     int64_t row = blockIdx.y;
     const float *x = a.x.data + row * a.x.stride;
-    stream<KINDS, UP_RING> weights(shared);
     int units = units_of(gate.format, cols);
     share s = share_at(units, share_of(units, TEAM), warp % TEAM);
     int begin = blockIdx.x * a.items + ((int)blockIdx.x < a.extra ? (int)blockIdx.x : a.extra);
-    int number = begin + lane, mine = begin + threadIdx.x / 8; /* item asked for, stored */
-    unsigned long long tile = (unsigned long long)tile_at(a.e.m[warp / TEAM], 0, number % each);
-    keep(weights.ring, make_uint4((unsigned)tile, (unsigned)(tile >> 32), number / each << 16 | mine / each,
-                                  mine % each * 8 + threadIdx.x % 8));
+    asked_tile tile(a, begin + (whole ? warp / 2 : lane), whole ? warp % 2 : warp / TEAM, each);
+    int number = begin + threadIdx.x / 8, mine_pick = number / each,
+        r = (number - mine_pick * each) * 8 + threadIdx.x % 8;
+    now(mine_pick);
+    now(r);
+    bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
+#if __CUDA_ARCH__ >= 900
+    if (whole && (int)threadIdx.x < items) barrier_init(&come[threadIdx.x], 2);
+    if (whole && warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
     put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     float top = 0, input_scale = 1;
     wait_for_previous();
     let_next_start(); /* which may count on the logits */
     if (warp == 0) {
         if (a.logits.data)
-            choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, a.p.k);
+            choose(expert, blockIdx.x == 0 ? weight : nullptr, keys, a.logits.data + row * a.logits.stride,
+                   a.e.n, a.p.k);
         else
             for (int j = lane; j < a.p.k; j += LANES) expert[j] = __ldcg(a.p.expert + row * a.p.k + j);
     } else {
@@ -139,40 +226,46 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
             top = fmaxf(top, place_pairs<3>(slots, stride, x, cols, c, BLOCK - LANES));
     }
     __syncthreads();
-    uint4 kept = *(const uint4 *)weights.ring;
-    int pick = kept.z >> 16, mine_pick = kept.z & 0xffff, r = kept.w;
-    const uint8_t *first = (const uint8_t *)((unsigned long long)kept.y << 32 | kept.x);
-    bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
-    listed_tiles<KINDS, UP_RING> next = {
-        weights, first, gate.format == WEIGHT_NVFP4 ? 0 : row_bytes_of(gate), s, 0, items
-    };
-    if (lane < items) next.tile += (uint64_t)expert[pick] * matrix_bytes(gate);
+    if (whole && warp < 2 * items) ask_tile(a, shared, &come[warp / 2], tile.at(a, expert));
+    float unit[2] = { 1, 1 };
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (stores) unit[i] = expert_number(a.e, i, expert[mine_pick], r);
+    stream<KINDS, UP_RING> weights(shared);
+    listed_tiles<KINDS, UP_RING> next = { weights, nullptr, row_bytes_of(gate), s, 0, items };
+    if (!whole) {
+        if (lane < items) next.tile = tile.at(a, expert);
 #pragma unroll 1
-    for (int i = 0; i < UP_RING; i++) weights.ask(next);
+        for (int n = 0; n < UP_RING; n++) weights.ask(next);
+    }
     if (gate.input == INPUT_FP8_ROW) {
-        input_scale = fp8_input_scale(block_max<CREW>(top, scratch));
+        input_scale = fp8_input_scale(block_max<CREW>(top, scratch[0]));
 #pragma unroll 1
         for (int c = 2 * threadIdx.x; c < cols; c += 2 * BLOCK)
             put_quantized(slots, stride, c, parts_sum(slots, stride, c), input_scale, 1.0f / input_scale);
         __syncthreads();
     }
-    if (a.made.data && blockIdx.x == gridDim.x - 1)
-        for (int c = threadIdx.x; c < a.made.cols; c += BLOCK)
-            a.made.data[row * a.made.stride + c] =
-                silu(__ldcg(a.gate.data + row * a.gate.stride + c)) * __ldcg(a.up.data + row * a.up.stride + c);
+    if (a.made.data && blockIdx.x == gridDim.x - 1) make_shared_row(a, row, scratch[1]);
     if (a.logits.data && blockIdx.x == 0 && warp == 0)
         for (int j = lane; j < a.p.k; j += LANES) {
             a.p.expert[row * a.p.k + j] = expert[j];
             a.p.weight[row * a.p.k + j] = weight[j];
         }
-    float unit[2] = { 1, 1 };
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (stores) unit[i] = expert_number(a.e, i, expert[mine_pick], r);
+#if __CUDA_ARCH__ < 900
+    if (whole) copy_tiles(a, shared, expert, begin, items, each, s);
+#endif
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
         float sum[4];
-        weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
+        if (whole) {
+#if __CUDA_ARCH__ >= 900
+            barrier_wait(&come[i], 0);
+#endif
+            weights.work_tile(sum, shared + (2 * i + warp / TEAM) * tile_bytes(gate), s, slots, stride,
+                              gate.input == INPUT_FP8_ROW);
+        } else {
+            weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
+        }
         if (lane < 4) *(float2 *)(sums + (warp * UP_ITEMS + i) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();
@@ -181,14 +274,23 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
     float value[2] = { 0, 0 };
 #pragma unroll
     for (int w = 0; w < CREW; w++) value[w / TEAM] += sums[w * UP_ITEMS * 8 + threadIdx.x];
-    a.hidden[(row * a.p.k + mine_pick) * gate.rows + r] = silu(value[0] * (expert_unit(a.e, GATE, unit[0]) * input_scale)) *
-                                                          (value[1] * (expert_unit(a.e, UP, unit[1]) * input_scale));
+    a.hidden[(row * a.p.k + mine_pick) * gate.rows + r] =
+        silu(value[0] * (expert_unit(a.e, GATE, unit[0]) * input_scale)) *
+        (value[1] * (expert_unit(a.e, UP, unit[1]) * input_scale));
 }
 
 /* ---- down ---- */
 
-/* A hidden row into slots by a warp; returns its scale. */
-__device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride, const float *x)
+/* Of rows that are quantized all slots are used, of others the parts: then a row begins where the unused slot
+ * of the one before is. */
+__host__ __device__ inline int slots_used(const cuda_matrix &w)
+{
+    return w.input == INPUT_FP8_ROW ? SLOTS : SLOTS - 1;
+}
+
+/* A hidden row into slots by a warp, quantized too; returns its scale. */
+__device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat16 *slots, int stride,
+                                              const float *x)
 {
     constexpr int EACH = 8;
     int lane = threadIdx.x % LANES;
@@ -196,8 +298,6 @@ __device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat1
 #pragma unroll 1
     for (int first = lane; 2 * first < w.cols; first += EACH * LANES)
         top = fmaxf(top, place_pairs<EACH>(slots, stride, x, w.cols, first, LANES));
-    put_padding(slots, stride, w.cols, lane, LANES);
-    if (w.input != INPUT_FP8_ROW) return 1;
     float scale = fp8_input_scale(warp_max(top)), inverse = 1.0f / scale;
 #pragma unroll 1
     for (int c = 2 * lane; c < w.cols; c += 2 * LANES)
@@ -205,10 +305,66 @@ __device__ __forceinline__ float place_hidden(const cuda_matrix &w, __nv_bfloat1
     return scale;
 }
 
-__host__ __device__ inline size_t down_shared(int k, int cols, int shared_cols)
+/* The picks' hidden rows into slots: by two warps each, or one where they are quantized. */
+__device__ __forceinline__ void place_picks(const down_args &a, __nv_bfloat16 *slots, int stride,
+                                            const float *hidden, float *input_scale)
+{
+    constexpr int EACH = 4;
+    const cuda_matrix &w = a.e.m[DOWN];
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, each = slots_used(w) * stride;
+    if (w.input == INPUT_FP8_ROW) {
+#pragma unroll 1
+        for (int j = warp; j < a.p.k; j += CREW) {
+            float scale = place_hidden(w, slots + (size_t)j * each, stride, hidden + (size_t)j * w.cols);
+            if (lane == 0) input_scale[j] = scale;
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int j = warp / 2; j < a.p.k; j += CREW / 2)
+#pragma unroll 1
+        for (int first = warp % 2 * LANES + lane; 2 * first < w.cols; first += EACH * 2 * LANES)
+            place_pairs<EACH>(slots + (size_t)j * each, stride, hidden + (size_t)j * w.cols, w.cols, first,
+                              2 * LANES);
+}
+
+/* The pair of the shared expert's hidden row that a thread begins with. */
+struct shared_pair {
+    float2 v;
+    float scale;
+
+    __device__ __forceinline__ shared_pair(const down_args &a, int64_t row)
+    {
+        v = float2{};
+        scale = 1;
+        if (2 * (int)threadIdx.x >= a.w.cols || !a.w.rows) return;
+        v = load_pair(a.made.data + row * a.made.stride, 2 * threadIdx.x);
+        if (a.w.input == INPUT_FP8_ROW) scale = __ldcg(a.made_scale + row);
+    }
+
+    __device__ __forceinline__ void place(const down_args &a, int64_t row, __nv_bfloat16 *slots,
+                                          float *input_scale)
+    {
+        if (!a.w.rows) return;
+        int stride = slot_stride(a.w.cols);
+        float inverse = 1.0f / scale;
+#pragma unroll 1
+        for (int c = 2 * threadIdx.x; c < a.w.cols; c += 2 * BLOCK) {
+            if (c >= 2 * BLOCK) v = load_pair(a.made.data + row * a.made.stride, c);
+            if (a.w.input == INPUT_FP8_ROW)
+                put_quantized(slots, stride, c, v, scale, inverse);
+            else
+                put_parts(slots, stride, c, v);
+        }
+        if (threadIdx.x == 0) *input_scale = scale;
+    }
+};
+
+__host__ __device__ inline size_t down_shared(int k, const cuda_matrix &w, const cuda_matrix &shared)
 {
     return ring_bytes(DOWN_RING, true) + (size_t)DOWN_TILES * (k + TEAM) * 8 * sizeof(float) +
-           (size_t)SLOTS * 2 * ((size_t)k * slot_stride(cols) + slot_stride(shared_cols));
+           2 * ((size_t)(slots_used(w) * k + 1) * slot_stride(w.cols) +
+                (size_t)SLOTS * slot_stride(shared.cols));
 }
 
 /* The jobs of a warp: of each of its team's tiles its picks, then its share of the shared expert. Lane i
@@ -231,12 +387,14 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     int k = a.p.k, stride = slot_stride(w.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float *sums = (float *)(shared + ring_bytes(DOWN_RING, true));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + DOWN_TILES * (k + TEAM) * 8);
-    __nv_bfloat16 *shared_slots = slots + (size_t)k * SLOTS * stride;
+    int slots_each = slots_used(w) * stride;
+    __nv_bfloat16 *shared_slots = slots + (size_t)k * slots_each;
     int64_t row = blockIdx.y;
     int tiles = a.tiles + ((int)blockIdx.x < a.extra), team = warp / TEAM, member = warp % TEAM;
     let_next_start();
     stream<CUT | TILED, DOWN_RING> weights(shared);
-    if (a.logits.data && warp == 0) choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, k);
+    if (a.logits.data && warp == 0)
+        choose(expert, weight, keys, a.logits.data + row * a.logits.stride, a.e.n, k);
     for (int j = threadIdx.x; !a.logits.data && j < k; j += BLOCK) {
         expert[j] = __ldcg(a.p.expert + row * k + j);
         weight[j] = __ldcg(a.p.weight + row * k + j);
@@ -269,22 +427,21 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
 #pragma unroll 1
     for (int i = 0; i < DOWN_RING; i++) weights.ask(next);
     for (int j = threadIdx.x; j < k; j += BLOCK)
-        factor[j] = weight[j] * (w.format == WEIGHT_NVFP4 ? FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]] : 1);
+        factor[j] =
+            weight[j] * (w.format == WEIGHT_NVFP4 ? FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]] : 1);
     int tile = threadIdx.x / 8, r = (blockIdx.x + tile * gridDim.x) * 8 + threadIdx.x % 8;
     bool stores = tile < tiles && r < w.rows;
-    float shared_unit = stores && a.w.rows ? unit_of(a.w, 0, r, a.w.global) : 0;
+    float shared_unit = stores && a.w.rows ? unit_of(a.w, 0, r, a.w.global) : 0, old = 0, gate = 0;
+    for (int j = warp; j < k; j += CREW)
+        put_padding(slots + (size_t)j * slots_each, stride, w.cols, lane, LANES, slots_used(w));
+    if (a.w.rows) put_padding(shared_slots, slot_stride(a.w.cols), a.w.cols, threadIdx.x, BLOCK);
+    if (w.input != INPUT_FP8_ROW && (int)threadIdx.x < k) input_scale[threadIdx.x] = 1;
     wait_for_previous();
-#pragma unroll 1
-    for (int s = warp; s < k + (a.w.rows ? 1 : 0); s += CREW) {
-        bool of_shared = s == k;
-        float scale =
-            place_hidden(of_shared ? a.w : w, slots + (size_t)s * SLOTS * stride, of_shared ? slot_stride(a.w.cols) : stride,
-                         of_shared ? a.made.data + row * a.made.stride : a.hidden + (row * k + s) * w.cols);
-        if (lane == 0) input_scale[s] = scale;
-    }
-    float old = 0, gate = 0;
+    shared_pair pair(a, row);
+    place_picks(a, slots, stride, a.hidden + row * k * w.cols, input_scale);
+    pair.place(a, row, shared_slots, &input_scale[k]);
     if (stores && a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
-    if (stores && a.w.rows) gate = sigmoid(__ldcg(a.shared_gate.data + row * a.shared_gate.stride)) * shared_unit;
+    if (stores && a.w.rows) gate = __ldcg(a.shared_gate.data + row * a.shared_gate.stride);
     __syncthreads();
 #pragma unroll 1
     for (int n = 0; n < mine; n++) {
@@ -294,7 +451,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
         const cuda_matrix &m = of_shared ? a.w : w;
         int p = at % (k + TEAM);
         weights.template work<1>(sum, m.format, of_shared ? shared_share : whole,
-                                 of_shared ? shared_slots : slots + (size_t)p * SLOTS * stride,
+                                 of_shared ? shared_slots : slots + (size_t)p * slots_each,
                                  of_shared ? slot_stride(a.w.cols) : stride, m.input == INPUT_FP8_ROW, next);
         if (lane < 4) *(float2 *)(sums + at * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
@@ -311,15 +468,27 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     if (a.w.rows) {
 #pragma unroll
         for (int m = 0; m < TEAM; m++) sum += from[(k + m) * 8];
-        y = fmaf(gate, sum * input_scale[k], y);
+        y = fmaf(sigmoid(gate) * shared_unit, sum * input_scale[k], y);
     }
     a.y.data[row * a.y.stride + r] = y;
     if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
 }
 
-size_t up_shared(int cols)
+/* Of a block with `items` items. */
+size_t up_shared(const cuda_matrix &gate, int items)
 {
-    return ring_bytes(UP_RING, true) + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(cols) * 2;
+    size_t weights =
+        gate.format == WEIGHT_NVFP4 ? (size_t)items * 2 * tile_bytes(gate) : ring_bytes(UP_RING, false);
+    return weights + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(gate.cols) * 2;
+}
+
+/* As many items as a block has room for; 0: not even one. */
+int up_items(const cuda_matrix &gate, size_t limit)
+{
+    int items = gate.format == WEIGHT_NVFP4 ? CREW / 2 : UP_ITEMS;
+    if (limit > LEFT_SHARED && up_shared(gate, 1) <= LEFT_SHARED) limit = LEFT_SHARED;
+    while (items > 0 && up_shared(gate, items) > limit) items--;
+    return items;
 }
 
 } /* namespace */
@@ -332,8 +501,8 @@ void cuda_route(struct queue *q, const struct picks *picks, struct mat logits)
         launch(q, "route", false, route_rows, dim3(blocks(logits.rows, WARPS)), 0, *picks, logits);
 }
 
-bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p, const struct cuda_experts *e,
-                         const struct moe_run *run)
+bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                         const struct cuda_experts *e, const struct moe_run *run)
 {
     up_args u = {};
     down_args d = {};
@@ -352,26 +521,27 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         u.gate = run->gate;
         u.up = run->up;
         u.made = d.made = run->hidden;
+        d.made_scale = u.made_scale = q->input_scale;
         d.shared_gate = run->shared_gate;
         d.add = run->x;
     }
     const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
-    if (p->k > PICKS_MAX || up_shared(gate.cols) > (size_t)limit || down_shared(p->k, down.cols, d.w.cols) > (size_t)limit)
-        return false;
+    int room = up_items(gate, (size_t)limit);
+    size_t of_down = down_shared(p->k, down, d.w);
+    if (p->k > PICKS_MAX || room == 0 || of_down > (size_t)limit) return false;
     /* no more a block than it has room for, nor a warp than a list holds */
     int items = p->k * tiles_of(gate.rows), tiles = tiles_of(down.rows), sms = q->sms;
-    int jobs = (p->k + TEAM - 1) / TEAM + 1, most = 2 * (LANES / jobs) < DOWN_TILES ? 2 * (LANES / jobs) : DOWN_TILES;
-    unsigned up_blocks = blocks(items, UP_ITEMS), down_blocks = blocks(tiles, most);
+    int jobs = (p->k + TEAM - 1) / TEAM + 1,
+        most = 2 * (LANES / jobs) < DOWN_TILES ? 2 * (LANES / jobs) : DOWN_TILES;
+    unsigned up_blocks = blocks(items, room), down_blocks = blocks(tiles, most);
     if (up_blocks < (unsigned)sms) up_blocks = (unsigned)(items < sms ? items : sms);
     if (down_blocks < (unsigned)sms) down_blocks = (unsigned)(tiles < sms ? tiles : sms);
     u.items = items / (int)up_blocks;
     u.extra = items % (int)up_blocks;
     d.tiles = tiles / (int)down_blocks;
     d.extra = tiles % (int)down_blocks;
-    launch_side<BLOCK>(q, "experts", LEFT,
-                       gate.format == WEIGHT_NVFP4 ? experts_up<TILED> : experts_up<CUT | TILED>,
-                       dim3(up_blocks, (unsigned)x.rows), up_shared(gate.cols), u);
-    launch_side<BLOCK>(q, "experts", RIGHT, experts_down, dim3(down_blocks, (unsigned)x.rows),
-                       down_shared(p->k, down.cols, d.w.cols), d);
+    launch_side<BLOCK>(q, "experts", LEFT, gate.format == WEIGHT_NVFP4 ? experts_up<TILED> : experts_up<CUT>,
+                       dim3(up_blocks, (unsigned)x.rows), up_shared(gate, u.items + (u.extra > 0)), u);
+    launch_side<BLOCK>(q, "experts", RIGHT, experts_down, dim3(down_blocks, (unsigned)x.rows), of_down, d);
     return true;
 }

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
+[[maybe_unused]] constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
 constexpr int GATHERERS = 4 * LANES, ITEM_ROWS = 256; /* threads; rows */
 
 struct wide_args {
@@ -27,8 +27,11 @@ template <int MOST> struct wide_form {
     static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
     static constexpr int BLOCK = MULTIPLIERS * LANES + GATHERERS;
     static constexpr int PANELS_AHEAD = MANY ? 6 : 8, UNITS_AHEAD = MANY ? 3 : 4;
-    static constexpr int FEWER = MANY ? 24 : 40, MORE = MANY ? 240 : 104; /* registers of those that gather, multiply */
-    static constexpr int STEP = MANY ? 32 : 8; /* slots are multiplied by multiples of */
+    enum {
+        FEWER = MANY ? 24 : 40,
+        MORE = MANY ? 240 : 104, /* registers of those that gather, multiply */
+        STEP = MANY ? 32 : 8,    /* slots are multiplied by multiples of */
+    };
     static constexpr int PANEL_SIZE = MOST * 128, SLOT = 2 * PRODUCTS * FP4_UNIT_BYTES, RING = UNITS_AHEAD * SLOT;
     static constexpr int RINGS_AT = PANELS_AHEAD * PANEL_SIZE, ITEMS_AT = RINGS_AT + MULTIPLIERS * RING;
 };

@@ -11,6 +11,7 @@
 #ifndef BACKEND_CUDA_STREAM_CUH
 #define BACKEND_CUDA_STREAM_CUH
 #include "backend/cuda/device.cuh"
+#include "backend/cuda/matrices.cuh"
 
 namespace {
 
@@ -100,11 +101,12 @@ __device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, 
 }
 
 /* Zeros from column `cols` on, by threads first, first + step, ... */
-__device__ __forceinline__ void put_padding(__nv_bfloat16 *slots, int stride, int cols, int first, int step)
+__device__ __forceinline__ void put_padding(__nv_bfloat16 *slots, int stride, int cols, int first, int step,
+                                            int used = SLOTS)
 {
 #pragma unroll 1
     for (int c = cols + 2 * first; c < stride; c += 2 * step)
-        for (int s = 0; s < SLOTS; s++) *(uint32_t *)(slots + s * stride + c) = 0;
+        for (int s = 0; s < used; s++) *(uint32_t *)(slots + s * stride + c) = 0;
 }
 
 /* Columns c and c + 1 of a row that an earlier kernel wrote. */
@@ -153,24 +155,9 @@ __device__ __forceinline__ const uint8_t *tile_at(const cuda_matrix &m, unsigned
     return (const uint8_t *)m.data + (uint64_t)number * matrix_bytes(m) + (uint64_t)tile * tile_bytes(m);
 }
 
-__device__ __forceinline__ void copy_async16(uint32_t to, const void *from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
 __device__ __forceinline__ void copy_async8(uint32_t to, const void *from)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy_commit()
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int N> __device__ __forceinline__ void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 /* Units of the warp `member` of `crew` that share a tile: [first, first + n). */
@@ -336,12 +323,36 @@ template <int KINDS, int RING> struct stream {
             run<ROWS, WEIGHT_BF16>(sum, s.first, s.n, x, stride, next);
         else
             run<ROWS, WEIGHT_FP8>(sum, s.first, s.n, x, stride, next);
+        collect<ROWS>(sum, counts);
+    }
+
+    template <int ROWS> static __device__ __forceinline__ void collect(float (&sum)[4], bool counts)
+    {
 #pragma unroll
         for (int k = 0; k < (ROWS > 1 ? 4 : 2); k++) {
             sum[k] = counts ? sum[k] : 0;
             sum[k] += __shfl_xor_sync(ALL, sum[k], 4);
             sum[k] += __shfl_xor_sync(ALL, sum[k], 8);
         }
+    }
+
+    /* work() on a tile of NVFP4 that lies in shared memory as it does in device memory; for one row. */
+    static __device__ __forceinline__ void work_tile(float (&sum)[4], const uint8_t *tile, share s, const __nv_bfloat16 *slots,
+                                                     int stride, bool quantized)
+    {
+        int lane = threadIdx.x % LANES, slot = lane / 4 % SLOTS;
+        const __nv_bfloat16 *x = slots + slot * stride + s.first * FP4_UNIT_COLS + lane % 4 * 8;
+        float a[4] = {}, b[4] = {};
+        tile += s.first * FP4_UNIT_BYTES;
+#pragma unroll 1
+        for (int u = 0; u < s.n; u++, x += FP4_UNIT_COLS, tile += FP4_UNIT_BYTES) {
+            uint4 low = *(const uint4 *)(tile + lane * 16), high = *(const uint4 *)(tile + 512 + lane * 16);
+            uint2 scale = *(const uint2 *)(tile + 1024 + lane / 2 * 8);
+            piece<1, WEIGHT_NVFP4>(a, b, low, scale.x, x, 0);
+            piece<1, WEIGHT_NVFP4>(a, b, high, scale.y, x + FP4_UNIT_COLS / 2, 0);
+        }
+        for (int i = 0; i < 4; i++) sum[i] = a[i] + b[i ^ 2];
+        collect<1>(sum, quantized == (slot == SLOTS - 1));
     }
 };
 
