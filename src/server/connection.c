@@ -8,6 +8,7 @@
 #include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
 
@@ -557,6 +558,17 @@ static double allowed(const struct connection *c)
     }
 }
 
+/* Bytes of the client's that this loop had no time to read yet: it is not the client who is late. */
+static bool has_more(const struct connection *c)
+{
+    int n = 0, fd = bufferevent_getfd(c->events);
+    bool reads = c->phase == PHASE_HEAD || c->phase == PHASE_BODY;
+    if (c->phase == PHASE_HEAD && c->scanned == 0 &&
+        evbuffer_get_length(bufferevent_get_input(c->events)) > 0)
+        return true;
+    return reads && fd >= 0 && ioctl(fd, FIONREAD, &n) == 0 && n > 0;
+}
+
 static void time_out(struct connection *c)
 {
     bool half = c->phase == PHASE_BODY || (c->phase == PHASE_HEAD && c->scanned > 0);
@@ -579,7 +591,7 @@ void connection_tick(struct connection *c, double now)
         connection_close(c);
         return;
     }
-    if (most > 0 && now - c->since > most) {
+    if (most > 0 && now - c->since > most && !has_more(c)) {
         time_out(c);
         return;
     }

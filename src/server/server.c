@@ -19,8 +19,9 @@
 
 static const struct timeval TICK = { 0, 250000 };
 enum { BACKLOG = 1024, SPARE_DESCRIPTORS = 64 };
-/* Once nothing runs any more, requests that are half here are still waited for so long. */
-static const double LAST_SECONDS = 1;
+/* Once nothing runs any more, requests that are half here are still waited for so long, and those that are on
+ * their way, in the kernel's queue of connections say, so long. */
+static const double LAST_SECONDS = 1, QUIET_SECONDS = 0.1;
 /* Between two looks at the scheduler's news while nobody waits for a first token: where steps are shorter,
  * several of them make one wake-up. */
 static const double LOOK_SECONDS = 1e-3;
@@ -105,7 +106,9 @@ static void check_drain(struct server *s, double now)
     if (s->n_exchanges > 0 && (s->stopping || now - s->drain_since > most)) abort_all(s);
     if (s->n_exchanges > 0) return;
     if (s->answered_since == 0) s->answered_since = now;
-    if (all_quiet(s) || now - s->answered_since > LAST_SECONDS) event_base_loopbreak(s->base);
+    double since = now - s->answered_since;
+    if (since > LAST_SECONDS || (all_quiet(s) && (s->stopping || since > QUIET_SECONDS)))
+        event_base_loopbreak(s->base);
 }
 
 static void drain(struct server *s)
