@@ -1,10 +1,11 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | batch | prefill [TOKENS]]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | batch [ROWS] | verify | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only. batch: 8, 32 and 128 only. prefill: one sequence's first 512 and 8,192
- * tokens as one step, 5 runs of 2 steps. */
+ * other. one: one sequence only. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one sequence that
+ * may be taken back, with a head for each, as a round of speculation checks its drafts. prefill: one
+ * sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -15,6 +16,7 @@ enum {
     RUNS = 5,
     STEPS = 20,
     ROWS = 128, /* most sequences */
+    DRAFTS = 4,
     PROMPT = 8192,
     PROMPT_STEPS = 2,
     CONTEXT = 33024,
@@ -29,6 +31,7 @@ static struct model model;
 static struct step *step;
 static struct layer_state *states;
 static double bandwidth;
+static bool verify;   /* rows are one sequence's, logged, and those of the step before stay */
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
 static float *scales;
@@ -210,6 +213,16 @@ static struct step_rows rows_at(int n, int64_t depth)
     static struct span spans[ROWS];
     static int32_t pages[ROWS][CONTEXT / KV_PAGE + 1];
     if (n > ROWS) return prompt_of(n);
+    if (verify) {
+        struct step_rows round = prompt_of(n);
+        static struct span span;
+        span = *round.spans;
+        span.past = depth;
+        span.logged = true;
+        span.kept = n;
+        round.spans = &span;
+        return round;
+    }
     int64_t each = (depth + 1 + KV_PAGE - 1) / KV_PAGE;
     for (int i = 0; i < n; i++) {
         int32_t p = (int32_t)depth;
@@ -451,6 +464,14 @@ struct bytes {
     double delta_in, delta_mix, attention_in, attention_mix, router, moe, head;
 };
 
+/* Recurrent states read and written; of logged rows the log instead of what follows each state. */
+static double state_bytes(int n)
+{
+    double state = 2 * 32 * 128 * 128 * 4, row = 6 * 8192 * 4.0;
+    if (verify) return state + n * 2.0 * (double)delta_log_floats(&model.delta_shape) * sizeof(float);
+    return n * (state + row);
+}
+
 static struct bytes bytes_for(int n, int64_t depth)
 {
     int full = config.n_layers / 4, linear = config.n_layers - full;
@@ -458,10 +479,9 @@ static struct bytes bytes_for(int n, int64_t depth)
     for (int i = 0; i < n; i++) miss *= 1 - 8.0 / EXPERTS;
     return (struct bytes){
         .delta_in = linear * (12288.0 * HIDDEN * bytes_of(of_delta) + 64.0 * HIDDEN * 2),
-        .delta_mix =
-            linear * (4096.0 * HIDDEN * bytes_of(of_delta) + n * (2 * 32 * 128 * 128 * 4 + 6 * 8192 * 4.0)),
+        .delta_mix = linear * (4096.0 * HIDDEN * bytes_of(of_delta) + state_bytes(n)),
         .attention_in = full * 9216.0 * HIDDEN * d,
-        .attention_mix = full * (4096.0 * HIDDEN * d + n * (double)(depth + 1) * 2048),
+        .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (double)(depth + 1) * 2048),
         .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),
         .moe = config.n_layers * INNER * HIDDEN * (d + 3.0 * EXPERTS * (1 - miss) * bytes_of(of_expert)),
         .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
@@ -508,6 +528,8 @@ int main(int argc, char **argv)
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
     bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0, one = argc > 3 && strcmp(argv[3], "one") == 0;
     bool batch = argc > 3 && strcmp(argv[3], "batch") == 0;
+    int rows = batch && argc > 4 ? atoi(argv[4]) : 0;
+    verify = argc > 3 && strcmp(argv[3], "verify") == 0;
     struct err e = { 0 };
     of_delta = of_head = fast ? WEIGHT_FP8 : WEIGHT_BF16;
     of_dense = bf16 ? WEIGHT_BF16 : WEIGHT_FP8;
@@ -522,10 +544,12 @@ int main(int argc, char **argv)
     states = calloc((size_t)n_layers, sizeof *states);
     for (int i = 0; i < n_layers; i++)
         check(layer_state_create(&states[i], &model, i, KV_BF16, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
+    for (int i = 0; verify && i < n_layers; i++)
+        check(layer_state_add_log(&states[i], &model, i, ROWS, DRAFTS + 1, &e), &e);
     check(step_create(&step, &model, prefill ? PROMPT : 256, ROWS, CONTEXT, &e), &e);
     printf("# %s; mix %s, %d layers; read bandwidth %.3f TB/s; weights made and loaded in %.1f s\n",
            backend.name, mix, n_layers, bandwidth * 1e-12, clock_seconds() - begin);
-    if (!prefill) check_recorded();
+    if (!prefill && !verify) check_recorded();
     printf("what,rows,depth,us,us_low,us_high,MB,GB_per_s,share_of_read\n");
     if (prefill) {
         if (argc > 4)
@@ -534,6 +558,9 @@ int main(int argc, char **argv)
             measure_prompt(512), measure_prompt(PROMPT);
         return 0;
     }
+    for (int n = 1; verify && n <= DRAFTS + 1; n++) measure_all(n, 0, true);
+    if (rows) measure_all(rows, 0, true);
+    if (verify || rows) return 0;
     if (!batch) {
         measure_all(1, 0, true);
         measure_all(1, 32768, false);

@@ -18,7 +18,7 @@ enum {
 
 /* Between two events of a stream's text: nobody reads faster, and each event costs packets and wake-ups on
  * both sides. */
-static const double EVENT_SECONDS = 0.03;
+static const double EVENT_SECONDS = 0.04;
 
 void exchange_event(struct exchange *x, const char *name)
 {

@@ -157,6 +157,8 @@ static void put_cache(const struct writer *w, const struct scheduler_stats *s)
     put(w, "vllm:prefix_cache_queries_total", "counter", asked,
         "Prompt tokens looked up in the prefix cache");
     put(w, "vllm:prefix_cache_hits_total", "counter", found, "Prompt tokens found in the prefix cache");
+    put(w, "quench:prefix_cache_disk_hits_total", "counter", (double)s->disk_hits,
+        "Of these, tokens whose state was read from a file");
     put(w, "vllm:gpu_prefix_cache_queries_total", "counter", asked, "The same under its older name");
     put(w, "vllm:gpu_prefix_cache_hits_total", "counter", found, "The same under its older name");
     char label[96];

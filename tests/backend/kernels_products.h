@@ -112,8 +112,9 @@ static void bind(struct experts *x)
 
 static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_t inner, int n_experts, int k)
 {
-    struct made w[3][8];
-    struct weight *of_ref[24], *of_cpu[24];
+    enum { EXPERTS_MOST = 48 };
+    struct made w[3][EXPERTS_MOST];
+    struct weight *of_ref[3 * EXPERTS_MOST], *of_cpu[3 * EXPERTS_MOST];
     for (int e = 0; e < n_experts; e++)
         for (int m = 0; m < 3; m++) {
             w[m][e] = make_weight(f, m < 2 ? inner : hidden, m < 2 ? hidden : inner,

@@ -224,6 +224,13 @@ template <int FORMAT> struct words16 {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* The compiler is to keep what an instruction under way reads. */
+__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
+}
+
 /* The two accumulators of 64 weight rows against N input rows and parts; not TWO: the first takes all. */
 template <int N, bool TWO> struct accumulators {
     float a[N / 8][4], b[TWO ? N / 8 : 1][4];

@@ -38,6 +38,8 @@ __device__ __forceinline__ void store4(__nv_bfloat16 *row, int c, const float (&
 /* A block a row; a thread EACH times four neighbouring columns, a warp 128 of them: a head. */
 template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_args a)
 {
+    wait_for_previous();
+    let_next_start();
     __shared__ float part[2 * WARPS];
     int64_t r = blockIdx.x;
     int n = (int)a.x.cols;
@@ -104,13 +106,13 @@ void prepare(struct queue *q, const input_args &a)
 {
     dim3 grid((unsigned)a.x.rows);
     if (a.x.cols <= 4 * THREADS)
-        launch(q, "matmul", false, prepare_rows<1>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<1>, grid, 0, a);
     else if (a.x.cols <= 8 * THREADS)
-        launch(q, "matmul", false, prepare_rows<2>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<2>, grid, 0, a);
     else if (a.x.cols <= 16 * THREADS)
-        launch(q, "matmul", false, prepare_rows<4>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<4>, grid, 0, a);
     else
-        launch(q, "matmul", false, prepare_rows<ROW_MOST / THREADS / 4>, grid, 0, a);
+        launch(q, "matmul", true, prepare_rows<ROW_MOST / THREADS / 4>, grid, 0, a);
 }
 
 struct dense_args {
@@ -122,16 +124,11 @@ struct dense_args {
     const float *scale;
 };
 
-/* Grid: tiles of weight rows of all matrices of this format, tiles of rows. */
-template <int FORMAT, int TOKENS>
-__global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
+/* Tile number `tile` of rows of matrix k. */
+template <int FORMAT, int TOKENS> __device__ __forceinline__ void dense_tile(const dense_args &a, uint8_t *shared, int k, int tile_row)
 {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    int k = 0, lane = threadIdx.x % LANES;
-    while ((int)blockIdx.x >= a.first[k + 1]) k++;
     const cuda_matrix &m = a.m[k];
-    if (m.format != FORMAT) return;
-    int row0 = ((int)blockIdx.x - a.first[k]) * TILE_ROWS, token0 = blockIdx.y * TOKENS;
+    int row0 = tile_row * TILE_ROWS, token0 = blockIdx.y * TOKENS, lane = threadIdx.x % LANES;
     int tokens = a.tokens - token0 < TOKENS ? a.tokens - token0 : TOKENS;
     bool quantized = m.input == INPUT_FP8_ROW;
     int parts = quantized ? 1 : a.parts, stride = parts * a.cols;
@@ -167,14 +164,36 @@ __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant_
     }
 }
 
-template <int FORMAT> void start(struct queue *q, const dense_args &a, int64_t n)
+/* Grid: tiles of weight rows of all matrices, tiles of rows. */
+template <int TOKENS> __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
 {
-    int tiles = a.first[a.n];
-    bool wide = n > 64 && tiles * blocks(n, 128) >= (unsigned)q->sms;
-    if (wide)
-        launch(q, "matmul", false, dense_tiles<FORMAT, 128>, dim3(tiles, blocks(n, 128)), tile<FORMAT, 128>::SHARED, a);
+    extern __shared__ __align__(1024) uint8_t shared[];
+    int k = 0;
+    wait_for_previous();
+    let_next_start();
+    while ((int)blockIdx.x >= a.first[k + 1]) k++;
+    int tile_row = (int)blockIdx.x - a.first[k];
+    if (a.m[k].format == WEIGHT_BF16)
+        dense_tile<WEIGHT_BF16, TOKENS>(a, shared, k, tile_row);
+    else if (a.m[k].format == WEIGHT_FP8)
+        dense_tile<WEIGHT_FP8, TOKENS>(a, shared, k, tile_row);
     else
-        launch(q, "matmul", false, dense_tiles<FORMAT, 32>, dim3(tiles, blocks(n, 32)), tile<FORMAT, 32>::SHARED, a);
+        dense_tile<WEIGHT_NVFP4, TOKENS>(a, shared, k, tile_row);
+}
+
+template <int FORMAT, int TOKENS> void have_room(const dense_args &a, size_t &bytes)
+{
+    for (int i = 0; i < a.n; i++)
+        if (a.m[i].format == FORMAT && bytes < tile<FORMAT, TOKENS>::SHARED) bytes = tile<FORMAT, TOKENS>::SHARED;
+}
+
+template <int TOKENS> void start(struct queue *q, const dense_args &a, int64_t n)
+{
+    size_t bytes = 0;
+    have_room<WEIGHT_BF16, TOKENS>(a, bytes);
+    have_room<WEIGHT_FP8, TOKENS>(a, bytes);
+    have_room<WEIGHT_NVFP4, TOKENS>(a, bytes);
+    launch(q, "matmul", true, dense_tiles<TOKENS>, dim3(a.first[a.n], blocks(n, TOKENS)), bytes, a);
 }
 
 bool takes(const struct queue *q, const cuda_matrix &m)
@@ -182,9 +201,19 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
-bool is_library(const struct queue *q, const cuda_matrix &m, const mat &y)
+bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
     return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+}
+
+/* Few weight rows cost less as tiles beside others than as a call of the library. */
+bool is_library(const struct queue *q, const struct cuda_products *p, int i)
+{
+    constexpr int FEW_ROWS = 256, FEW_TOKENS = 1024;
+    bool tiles = false;
+    for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
+    bool few = tiles && p->m[i].rows <= FEW_ROWS && p->x.rows <= FEW_TOKENS;
+    return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
 /* False: the library refused. */
@@ -192,11 +221,11 @@ bool by_library(struct queue *q, const struct cuda_products *p)
 {
     size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
     for (int i = 0; i < p->n; i++)
-        if (is_library(q, p->m[i], p->out[i]) && !queue_failed(q) &&
+        if (is_library(q, p, i) && !queue_failed(q) &&
             !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
                           bytes))
             return false;
-    if (p->add.data && is_library(q, p->m[0], p->out[0])) cuda_add(q, p->add, p->out[0]);
+    if (p->add.data && is_library(q, p, 0)) cuda_add(q, p->add, p->out[0]);
     return true;
 }
 
@@ -205,7 +234,7 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
 {
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
-        if (is_library(q, m, p->out[i])) {
+        if (is_library(q, p, i)) {
             in.straight = (__nv_bfloat16 *)q->prefill.straight;
             continue;
         }
@@ -219,13 +248,6 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
         else
             in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     }
-}
-
-bool has_format(const dense_args &a, int format)
-{
-    for (int i = 0; i < a.n; i++)
-        if (a.m[i].format == format) return true;
-    return false;
 }
 
 } /* namespace */
@@ -274,8 +296,11 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     a.plain = (const __nv_bfloat16 *)q->prefill.inputs;
     a.quantized = (const __nv_bfloat16 *)q->prefill.quantized;
     a.scale = q->prefill.scale;
-    if (has_format(a, WEIGHT_BF16)) start<WEIGHT_BF16>(q, a, p->x.rows);
-    if (has_format(a, WEIGHT_FP8)) start<WEIGHT_FP8>(q, a, p->x.rows);
-    if (has_format(a, WEIGHT_NVFP4)) start<WEIGHT_NVFP4>(q, a, p->x.rows);
+    if (a.tokens > 64 && a.first[a.n] * blocks(a.tokens, 128) >= (unsigned)q->sms)
+        start<128>(q, a, a.tokens);
+    else if (q->has_wide)
+        start<64>(q, a, a.tokens);
+    else
+        start<32>(q, a, a.tokens);
     return true;
 }

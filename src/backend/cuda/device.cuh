@@ -218,13 +218,10 @@ template <int I> __device__ __forceinline__ uint32_t fp4_pair(uint32_t w)
     return (w >> 6 & 0x01800180u) | (w >> 5 & 0x00400040u) | (w << 5 & 0x80008000u);
 }
 
-/* Byte i of a word of E4M3 scales times 2^118, twice: with fp4_pair it gives value * scale * 2^-8. */
+/* Byte i of a word of scales (parts.h) times 2^118, twice: with fp4_pair it gives value * scale * 2^-8. */
 __device__ __forceinline__ __nv_bfloat162 fp4_scale(uint32_t word, int i)
 {
-    uint32_t t = __byte_perm(word, 0, 0x0404 | i << 4 | i << 12);
-    t = (t & 0x80008000u) | (t >> 4 & 0x07f007f0u); /* scale * 2^-120 */
-    t = bf16_pair_product(t, bf16_pair(0x1p119f));
-    t = bf16_pair_product(t, bf16_pair(0x1p119f));
+    uint32_t t = __byte_perm(word, 0, 0x4040 | i | i << 8) * 16 + 0x75807580u;
     return *reinterpret_cast<__nv_bfloat162 *>(&t);
 }
 constexpr float FP4_UNIT = 0x1p8f;

@@ -169,6 +169,8 @@ __device__ __forceinline__ void add_values(float (&o)[32][4], const uint32_t (&p
 /* Grid: tiles of all spans, the last first; kv heads. */
 __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flash_args a)
 {
+    wait_for_previous();
+    let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr float LOG2E = 1.4426950408889634f;
     flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);
@@ -255,6 +257,8 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
 /* A cache of f32 or E4M3 as BF16, span after span. Grid: columns of a line by pairs, pages of the span, spans. */
 __global__ void gather_cache(__nv_bfloat16 *keys, __nv_bfloat16 *values, kv_cache kv, cuda_rows rows)
 {
+    wait_for_previous();
+    let_next_start();
     cuda_span span = rows.spans[blockIdx.z];
     int64_t line = (int64_t)kv.n_kv_heads * kv.head_dim, page0 = 0;
     for (int s = 0; s < (int)blockIdx.z; s++) page0 += pages_of(rows.spans[s]);
@@ -305,10 +309,10 @@ bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const
     a.rows = *rows;
     if (kv->dtype != KV_BF16) {
         __nv_bfloat16 *keys = (__nv_bfloat16 *)q->prefill.down, *values = keys + pages * KV_PAGE * line;
-        launch(q, "attention", false, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
+        launch(q, "attention", true, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
         a.keys = keys;
         a.values = values;
     }
-    launch(q, "attention", false, flash, dim3((unsigned)tiles, (unsigned)kv->n_kv_heads), FLASH_SHARED, a);
+    launch(q, "attention", true, flash, dim3((unsigned)tiles, (unsigned)kv->n_kv_heads), FLASH_SHARED, a);
     return true;
 }

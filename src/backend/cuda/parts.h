@@ -10,7 +10,7 @@ extern "C" {
 
 enum {
     SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
-    GRAPHS = 4,         /* recorded steps kept */
+    GRAPHS = 8,         /* recorded steps kept */
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
     HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
@@ -22,7 +22,11 @@ enum {
 /* NVFP4 in device memory: tiles of 8 rows by units of 256 columns, padded with zeros. In a unit, 1024 bytes
  * of FP4 words (device.cuh): for each half of 128 columns 16 bytes a lane, lane 4 g + t has of row g the
  * words of columns 32 i + 8 t + 0..7, i = 0..3 (for INPUT_NVFP4 with the first code in the low bits). Then 8
- * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15. */
+ * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15.
+ *
+ * A scale is (8 + m) 2^(e - 13) as 8 e + m, with e from 1 to 18: E4M3 with its small numbers normalised, so
+ * that a shift and an addition make BF16 of it. Its sign is in the codes, which are zeros where it is 0. (For
+ * INPUT_NVFP4 it stays E4M3, without sign.) */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -87,6 +91,7 @@ struct cuda_prefill {
     int *slot_row; /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
     int *slot_of;  /* [rows * picks]: slot of a pick */
     int *tiles;    /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    int *counts;   /* [2 * EXPERTS_MAX]: of the picks that are being sorted */
     const float *known; /* the matrix whose rows lie in inputs, where a norm has left them; or NULL */
     int64_t rows, cols, picked, intermediate, width;
 };
@@ -112,10 +117,11 @@ struct cuda_draw {
     bool is_used; /* state has to be cleared */
 };
 
-/* A recorded step: `rows` sequences of one row each. */
+/* A recorded step, of the rows of so many spans; logs: queue_logs. */
 struct cuda_graph {
     const void *key;
-    int64_t rows;
+    int64_t rows, spans;
+    bool logs;
     cudaGraphExec_t exec;
 };
 

@@ -20,6 +20,19 @@ __device__ fp4_place fp4_place_of(int r, int c, int cols)
              half * 128 + (4 * g + t) * 4 + i, 1024 + (2 * g + t / 2) * 8 + half * 4 + i };
 }
 
+/* A scale without sign, not 0, as it is laid (parts.h); and what it stands for. */
+__device__ uint8_t laid_scale(uint8_t e4m3)
+{
+    if (e4m3 >= 8) return e4m3 + 24;
+    int top = e4m3 >= 4 ? 2 : e4m3 >= 2 ? 1 : 0;
+    return (uint8_t)((top + 1) << 3 | (e4m3 - (1 << top)) << (3 - top));
+}
+
+__device__ float laid_scale_value(uint8_t scale)
+{
+    return __uint_as_float((scale + (117u << 3)) << 20);
+}
+
 __device__ float element(const cuda_matrix &m, int64_t r, int c)
 {
     int64_t i = r * m.cols + c;
@@ -31,8 +44,10 @@ __device__ float element(const cuda_matrix &m, int64_t r, int c)
         fp4_place at = fp4_place_of((int)r, c, m.cols);
         const uint8_t *unit = (const uint8_t *)m.data + at.unit * FP4_UNIT_BYTES;
         uint32_t word = ((const uint32_t *)unit)[at.word];
-        uint32_t code = m.input == INPUT_NVFP4 ? word >> c % 8 * 4 : fp4_code(word, c % 8);
-        return e2m1_value(code & 15) * (e4m3_value(unit[at.scale]) / m.global);
+        bool straight = m.input == INPUT_NVFP4;
+        uint32_t code = straight ? word >> c % 8 * 4 : fp4_code(word, c % 8);
+        uint8_t scale = unit[at.scale];
+        return e2m1_value(code & 15) * ((straight ? e4m3_value(scale) : laid_scale_value(scale)) / m.global);
     }
     case WEIGHT_FP8_BLOCK: {
         int across = (m.cols + FP8_BLOCK_SIDE - 1) / FP8_BLOCK_SIDE;
@@ -142,7 +157,7 @@ __global__ void experts_down_rows(mat y, const float *hidden, const float *input
     if (threadIdx.x % LANES == 0) y.data[row * y.stride + r] = sum;
 }
 
-/* A thread eight columns of a row, padding too. straight: for FP4 tensor cores, whose scales have no sign. */
+/* A thread eight columns of a row, padding too. straight: for FP4 tensor cores. */
 __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int wide, bool straight)
 {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
@@ -151,10 +166,11 @@ __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales
     if (r >= (rows + 7) / 8 * 8) return;
     uint32_t word = 0;
     uint8_t scale = in ? scales[((int64_t)r * cols + c) / 16] : 0;
+    uint8_t sign = scale >> 4 & 8, size = scale & 0x7f;
     for (int k = 0; k < 8 && in; k++) {
-        uint32_t code = codes[((int64_t)r * cols + c + k) / 2] >> (k % 2 * 4) & 15, s = code >> 3, rest = code & 7, half;
+        uint32_t code = ((codes[((int64_t)r * cols + c + k) / 2] >> k % 2 * 4) & 15) ^ sign, s = code >> 3, rest = code & 7, half;
         if (straight) {
-            word |= (code ^ (scale >> 4 & 8)) << 4 * k;
+            word |= code << 4 * k;
             continue;
         }
         switch (k / 2) {
@@ -167,8 +183,8 @@ __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales
     }
     fp4_place at = fp4_place_of(r, c, cols);
     uint8_t *unit = to + at.unit * FP4_UNIT_BYTES;
-    ((uint32_t *)unit)[at.word] = word;
-    if (c % 16 == 0) unit[at.scale] = straight ? scale & 0x7f : scale;
+    ((uint32_t *)unit)[at.word] = straight || size ? word : 0;
+    if (c % 16 == 0) unit[at.scale] = straight || size == 0 ? size : laid_scale(size);
 }
 
 __global__ void read_all(const uint4 *p, size_t n, unsigned *out)

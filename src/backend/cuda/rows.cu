@@ -21,6 +21,8 @@ __global__ void embed_rows(mat y, const void *table, int format, cuda_rows rows)
 
 __global__ void add_rows(mat y, mat x)
 {
+    wait_for_previous();
+    let_next_start();
     int64_t r = blockIdx.y, c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (c < y.cols) y.data[r * y.stride + c] += x.data[r * x.stride + c];
 }
@@ -167,7 +169,7 @@ void cuda_embed(struct queue *q, struct mat y, const struct weight *table, const
 
 void cuda_add(struct queue *q, struct mat y, struct mat x)
 {
-    launch(q, "add", false, add_rows, elements(y), 0, y, x);
+    launch(q, "add", true, add_rows, elements(y), 0, y, x);
 }
 
 void cuda_rmsnorm(struct queue *q, struct mat y, struct mat x, const float *gain, float eps)
