@@ -1,6 +1,7 @@
 /* /v1/responses: its input items as a chat, the answer as output items and events; what is kept of it, where
  * the server keeps responses. Source: OpenAI's API reference, "Responses" and "Streaming". */
 #include "server/api_routes.h"
+#include "server/body.h"
 #include "base/doc.h"
 #include <sys/random.h>
 #include <stdio.h>
@@ -180,8 +181,11 @@ static bool add_previous(json_t *messages, const struct exchange *x, struct faul
         param_set(&f->param, "previous_response_id");
         return false;
     }
-    bool ok = doc_parse(&before, r->messages, r->messages_bytes, &e) ||
-              fault_from_err(f, "previous_response_id", &e);
+    bool ok = body_values(r->messages, r->messages_bytes) <= BODY_VALUES_MAX ||
+              fault_status(f, 413, NULL, "the conversation of '%.80s' has more than %d values", id,
+                           BODY_VALUES_MAX);
+    ok = ok && (doc_parse(&before, r->messages, r->messages_bytes, &e) ||
+                fault_from_err(f, "previous_response_id", &e));
     ok = ok && (json_array_extend(messages, before) == 0 || fault_memory(f));
     json_decref(before);
     response_store_release(r);

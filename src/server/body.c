@@ -5,9 +5,7 @@
 /* A number costs 40 bytes of memory and may be written with two, an empty array 136, an empty object 232
  * (jansson 2.14, glibc). Weighed so, no body becomes more than some 60 MB; four prompts of 262,144 token ids
  * pass. */
-enum { VALUES_MAX = 1 << 20 };
-
-static size_t count_values(const char *text, size_t n)
+size_t body_values(const char *text, size_t n)
 {
     size_t count = 0;
     bool in_string = false;
@@ -183,8 +181,8 @@ bool body_parse(json_t **out, enum api_route route, const struct api *a, const c
 {
     struct err e = { 0 };
     if (bytes == 0) return fault_set(f, NULL, "the body is empty: expected a JSON object");
-    if (count_values(body, bytes) > VALUES_MAX)
-        return fault_status(f, 413, NULL, "the body has more than %d values", VALUES_MAX);
+    if (body_values(body, bytes) > BODY_VALUES_MAX)
+        return fault_status(f, 413, NULL, "the body has more than %d values", BODY_VALUES_MAX);
     if (!doc_parse(out, body, bytes, &e)) return fault_set(f, NULL, "the body is not JSON: %s", e.text);
     if (!json_is_object(*out)) return fault_set(f, NULL, "the body is not a JSON object");
     return check_model(a, *out, f) && (!a->o.strict_params || check_names(*out, route, f));

@@ -260,6 +260,25 @@ static void test_not_kept(void **state)
         assert_int_equal(x->status, 404);
         json_decref(r);
     }
+    /* A conversation grows no larger in memory than one body may be. */
+    keep_responses(x, 64 << 20, 60);
+    char *many = malloc(20 << 20), *to = many, id[100] = "";
+    assert_non_null(many);
+    for (int turn = 0; turn < 6 && x->status != 413; turn++) {
+        to = many +
+             sprintf(
+                 many,
+                 "{%s%s%s\"input\":[{\"role\":\"user\",\"content\":[{\"type\":\"input_text\",\"text\":\"q\"}",
+                 turn ? "\"previous_response_id\":\"" : "", id, turn ? "\"," : "");
+        for (int i = 0; i < 120000; i++) to += sprintf(to, ",{\"type\":\"input_text\",\"text\":\"\"}");
+        strcpy(to, "]}]}");
+        r = fixture_ask(x, API_RESPONSES, many);
+        snprintf(id, sizeof id, "%s", text_at(r, "id"));
+        json_decref(r);
+    }
+    assert_int_equal(x->status, 413);
+    free(many);
+    fixture_script(x, "</think>a");
     /* A call that was cut is in the response, and in no conversation that follows. */
     keep_responses(x, 1 << 20, 60);
     fixture_script(x, "</think>" CALL CALL);
