@@ -3,6 +3,7 @@
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
+# make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
 # make bench          the programs under bench/
 # make fmt            clang-format in place
@@ -57,8 +58,9 @@ BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
 ifneq ($(CUDA),1)
 BENCHES := $(filter-out %/bench_cuda,$(BENCHES))
 endif
-TESTLIB := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
-$(TESTLIB): override CFLAGS += -Itests
+TESTOBJ := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+TESTLIB := $(BUILD)/libtests.a
+$(TESTOBJ): override CFLAGS += -Itests
 FUZZ_SECONDS ?= 60
 
 all: $(BUILD)/quench
@@ -99,6 +101,9 @@ $(BUILD)/%.cu.o: %.cu
 	$(NVCC) -std=c++17 -O3 -fmad=false -lineinfo -Isrc -MD -MP -MF $(@:.o=.d) -Xcompiler -fno-exceptions,-fno-rtti,-fno-threadsafe-statics \
 	    $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) -c -o $@ $<
 
+$(TESTLIB): $(TESTOBJ)
+	rm -f $@ && $(AR) rcs $@ $^
+
 $(BUILD)/tests/%: tests/%.c $(TESTLIB) $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(TESTLIB) $(LIB) $(LDLIBS) -lcmocka
@@ -136,6 +141,9 @@ $(BUILD)/%.h.alone: %.h
 
 # Its allocations can be made to fail.
 $(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
+
+soak: $(BUILD)/tests/server/test_serve all
+	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 QUENCH_KEYS=1 $<
 
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler
@@ -185,5 +193,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
--include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTLIB:.o=.d)
+.PHONY: always all check test soak fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+-include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)

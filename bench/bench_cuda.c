@@ -31,7 +31,7 @@ static struct model model;
 static struct step *step;
 static struct layer_state *states;
 static double bandwidth;
-static bool verify; /* rows are one sequence's, logged, and those of the step before stay */
+static bool verify;   /* rows are one sequence's, logged, and those of the step before stay */
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
 static float *scales;
@@ -479,8 +479,7 @@ static struct bytes bytes_for(int n, int64_t depth)
     for (int i = 0; i < n; i++) miss *= 1 - 8.0 / EXPERTS;
     return (struct bytes){
         .delta_in = linear * (12288.0 * HIDDEN * bytes_of(of_delta) + 64.0 * HIDDEN * 2),
-        .delta_mix =
-            linear * (4096.0 * HIDDEN * bytes_of(of_delta) + state_bytes(n)),
+        .delta_mix = linear * (4096.0 * HIDDEN * bytes_of(of_delta) + state_bytes(n)),
         .attention_in = full * 9216.0 * HIDDEN * d,
         .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (double)(depth + 1) * 2048),
         .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),

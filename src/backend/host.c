@@ -103,7 +103,7 @@ void host_mask(struct queue *q, struct mat x, const uint32_t *allowed)
             if (!draw_allows(allowed, c)) x.data[i * x.stride + c] = -INFINITY;
 }
 
-void host_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+void host_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     (void)q;
     for (int64_t i = 0; i < n; i++) {

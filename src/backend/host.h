@@ -15,6 +15,6 @@ void host_step_end(struct queue *q);
 void host_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void host_argmax(struct queue *q, int32_t *out, struct mat x);
 void host_mask(struct queue *q, struct mat x, const uint32_t *allowed);
-void host_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+void host_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void host_zero(struct queue *q, void *memory, uint64_t bytes);
 #endif

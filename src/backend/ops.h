@@ -349,7 +349,7 @@ struct ops {
     /* Sampling. In place: -inf where bit c % 32 of allowed[c / 32] is clear, in all rows. allowed: host. */
     void (*mask)(struct queue *q, struct mat x, const uint32_t *allowed);
     /* In place, n times edit_apply; no element twice, but where bias is -inf. edits: host memory. */
-    void (*edit)(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+    void (*edit)(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
     /* out[i] = draw_token(draws[i], row i, allowed). allowed: the backend's memory, or NULL; out and draws:
      * host. */
     void (*draw)(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,

@@ -528,7 +528,7 @@ static void mask(struct queue *q, struct mat x, const uint32_t *allowed)
     end(t, OP_MASK, start, 0, 0);
 }
 
-static void edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+static void edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     struct trace *t = trace_of(q);
     double start = begin(t);

@@ -1,13 +1,16 @@
 /* quench serve MODEL */
 #include "base/clock.h"
+#include "base/file.h"
 #include "cli/commands.h"
 #include "cli/common.h"
-#include "cli/serve_compat.h"
 #include "cli/plan.h"
+#include "cli/serve_compat.h"
+#include "quantize/source.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
 #include <math.h>
+#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +49,7 @@ struct settings {
     bool public_metrics;
     /* the model */
     struct text_list names;
-    const char *context_text, *step_text, *memory_text, *host_cache_text;
+    const char *context_text, *step_text, *memory_text, *host_cache_text, *disk_cache_text;
     int64_t sequences, mtp, queued, stream_interval;
     double utilization, decode_ms;
     int kv;
@@ -54,12 +57,13 @@ struct settings {
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
     const char *header_text, *body_text, *store_text;
-    int64_t headers, connections;
+    int64_t headers, connections, key_requests, key_tokens, queued_tokens;
     double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
-        shutdown_seconds, store_seconds;
+        shutdown_seconds, store_seconds, request_seconds;
     const char *log;
     /* read from the above */
-    uint64_t context, step_tokens, memory, host_cache, header_bytes, body_bytes, store_bytes;
+    uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
+    char *disk_folder;
     int drafts, max_images;
     json_t *kwargs, *override;
 };
@@ -82,6 +86,19 @@ static bool read_size(uint64_t *out, const char *flag, const char *text, struct 
         return true;
     }
     return err_set(e, ERR_ARGUMENT, "%s: expected a size such as 4096, 32k or 20G, found '%s'", flag, text);
+}
+
+/* FOLDER, or FOLDER:SIZE. */
+static bool read_disk_cache(struct settings *s, struct err *e)
+{
+    const char *text = s->disk_cache_text, *colon = text ? strrchr(text, ':') : NULL;
+    s->disk_bytes = (uint64_t)16 << 30;
+    if (!text) return true;
+    if (colon == text || !*text)
+        return err_set(e, ERR_ARGUMENT, "--disk-cache: expected FOLDER or FOLDER:SIZE");
+    if (colon && !read_size(&s->disk_bytes, "--disk-cache", colon + 1, e)) return false;
+    s->disk_folder = colon ? strndup(text, (size_t)(colon - text)) : strdup(text);
+    return s->disk_folder || err_memory(e, "--disk-cache", strlen(text));
 }
 
 static bool read_json(json_t **out, const char *flag, const char *text, struct err *e)
@@ -139,6 +156,10 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--comment-interval", s->comment_seconds, 0.001, 1e6 },
         { "--stall-timeout", s->stall_seconds, 0.001, 1e6 },
         { "--shutdown-timeout", s->shutdown_seconds, 0, 1e6 },
+        { "--request-timeout", s->request_seconds, 0, 1e6 },
+        { "--max-requests-per-key", (double)s->key_requests, 0, 1 << 20 },
+        { "--max-queued-tokens-per-key", (double)s->key_tokens, 0, 1e12 },
+        { "--max-queued-tokens", (double)s->queued_tokens, 0, 1e12 },
         { "--response-store", (double)s->store_bytes, 0, 1e12 },
         { "--response-store-age", s->store_seconds, 1, 1e9 },
         { "--ssl-cert-reqs", (double)s->client_certificates, 0, 2 },
@@ -190,7 +211,7 @@ static bool check(struct settings *s, json_t **origins, struct err *e)
     return (fits || read_size(&s->context, "--max-model-len", s->context_text, e)) &&
            read_size(&s->step_tokens, "--max-num-batched-tokens", s->step_text, e) &&
            read_size(&s->memory, "--memory", s->memory_text, e) &&
-           read_size(&s->host_cache, "--host-cache", s->host_cache_text, e) &&
+           read_size(&s->host_cache, "--host-cache", s->host_cache_text, e) && read_disk_cache(s, e) &&
            read_size(&s->header_bytes, "--max-header-bytes", s->header_text, e) &&
            read_size(&s->body_bytes, "--max-body-bytes", s->body_text, e) &&
            read_size(&s->store_bytes, "--response-store", s->store_text, e) && check_ranges(s, e) &&
@@ -258,6 +279,10 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .comment_seconds = s->comment_seconds,
                                 .stall_seconds = s->stall_seconds,
                                 .shutdown_seconds = s->shutdown_seconds > 0 ? s->shutdown_seconds : -1,
+                                .request_seconds = s->request_seconds,
+                                .max_key_requests = s->key_requests,
+                                .max_key_tokens = s->key_tokens,
+                                .max_queued_tokens = s->queued_tokens,
                                 .request_log = s->log,
                                 .model_name = s->names.items[0],
                                 .version = cli_version,
@@ -312,6 +337,26 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
     return engine_create(&v->engine, &v->opened.model, &o, e);
 }
 
+/* All that the bits of what is kept in files depend on besides the prompt: the program, the weights, who
+ * computes with them and how. */
+static bool identify(uint8_t out[32], const struct service *v, const struct settings *s, struct err *e)
+{
+    char text[512];
+    struct file_map program;
+    const char *name = v->backend.name; /* less the number of threads */
+    if (!file_map_open(&program, "/proc/self/exe", e)) return false;
+    int n = snprintf(text, sizeof text, "|%016llx|%.*s|%d %d %d|%d",
+                     (unsigned long long)source_digest(&v->opened.checkpoint), (int)strcspn(name, ","), name,
+                     (int)common_kv_dtype(&s->common), s->common.fp4, s->common.inputs, s->drafts > 0);
+    EVP_MD_CTX *sha = EVP_MD_CTX_new();
+    bool ok = sha && EVP_DigestInit_ex(sha, EVP_sha256(), NULL) == 1 &&
+              EVP_DigestUpdate(sha, program.data, program.bytes) == 1 &&
+              EVP_DigestUpdate(sha, text, (size_t)n) == 1 && EVP_DigestFinal_ex(sha, out, NULL) == 1;
+    EVP_MD_CTX_free(sha);
+    file_map_close(&program);
+    return ok || err_set(e, ERR_MEMORY, "no memory for SHA-256");
+}
+
 static bool make_scheduler(struct service *v, const struct settings *s, struct server *server, struct err *e)
 {
     static const char end[] = "<|im_end|>\n";
@@ -327,10 +372,14 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
+                                   .disk_folder = s->disk_folder,
+                                   .disk_bytes = s->disk_bytes,
                                    .turn_end = v->turn_end.ids,
                                    .n_turn_end = (int)v->turn_end.n,
                                    .ctx = server,
-                                   .wake = server_wake };
+                                   .wake = server_wake,
+                                   .warn = note };
+    if (s->disk_folder && !identify(o.disk_identity, v, s, e)) return false;
     return scheduler_create(&v->scheduler, &o, e);
 }
 
@@ -446,10 +495,16 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "most tokens of a step, prompts' pieces included", NULL },
         { "--max-queued", 0, FLAG_INT, &s->queued, "N", "requests that may wait (default 1024); then 503",
           NULL },
+        { "--max-queued-tokens", 0, FLAG_INT, &s->queued_tokens, "N",
+          "tokens of their prompts (default 0: any); then 503", NULL },
+        { "--max-requests-per-key", 0, FLAG_INT, &s->key_requests, "N",
+          "of an API key at a time (default 0: any); then 429", NULL },
+        { "--max-queued-tokens-per-key", 0, FLAG_INT, &s->key_tokens, "N",
+          "of an API key's prompts that wait (default 0: any); then 429", NULL },
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
         { "--stream-interval", 0, FLAG_INT, &s->stream_interval, "N",
-          "tokens of a stream's event (default 0: what came in 20 ms; the first at once)", NULL },
+          "tokens of a stream's event (default 0: what came in 40 ms; the first at once)", NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
@@ -457,6 +512,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },
         { "--host-cache", 0, FLAG_TEXT, &s->host_cache_text, "BYTES", "prefixes kept in host memory besides",
           NULL },
+        { "--disk-cache", 0, FLAG_TEXT, &s->disk_cache_text, "FOLDER[:SIZE]",
+          "prefixes kept in files, found again after a restart (default size 16G)", NULL },
         { "--enable-prefix-caching", 0, FLAG_SWITCH, &s->prefix_caching, NULL,
           "prompts go on where known ones part (default; --no-... off)", NULL },
         COMMON_SPECULATIVE_FLAG(s->common),
@@ -497,6 +554,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "without a step while requests wait, then /ready fails (default 60)", NULL },
         { "--shutdown-timeout", 0, FLAG_NUMBER, &s->shutdown_seconds, "S",
           "after SIGTERM, for requests that run (default 30)", NULL },
+        { "--request-timeout", 0, FLAG_NUMBER, &s->request_seconds, "S",
+          "from a request to its answer's end (default 0: any); then 504", NULL },
         { "--request-log", 0, FLAG_TEXT, &s->log, "FILE",
           "a line of JSON a request, without its text (-: standard output)", NULL },
         { "--config", 0, FLAG_TEXT, &s->config, "FILE", "YAML with flags", NULL },
@@ -534,6 +593,7 @@ static int serve(struct settings *s, struct settings_source *source, const struc
     json_decref(origins);
     json_decref(s->kwargs);
     json_decref(s->override);
+    free(s->disk_folder);
     return ok ? 0 : common_fail(&command, &e);
 }
 

@@ -499,7 +499,7 @@ void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_
     g->model->backend->ops->mask(g->model->backend->queue, one, allowed);
 }
 
-void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n)
+void engine_edit(struct engine *g, struct mat logits, const struct logit_edit *edits, int64_t n)
 {
     if (n > 0) g->model->backend->ops->edit(g->model->backend->queue, logits, edits, n);
 }

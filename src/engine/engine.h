@@ -67,7 +67,7 @@ void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct
 bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e);
 /* Changes of rows before that, see ops.h: tokens that must not come next in one row; n edits. */
 void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed);
-void engine_edit(struct engine *g, struct mat logits, const struct edit *edits, int64_t n);
+void engine_edit(struct engine *g, struct mat logits, const struct logit_edit *edits, int64_t n);
 
 /* Waits for what was queued; false: it failed. */
 bool engine_wait(struct engine *g, struct err *e);

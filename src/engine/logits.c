@@ -82,7 +82,7 @@ static bool make_room(struct logits_edits *list, int64_t more, struct err *e)
 {
     if (list->capacity - list->n >= more) return true;
     int64_t capacity = 2 * (list->n + more);
-    struct edit *grown = realloc(list->items, (size_t)capacity * sizeof *grown);
+    struct logit_edit *grown = realloc(list->items, (size_t)capacity * sizeof *grown);
     if (!grown) return err_memory(e, "changes of logits", (uint64_t)capacity * sizeof *grown);
     list->items = grown;
     list->capacity = capacity;
@@ -91,7 +91,8 @@ static bool make_room(struct logits_edits *list, int64_t more, struct err *e)
 
 static void ban(struct logits_edits *list, int32_t row, int32_t id)
 {
-    list->items[list->n++] = (struct edit){ .row = row, .column = id, .bias = -INFINITY, .repetition = 1 };
+    list->items[list->n++] =
+        (struct logit_edit){ .row = row, .column = id, .bias = -INFINITY, .repetition = 1 };
 }
 
 /* The last token of every bad run whose other tokens have just come. */
@@ -114,7 +115,7 @@ static void penalize(const struct logits_rules *l, int32_t row, struct logits_ed
     for (int64_t i = 0; i < l->n_seen; i++) {
         uint32_t times = l->counts[l->seen[i]] & ~IN_PROMPT;
         float minus = times ? o->frequency_penalty * (float)times + o->presence_penalty : 0;
-        list->items[list->n++] = (struct edit){ row, l->seen[i], 0, repetition, minus };
+        list->items[list->n++] = (struct logit_edit){ row, l->seen[i], 0, repetition, minus };
     }
 }
 
@@ -130,7 +131,7 @@ bool logits_rules_edits(const struct logits_rules *l, int32_t row, struct logits
         ban(bans, row, o->stop_tokens[i]);
     ban_bad_words(l, row, bans);
     for (int i = 0; i < o->n_bias; i++)
-        biased->items[biased->n++] = (struct edit){ row, o->bias[i].id, o->bias[i].bias, 1, 0 };
+        biased->items[biased->n++] = (struct logit_edit){ row, o->bias[i].id, o->bias[i].bias, 1, 0 };
     penalize(l, row, &rounds[ROUND_PENALTIES]);
     return true;
 }

@@ -34,7 +34,7 @@ const uint32_t *logits_rules_mask(struct logits_rules *l);
  * of which names a token once, but for bans. */
 enum { ROUND_BANS, ROUND_BIAS, ROUND_PENALTIES, ROUNDS };
 struct logits_edits {
-    struct edit *items;
+    struct logit_edit *items;
     int64_t n, capacity;
 };
 bool logits_rules_edits(const struct logits_rules *l, int32_t row, struct logits_edits *rounds,

@@ -7,21 +7,25 @@ struct entry {
     int snapshot;          /* -1: it is in host memory */
     struct parcel *parcel; /* or NULL */
     uint64_t used;         /* when */
+    bool offered;          /* to the disk */
 };
 
 struct prefix_cache {
     struct engine *engine;
+    struct disk_cache *disk; /* or NULL */
     struct entry *entries;
     int64_t n, capacity;
     uint64_t clock, host_bytes, host_most;
 };
 
-bool prefix_create(struct prefix_cache **out, struct engine *g, uint64_t host_bytes, struct err *e)
+bool prefix_create(struct prefix_cache **out, struct engine *g, uint64_t host_bytes, struct disk_cache *disk,
+                   struct err *e)
 {
     struct prefix_cache *p = *out = calloc(1, sizeof *p);
     if (!p) return err_memory(e, "prefix cache", sizeof *p);
     p->engine = g;
     p->host_most = host_bytes;
+    p->disk = disk;
     return true;
 }
 
@@ -59,12 +63,20 @@ static struct entry *oldest(struct prefix_cache *p, bool snapshots)
     return best;
 }
 
-/* Into host memory, if there is room or older parcels make some. */
+static bool wants_file(const struct prefix_cache *p, const struct entry *x)
+{
+    return p->disk && !x->offered && x->snapshot >= 0;
+}
+
+/* Into host memory, if there is room or older parcels make some, and to the disk if it is not there. */
 static void retire(struct prefix_cache *p, struct entry *x)
 {
     struct parcel *parcel = NULL;
-    if (p->host_most == 0 || !parcel_pack_snapshot(&parcel, p->engine, x->snapshot, NULL) ||
-        parcel_bytes(parcel) > p->host_most) {
+    bool to_disk = wants_file(p, x) && disk_cache_has_room(p->disk);
+    if ((p->host_most > 0 || to_disk) && parcel_pack_snapshot(&parcel, p->engine, x->snapshot, NULL) &&
+        to_disk)
+        disk_cache_put(p->disk, x->key, parcel);
+    if (!parcel || parcel_bytes(parcel) > p->host_most) {
         parcel_free(parcel);
         drop(p, x);
         return;
@@ -74,6 +86,22 @@ static void retire(struct prefix_cache *p, struct entry *x)
     x->parcel = parcel;
     p->host_bytes += parcel_bytes(parcel);
     while (p->host_bytes > p->host_most) drop(p, oldest(p, false));
+}
+
+bool prefix_store(struct prefix_cache *p)
+{
+    struct entry *last = NULL;
+    struct parcel *parcel;
+    for (int64_t i = 0; i < p->n; i++) {
+        struct entry *x = &p->entries[i];
+        if (wants_file(p, x) && (!last || x->used > last->used)) last = x;
+    }
+    if (!last || !disk_cache_has_room(p->disk)) return false;
+    last->offered = true;
+    if (!parcel_pack_snapshot(&parcel, p->engine, last->snapshot, NULL)) return true;
+    disk_cache_put(p->disk, last->key, parcel);
+    parcel_free(parcel);
+    return true;
 }
 
 bool prefix_give_up(struct prefix_cache *p)
@@ -99,6 +127,13 @@ int64_t prefix_begin(struct prefix_cache *p, int handle, const struct cuts *cuts
         if (begin(p, handle, x)) return cuts->items[i].at;
     }
     return 0;
+}
+
+int64_t prefix_depth(const struct prefix_cache *p, const struct cuts *cuts, int64_t end)
+{
+    int64_t i = cuts->n - 1;
+    while (i >= 0 && (cuts->items[i].at >= end || !find(p, cuts->items[i].key))) i--;
+    return i < 0 ? 0 : cuts->items[i].at;
 }
 
 bool prefix_knows(const struct prefix_cache *p, const struct cut *cut)
@@ -127,6 +162,7 @@ void prefix_add(struct prefix_cache *p, int handle, const struct cut *cut)
     }
     if (known) drop(p, known);
     memcpy(fresh.key, cut->key, sizeof fresh.key);
+    fresh.offered = p->disk && disk_cache_has(p->disk, cut->key);
     if (!grow(p)) return; /* a cache: without memory it only knows less */
     while (!snapshot_take(p->engine, handle, &fresh.snapshot))
         if (!prefix_give_up(p)) return;

@@ -256,6 +256,7 @@ static void destroy(struct request *r)
     free(r->pictures);
     cuts_free(&r->cuts);
     parcel_free(r->parcel);
+    parcel_free(r->fetched);
     arena_free(&r->memory);
     pthread_mutex_destroy(&r->lock);
     free(r);
@@ -424,9 +425,9 @@ void waiting_add_again(struct waiting *w, struct request *r)
 
 struct request *waiting_best(const struct waiting *w)
 {
-    struct request *best = w->first;
+    struct request *best = NULL;
     for (struct request *r = w->first; r; r = r->next)
-        if (request_before(r, best)) best = r;
+        if (!r->fetching && (!best || request_before(r, best))) best = r;
     return best;
 }
 

@@ -66,7 +66,13 @@ struct request {
     struct logits_rules rules;
     struct parcel *parcel; /* what it knew when it was preempted */
     int handle;            /* the engine's; -1: none */
-    int64_t done;          /* rows of the prompt that are computed */
+
+    /* What a file knows of its prompt. It waits while that is read. */
+    bool fetching;
+    const struct cut *fetch; /* where it would begin then */
+    struct parcel *fetched;  /* NULL: nothing, or not yet */
+
+    int64_t done; /* rows of the prompt that are computed */
 
     int64_t n_answer;          /* tokens posted */
     struct engine_draft draft; /* draft.next: the token sampled last */
@@ -109,7 +115,7 @@ struct waiting {
 };
 void waiting_add(struct waiting *w, struct request *r);       /* a new one */
 void waiting_add_again(struct waiting *w, struct request *r); /* one that has run: keeps its turn */
-struct request *waiting_best(const struct waiting *w);        /* NULL: empty */
+struct request *waiting_best(const struct waiting *w);        /* of those that fetch nothing; NULL: none */
 void waiting_remove(struct waiting *w, struct request *r);
 /* Whether a is to run before b. */
 bool request_before(const struct request *a, const struct request *b);

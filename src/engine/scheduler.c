@@ -31,6 +31,7 @@ struct scheduler {
     struct drafting drafting;
     struct batch *batch;
     struct prefix_cache *prefixes; /* NULL: none are kept */
+    struct disk_cache *disk;       /* or NULL */
     const struct request *stuck;   /* found no pages while so many were free */
     int64_t stuck_pages;
     struct scheduler_stats stats;
@@ -166,9 +167,23 @@ static bool reads_prefixes(const struct scheduler *s, const struct request *r)
     return s->prefixes && !r->o.no_prefix_cache && r->o.prompt_logprobs < 0;
 }
 
+/* At the cut that was read from a file, if that is further than what is known by now. */
+static bool begin_fetched(struct scheduler *s, struct request *r, int64_t end)
+{
+    if (!r->fetched || r->fetch->at >= end || r->fetch->at <= prefix_depth(s->prefixes, &r->cuts, end))
+        return false;
+    while (!parcel_unpack(r->fetched, s->engine, r->handle))
+        if (!make_room(s)) return false;
+    r->done = r->fetch->at;
+    prefix_add(s->prefixes, r->handle, r->fetch);
+    s->stats.disk_hits += r->done;
+    return true;
+}
+
 /* Where the prompt begins: at its first row, or at the last cut before row `end` that is known. */
 static void begin(struct scheduler *s, struct request *r, int64_t end)
 {
+    if (reads_prefixes(s, r) && begin_fetched(s, r, end)) return;
     r->done = reads_prefixes(s, r) ? prefix_begin(s->prefixes, r->handle, &r->cuts, end) : 0;
 }
 
@@ -224,7 +239,8 @@ static bool seat(struct scheduler *s, struct request *r)
     }
     if (!r->parcel) began(s, r);
     parcel_free(r->parcel);
-    r->parcel = NULL;
+    parcel_free(r->fetched);
+    r->parcel = r->fetched = NULL;
     return true;
 }
 
@@ -443,12 +459,61 @@ static bool step(struct scheduler *s, bool *worked, struct err *e)
     return true;
 }
 
+/* Files. */
+
+/* A file is asked for where reading it may take less time than computing what it knows. */
+static void want(struct scheduler *s, struct request *r)
+{
+    if (!s->disk || !reads_prefixes(s, r)) return;
+    int64_t depth = prefix_depth(s->prefixes, &r->cuts, r->prompt.n), i = r->cuts.n - 1;
+    uint64_t bytes = 0;
+    for (; i >= 0 && r->cuts.items[i].at > depth; i--)
+        if (r->cuts.items[i].at < r->prompt.n && (bytes = disk_cache_has(s->disk, r->cuts.items[i].key)))
+            break;
+    if (bytes == 0) return;
+    r->fetch = &r->cuts.items[i];
+    double rows = (double)(r->fetch->at - depth) * s->row_seconds;
+    if (rows > 0 && disk_cache_seconds(s->disk, bytes) > 2 * rows) return;
+    r->fetching = disk_cache_fetch(s->disk, r->fetch->key);
+}
+
+/* Of those that wait for this key the first gets it; the others will find it known. */
+static void hand_over(struct scheduler *s, const uint8_t key[32], struct parcel *p)
+{
+    struct request *first = NULL;
+    for (struct request *r = s->waiting.first; r; r = r->next) {
+        if (!r->fetching || memcmp(r->fetch->key, key, 32) != 0) continue;
+        r->fetching = false;
+        if (p && (!first || request_before(r, first)) && parcel_fits(p, s->engine, r->fetch->at)) first = r;
+    }
+    if (first && !first->fetched)
+        first->fetched = p;
+    else
+        parcel_free(p);
+}
+
+static void take_fetched(struct scheduler *s)
+{
+    uint8_t key[32];
+    struct parcel *p;
+    while (s->disk && disk_cache_fetched(s->disk, key, &p)) hand_over(s, key, p);
+}
+
+/* The last moment for what has no file yet. */
+static void store_all(struct scheduler *s)
+{
+    if (!s->disk || s->stats.failed) return;
+    do disk_cache_await_room(s->disk);
+    while (prefix_store(s->prefixes));
+}
+
 /* The thread. */
 
 static void receive(struct scheduler *s, struct request *all)
 {
     for (struct request *r = all, *next; r; r = next) {
         next = r->next;
+        want(s, r);
         waiting_add(&s->waiting, r);
     }
 }
@@ -459,7 +524,9 @@ static void *run(void *ctx)
     bool closed = false, worked = false;
     while (!closed) {
         struct err e = { 0 };
-        struct request *fresh = inbox_take(&s->inbox, !worked, &closed);
+        bool stored = !worked && s->disk && prefix_store(s->prefixes);
+        struct request *fresh = inbox_take(&s->inbox, !worked && !stored, &closed);
+        take_fetched(s);
         receive(s, fresh);
         bool news = sweep(s, closed) > 0;
         admit(s);
@@ -473,6 +540,7 @@ static void *run(void *ctx)
         publish(s);
         if (news && s->o.wake) s->o.wake(s->o.ctx);
     }
+    store_all(s);
     return NULL;
 }
 
@@ -511,12 +579,31 @@ static void destroy(struct scheduler *s)
 {
     batch_free(s->batch);
     prefix_free(s->prefixes);
+    disk_cache_free(s->disk);
     picture_reader_free(s->reader);
     if (s->has_inbox) inbox_deinit(&s->inbox);
     if (s->has_lock) pthread_mutex_destroy(&s->lock);
     free(s->running);
     free(s->ready);
     free(s);
+}
+
+static void ring(void *ctx)
+{
+    struct scheduler *s = ctx;
+    inbox_ring(&s->inbox);
+}
+
+static bool open_disk(struct scheduler *s, struct err *e)
+{
+    struct disk_cache_options o = { .folder = s->o.disk_folder,
+                                    .bytes = s->o.disk_bytes,
+                                    .ctx = s->o.ctx,
+                                    .warn = s->o.warn,
+                                    .ring_ctx = s,
+                                    .ring = ring };
+    memcpy(o.identity, s->o.disk_identity, sizeof o.identity);
+    return !o.folder || disk_cache_create(&s->disk, &o, e);
 }
 
 bool scheduler_create(struct scheduler **out, const struct scheduler_options *o, struct err *e)
@@ -535,7 +622,7 @@ bool scheduler_create(struct scheduler **out, const struct scheduler_options *o,
     if (ok && m->config->has_vision && !o->no_pictures) ok = picture_reader_create(&s->reader, m, e);
     s->maker.reader = s->reader;
     if (ok && engine_snapshots(s->engine) > 0 && !o->no_prefix_cache)
-        ok = prefix_create(&s->prefixes, s->engine, o->host_cache_bytes, e);
+        ok = open_disk(s, e) && prefix_create(&s->prefixes, s->engine, o->host_cache_bytes, s->disk, e);
     ok = ok && batch_create(&s->batch, s->engine, s->reader, o->known, e) && start(s, e);
     if (ok)
         *out = s;

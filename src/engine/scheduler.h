@@ -21,6 +21,11 @@ struct scheduler_options {
     bool no_pictures;          /* the vision tower is not bound, pictures are refused */
     bool no_prefix_cache;      /* as if the engine had no snapshots */
     uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
+    /* They are kept in files of this folder too, up to so many bytes, for whoever has the same identity: see
+     * engine/disk_cache.h. NULL: they are not */
+    const char *disk_folder; /* borrow */
+    uint64_t disk_bytes;
+    uint8_t disk_identity[32];
     /* The run of tokens that ends a turn, <|im_end|> and the newline after it: where prompts are likely to
      * part, so what is known there is kept. 0: none */
     const int32_t *turn_end; /* borrow */
@@ -28,6 +33,7 @@ struct scheduler_options {
     int64_t interval; /* and so many rows after the last such place; 0: 4096 */
     void *ctx;
     void (*wake)(void *ctx); /* from the scheduler's thread: some request has news. At most once a step */
+    void (*warn)(void *ctx, const char *text); /* from any thread: a line about the folder; may be NULL */
 };
 
 struct scheduler;
@@ -143,6 +149,7 @@ struct scheduler_stats {
     int64_t pages, pages_used, states, states_used;
     int64_t preemptions, steps, step_rows;
     int64_t prefix_queries, prefix_hits; /* tokens asked for, tokens found */
+    int64_t disk_hits;                   /* of these, by reading files */
     int64_t drafts, drafted, accepted, accepted_at[DRAFTS_MAX];
     double last_step; /* clock_seconds of its end; for a watchdog */
     bool failed;      /* the backend is lost; every request ends in FINISHED_ERROR */

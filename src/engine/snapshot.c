@@ -1,6 +1,7 @@
 #include "engine/snapshot.h"
 #include "engine/sequence.h"
 #include <assert.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -112,9 +113,8 @@ bool snapshot_begin(struct engine *g, int handle, int snapshot)
 /* Parcels: the pieces of the slot, of its log's rows that count, of the pages, layer after layer. */
 
 struct parcel {
-    int64_t length, shift, head_length, n_pages;
-    int32_t kept;
-    uint64_t bytes;
+    struct parcel_place place;
+    atomic_int holders;
     uint8_t *data;
 };
 
@@ -153,65 +153,112 @@ static uint64_t move_all(const struct engine *g, int32_t slot, int32_t kept, con
     return at;
 }
 
-static bool pack(struct parcel **out, struct engine *g, struct parcel place, int32_t slot,
-                 const int32_t *pages, struct err *e)
+static uint64_t page_bytes(const struct engine *g)
+{
+    const int32_t page = 0; /* as large as any */
+    return move_all(g, 0, 0, &page, 1, COUNT, NULL) - move_all(g, 0, 0, NULL, 0, COUNT, NULL);
+}
+
+bool parcel_create(struct parcel **out, const struct parcel_place *place, struct err *e)
 {
     struct parcel *p = *out = malloc(sizeof *p);
-    if (!p) return err_memory(e, "a sequence set aside", sizeof *p);
-    *p = place;
-    p->bytes = move_all(g, slot, p->kept, pages, p->n_pages, COUNT, NULL);
-    p->data = malloc(p->bytes);
-    if (!p->data) {
-        uint64_t bytes = p->bytes;
-        free(p);
-        *out = NULL;
-        return err_memory(e, "a sequence set aside", bytes);
+    uint8_t *data = malloc(place->bytes + !place->bytes);
+    if (p && data) {
+        *p = (struct parcel){ .place = *place, .holders = 1, .data = data };
+        return true;
     }
-    move_all(g, slot, p->kept, pages, p->n_pages, PACK, p->data);
+    free(p);
+    free(data);
+    *out = NULL;
+    return err_memory(e, "a sequence set aside", place->bytes);
+}
+
+static bool pack(struct parcel **out, struct engine *g, struct parcel_place place, int32_t slot,
+                 const int32_t *pages, struct err *e)
+{
+    int32_t kept = (int32_t)place.kept;
+    place.bytes = move_all(g, slot, kept, pages, place.n_pages, COUNT, NULL);
+    if (!parcel_create(out, &place, e)) return false;
+    move_all(g, slot, kept, pages, place.n_pages, PACK, (*out)->data);
     return true;
+}
+
+static int64_t pages_of(int64_t length)
+{
+    return (length + KV_PAGE - 1) / KV_PAGE;
 }
 
 bool parcel_pack(struct parcel **out, struct engine *g, int handle, struct err *e)
 {
     const struct sequence *s = &g->sequences[handle];
     assert(s->open && !s->tentative);
-    struct parcel place = { s->length, s->shift, s->head_length, (s->length + KV_PAGE - 1) / KV_PAGE, s->kept,
-                            0,         NULL };
+    struct parcel_place place = { s->length, s->shift, s->head_length, pages_of(s->length), s->kept, 0 };
     return pack(out, g, place, handle, s->pages, e);
 }
 
 bool parcel_pack_snapshot(struct parcel **out, struct engine *g, int snapshot, struct err *e)
 {
     const struct snapshot *x = &g->snapshots[snapshot];
-    struct parcel place = { x->length, x->shift, x->head_length, x->n_pages, 0, 0, NULL };
+    struct parcel_place place = { x->length, x->shift, x->head_length, x->n_pages, 0, 0 };
     return pack(out, g, place, slot_of(g, snapshot), x->pages, e);
+}
+
+struct parcel *parcel_hold(struct parcel *p)
+{
+    atomic_fetch_add(&p->holders, 1);
+    return p;
 }
 
 void parcel_free(struct parcel *p)
 {
-    if (!p) return;
+    if (!p || atomic_fetch_sub(&p->holders, 1) > 1) return;
     free(p->data);
     free(p);
 }
 
+void *parcel_room(struct parcel *p)
+{
+    return p->data;
+}
+
+const struct parcel_place *parcel_place(const struct parcel *p)
+{
+    return &p->place;
+}
+
+const void *parcel_data(const struct parcel *p)
+{
+    return p->data;
+}
+
 uint64_t parcel_bytes(const struct parcel *p)
 {
-    return p->bytes;
+    return p->place.bytes;
 }
 
 int64_t parcel_pages(const struct parcel *p)
 {
-    return p->n_pages;
+    return p->place.n_pages;
+}
+
+bool parcel_fits(const struct parcel *p, const struct engine *g, int64_t length)
+{
+    const struct parcel_place *x = &p->place;
+    if (x->length != length || x->n_pages != pages_of(length) || x->n_pages > g->pages_each || x->kept != 0 ||
+        x->head_length < 0 || x->head_length > length || x->shift > 0 || x->shift < -length)
+        return false;
+    return move_all(g, 0, 0, NULL, 0, COUNT, NULL) + (uint64_t)x->n_pages * page_bytes(g) == x->bytes;
 }
 
 bool parcel_unpack(const struct parcel *p, struct engine *g, int handle)
 {
     struct sequence *s = &g->sequences[handle];
+    const struct parcel_place *x = &p->place;
     assert(s->open && s->length == 0 && s->n_pages == 0);
-    if (p->n_pages > g->n_free) return false;
-    for (; s->n_pages < p->n_pages; s->n_pages++) s->pages[s->n_pages] = engine_take_page(g);
-    set_place(s, p->length, p->shift, p->head_length);
-    s->kept = p->kept;
-    move_all(g, handle, p->kept, s->pages, p->n_pages, UNPACK, p->data);
+    if (x->n_pages > g->n_free) return false;
+    for (; s->n_pages < x->n_pages; s->n_pages++) s->pages[s->n_pages] = engine_take_page(g);
+    set_place(s, x->length, x->shift, x->head_length);
+    s->kept = (int32_t)x->kept;
+    move_all(g, handle, s->kept, s->pages, x->n_pages, UNPACK, p->data);
     return true;
 }

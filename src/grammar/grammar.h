@@ -27,6 +27,10 @@ bool grammar_from_regex(struct grammar **out, const char *regex, size_t n, struc
 bool grammar_from_choices(struct grammar **out, const char *const *choices, int n, struct err *e);
 bool grammar_from_ebnf(struct grammar **out, const char *text, size_t n, struct err *e);
 
+/* {"triggers": [...], "structures": [{"begin", "schema", "end"}]}: any text; where one of the triggers, which
+ * are ASCII, is written, it is the beginning of a structure, and JSON of its schema and its end follow. */
+bool grammar_from_structural_tag(struct grammar **out, const json_t *tag, struct err *e);
+
 struct tool_call_options {
     const char *name; /* the function that must be called; NULL: any of them */
     bool only_one;    /* one call, not several */

@@ -3,32 +3,14 @@
  * calls apart by a newline. Source: the model's chat template; tokenizer/reply.c reads it back. */
 #include "grammar/grammar.h"
 #include "grammar/schema.h"
+#include "grammar/text.h"
 #include <string.h>
 
 enum { TOOLS_MAX = 1024, NAME_BYTES_MAX = 256, NESTING_MAX = 8 };
 
-/* Any text in which `tag` does not stand. Its first byte, <, is nowhere else in it, so after a byte that does
- * not go on with the tag the search begins anew. One rule for each number of bytes found. */
-static int32_t text_without(struct rules *r, const char *tag)
+static int32_t text_without_tag(struct rules *r, const char *tag)
 {
-    int32_t rules[32] = { 0 };
-    int n = (int)strlen(tag);
-    for (int i = 0; i < n; i++) rules[i] = rules_declare(r, "text");
-    for (int i = 0; i < n && !r->failed; i++) {
-        struct expr_list parts = { 0 };
-        struct chars others = { 0 };
-        expr_list_add(r, &parts, expr_empty(r));
-        chars_add(r, &others, '<', '<');
-        chars_add(r, &others, (unsigned char)tag[i], (unsigned char)tag[i]);
-        chars_complement(r, &others);
-        expr_list_add(r, &parts, SEQ(r, chars_expr(r, &others, CHARS_RAW), expr_call(r, rules[0])));
-        expr_list_add(r, &parts, SEQ(r, expr_text(r, "<"), expr_call(r, rules[1])));
-        if (i > 0 && i + 1 < n)
-            expr_list_add(r, &parts, SEQ(r, expr_bytes(r, tag + i, 1), expr_call(r, rules[i + 1])));
-        chars_free(&others);
-        rules_define(r, rules[i], expr_list_alt(r, &parts));
-    }
-    return expr_call(r, rules[0]);
+    return text_without(r, &tag, 1);
 }
 
 struct caller {
@@ -237,14 +219,14 @@ bool grammar_from_tool_calls(struct grammar **out, const json_t *tools, const st
     *out = NULL;
     rules_init(&r, e);
     schema_init(&c.s, &r);
-    c.text = text_without(&r, "</parameter>");
+    c.text = text_without_tag(&r, "</parameter>");
     int32_t any = functions(&c, tools, o->name);
     int32_t call = expr_call(&r, rules_add(&r, "call",
                                            SEQ(&r, expr_text(&r, "<tool_call>\n<function="), any,
                                                expr_text(&r, "</function>\n</tool_call>"))));
     int32_t newline = expr_text(&r, "\n");
     int32_t calls = o->only_one ? call : SEQ(&r, call, expr_repeat(&r, SEQ(&r, newline, call), 0, -1));
-    int32_t before = o->is_optional ? text_without(&r, "<tool_call>") : expr_repeat(&r, newline, 0, 2);
+    int32_t before = o->is_optional ? text_without_tag(&r, "<tool_call>") : expr_repeat(&r, newline, 0, 2);
     int32_t all = SEQ(&r, before, o->is_optional ? OPTIONAL(&r, calls) : calls);
     bool ok = rules_compile(out, &r, rules_add(&r, "tool calls", all));
     schema_deinit(&c.s);

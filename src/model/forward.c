@@ -200,7 +200,8 @@ static bool are_first(const int64_t *index, int64_t n)
 
 struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
 {
-    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n), logits = mat_rows(s->logits, n);
+    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n),
+               logits = mat_rows(s->logits, n);
     assert(n <= s->logits_max);
     if (chosen.data != hidden.data) s->op->gather(s->q, chosen, hidden, index);
     s->op->matmul(s->q, logits, chosen, s->model->head);

@@ -101,11 +101,11 @@ static inline bool draw_allows(const uint32_t *allowed, int64_t id)
 }
 
 /* What a request does to one logit: bias, then its penalties. */
-struct edit {
+struct logit_edit {
     int32_t row, column;
     float bias, repetition, minus; /* added; divides what is above 0 and multiplies what is not; subtracted */
 };
-DRAW_BOTH static inline float edit_apply(float x, const struct edit *e)
+DRAW_BOTH static inline float edit_apply(float x, const struct logit_edit *e)
 {
     x += e->bias;
     x = x > 0 ? x / e->repetition : x * e->repetition;

@@ -46,8 +46,8 @@ static void see_tokens(struct connection *c, const struct exchange_account *a, d
 void account_tokens(struct connection *c, double now, bool says)
 {
     struct exchange_account a = { 0 };
-    if (!c->exchange || !generates(c)) return;
     if (!says && c->seen_tokens > 0 && now - c->seen_at < LOOK_SECONDS) return;
+    if (!c->exchange || !generates(c)) return;
     exchange_account(c->exchange, &a);
     see_tokens(c, &a, now);
 }
@@ -96,6 +96,8 @@ static json_t *line_of(const struct connection *c, int status, double now)
                              trace_of(&c->request), "method", c->route ? c->route->method : "", "path",
                              c->route ? c->route->path : "", "status", status, "seconds",
                              c->begun > 0 ? now - c->begun : 0.0, "sent_bytes", (json_int_t)c->sent_bytes);
+    const char *session = c->exchange ? exchange_session_id(c->exchange) : NULL;
+    if (session) json_object_set_new(line, "session", json_string(session));
     if (c->caller.owner) {
         snprintf(owner, sizeof owner, "%016llx", (unsigned long long)c->caller.owner);
         json_object_set_new(line, "key", json_string(owner));
@@ -118,6 +120,7 @@ void account_request(struct connection *c, bool aborted)
         if (counts) {
             see_prompt(c, &a);
             metrics_take_request(&s->metrics, &a, now - c->begun);
+            if (!aborted) limits_observe(s, a.usage.prefill_seconds + a.usage.decode_seconds);
         }
     }
     count_route(s, c, status);

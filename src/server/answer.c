@@ -135,13 +135,16 @@ static bool refuse_route(struct connection *c, const char *path, bool exists)
 static bool check_state(struct connection *c)
 {
     struct server *s = c->server;
+    char message[LIMITS_MESSAGE], extra[40];
     if (c->route->kind != ROUTE_API) return true;
     if (s->draining) return refuse(c, 503, "Retry-After: 5\r\n", "the server is shutting down");
     if (!s->api)
         return refuse(c, 503, "Retry-After: 2\r\n",
                       "the model is still being loaded; GET /ready says how far");
     if (s->stats.failed) return refuse(c, 503, NULL, "the device is lost; the server must be started again");
-    return true;
+    if (limits_allow_request(c, message)) return true;
+    snprintf(extra, sizeof extra, "Retry-After: %d\r\n", limits_retry_after(s));
+    return refuse(c, 429, extra, message);
 }
 
 bool answer_admit(struct connection *c)

@@ -164,7 +164,8 @@ void api_free(struct api *a)
 bool api_route_reads_body(enum api_route route)
 {
     return route != API_MODELS && route != API_MODEL && route != API_TOKENIZER_INFO &&
-           route != API_RESPONSE && route != API_RESPONSE_DELETE && route != API_RESPONSE_CANCEL;
+           route != API_RESPONSE && route != API_RESPONSE_DELETE && route != API_RESPONSE_CANCEL &&
+           route != API_SERVER_INFO;
 }
 
 bool api_route_begin(struct exchange *x, const char *argument)
@@ -183,6 +184,7 @@ bool api_route_begin(struct exchange *x, const char *argument)
     case API_TOKENIZER_INFO: return api_tokenizer_info(x);
     case API_CHAT_RENDER:
     case API_COMPLETIONS_RENDER: return api_render(x);
+    case API_SERVER_INFO: return api_server_info(x);
     case API_MODELS: return api_models(x, NULL);
     case API_MODEL: return api_models(x, argument ? argument : "");
     default: return fault_status(&x->fault, 404, NULL, "there is no such route");

@@ -39,9 +39,6 @@ enum api_route {
     API_CHAT_COMPLETIONS,
     API_COMPLETIONS,
     API_RESPONSES,
-    API_RESPONSE, /* argument: the id; these three */
-    API_RESPONSE_DELETE,
-    API_RESPONSE_CANCEL,
     API_MESSAGES,
     API_COUNT_TOKENS,
     API_TOKENIZE,
@@ -50,7 +47,11 @@ enum api_route {
     API_CHAT_RENDER,
     API_COMPLETIONS_RENDER,
     API_MODELS,
-    API_MODEL /* argument: the id */
+    API_MODEL,    /* argument: the id */
+    API_RESPONSE, /* the same, of one that is kept */
+    API_RESPONSE_DELETE,
+    API_RESPONSE_CANCEL, /* argument: "ID/cancel" */
+    API_SERVER_INFO
 };
 
 struct api_caller {
@@ -67,9 +68,12 @@ struct exchange *exchange_create(struct api *a, enum api_route route, const char
                                  size_t bytes, const struct api_caller *caller);
 void exchange_free(struct exchange *x); /* cancels what runs; NULL is fine */
 
-int exchange_status(const struct exchange *x);      /* HTTP status; 0: not known yet, pump again later */
-bool exchange_is_stream(const struct exchange *x);  /* text/event-stream instead of application/json */
-int exchange_retry_after(const struct exchange *x); /* seconds; 0: no such header */
+int exchange_status(const struct exchange *x);     /* HTTP status; 0: not known yet, pump again later */
+bool exchange_is_stream(const struct exchange *x); /* text/event-stream instead of application/json */
+/* The one that the body asked for; NULL: none. */
+const char *exchange_request_id(const struct exchange *x);
+const char *exchange_session_id(const struct exchange *x); /* likewise */
+int exchange_retry_after(const struct exchange *x);        /* seconds; 0: no such header */
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);

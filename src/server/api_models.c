@@ -1,4 +1,4 @@
-/* /v1/models and /v1/models/ID. */
+/* /v1/models, /v1/models/ID and /server_info. */
 #include "server/api_routes.h"
 #include <string.h>
 
@@ -56,5 +56,24 @@ bool api_models(struct exchange *x, const char *id)
     for (int i = 0; i < a->o.n_served_names; i++) write_model(x, a->o.served_names[i]);
     json_out_close(&x->out, ']');
     json_out_close(&x->out, '}');
+    return exchange_answered(x);
+}
+
+/* What requests may ask for here. No paths, no keys. */
+bool api_server_info(struct exchange *x)
+{
+    const struct api_options *o = &x->api->o;
+    struct json_out *out = &x->out;
+    json_out_open(out, '{');
+    json_out_key_text(out, "model", o->served_names[0]);
+    json_out_key_int(out, "max_model_len", o->max_model_len);
+    json_out_key_int(out, "vocab_size", x->api->n_vocab);
+    json_out_key_int(out, "max_n", o->max_n ? o->max_n : 16);
+    json_out_key_int(out, "max_images", o->config->has_vision ? o->max_images ? o->max_images : 16 : 0);
+    json_out_key_bool(out, "images_by_url", o->n_media_hosts > 0);
+    json_out_key_bool(out, "strict_params", o->strict_params);
+    json_out_key_int(out, "response_store_bytes", (int64_t)o->store_bytes);
+    write_defaults(x);
+    json_out_close(out, '}');
     return exchange_answered(x);
 }

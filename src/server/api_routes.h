@@ -27,6 +27,7 @@ bool api_detokenize(struct exchange *x);
 bool api_tokenizer_info(struct exchange *x);
 bool api_render(struct exchange *x);
 bool api_models(struct exchange *x, const char *id); /* NULL: all */
+bool api_server_info(struct exchange *x);
 
 /* x->out holds the answer. */
 bool exchange_answered(struct exchange *x);

@@ -133,9 +133,11 @@ static void send_head(struct connection *c, int status, const char *type, const 
     else if (c->request.version == 1)
         evbuffer_add_printf(out, "Transfer-Encoding: chunked\r\n");
     if (bytes < 0) evbuffer_add_printf(out, "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n");
+    const char *session = c->exchange ? exchange_session_id(c->exchange) : NULL;
     if (c->request_id[0]) evbuffer_add_printf(out, "X-Request-Id: %s\r\n", c->request_id);
+    if (session) evbuffer_add_printf(out, "X-Session-Id: %s\r\n", session);
     if (c->exchange && exchange_retry_after(c->exchange))
-        evbuffer_add_printf(out, "Retry-After: %d\r\n", exchange_retry_after(c->exchange));
+        evbuffer_add_printf(out, "Retry-After: %d\r\n", limits_retry_after(c->server));
     answer_cors(c, out);
     if (extra) evbuffer_add_printf(out, "%s", extra);
     if (!c->request.keep_alive) evbuffer_add_printf(out, "Connection: close\r\n");
@@ -237,7 +239,7 @@ static void pump(struct connection *c)
 {
     size_t n = 0;
     bool done = false;
-    if (unread(c) > OUTPUT_MOST) return;
+    if (c->unread_since > 0 && unread(c) > OUTPUT_MOST) return;
     const char *bytes = exchange_pump(c->exchange, &n, &done);
     account_tokens(c, clock_seconds(), n > 0);
     if (exchange_status(c->exchange) == 0) return;
@@ -257,16 +259,16 @@ double connection_pump(struct connection *c)
     return 0;
 }
 
-void connection_abort(struct connection *c)
+void connection_abort(struct connection *c, int status, const char *message)
 {
     account_request(c, true);
     if (!c->head_sent) {
         end_exchange(c);
         c->refused = true;
-        connection_error(c, 503, "Retry-After: 1\r\n", "the server is shutting down");
+        connection_error(c, status, status == 503 ? "Retry-After: 1\r\n" : NULL, message);
         return;
     }
-    char *error = api_error(c->route->api, 503, "overloaded_error", NULL, "the server is shutting down");
+    char *error = api_error(c->route->api, status, status == 503 ? "overloaded_error" : NULL, NULL, message);
     if (c->route->api == API_MESSAGES) send_chunk(c, "event: error\n", 13);
     send_chunk(c, "data: ", 6);
     send_chunk(c, error ? error : "{}", error ? strlen(error) : 2);
@@ -318,14 +320,21 @@ static void dispatch(struct connection *c)
 
 void connection_take(struct connection *c, struct exchange *x)
 {
+    char message[LIMITS_MESSAGE] = "out of memory", extra[40];
+    int status = 503;
     c->job = NULL;
     c->exchange = x;
-    if (x) {
+    const char *id = x ? exchange_request_id(x) : NULL;
+    if (id) snprintf(c->request_id, sizeof c->request_id, "%s", id);
+    if (x && limits_allow_tokens(c, &status, message)) {
         connection_pump(c);
         return;
     }
+    snprintf(extra, sizeof extra, "Retry-After: %d\r\n", limits_retry_after(c->server));
+    exchange_free(x);
+    c->exchange = NULL;
     c->server->n_exchanges--;
-    connection_error(c, 503, "Retry-After: 1\r\n", "out of memory");
+    connection_error(c, status, extra, message);
     advance(c);
 }
 
@@ -572,6 +581,11 @@ void connection_tick(struct connection *c, double now)
     }
     if (most > 0 && now - c->since > most) {
         time_out(c);
+        return;
+    }
+    if (limits_expired(c, now)) {
+        c->server->metrics.expired++;
+        connection_abort(c, 504, "the answer took longer than a request may (--request-timeout)");
         return;
     }
     if (c->exchange && c->streams && c->head_sent && now - c->heard >= c->server->o.comment_seconds &&

@@ -42,7 +42,7 @@ bool grammar_share_is_stuck(const struct grammar_share *g)
 
 /* What the fields ask for, before it is compiled. */
 struct wish {
-    enum { WISH_NONE, WISH_OBJECT, WISH_SCHEMA, WISH_REGEX, WISH_CHOICE, WISH_EBNF } kind;
+    enum { WISH_NONE, WISH_OBJECT, WISH_SCHEMA, WISH_REGEX, WISH_CHOICE, WISH_EBNF, WISH_TAG } kind;
     const json_t *value;
     char param[80];
 };
@@ -75,8 +75,10 @@ static bool read_response_format(struct wish *w, const json_t *body, struct faul
             return fields_wrong(f, "response_format.json_schema.schema", "a JSON schema", schema);
         return wish(w, WISH_SCHEMA, schema, "response_format.json_schema.schema", f);
     }
+    if (strcmp(type, "structural_tag") == 0) return wish(w, WISH_TAG, format, "response_format", f);
     return fault_set(f, "response_format.type",
-                     "response_format.type: expected text, json_object or json_schema, found \"%.40s\"",
+                     "response_format.type: expected text, json_object, json_schema or structural_tag, found "
+                     "\"%.40s\"",
                      type);
 }
 
@@ -93,7 +95,7 @@ static bool read_structured_outputs(struct wish *w, const json_t *body, struct f
            wish(w, WISH_REGEX, json_object_get(o, "regex"), "structured_outputs.regex", f) &&
            wish(w, WISH_CHOICE, json_object_get(o, "choice"), "structured_outputs.choice", f) &&
            wish(w, WISH_EBNF, json_object_get(o, "grammar"), "structured_outputs.grammar", f) &&
-           fields_refuse(&inside, "structural_tag", "use json, regex, choice or grammar");
+           wish(w, WISH_TAG, json_object_get(o, "structural_tag"), "structured_outputs.structural_tag", f);
 }
 
 static bool read_guided(struct wish *w, const json_t *body, struct fault *f)
@@ -104,13 +106,14 @@ static bool read_guided(struct wish *w, const json_t *body, struct fault *f)
            wish(w, WISH_EBNF, json_object_get(body, "guided_grammar"), "guided_grammar", f);
 }
 
-/* A schema may come as a text that holds it. */
-static bool compile_schema(struct grammar **out, const struct wish *w, struct err *e)
+/* A schema, and a structural tag, may come as a text that holds it. */
+static bool compile_json(struct grammar **out, const struct wish *w,
+                         bool (*from)(struct grammar **, const json_t *, struct err *), struct err *e)
 {
     json_t *parsed;
-    if (!json_is_string(w->value)) return grammar_from_schema(out, w->value, e);
+    if (!json_is_string(w->value)) return from(out, w->value, e);
     if (!doc_parse(&parsed, json_string_value(w->value), json_string_length(w->value), e)) return false;
-    bool ok = grammar_from_schema(out, parsed, e);
+    bool ok = from(out, parsed, e);
     json_decref(parsed);
     return ok;
 }
@@ -134,7 +137,8 @@ static bool compile_choices(struct grammar **out, const struct wish *w, struct e
 static bool compile(struct grammar **out, const struct wish *w, struct err *e)
 {
     if (w->kind == WISH_OBJECT) return grammar_from_json_object(out, e);
-    if (w->kind == WISH_SCHEMA) return compile_schema(out, w, e);
+    if (w->kind == WISH_SCHEMA) return compile_json(out, w, grammar_from_schema, e);
+    if (w->kind == WISH_TAG) return compile_json(out, w, grammar_from_structural_tag, e);
     if (w->kind == WISH_CHOICE) return compile_choices(out, w, e);
     if (!json_is_string(w->value)) return err_set(e, ERR_ARGUMENT, "expected a string");
     const char *text = json_string_value(w->value);

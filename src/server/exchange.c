@@ -18,7 +18,7 @@ enum {
 
 /* Between two events of a stream's text: nobody reads faster, and each event costs packets and wake-ups on
  * both sides. */
-static const double EVENT_SECONDS = 0.02;
+static const double EVENT_SECONDS = 0.04;
 
 void exchange_event(struct exchange *x, const char *name)
 {
@@ -368,6 +368,28 @@ bool exchange_start(struct exchange *x)
     return true;
 }
 
+/* An id of the client's choice in the body, as vLLM takes them: what a header and a log can hold. */
+static bool take_id(char out[EXCHANGE_ID_MAX], struct exchange *x, const char *key, bool *given)
+{
+    static const char fine[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:";
+    const struct fields in = { x->body, "", &x->fault };
+    const char *id = NULL;
+    if (!fields_text(&in, key, &id) || !id) return !x->fault.status;
+    size_t n = strlen(id);
+    if (n == 0 || n >= EXCHANGE_ID_MAX || id[strspn(id, fine)])
+        return fault_set(&x->fault, key, "%s: expected 1 to %d letters, digits or . _ - :", key,
+                         EXCHANGE_ID_MAX - 1);
+    memcpy(out, id, n + 1);
+    *given = true;
+    return true;
+}
+
+static bool take_ids(struct exchange *x)
+{
+    return take_id(x->request_id, x, "request_id", &x->chose_id) &&
+           take_id(x->session_id, x, "session_id", &x->has_session);
+}
+
 struct exchange *exchange_create(struct api *a, enum api_route route, const char *argument, const char *body,
                                  size_t bytes, const struct api_caller *caller)
 {
@@ -381,7 +403,8 @@ struct exchange *exchange_create(struct api *a, enum api_route route, const char
     memcpy(x->salt, caller->salt, sizeof x->salt);
     snprintf(x->request_id, sizeof x->request_id, "%s", caller->request_id ? caller->request_id : "0");
     x->model = a->o.served_names[0];
-    if (!(api_route_reads_body(route) ? body_parse(&x->body, route, a, body, bytes, &x->fault) : true) ||
+    if (!(api_route_reads_body(route) ? body_parse(&x->body, route, a, body, bytes, &x->fault) && take_ids(x)
+                                      : true) ||
         !api_route_begin(x, argument))
         fail(x);
     return x;
@@ -416,6 +439,16 @@ int exchange_status(const struct exchange *x)
 bool exchange_is_stream(const struct exchange *x)
 {
     return x->params.stream;
+}
+
+const char *exchange_request_id(const struct exchange *x)
+{
+    return x->chose_id ? x->request_id : NULL;
+}
+
+const char *exchange_session_id(const struct exchange *x)
+{
+    return x->has_session ? x->session_id : NULL;
 }
 
 int exchange_retry_after(const struct exchange *x)

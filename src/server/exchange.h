@@ -31,14 +31,17 @@ struct pending {
     int64_t offset; /* of the next token in the text, in characters */
 };
 
+enum { EXCHANGE_ID_MAX = 80 };
+
 struct exchange {
     struct api *api;
     enum api_route route;
     const struct shape *shape;
-    char request_id[80];
-    const char *model; /* as asked for, or the first served */
-    int64_t created;   /* seconds since 1970 */
-    double began, now; /* clock_seconds: when it was made, and of this pump */
+    char request_id[EXCHANGE_ID_MAX], session_id[EXCHANGE_ID_MAX];
+    bool chose_id, has_session; /* the body gave them */
+    const char *model;          /* as asked for, or the first served */
+    int64_t created;            /* seconds since 1970 */
+    double began, now;          /* clock_seconds: when it was made, and of this pump */
     uint64_t owner;
     uint8_t salt[32];
     json_t *body, *chat; /* chat: the body in the form of chat completions; may be the same */

@@ -315,7 +315,7 @@ static bool join_chunks(struct fetched *r, size_t most, struct err *e)
     enum http_state state = HTTP_NEEDS_MORE;
     while (state == HTTP_NEEDS_MORE && at < r->n) {
         state = http_chunks_read(&c, r->data + at, r->n - at, &taken, &part, &n, &limits, &fault);
-        memmove(r->data + to, part, n);
+        if (n) memmove(r->data + to, part, n);
         to += n;
         at += taken;
         if (taken == 0) break;

@@ -336,6 +336,7 @@ const char *http_reason(int status)
         { 500, "Internal Server Error" },
         { 501, "Not Implemented" },
         { 503, "Service Unavailable" },
+        { 504, "Gateway Timeout" },
         { 505, "HTTP Version Not Supported" },
     };
     for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)

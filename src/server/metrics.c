@@ -157,6 +157,8 @@ static void put_cache(const struct writer *w, const struct scheduler_stats *s)
     put(w, "vllm:prefix_cache_queries_total", "counter", asked,
         "Prompt tokens looked up in the prefix cache");
     put(w, "vllm:prefix_cache_hits_total", "counter", found, "Prompt tokens found in the prefix cache");
+    put(w, "quench:prefix_cache_disk_hits_total", "counter", (double)s->disk_hits,
+        "Of these, tokens whose state was read from a file");
     put(w, "vllm:gpu_prefix_cache_queries_total", "counter", asked, "The same under its older name");
     put(w, "vllm:gpu_prefix_cache_hits_total", "counter", found, "The same under its older name");
     char label[96];
@@ -250,6 +252,8 @@ static void put_server(const struct writer *w, const struct metrics *m, const st
     put(w, "quench:slow_readers_total", "counter", (double)m->slow_readers,
         "Answers stopped because the client reads too slowly");
     put(w, "quench:timeouts_total", "counter", (double)m->timeouts, "Requests that took too long to arrive");
+    put(w, "quench:expired_total", "counter", (double)m->expired,
+        "Answers stopped because they took longer than --request-timeout");
     put(w, "quench:unauthorized_total", "counter", (double)m->unauthorized, "Requests without a valid key");
     put(w, "quench:rejected_total", "counter", (double)m->rejected, "Requests answered 429 or 503");
 }

@@ -29,6 +29,7 @@ struct metrics {
     uint64_t finished[METRICS_FINISHES], prompt_tokens_total, generation_tokens_total;
     uint64_t accepted_connections, refused_connections; /* over the limit */
     uint64_t disconnects, slow_readers, timeouts;       /* answers cut: client gone, reads too slowly, ... */
+    uint64_t expired;                                   /* answers cut: they took too long */
     uint64_t unauthorized, rejected;                    /* 401; 429 and 503 */
     uint64_t steps_seen, rows_seen;
 };

@@ -25,6 +25,7 @@ static const struct route routes[] = {
     { "/ready", "GET", ROUTE_READY, API_MODELS, true, NULL },
     { "/metrics", "GET", ROUTE_METRICS, API_MODELS, false, NULL },
     { "/version", "GET", ROUTE_VERSION, API_MODELS, false, NULL },
+    { "/server_info", "GET", ROUTE_API, API_SERVER_INFO, false, NULL },
     { "/load", "GET", ROUTE_LOAD, API_MODELS, false, NULL },
     { "/", "GET", ROUTE_PAGE, API_MODELS, true, NULL },
     { "/v1/embeddings", "POST", ROUTE_ABSENT, API_MODELS, false, NOT_THIS_MODEL "embeddings" },

@@ -21,7 +21,8 @@ static const struct timeval TICK = { 0, 250000 };
 enum { BACKLOG = 1024, SPARE_DESCRIPTORS = 64 };
 /* Once nothing runs any more, requests that are half here are still waited for so long. */
 static const double LAST_SECONDS = 1;
-/* Between two looks at the scheduler's news: where steps are shorter, several of them make one wake-up. */
+/* Between two looks at the scheduler's news while nobody waits for a first token: where steps are shorter,
+ * several of them make one wake-up. */
 static const double LOOK_SECONDS = 1e-3;
 
 static void say(struct server *s, const char *text)
@@ -87,7 +88,7 @@ static void abort_all(struct server *s)
     for (struct connection *c = s->connections; c; c = c->next)
         if (connection_is_answering(c)) {
             s->clean = false;
-            connection_abort(c);
+            connection_abort(c, 503, "the server is shutting down");
         }
 }
 
@@ -166,6 +167,7 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 static void pump_all(struct server *s)
 {
     double due = 0, now;
+    bool awaited = false;
     if (!s->scheduler) return;
     scheduler_stats(s->scheduler, &s->stats);
     metrics_take_steps(&s->metrics, &s->stats);
@@ -173,8 +175,10 @@ static void pump_all(struct server *s)
         next = c->next;
         double at = connection_pump(c);
         if (at > 0 && (due == 0 || at < due)) due = at;
+        awaited = awaited || (c->exchange && c->seen_tokens == 0);
     }
     now = clock_seconds();
+    atomic_store(&s->looked, awaited ? 0 : now);
     if (due > 0 && !event_pending(s->due, EV_TIMEOUT, NULL)) {
         struct timeval after = { 0, due > now ? (suseconds_t)(1e6 * (due - now)) : 0 };
         event_add(s->due, &after);
@@ -190,7 +194,6 @@ static void on_wake(evutil_socket_t fd, short what, void *ctx)
     uint64_t times;
     (void)!read(fd, &times, sizeof times);
     atomic_store(&s->wake_is_set, false);
-    atomic_store(&s->looked, clock_seconds());
     pump_all(s);
 }
 
@@ -209,6 +212,7 @@ static void on_made(evutil_socket_t fd, short what, void *ctx)
         if (!job->connection) continue;
         struct exchange *x = job->exchange;
         job->exchange = NULL;
+        atomic_store(&s->looked, 0);
         connection_take(job->connection, x);
     }
     if (s->draining) check_drain(s, clock_seconds());

@@ -33,6 +33,10 @@ struct server_options {
     double comment_seconds;  /* 10: of silence in a stream */
     double stall_seconds;    /* 60: without a step while requests wait, then not ready */
     double shutdown_seconds; /* 30; < 0: none */
+    double request_seconds;  /* from a request to its answer's end; 0: any */
+    /* of an API key; without keys all clients count as one; 0: any */
+    int64_t max_key_requests;                  /* under way */
+    int64_t max_key_tokens, max_queued_tokens; /* of prompts that wait: of a key, of all */
 
     const char *request_log; /* "-": standard output; NULL: none */
     const char *model_name, *version;

@@ -3,6 +3,7 @@
 #ifndef SERVER_SERVER_STRUCT_H
 #define SERVER_SERVER_STRUCT_H
 #include "server/keys.h"
+#include "server/limits.h"
 #include "server/log.h"
 #include "server/metrics.h"
 #include "server/routes.h"
@@ -72,7 +73,7 @@ struct server {
     struct event *due; /* text of a stream waits no longer */
     int wake_timer;    /* fires once the scheduler has news; -1: not opened */
     atomic_bool wake_is_set;
-    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news */
+    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news; 0: look at once */
     struct evconnlistener *listener;
     pthread_t thread;
     bool thread_runs, clean;
@@ -98,6 +99,7 @@ struct server {
     size_t body_bytes; /* held by all connections */
     uint64_t n_requests;
     char id_prefix[17];
+    double turn_seconds; /* of late, between two requests' ends while others wait; 0: not known */
     bool draining, stopping;
     double drain_since, answered_since; /* when no exchange was left */
     bool is_open_to_all;                /* others than this machine can connect */
@@ -112,7 +114,8 @@ void connection_take(struct connection *c,
 /* The exchange has news, or there is room for it. Returns exchange_due. */
 double connection_pump(struct connection *c);
 void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
-void connection_abort(struct connection *c);            /* the server ends: an error in place of the rest */
+/* An error in place of what is not sent yet: nothing more is made for this request. */
+void connection_abort(struct connection *c, int status, const char *message);
 bool connection_is_idle(const struct connection *c);
 bool connection_is_quiet(const struct connection *c); /* nothing to read or to send */
 

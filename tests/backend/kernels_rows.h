@@ -119,7 +119,7 @@ static void draw_case(int64_t n, int64_t cols)
     int64_t words = (cols + 31) / 32, n_edits = 0;
     int32_t *want = malloc((size_t)n * sizeof *want), *got = malloc((size_t)n * sizeof *got);
     uint32_t *allowed = take((size_t)words * sizeof *allowed), *mask = malloc((size_t)words * sizeof *mask);
-    struct edit *edits = malloc((size_t)(n * cols) * sizeof *edits);
+    struct logit_edit *edits = malloc((size_t)(n * cols) * sizeof *edits);
     for (int64_t i = 0; i < words; i++) allowed[i] = random_u32() | random_u32() | random_u32();
     for (int64_t i = 0; i < words; i++) mask[i] = random_u32() | random_u32();
     for (int64_t r = 0; r < n; r++) {
@@ -127,8 +127,8 @@ static void draw_case(int64_t n, int64_t cols)
         draws[r] = random_draw();
         for (int64_t c = random_below(4); c < cols; c += 1 + random_below(40))
             edits[n_edits++] =
-                (struct edit){ (int32_t)r, (int32_t)c, random_below(9) ? random_normal() : -INFINITY,
-                               random_below(2) ? 1 : 1.3f, random_below(2) ? 0 : 0.7f };
+                (struct logit_edit){ (int32_t)r, (int32_t)c, random_below(9) ? random_normal() : -INFINITY,
+                                     random_below(2) ? 1 : 1.3f, random_below(2) ? 0 : 0.7f };
     }
     for (int edited = 0; edited < 2; edited++) {
         struct guarded changed = copy_of(&x);

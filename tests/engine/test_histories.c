@@ -1,12 +1,13 @@
 /* Conversations that go from A to B and back to A, with branches, edits, pictures and tools, by a scheduler
- * that keeps prefixes, without drafts and with two a round, against the same prompts one at a time and cold:
- * tokens, scores and every row of logits to the bit.
- * usage: test_histories [COUNT [SEED]] */
+ * that keeps prefixes, at times in files over a restart, without drafts and with two a round, against the
+ * same prompts one at a time and cold: tokens, scores and every row of logits to the bit. usage:
+ * test_histories [COUNT [SEED]] */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include "base/file.h"
 #include "engine/sequence.h"
 #include "support/requests.h"
 #include <stdio.h>
@@ -193,20 +194,40 @@ static const char *const names[] = { "no drafts", "2 drafts" };
 struct run {
     struct service services[SERVICES];
     struct answer *answers[SERVICES]; /* [LANES] */
-    int64_t blocks, turns, rows_asked, rows_found, drafted, accepted, preempted;
+    struct engine_options engine;
+    struct scheduler_options scheduler;
+    char folder[64], folders[2][80]; /* of files */
+    bool has_files;
+    int64_t blocks, turns, rows_asked, rows_found, rows_read, drafted, accepted, preempted;
 };
+
+static void no_warning(void *ctx, const char *text)
+{
+    (void)ctx;
+    fail_msg("%s", text);
+}
+
+static void choose(struct run *r)
+{
+    static const int32_t turn_end[] = { IM_END, NEWLINE };
+    r->scheduler = (struct scheduler_options){ .turn_end = turn_end,
+                                               .n_turn_end = 2,
+                                               .interval = 64 * (1 + random_below(4)),
+                                               .step_tokens = 110 + random_below(300) };
+    r->engine = (struct engine_options){ .sequences = LANES,
+                                         .snapshots = 2 + (int)random_below(12),
+                                         .pages = 13 + random_below(40) };
+    r->has_files = (r->blocks + 1) / 2 % 2;
+    r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
+    r->scheduler.disk_bytes = (uint64_t)(4 + random_below(60)) << 20;
+    r->scheduler.warn = no_warning;
+    r->blocks++;
+}
 
 static void start(struct run *r)
 {
-    static const int32_t turn_end[] = { IM_END, NEWLINE };
-    struct scheduler_options o = { .turn_end = turn_end,
-                                   .n_turn_end = 2,
-                                   .interval = 64 * (1 + random_below(4)),
-                                   .step_tokens = 110 + random_below(300) };
-    struct engine_options g = { .sequences = LANES,
-                                .snapshots = 2 + (int)random_below(12),
-                                .pages = 13 + random_below(40) };
-    o.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
+    struct engine_options g = r->engine;
+    struct scheduler_options o = r->scheduler;
     for (int i = 0; i < SERVICES; i++) {
         struct service *s = &r->services[i];
         if (i == DRAFTING) g.drafts = 2, o.fixed_drafts = r->blocks % 2 == 0;
@@ -215,11 +236,11 @@ static void start(struct run *r)
             o.step_tokens = 0;
             o.host_cache_bytes = 0;
         }
+        o.disk_folder = r->has_files && i != COLD ? r->folders[i] : NULL;
         service_start(s, &demo, g, o);
         seen[i].first = s->engine->host_logits;
         seen[i].end = seen[i].first + s->engine->logits_rows * engine_vocab(s->engine);
     }
-    r->blocks++;
 }
 
 static void stop(struct run *r)
@@ -229,6 +250,7 @@ static void stop(struct run *r)
         scheduler_stats(r->services[i].scheduler, &stats);
         r->rows_asked += stats.prefix_queries;
         r->rows_found += stats.prefix_hits;
+        r->rows_read += stats.disk_hits;
         r->drafted += stats.drafted;
         r->accepted += stats.accepted;
         r->preempted += stats.preemptions;
@@ -290,6 +312,10 @@ static void converse(struct run *r, struct talk a[LANES], struct talk b[LANES], 
     struct answer *last = calloc(LANES, sizeof *last); /* of A */
     for (int leg = 0; leg < 3; leg++) {
         struct talk *t = leg == 1 ? b : a;
+        if (leg == 2 && r->has_files) {
+            stop(r);
+            start(r);
+        }
         const struct talk *now[LANES];
         for (int turn = 0, turns = 1 + (int)random_below(2); turn < turns; turn++) {
             for (int k = 0; k < LANES; k++) {
@@ -314,19 +340,27 @@ static void from_a_to_b_and_back(void **state)
     struct talk *a = calloc(LANES, sizeof *a), *b = calloc(LANES, sizeof *b);
     for (int i = 0; i < SERVICES; i++) r.answers[i] = calloc(LANES, sizeof *r.answers[i]);
     long done = 0, block_end = 0;
+    struct err e = { 0 };
+    strcpy(r.folder, "/tmp/quench-test-histories-XXXXXX");
+    assert_non_null(mkdtemp(r.folder));
+    for (int i = 0; i < 2; i++) snprintf(r.folders[i], sizeof r.folders[i], "%s/%d", r.folder, i);
     for (; done < histories; done += LANES) {
         if (done >= block_end) {
             if (done > 0) stop(&r);
+            choose(&r);
             start(&r);
             block_end = done + BLOCK;
         }
         converse(&r, a, b, done);
     }
     stop(&r);
-    printf("note: %ld histories, %lld prompts, 0 and 2 drafts: %lld of %lld rows found, %lld of %lld drafts "
-           "right, preempted %lld times; no bit differs\n",
-           done, (long long)r.turns, (long long)r.rows_found, (long long)r.rows_asked, (long long)r.accepted,
-           (long long)r.drafted, (long long)r.preempted);
+    must(file_remove_tree(r.folder, &e), &e);
+    printf(
+        "note: %ld histories, %lld prompts, 0 and 2 drafts: %lld of %lld rows found, %lld in files, %lld of "
+        "%lld drafts right, preempted %lld times; no bit differs\n",
+        done, (long long)r.turns, (long long)r.rows_found, (long long)r.rows_asked, (long long)r.rows_read,
+        (long long)r.accepted, (long long)r.drafted, (long long)r.preempted);
+    assert_true(r.rows_read > 0);
     assert_true(r.rows_found * 5 > r.rows_asked);
     assert_true(r.accepted * 3 > r.turns);
     for (int i = 0; i < SERVICES; i++) free(r.answers[i]);

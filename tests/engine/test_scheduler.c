@@ -591,6 +591,73 @@ static void turns(void **state)
     service_stop(&f);
 }
 
+/* Rows of steps, by looking at what is embedded. */
+static int64_t most_rows;
+static void (*real_embed)(struct queue *q, struct mat y, const struct weight *table,
+                          const struct step_rows *rows);
+static void counting_embed(struct queue *q, struct mat y, const struct weight *table,
+                           const struct step_rows *rows)
+{
+    if (rows->n > most_rows) most_rows = rows->n;
+    real_embed(q, y, table, rows);
+}
+
+/* A request that comes when another one's answer has four tokens. */
+struct arriving {
+    struct constraint c;
+    int n;
+    struct answer *a;
+    struct service *f;
+    const struct request_options *o;
+};
+
+static bool arrive(void *state, int32_t id)
+{
+    struct arriving *x = state;
+    (void)id;
+    if (++x->n != 4) return true;
+    most_rows = 0;
+    answer_submit(x->a, x->f, x->o);
+    return true;
+}
+
+/* Beside a stream a prompt comes in pieces as large as the time between two tokens allows. */
+static void prompts_come_in_pieces_beside_a_stream(void **state)
+{
+    (void)state;
+    enum { LONG = 900 };
+    struct ops counting = *demo.loaded.backend.ops;
+    const struct ops *whole = demo.loaded.backend.ops;
+    real_embed = counting.embed;
+    counting.embed = counting_embed;
+    demo.loaded.backend.ops = &counting;
+    struct token_list t = demo_encode(&demo, text);
+    int32_t *ids = malloc(LONG * sizeof *ids);
+    for (int i = 0; i < LONG; i++) ids[i] = t.ids[i % (int)t.n];
+    for (int patient = 0; patient < 2; patient++) {
+        struct service f;
+        struct answer first, stream, late;
+        service_start(&f, &demo, (struct engine_options){ .step_rows = 1000 },
+                      (struct scheduler_options){ .decode_seconds = patient ? 1000 : 1e-6 });
+        struct request_options o = answer_options(ids, LONG, 1), s = answer_options(t.ids, 20, 60);
+        answer_ask(&first, &f, &o); /* tells what a prompt's row takes */
+        struct arriving arriving = { { &arriving, mask_nothing, arrive, NULL }, 0, &late, &f, &o };
+        s.constraint = &arriving.c;
+        answer_ask(&stream, &f, &s);
+        answer_finish_all(&late, 1, &f);
+        answer_same(&demo, &late, &first, "beside a stream");
+        if (patient)
+            assert_int_equal(most_rows, LONG + 1);
+        else
+            assert_in_range(most_rows, 2,
+                            97); /* the least that a prompt may be divided into, and the stream's */
+        service_stop(&f);
+    }
+    demo.loaded.backend.ops = whole;
+    free(ids);
+    free(t.ids);
+}
+
 /* Four at once that begin alike: one of them computes what they share. */
 static void what_is_shared_is_computed_once(void **state)
 {
@@ -652,6 +719,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_lost_backend_ends_every_request),
         cmocka_unit_test(preempted_ones_go_on_with_the_same_bits),
         cmocka_unit_test(turns),
+        cmocka_unit_test(prompts_come_in_pieces_beside_a_stream),
         cmocka_unit_test(what_is_shared_is_computed_once),
     };
     return cmocka_run_group_tests(tests, load, unload);

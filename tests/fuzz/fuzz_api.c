@@ -34,7 +34,9 @@ static void set_up(void)
                                    .served_names = names,
                                    .n_served_names = 1,
                                    .max_model_len = 512,
-                                   .max_n = 4 };
+                                   .max_n = 4,
+                                   .store_bytes = 1 << 16,
+                                   .store_seconds = 1e6 };
     require(api_create(&api, &o, &e));
 }
 
@@ -87,7 +89,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     if (bytes < 2) return 0;
     script(data[1]);
     scheduler.piece = data[1] >> 6;
-    struct exchange *x = exchange_create(api, (enum api_route)(data[0] % (API_MODEL + 1)), "demo",
+    struct exchange *x = exchange_create(api, (enum api_route)(data[0] % (API_SERVER_INFO + 1)), "demo",
                                          (const char *)data + 2, bytes - 2, &caller);
     require(x);
     for (int i = 0; !done; i++) {

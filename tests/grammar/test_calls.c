@@ -247,10 +247,103 @@ static void test_types(void **state)
     grammar_free(g);
 }
 
+static bool tag_grammar(struct grammar **out, const char *text, struct err *e)
+{
+    json_t *tag = json_loads(text, 0, NULL);
+    assert_non_null(tag);
+    *e = (struct err){ 0 };
+    bool ok = grammar_from_structural_tag(out, tag, e);
+    json_decref(tag);
+    return ok;
+}
+
+#define SCHEMA                                                                                               \
+    "\"schema\":{\"type\":\"object\",\"properties\":{\"x\":{\"type\":\"integer\"}},\"required\":[\"x\"]}"
+
+static void test_structural_tags(void **state)
+{
+    (void)state;
+    static const char tag[] =
+        "{\"type\":\"structural_tag\",\"triggers\":[\"<f=\",\"[[\"],\"structures\":[{\"begin\":\"<f=a>"
+        "\"," SCHEMA
+        ",\"end\":\"</f>\"},{\"begin\":\"<f=b>\",\"schema\":true,\"end\":\"\"},{\"begin\":\"[[\"," SCHEMA
+        ",\"end\":\"]]\"}]}";
+    static const char *const yes[] = { "",
+                                       "any text < at [ all K\u00f6ln <f",
+                                       "<f=a>{\"x\": 1}</f>",
+                                       "see <f=a>{\"x\": 1}</f> and [[{\"x\": 2}]] <",
+                                       "<f=b>null<f=b>[1, 2] more",
+                                       "<<f=a>{\"x\":1}</f>",
+                                       "[<f=a>{\"x\":1}</f>[" };
+    static const char *const no[] = {
+        "<f=", "<f=c>", "text <f=a>{\"x\": \"1\"}</f>", "<f=a>{\"x\": 1}", "[[", "[[1]]", "[[["
+    };
+    static const char *const wrong[][2] = {
+        { "{}", "structures" },
+        { "{\"triggers\":[\"<\"],\"structures\":[]}", "structures" },
+        { "{\"structures\":[{}]}", "triggers" },
+        { "{\"triggers\":[1],\"structures\":[{}]}", "triggers[0]" },
+        { "{\"triggers\":[\"\"],\"structures\":[{}]}", "triggers[0]" },
+        { "{\"triggers\":[\"\u00e9\"],\"structures\":[{}]}", "not ASCII" },
+        { "{\"triggers\":[\"<f\"],\"structures\":[{\"begin\":\"<g\"," SCHEMA ",\"end\":\"\"}]}",
+          "structures[0].begin" },
+        { "{\"triggers\":[\"<f\"],\"structures\":[{\"begin\":\"<f\"," SCHEMA "}]}", "structures[0].end" },
+        { "{\"triggers\":[\"<f\"],\"structures\":[{\"begin\":\"<f\",\"end\":\"\"}]}",
+          "structures[0].schema" },
+        { "{\"triggers\":[\"<f\"],\"structures\":[{\"begin\":\"<f\",\"schema\":{\"not\":{}},\"end\":\"\"}]}",
+          "structures[0].schema" },
+        { "{\"format\":{\"type\":\"any_text\"}}", "format" },
+    };
+    struct grammar *g;
+    struct err e;
+    if (!tag_grammar(&g, tag, &e)) fail_msg("%s", e.text);
+    check_texts(g, "tags", yes, no, 7);
+    grammar_free(g);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        if (tag_grammar(&g, wrong[i][0], &e) || !strstr(e.text, wrong[i][1]))
+            fail_msg("%s: %s", wrong[i][0], e.text);
+}
+
+/* Random triggers over three letters, whose beginnings are in each other, against a plain search. */
+static void test_triggers(void **state)
+{
+    (void)state;
+    int with = 0, without = 0;
+    for (int round = 0; round < 60; round++) {
+        char tag[600], trigger[3][6], text[16];
+        struct grammar *g;
+        struct err e;
+        for (int k = 0; k < 3; k++) {
+            int n = 1 + (int)any_below(5);
+            for (int i = 0; i < n; i++) trigger[k][i] = (char)('a' + any_below(3));
+            trigger[k][n] = 0;
+        }
+        snprintf(tag, sizeof tag,
+                 "{\"triggers\":[\"%s\",\"%s\",\"%s\"],\"structures\":[{\"begin\":\"%s\",\"schema\":{"
+                 "\"const\":7},\"end\":"
+                 "\"!\"}]}",
+                 trigger[0], trigger[1], trigger[2], trigger[0]);
+        if (!tag_grammar(&g, tag, &e)) fail_msg("%s", e.text);
+        for (int i = 0; i < 60; i++) {
+            int n = (int)any_below(12);
+            for (int k = 0; k < n; k++) text[k] = (char)('a' + any_below(4));
+            text[n] = 0;
+            bool found = strstr(text, trigger[0]) || strstr(text, trigger[1]) || strstr(text, trigger[2]);
+            if (accepts(g, text) == found) fail_msg("%s: %s", tag, text);
+            with += found;
+            without += !found;
+        }
+        grammar_free(g);
+    }
+    assert_true(with > 500 && without > 500);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_texts), cmocka_unit_test(test_walks),
-                                        cmocka_unit_test(test_masks), cmocka_unit_test(test_messages),
-                                        cmocka_unit_test(test_types) };
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_texts),    cmocka_unit_test(test_walks), cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_messages), cmocka_unit_test(test_types), cmocka_unit_test(test_structural_tags),
+        cmocka_unit_test(test_triggers)
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -205,6 +205,15 @@ static void check_messages(struct fixture *x, const char *body, const struct see
     json_decref(r);
 }
 
+/* A stop string may stand in a value, in a tag, or across both. */
+static void add_stop(char *body, const char *key)
+{
+    static const char *const stops[] = { "rds", "parameter", "\\n\\n", "tabs", "</", "Let", "e\\n", "k" };
+    size_t n = strlen(body) - 1;
+    assert_true(body[n] == '}');
+    sprintf(body + n, ",\"%s\":[\"%s\"]}", key, stops[below(8)]);
+}
+
 static void check_same(const struct seen *want, const struct seen *got, const char *what, const char *script)
 {
     if (strcmp(want->text, got->text) == 0 && json_equal(want->calls, got->calls) &&
@@ -253,6 +262,40 @@ static void test_pieces_add_up(void **state)
     assert_true(cut > 50);
 }
 
+static void test_stop_strings(void **state)
+{
+    struct fixture *x = *state;
+    static const char *const bodies[] = { "{" CHAT "}", "{\"stream\":true," CHAT "}",
+                                          "{\"max_tokens\":1000,\"stream\":true," MESSAGES "}" };
+    char script[2000], body[2000];
+    int cut = 0;
+    seed = 21;
+    for (int i = 0; i < 400; i++) {
+        uint64_t before;
+        random_script(script);
+        fixture_script(x, script);
+        before = seed;
+        struct seen want = { .calls = json_array() };
+        for (int k = 0; k < 3; k++) {
+            struct seen got = { .calls = json_array() };
+            x->scheduler.piece = i % 5;
+            strcpy(body, bodies[k]);
+            seed = before; /* the same stop */
+            add_stop(body, k == 2 ? "stop_sequences" : "stop");
+            (k == 0 ? chat_whole : k == 1 ? chat_stream : messages_stream)(k ? &got : &want, x, body);
+            if (k) check_same(&want, &got, k == 1 ? "chat stream" : "messages stream", body);
+            json_decref(got.calls);
+        }
+        json_t *last = json_array_get(want.calls, json_array_size(want.calls) - 1);
+        json_t *whole = last ? json_loads(text_at(last, "1"), 0, NULL) : NULL;
+        if (last) assert_string_equal(want.finish, whole ? "tool_calls" : "stop");
+        cut += last && !whole;
+        json_decref(whole);
+        json_decref(want.calls);
+    }
+    assert_true(cut > 20);
+}
+
 /* A string comes while it is written, not when its call is complete. */
 static void test_pieces_come_early(void **state)
 {
@@ -285,6 +328,7 @@ static void test_pieces_come_early(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { TEST(test_pieces_add_up), TEST(test_pieces_come_early) };
+    const struct CMUnitTest tests[] = { TEST(test_pieces_add_up), TEST(test_stop_strings),
+                                        TEST(test_pieces_come_early) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

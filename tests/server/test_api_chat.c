@@ -441,6 +441,27 @@ static void test_parameters(void **state)
 }
 
 /* Defaults: generation_config.json, overridden by the server's options. */
+static void test_request_id(void **state)
+{
+    struct fixture *x = *state;
+    static const struct wrong wrongs[] = {
+        { "{\"request_id\":\"a b\"," USER "}", 400, "request_id", "letters" },
+        { "{\"request_id\":\"\"," USER "}", 400, "request_id", "1 to 79" },
+        { "{\"request_id\":7," USER "}", 400, "request_id", "a string" },
+        { "{\"session_id\":\"a\\r\\nb: c\"," USER "}", 400, "session_id", "letters" }
+    };
+    fixture_script(x, "</think>a");
+    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, "{\"request_id\":\"my.id-1\"," USER "}");
+    assert_string_equal(text_at(r, "id"), "chatcmpl-my.id-1");
+    json_decref(r);
+    check_wrong(x, API_CHAT_COMPLETIONS, wrongs, 4);
+    r = fixture_ask(x, API_SERVER_INFO, "");
+    assert_int_equal(json_integer_value(at(r, "max_model_len")), 2048);
+    assert_int_equal(json_integer_value(at(r, "max_images")), 16);
+    assert_true(at(r, "default_sampling_params.temperature") && json_is_false(at(r, "images_by_url")));
+    json_decref(r);
+}
+
 static void test_defaults(void **state)
 {
     struct fixture *x = *state;
@@ -743,6 +764,14 @@ static void test_forms(void **state)
           "\x01"
           "x7.8",
           "x7." },
+        { "\"response_format\":{\"type\":\"structural_tag\",\"triggers\":[\"<a>\"],\"structures\":[{"
+          "\"begin\":\"<a>\","
+          "\"schema\":{\"type\":\"boolean\"},\"end\":\"</a>\"}]}",
+          "so <a>true</a> it is", "so <a>true</a> it is" },
+        { "\"structured_outputs\":{\"structural_tag\":\"{\\\"triggers\\\":[\\\"<a>\\\"],\\\"structures\\\":[{"
+          "\\\"begin"
+          "\\\":\\\"<a>\\\",\\\"schema\\\":true,\\\"end\\\":\\\"\\\"}]}\"}",
+          "a <a>[1]", "a <a>[1]" },
         { "\"guided_json\":\"{\\\"type\\\": \\\"boolean\\\"}\"", "true or", "true" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -830,33 +859,20 @@ static void test_tool_choice(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_whole),
-        TEST(test_stream),
-        TEST(test_stream_usage),
-        TEST(test_cut_character),
-        TEST(test_eaten_budget),
-        TEST(test_thinking_switches),
-        TEST(test_tool_calls),
-        TEST(test_no_tools),
-        TEST(test_stop_strings),
-        TEST(test_stop_tokens),
-        TEST(test_logprobs),
-        TEST(test_logprob_token_ids),
-        TEST(test_repeats),
-        TEST(test_prompt_logprobs),
-        TEST(test_several),
-        TEST(test_parameters),
-        TEST(test_defaults),
-        TEST(test_messages),
-        TEST(test_documents),
-        TEST(test_images),
-        TEST(test_errors),
-        TEST(test_strict),
-        TEST(test_busy),
-        TEST(test_forms),
-        TEST(test_tool_choice),
-        TEST(test_failure),
-        TEST(test_failure_of_silent_stream),
+        TEST(test_whole),        TEST(test_stream),
+        TEST(test_stream_usage), TEST(test_cut_character),
+        TEST(test_eaten_budget), TEST(test_thinking_switches),
+        TEST(test_tool_calls),   TEST(test_no_tools),
+        TEST(test_stop_strings), TEST(test_stop_tokens),
+        TEST(test_logprobs),     TEST(test_logprob_token_ids),
+        TEST(test_repeats),      TEST(test_prompt_logprobs),
+        TEST(test_several),      TEST(test_parameters),
+        TEST(test_request_id),   TEST(test_defaults),
+        TEST(test_messages),     TEST(test_documents),
+        TEST(test_images),       TEST(test_errors),
+        TEST(test_strict),       TEST(test_busy),
+        TEST(test_forms),        TEST(test_tool_choice),
+        TEST(test_failure),      TEST(test_failure_of_silent_stream),
         TEST(test_leaving),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -154,6 +154,27 @@ static void test_answers(void **state)
     assert_non_null(strstr(e.text, "no connection"));
 }
 
+/* With lists in which this server is not, or only by a name. PORT in the URL is its port. */
+static void check_no_connection(const char *with_port)
+{
+    static const char *const rules[] = { NULL,        "example.invalid", "*",
+                                         "localhost", "127.0.0.1",       "example.invalid:80" };
+    char url[300], port[8], by_name[40], *to = url, *out;
+    struct err e;
+    snprintf(port, sizeof port, "%d", host.port);
+    snprintf(by_name, sizeof by_name, "localhost:%d", host.port);
+    for (const char *c = with_port; *c; c++) {
+        bool here = strncmp(c, "PORT", 4) == 0;
+        to += sprintf(to, here ? "%s" : "%.1s", here ? port : c);
+        if (here) c += 3;
+    }
+    for (size_t r = 0; r <= sizeof rules / sizeof *rules; r++) {
+        const char *rule = r < sizeof rules / sizeof *rules ? rules[r] : by_name;
+        if (fetch(&out, rule, url, 10000, 1, &e)) fail_msg("%s was fetched", url);
+        if (strstr(e.text, "127.0.0.1:")) fail_msg("%s tells an address: %s", url, e.text);
+    }
+}
+
 /* Ways to write a host that is not listed, and to hide one: none is connected to. PORT is that of the server.
  */
 static void test_hosts(void **state)
@@ -225,26 +246,22 @@ static void test_hosts(void **state)
         "http://0x7f.0x0.0x0.0x1:PORT/ok",
         "http://127.0.0.0x1:PORT/ok",
     };
-    static const char *const rules[] = { NULL,        "example.invalid", "*",
-                                         "localhost", "127.0.0.1",       "example.invalid:80" };
-    char url[300], *out;
     struct err e;
+    static const char *const schemes[] = { "http://", "https://", "HTTP://" };
+    static const char *const hosts[] = { "127.0.0.1",  "localhost",   "LocalHost",       "127.1",
+                                         "2130706433", "0x7f000001",  "0177.0.0.1",      "0.0.0.0",
+                                         "0",          "[::1]",       "[::ffff:7f00:1]", "127.0.0.1.",
+                                         "localhost.", "a@127.0.0.1", "%6cocalhost" };
+    static const char *const tails[] = { ":PORT/ok", ":PORT", ":PORT?a=b", ":PORT#c", ":PORT/../ok" };
     int before = atomic_load(&host.asked);
-    for (size_t i = 0; i < sizeof urls / sizeof *urls; i++)
-        for (size_t r = 0; r <= sizeof rules / sizeof *rules; r++) {
-            char port[8], by_name[40], *to = url;
-            snprintf(port, sizeof port, "%d", host.port);
-            snprintf(by_name, sizeof by_name, "localhost:%d",
-                     host.port); /* listed, and yet of this machine */
-            for (const char *c = urls[i]; *c; c++) {
-                bool here = strncmp(c, "PORT", 4) == 0;
-                to += sprintf(to, here ? "%s" : "%.1s", here ? port : c);
-                if (here) c += 3;
+    for (size_t i = 0; i < sizeof urls / sizeof *urls; i++) check_no_connection(urls[i]);
+    for (size_t a = 0; a < 3; a++)
+        for (size_t b = 0; b < sizeof hosts / sizeof *hosts; b++)
+            for (size_t c = 0; c < 5; c++) {
+                char url[100];
+                snprintf(url, sizeof url, "%s%s%s", schemes[a], hosts[b], tails[c]);
+                check_no_connection(url);
             }
-            const char *rule = r < sizeof rules / sizeof *rules ? rules[r] : by_name;
-            if (fetch(&out, rule, url, 10000, 1, &e)) fail_msg("%s was fetched", url);
-            if (strstr(e.text, "127.0.0.1:")) fail_msg("%s tells an address: %s", url, e.text);
-        }
     assert_int_equal(atomic_load(&host.asked), before);
     /* The other way round: what is listed is found however its letters are written. */
     static const struct {

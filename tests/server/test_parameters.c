@@ -44,7 +44,9 @@ static void start(struct served *x, int drafts)
     must(model_bind_mtp(&v->loaded.model, true, &e), &e);
     must(engine_create(&v->engine, &v->loaded.model, &g, &e), &e);
     find_known(x, v->loaded.checkpoint.config.vocab_size);
-    struct scheduler_options s = { .engine = v->engine, .model = &v->loaded.model, .known = x->known };
+    struct scheduler_options s = {
+        .engine = v->engine, .model = &v->loaded.model, .known = x->known, .fixed_drafts = true
+    };
     must(scheduler_create(&v->scheduler, &s, &e), &e);
     struct api_options a = { .scheduler = v->scheduler,
                              .tokenizer = x->tokenizer,
@@ -130,6 +132,9 @@ static const char *const forms[] = {
     "\"array\",\"items\":{\"type\":\"integer\"},\"maxItems\":3}},\"required\":[\"a\",\"b\"]}}}",
     "\"structured_outputs\":{\"regex\":\"[A-Z][a-z]{2,9}( [a-z]{1,6}){0,4}[.!]\"}",
     "\"structured_outputs\":{\"choice\":[\"Oslo\",\"Helsinki is the one\",\"Rome\"]}",
+    "\"response_format\":{\"type\":\"structural_tag\",\"triggers\":[\"is\",\"a\"],\"structures\":[{\"begin\":"
+    "\"is \",\"schema\":"
+    "{\"type\":\"array\",\"items\":{\"type\":\"integer\"},\"maxItems\":2},\"end\":\".\"}]}",
     "\"guided_grammar\":\"root ::= word (\\\", \\\" word){1,3}\\nword ::= [a-z]+\"",
 };
 static const char *const prompts[] = { "What is the capital of Finland?", "Count from 1 to 9.", "Say hello.",
@@ -205,7 +210,7 @@ static void random_body(char *body, bool *is_chat)
     add(body, ",\"max_tokens\":%d", 8 + below(50));
     add_sampling(body);
     add_optional(body, *is_chat);
-    if (chance(35)) add(body, ",%s", forms[below(5)]);
+    if (chance(35)) add(body, ",%s", forms[below(6)]);
 }
 
 /* Answers. */

@@ -1,6 +1,7 @@
 /* quench serve over real sockets: answers, keys, framing, limits, faults of clients, signals, TLS. After each
  * server's life its gauges and descriptors are back where they were. Larger counts by environment:
- * QUENCH_MALFORMED, QUENCH_DISCONNECTS, QUENCH_SLOW, QUENCH_SIGTERMS. */
+ * QUENCH_MALFORMED, QUENCH_DISCONNECTS, QUENCH_SLOW, QUENCH_SIGTERMS, QUENCH_STREAMS, and QUENCH_KEYS=1 for
+ * the whole matrix. `make soak` sets them. */
 #include "server/serving.h"
 #include "num/random.h"
 #include <jansson.h>
@@ -17,7 +18,9 @@
 #define LONG(n)                                                                                              \
     "{\"model\":\"models/"                                                                                   \
     "demo\",\"prompt\":\"Count\",\"temperature\":0,\"ignore_eos\":true,\"max_tokens\":" #n
-static const char CHAT[] = "/v1/chat/completions", COMPLETIONS[] = "/v1/completions";
+#define CHAT_PATH        "/v1/chat/completions"
+#define COMPLETIONS_PATH "/v1/completions"
+static const char CHAT[] = CHAT_PATH, COMPLETIONS[] = COMPLETIONS_PATH;
 
 static struct reply reply;
 static struct temp temp;
@@ -144,6 +147,128 @@ static void test_queue(void **state)
     serving_stop(&s);
 }
 
+/* Until /load says so, to one with the key "two". */
+static void await_load(const struct serving *s, const char *text)
+{
+    for (double until = clock_seconds() + 20; clock_seconds() < until; usleep(10000)) {
+        ask(s, &reply, "GET /load HTTP/1.1\r\nHost: a\r\nx-api-key: two\r\n\r\n");
+        if (strstr(reply.body, text)) return;
+    }
+    fail_msg("not %s: %s", text, reply.body);
+}
+
+/* What one key has under way and in the queue is bounded, and of no concern to another key. */
+static void test_key_limits(void **state)
+{
+    (void)state;
+    static const char *const keys[] = { "x-api-key: one\r\n", "x-api-key: two\r\n" };
+    static const char messages[] =
+        "{\"max_tokens\":2,\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}";
+    char words[600] = "{\"prompt\":\"", body[700];
+    struct serving s;
+    int fds[3];
+    START(&s, "--api-key", "one", "two", "--max-num-seqs", "2", "--max-requests-per-key", "3",
+          "--max-queued-tokens-per-key", "150", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s);
+    for (int i = 0; i < 100; i++) strcat(words, "a b ");
+    snprintf(body, sizeof body, "%s\",\"max_tokens\":2}", words); /* some 200 tokens */
+    for (int i = 0; i < 3; i++) fds[i] = dial(&s);
+    for (int i = 0; i < 2; i++) { /* they have the server to themselves */
+        const char *text = post_text(COMPLETIONS, keys[0], LONG(100000) ",\"stream\":true}");
+        send_bytes(fds[i], text, strlen(text));
+    }
+    await_load(&s, "\"running\":2,\"waiting\":0");
+    /* one may wait, however long it is; with it no other one */
+    const char *waits = post_text(COMPLETIONS, keys[0], body);
+    send_bytes(fds[2], waits, strlen(waits));
+    await_load(&s, "\"running\":2,\"waiting\":1");
+    assert_int_equal(ask(&s, &reply, post_text("/v1/messages", keys[0], messages)), 429);
+    assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+    assert_non_null(strstr(reply.body, "\"type\":\"error\""));
+    assert_non_null(strstr(reply.body, "\"rate_limit_error\""));
+    assert_non_null(strstr(reply.body, "3 requests of this key"));
+    close(fds[0]); /* a place for the one that waits; then there are two, and none waits */
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, fds[2], 60), 200);
+    close(fds[2]);
+    fds[0] = dial(&s);
+    const char *text = post_text(COMPLETIONS, keys[1], LONG(100000) ",\"stream\":true}");
+    send_bytes(fds[0], text, strlen(text));
+    await_load(&s, "\"running\":2,\"waiting\":0");
+    fds[2] = dial(&s);
+    waits = post_text(COMPLETIONS, keys[0], body);
+    send_bytes(fds[2], waits, strlen(waits));
+    await_load(&s, "\"running\":2,\"waiting\":1");
+    assert_int_equal(ask(&s, &reply, post_text(COMPLETIONS, keys[0], body)), 429);
+    assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+    assert_non_null(strstr(reply.body, "--max-queued-tokens-per-key"));
+    /* the other key's prompts wait for nothing but their turn */
+    int other = dial(&s);
+    waits = post_text(COMPLETIONS, keys[1], body);
+    send_bytes(other, waits, strlen(waits));
+    usleep(100000);
+    for (int i = 0; i < 2; i++) close(fds[i]);
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, other, 60), 200);
+    reply.n = reply.used = 0;
+    assert_int_equal(receive(&reply, fds[2], 60), 200);
+    close(other);
+    close(fds[2]);
+    usleep(100000);
+    assert_int_equal(serving_descriptors(&s), descriptors);
+    serving_stop(&s);
+}
+
+/* The tokens of all prompts that wait are bounded, too. */
+static void test_queued_tokens(void **state)
+{
+    (void)state;
+    struct serving s;
+    START(&s, "--max-num-seqs", "1", "--max-queued-tokens", "20", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s), fds[3], refused = 0;
+    const char *request = post_text(COMPLETIONS, "", LONG(1000) ",\"stream\":true}");
+    for (int i = 0; i < 3; i++) {
+        fds[i] = dial(&s);
+        send_bytes(fds[i], request, strlen(request));
+        usleep(50000);
+    }
+    char body[400] = "{\"prompt\":\"";
+    for (int i = 0; i < 20; i++) strcat(body, "a b ");
+    strcat(body, "\",\"max_tokens\":1}");
+    if (post(&s, &reply, COMPLETIONS, body) == 503) {
+        assert_non_null(strstr(reply.head, "\r\nRetry-After: "));
+        assert_non_null(strstr(reply.body, "--max-queued-tokens"));
+        refused++;
+    }
+    for (int i = 0; i < 3; i++) {
+        reply.n = reply.used = 0;
+        assert_int_equal(receive(&reply, fds[i], 60), 200);
+        close(fds[i]);
+    }
+    assert_int_equal(refused, 1);
+    check_idle(&s, descriptors);
+    check_no_pages(&s);
+    serving_stop(&s);
+}
+
+/* An answer that takes too long ends: with a status, or where it has begun with an event. */
+static void test_request_timeout(void **state)
+{
+    (void)state;
+    struct serving s;
+    START(&s, "--request-timeout", "0.5", "--max-num-seqs", "2", "--no-enable-prefix-caching");
+    int descriptors = serving_descriptors(&s);
+    assert_int_equal(post(&s, &reply, COMPLETIONS, LONG(100000) "}"), 504);
+    assert_non_null(strstr(reply.body, "--request-timeout"));
+    assert_int_equal(post(&s, &reply, COMPLETIONS, LONG(100000) ",\"stream\":true}"), 200);
+    assert_non_null(strstr(reply.body, "--request-timeout"));
+    assert_int_equal(post(&s, &reply, CHAT, QUESTION "}"), 200);
+    assert_int_equal((int)metric(&s, "quench:expired_total"), 2);
+    check_idle(&s, descriptors);
+    check_no_pages(&s);
+    serving_stop(&s);
+}
+
 /* The log has what a request cost and who made it, and nothing of what it said. */
 static void test_log(void **state)
 {
@@ -159,6 +284,11 @@ static void test_log(void **state)
     snprintf(headers, sizeof headers, "X-Request-Id: mine-1\r\ntraceparent: %s\r\n", trace);
     assert_int_equal(ask(&s, &reply, post_text(CHAT, headers, QUESTION "}")), 200);
     assert_non_null(strstr(reply.bytes, "X-Request-Id: mine-1\r\n"));
+    assert_int_equal(
+        ask(&s, &reply, post_text(CHAT, "", QUESTION ",\"request_id\":\"own-7\",\"session_id\":\"s.1\"}")),
+        200);
+    assert_non_null(strstr(reply.bytes, "X-Request-Id: own-7\r\n"));
+    assert_non_null(strstr(reply.bytes, "X-Session-Id: s.1\r\n"));
     assert_int_equal(get(&s, &reply, "/private/path?and=query"), 404);
     assert_true(file_read(&log, &n, path, 1 << 20, &e));
     json_t *line = json_loads(log, JSON_DISABLE_EOF_CHECK, NULL);
@@ -169,6 +299,8 @@ static void test_log(void **state)
     assert_true(json_integer_value(json_object_get(line, "prompt_tokens")) > 10);
     assert_true(json_integer_value(json_object_get(line, "answer_tokens")) > 5);
     json_decref(line);
+    assert_non_null(strstr(log, "\"id\":\"own-7\""));
+    assert_non_null(strstr(log, "\"session\":\"s.1\""));
     assert_non_null(strstr(log, "\"status\":404"));
     assert_null(strstr(log, "Finland"));
     assert_null(strstr(log, "Helsinki"));
@@ -300,6 +432,8 @@ static const char *const routes[] = { "/v1/chat/completions",
                                       "/metrics",
                                       "/version",
                                       "/load",
+                                      "/server_info",
+                                      "/v1/responses/resp_1",
                                       "/v1/embeddings",
                                       "/nothing" };
 static const char *const methods[] = { "GET",     "POST",  "HEAD", "PUT",    "DELETE",
@@ -341,13 +475,14 @@ static void test_keys(void **state)
     struct serving s;
     char path[256], text[1024];
     int64_t asked = 0;
+    bool whole = count_of("QUENCH_KEYS", 0) > 0;
     temp_text(&temp, "keys", "# of two people\nsecret-key-2\r\n\nsecret-key-3\n");
     START(&s, "--api-key", "secret-key-1", "secret-key-4", "--api-key-file", temp_path(&temp, "keys"),
           "--request-log", temp_path(&temp, "log"));
     int descriptors = serving_descriptors(&s);
     EACH(r, routes) EACH(m, methods) EACH(p, spellings) EACH(c, credentials)
     {
-        if (c > 0 && p > 0 && (r + m + p + c) % 7)
+        if (!whole && c > 0 && p > 0 && (r + m + p + c) % 7)
             continue; /* all with none, all plain, a seventh of the rest */
         snprintf(path, sizeof path, spellings[p], routes[r] + 1);
         snprintf(text, sizeof text,
@@ -359,6 +494,7 @@ static void test_keys(void **state)
         if (memmem(reply.bytes, reply.n, "secret-key", 10))
             fail_msg("an answer holds a key: %s", reply.bytes);
     }
+    printf("note: %lld requests without a valid key, none answered but probes\n", (long long)asked);
     assert_true(asked > 4000);
     static const char *const good[] = { "Authorization: Bearer secret-key-1\r\n",
                                         "x-api-key: secret-key-2\r\n",
@@ -485,32 +621,66 @@ static void test_limits(void **state)
     serving_stop(&s);
 }
 
-/* Good requests go on beside what a test does; each must be answered right. */
+/* Good requests go on beside what a test does; each must be answered as by the server when it was quiet, to
+ * the last digit of its scores. */
+static const struct {
+    const char *path, *body;
+} good[] = {
+    { CHAT_PATH, QUESTION "}" },
+    { CHAT_PATH, QUESTION ",\"logprobs\":true,\"top_logprobs\":3}" },
+    { CHAT_PATH, QUESTION ",\"stream\":true}" },
+    { COMPLETIONS_PATH, "{\"prompt\":[\"The sea\",\"One, "
+                        "two,\"],\"max_tokens\":12,\"temperature\":1,\"seed\":5,\"logprobs\":2}" },
+};
+enum { GOOD = sizeof good / sizeof *good };
+
 struct traffic {
     const struct serving *s;
     pthread_t thread;
     _Atomic bool stop;
     int answered;
     double slowest;
+    char *want[GOOD];
     struct reply reply;
 };
+
+/* What an answer says, without ids and times; of a stream its text. malloc'd. */
+static char *essence(const struct reply *r)
+{
+    char *out = calloc(1, r->body_bytes + 1);
+    const char *at = strstr(r->body, "\"choices\":");
+    if (strncmp(r->body, "data: ", 6) == 0)
+        join_stream(out, r->body, true);
+    else if (at)
+        strcpy(out, at);
+    return out;
+}
+
+static char *ask_good(struct traffic *t, int i, int *status)
+{
+    char request[2048];
+    snprintf(request, sizeof request,
+             "POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+             good[i].path, strlen(good[i].body), good[i].body);
+    int fd = dial(t->s);
+    t->reply.n = t->reply.used = 0;
+    send_bytes(fd, request, strlen(request));
+    *status = receive(&t->reply, fd, 60);
+    close(fd);
+    return *status ? essence(&t->reply) : strdup("");
+}
 
 static void *good_traffic(void *ctx)
 {
     struct traffic *t = ctx;
-    char request[2048];
-    snprintf(request, sizeof request,
-             "POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
-             CHAT, sizeof QUESTION - 1 + 1, QUESTION "}");
-    while (!t->stop) {
+    for (int i = 0, status; !t->stop; i = (i + 1) % GOOD) {
         double begin = clock_seconds();
-        int fd = dial(t->s);
-        t->reply.n = t->reply.used = 0;
-        send_bytes(fd, request, strlen(request));
-        int status = receive(&t->reply, fd, 60);
-        close(fd);
-        if (status != 200 || !strstr(t->reply.body, "The capital of Finland is Helsinki.")) {
-            if (!t->stop) fprintf(stderr, "good request: %d %s\n", status, t->reply.bytes);
+        char *got = ask_good(t, i, &status);
+        bool same = status == 200 && strcmp(got, t->want[i]) == 0;
+        if (!same && !t->stop)
+            fprintf(stderr, "good request: %d\n%s\n instead of\n%s\n", status, got, t->want[i]);
+        free(got);
+        if (!same) {
             t->answered = -1000000;
             break;
         }
@@ -524,10 +694,17 @@ static struct traffic traffic;
 
 static void start_traffic(const struct serving *s)
 {
+    int status;
     traffic.s = s;
     traffic.stop = false;
     traffic.answered = 0;
     traffic.slowest = 0;
+    for (int i = 0; i < GOOD; i++) {
+        free(traffic.want[i]);
+        traffic.want[i] = ask_good(&traffic, i, &status);
+        assert_int_equal(status, 200);
+        assert_true(strlen(traffic.want[i]) > 20);
+    }
     assert_int_equal(pthread_create(&traffic.thread, NULL, good_traffic, &traffic), 0);
 }
 
@@ -538,6 +715,19 @@ static void stop_traffic(const char *beside)
     assert_true(traffic.answered > 0);
     printf("note: %s: %d good requests beside, the slowest took %.2f s\n", beside, traffic.answered,
            traffic.slowest);
+}
+
+/* Memory does not grow with what was done: between the first fifth of it, when all is warm, and the end. */
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+enum { GROWTH_KIB_MAX = 1 << 20 }; /* they keep what was freed, for a while */
+#else
+enum { GROWTH_KIB_MAX = 16 << 10 };
+#endif
+static void check_growth(const char *of, long warm, const struct serving *s)
+{
+    long now = serving_resident(s);
+    printf("note: %s: %ld KiB resident after a fifth of it, %ld at the end\n", of, warm, now);
+    assert_true(now < warm + GROWTH_KIB_MAX);
 }
 
 /* A request with things done to it that a careless or malicious client would do. */
@@ -624,8 +814,10 @@ static void test_malformed(void **state)
     int descriptors = serving_descriptors(&s);
     start_traffic(&s);
     double until = clock_seconds() + (getenv("QUENCH_MALFORMED") ? 1e9 : 8);
+    long warm = 0;
     for (; i < most && clock_seconds() < until; i++) {
         size_t n = mutate(text, sizeof text, &seed);
+        if (i <= most / 5) warm = serving_resident(&s);
         int fd = dial(&s), status = 0;
         reply.n = reply.used = 0;
         send_bytes(fd, text, n);
@@ -645,6 +837,7 @@ static void test_malformed(void **state)
            (long long)i, (long long)by_class[1], (long long)by_class[2], (long long)by_class[4],
            (long long)by_class[5], (long long)by_class[0]);
     assert_true(by_class[4] > i / 4);
+    check_growth("malformed requests", warm, &s);
     check_idle(&s, descriptors);
     check_no_pages(&s);
     serving_stop(&s);
@@ -661,7 +854,9 @@ static void test_disconnects(void **state)
     START(&s, "--no-enable-prefix-caching", "--max-num-seqs", "4");
     int descriptors = serving_descriptors(&s);
     start_traffic(&s);
+    long warm = 0;
     for (int64_t i = 0; i < n; i++) {
+        if (i <= n / 5) warm = serving_resident(&s);
         const char *request = post_text(COMPLETIONS, "", requests[random_bits(&seed) % 3]);
         size_t bytes = strlen(request), cut = random_bits(&seed) % 4 ? bytes : random_bits(&seed) % bytes;
         int fd = dial(&s);
@@ -672,6 +867,7 @@ static void test_disconnects(void **state)
         close(fd);
     }
     stop_traffic("disconnects");
+    check_growth("disconnects", warm, &s);
     check_idle(&s, descriptors);
     check_no_pages(&s);
     printf("note: %lld clients left at random moments, %.0f of them while an answer ran\n", (long long)n,
@@ -746,6 +942,122 @@ static void test_slow_reader(void **state)
     check_idle(&s, descriptors);
     check_no_pages(&s);
     serving_stop(&s);
+}
+
+/* Streams that come one after the other, more than there are seats. */
+enum { SEATS = 16 };
+struct fair {
+    int n;
+    double *first, *last; /* [n] seconds from the request to its first event and to its end */
+    double all;           /* until the last one's end */
+};
+
+static double percentile_99(const double *x, int n)
+{
+    double *copy = malloc((size_t)n * sizeof *copy), most;
+    memcpy(copy, x, (size_t)n * sizeof *copy);
+    for (int i = 1; i < n; i++)
+        for (int k = i; k > 0 && copy[k] < copy[k - 1]; k--) {
+            most = copy[k];
+            copy[k] = copy[k - 1];
+            copy[k - 1] = most;
+        }
+    most = copy[(n * 99 + 99) / 100 - 1];
+    free(copy);
+    return most;
+}
+
+static void run_streams(struct fair *f, const struct serving *s)
+{
+    struct pollfd *p = calloc((size_t)f->n, sizeof *p);
+    double *begin = calloc((size_t)f->n, sizeof *begin), start = clock_seconds();
+    char(*tails)[16] = calloc((size_t)f->n, sizeof *tails);
+    static char piece[65536];
+    int open = f->n;
+    const char *request = post_text(COMPLETIONS, "", LONG(120) ",\"stream\":true}");
+    memset(f->first, 0, (size_t)f->n * sizeof *f->first);
+    for (int i = 0; i < f->n; i++) {
+        begin[i] = clock_seconds();
+        p[i] = (struct pollfd){ dial(s), POLLIN, 0 };
+        assert_true(send_bytes(p[i].fd, request, strlen(request)));
+    }
+    while (open > 0) {
+        assert_true(poll(p, (nfds_t)f->n, 60000) > 0);
+        for (int i = 0; i < f->n; i++) {
+            if (p[i].fd < 0 || !p[i].revents) continue;
+            size_t held = strlen(tails[i]);
+            memcpy(piece, tails[i], held);
+            ssize_t n = recv(p[i].fd, piece + held, sizeof piece - 1 - held, 0);
+            assert_true(n > 0);
+            piece[held + (size_t)n] = 0;
+            if (f->first[i] == 0 && strstr(piece, "data: ")) f->first[i] = clock_seconds() - begin[i];
+            size_t all = held + (size_t)n, keep = all < 15 ? all : 15;
+            memcpy(tails[i], piece + all - keep, keep + 1);
+            if (!strstr(tails[i], "0\r\n\r\n")) continue;
+            f->last[i] = clock_seconds() - begin[i];
+            close(p[i].fd);
+            p[i].fd = -1;
+            open--;
+        }
+    }
+    f->all = clock_seconds() - start;
+    free(tails);
+    free(begin);
+    free(p);
+}
+
+/* Each waits for those before it and for no other: the n-th has its first token after n / seats lives of a
+ * stream. And one who reads nothing takes a seat, but nobody's time. */
+static void test_fair(void **state)
+{
+    (void)state;
+    struct serving s;
+    int n = (int)count_of("QUENCH_STREAMS", 96);
+    struct fair quiet = { n, calloc((size_t)n, 8), calloc((size_t)n, 8), 0 },
+                slow = { n, calloc((size_t)n, 8), calloc((size_t)n, 8), 0 };
+    struct fair *const both[] = { &quiet, &slow };
+    START(&s, "--max-num-seqs", "17", "--no-enable-prefix-caching", "--send-timeout", "600");
+    int descriptors = serving_descriptors(&s), fd = -1;
+    char *request = strdup(post_text(COMPLETIONS, "", LONG(100000) ",\"stream\":true,\"logprobs\":20}"));
+    run_streams(&quiet, &s); /* warms up */
+    for (int k = 0; k < 2; k++) {
+        if (k == 1) {
+            fd = dial_with(&s, 2048);
+            assert_true(send_bytes(fd, request, strlen(request)));
+            usleep(500000); /* by now its answer waits for it */
+        }
+        run_streams(both[k], &s);
+    }
+    for (int k = 0; k < 2; k++) {
+        const struct fair *f = both[k];
+        double life = 0, worst = 0;
+        for (int i = 0; i < n; i++)
+            if (f->last[i] - f->first[i] > life) life = f->last[i] - f->first[i];
+        for (int i = 0; i < n; i++) {
+            double turns = 1 + i / SEATS, share = f->first[i] / (turns * life + 0.25);
+            if (share > worst) worst = share;
+        }
+        printf("note: %d streams for %d seats%s: %.2f s in all, first tokens after %.2f s (99 %%), one after "
+               "%.2f "
+               "of its turn at most\n",
+               n, SEATS + 1 - k, k ? " beside one who does not read" : "", f->all, percentile_99(f->first, n),
+               worst);
+        assert_true(worst <= 1.5);
+    }
+    double more = percentile_99(slow.first, n) / percentile_99(quiet.first, n);
+    printf("note: the one who does not read makes first tokens %.2f times as late, all of it %.2f times as "
+           "long\n",
+           more, slow.all / quiet.all);
+    assert_true(more < 3 && slow.all < 3 * quiet.all); /* it would stay away for 600 s */
+    close(fd);
+    check_idle(&s, descriptors);
+    check_no_pages(&s);
+    serving_stop(&s);
+    free(request);
+    for (int k = 0; k < 2; k++) {
+        free(both[k]->first);
+        free(both[k]->last);
+    }
 }
 
 /* Everything of a stream is read, the largest gap between two pieces goes to *gap. */
@@ -985,14 +1297,16 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_queue),       cmocka_unit_test(test_log),
-        cmocka_unit_test(test_comments),    cmocka_unit_test(test_unix_socket),
-        cmocka_unit_test(test_answers),     cmocka_unit_test(test_framing),
-        cmocka_unit_test(test_keys),        cmocka_unit_test(test_origins),
-        cmocka_unit_test(test_limits),      cmocka_unit_test(test_malformed),
-        cmocka_unit_test(test_disconnects), cmocka_unit_test(test_slow_sockets),
-        cmocka_unit_test(test_slow_reader), cmocka_unit_test(test_heavy_requests),
-        cmocka_unit_test(test_sigterm),     cmocka_unit_test(test_second_signal),
+        cmocka_unit_test(test_queue),         cmocka_unit_test(test_key_limits),
+        cmocka_unit_test(test_queued_tokens), cmocka_unit_test(test_request_timeout),
+        cmocka_unit_test(test_log),           cmocka_unit_test(test_comments),
+        cmocka_unit_test(test_unix_socket),   cmocka_unit_test(test_answers),
+        cmocka_unit_test(test_framing),       cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_origins),       cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_malformed),     cmocka_unit_test(test_disconnects),
+        cmocka_unit_test(test_slow_sockets),  cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_fair),          cmocka_unit_test(test_heavy_requests),
+        cmocka_unit_test(test_sigterm),       cmocka_unit_test(test_second_signal),
         cmocka_unit_test(test_tls),
     };
     signal(SIGPIPE, SIG_IGN);

@@ -206,10 +206,13 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Asks for a panel's products. f stays as it is until they are done. */
-    __device__ __forceinline__ void ask(const uint32_t (&f)[4][4], uint32_t panel)
+    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
+     * there is code in between. */
+    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
     {
         uint64_t x = wide_matrix(panel);
+        wide_hold(a);
+        if constexpr (TWO) wide_hold(b);
         wide_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -218,20 +221,9 @@ template <int N, bool TWO> struct accumulators {
             else
                 wide_mma<N>(a, f[k], x + k * WIDE_STEP);
         wide_commit();
-    }
-    __device__ __forceinline__ void hold()
-    {
+        wide_wait<0>();
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
-    }
-    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
-     * there is code in between. */
-    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
-    {
-        hold();
-        ask(f, panel);
-        wide_wait<0>();
-        hold();
     }
     __device__ __forceinline__ float sum(int n, int i) const
     {

@@ -165,28 +165,14 @@ template <int DEPTH, class FIND> struct chunk_weights {
     }
 };
 
-/* A unit's panels: one's products are under way while the next is decoded. */
-struct chunk_operands {
-    uint32_t even[4][4], odd[4][4];
-};
-
+/* Panels 0..3 of a unit. */
 template <int Q>
-__device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, chunk_operands &f, const words16<WEIGHT_NVFP4> &w,
+__device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w,
                                              uint32_t panels)
 {
-    uint32_t(&now)[4][4] = Q % 2 ? f.odd : f.even;
-    w.template decode<Q>(now);
-    acc.ask(now, panels + Q * CHUNK_PANEL);
-    wide_wait<1>();
-    wide_keep(Q % 2 ? f.even : f.odd);
+    w.template decode<Q>(f);
+    acc.add(f, panels + Q * CHUNK_PANEL);
     if constexpr (Q < 3) chunk_panels<Q + 1>(acc, f, w, panels);
-}
-
-__device__ __forceinline__ void chunk_done(accumulators<16, true> &acc, chunk_operands &f)
-{
-    wide_wait<0>();
-    acc.hold();
-    wide_keep(f.odd);
 }
 
 /* The lane's own rows of a chunk: which, and of each the sums of weight rows g and g + 8. */
@@ -326,8 +312,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
 #pragma unroll 1
     for (int unit = run.begin + team; unit < run.end; unit += TEAMS) {
         int chunk = unit / each, c = chunk - run.first, expert = entries[c][0];
-        uint32_t panel = buffers + c % UP_BUFFERS * panels * CHUNK_PANEL;
-        chunk_operands f;
+        uint32_t panel = buffers + c % UP_BUFFERS * panels * CHUNK_PANEL, f[4][4];
         accumulators<16, true> acc;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
@@ -339,7 +324,6 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
             chunk_panels<0>(acc, f, w, panel);
             if (--left > 0 && u + 1 < units) continue;
             left = share;
-            chunk_done(acc, f);
             add_own<EXACT>(total, acc);
             acc.clear();
         }
@@ -407,8 +391,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
 #pragma unroll 1
     for (int unit = run.begin + team; unit < run.end; unit += TEAMS) {
         int chunk = unit / each, c = chunk - run.first;
-        uint32_t panel = buffers + c % DOWN_BUFFERS * bytes;
-        chunk_operands f;
+        uint32_t panel = buffers + c % DOWN_BUFFERS * bytes, f[4][4];
         accumulators<16, true> acc;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
@@ -419,7 +402,6 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
             weights.take(w);
             chunk_panels<0>(acc, f, w, panel);
         }
-        chunk_done(acc, f);
         add_own<EXACT>(total, acc);
 #pragma unroll
         for (int i = 0; i < OWN<EXACT>; i++) {

@@ -201,11 +201,19 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
-/* A call of the library for a few weight rows costs more than tiles of them beside others. */
-bool is_library(const struct queue *q, const cuda_matrix &m, const mat &y)
+bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
+{
+    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+}
+
+/* Few weight rows cost less as tiles beside others than as a call of the library. */
+bool is_library(const struct queue *q, const struct cuda_products *p, int i)
 {
     constexpr int FEW_ROWS = 256, FEW_TOKENS = 1024;
-    return q->blas && (m.rows > FEW_ROWS || y.rows > FEW_TOKENS) && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+    bool tiles = false;
+    for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
+    bool few = tiles && p->m[i].rows <= FEW_ROWS && p->x.rows <= FEW_TOKENS;
+    return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
 /* False: the library refused. */
@@ -213,11 +221,11 @@ bool by_library(struct queue *q, const struct cuda_products *p)
 {
     size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
     for (int i = 0; i < p->n; i++)
-        if (is_library(q, p->m[i], p->out[i]) && !queue_failed(q) &&
+        if (is_library(q, p, i) && !queue_failed(q) &&
             !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
                           bytes))
             return false;
-    if (p->add.data && is_library(q, p->m[0], p->out[0])) cuda_add(q, p->add, p->out[0]);
+    if (p->add.data && is_library(q, p, 0)) cuda_add(q, p->add, p->out[0]);
     return true;
 }
 
@@ -226,7 +234,7 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
 {
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
-        if (is_library(q, m, p->out[i])) {
+        if (is_library(q, p, i)) {
             in.straight = (__nv_bfloat16 *)q->prefill.straight;
             continue;
         }
@@ -290,6 +298,8 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     a.scale = q->prefill.scale;
     if (a.tokens > 64 && a.first[a.n] * blocks(a.tokens, 128) >= (unsigned)q->sms)
         start<128>(q, a, a.tokens);
+    else if (q->has_wide)
+        start<64>(q, a, a.tokens);
     else
         start<32>(q, a, a.tokens);
     return true;

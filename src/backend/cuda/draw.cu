@@ -279,7 +279,7 @@ __global__ void mask_rows(mat x, const uint32_t *allowed, int64_t first, int64_t
     if (c < end && !allows(allowed, c - first)) x.data[blockIdx.y * x.stride + c] = -INFINITY;
 }
 
-__global__ void edit_elements(mat x, const edit *edits, int64_t n)
+__global__ void edit_elements(mat x, const logit_edit *edits, int64_t n)
 {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n) return;
@@ -307,7 +307,7 @@ void cuda_draw_sizes(struct cuda_draw *d)
 {
     d->state_bytes = ROWS * (sizeof(row_state) + PASSES * DRAW_BINS * sizeof(unsigned long long));
     d->draws_bytes = ROWS * sizeof(draw);
-    d->edits_bytes = EDITS * sizeof(edit);
+    d->edits_bytes = EDITS * sizeof(logit_edit);
     d->mask_bytes = MASK_WORDS * sizeof(uint32_t);
     d->answers_bytes = ROWS * sizeof(int);
 }
@@ -362,11 +362,11 @@ void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed)
     }
 }
 
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n)
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n)
 {
     for (int64_t i = 0, some; i < n; i += some) {
         some = n - i < EDITS ? n - i : EDITS;
         if (!upload_to(q, q->draw.edits, edits + i, (size_t)some * sizeof *edits, "edit")) return;
-        launch(q, "edit", false, edit_elements, dim3(blocks(some)), 0, x, (const edit *)q->draw.edits, some);
+        launch(q, "edit", false, edit_elements, dim3(blocks(some)), 0, x, (const logit_edit *)q->draw.edits, some);
     }
 }

@@ -56,15 +56,11 @@ template <int ROWS> __device__ __forceinline__ uint32_t place(int row, int piece
     return piece / 8 * (ROWS * 128) + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
-/* Where page `number` of the tile's span lies. */
-__device__ __forceinline__ int page_of(const flash_args &a, const flash_tile &tile, int number)
-{
-    return a.keys ? tile.page0 + number : a.rows.pages[(int64_t)tile.number * a.rows.pages_each + number];
-}
-
-__device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, const flash_tile &tile, int number, int page, int kv_head)
+/* Page `number` of the tile's span. */
+__device__ __forceinline__ void load_page(uint32_t to, const flash_args &a, const flash_tile &tile, int number, int kv_head)
 {
     int64_t line = (int64_t)a.kv.n_kv_heads * DIM;
+    int page = a.keys ? tile.page0 + number : a.rows.pages[(int64_t)tile.number * a.rows.pages_each + number];
     int64_t at = (int64_t)page * KV_PAGE * line + kv_head * DIM;
     const __nv_bfloat16 *k = (a.keys ? a.keys : (const __nv_bfloat16 *)a.kv.keys) + at;
     const __nv_bfloat16 *v = (a.keys ? a.values : (const __nv_bfloat16 *)a.kv.values) + at;
@@ -99,14 +95,14 @@ __device__ __forceinline__ float quad_max(float x)
     return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
 }
 
-/* A warp's sixteen pairs: s += queries by 64 keys, done once await_scores returns; o += probabilities by 64 values. */
+/* A warp's sixteen pairs: s += queries by 64 keys; o += probabilities by 64 values. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 __device__ __forceinline__ void show()
 {
     wide_show();
 }
 
-__device__ __forceinline__ void ask_scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
 {
     wide_hold(s);
     wide_begin();
@@ -115,10 +111,6 @@ __device__ __forceinline__ void ask_scores(float (&s)[8][4], uint32_t queries, u
         wide_mma_shared(s, wide_matrix(queries + k / 4 * (PAIRS * 128) + threadIdx.x / 128 * 8192) + k % 4 * WIDE_STEP,
                         wide_matrix(keys + k / 4 * (TOKENS * 128)) + k % 4 * WIDE_STEP);
     wide_commit();
-}
-
-__device__ __forceinline__ void await_scores(float (&s)[8][4])
-{
     wide_wait();
     wide_hold(s);
 }
@@ -142,11 +134,7 @@ __device__ __forceinline__ void show()
 {
 }
 
-__device__ __forceinline__ void await_scores(float (&)[8][4])
-{
-}
-
-__device__ __forceinline__ void ask_scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
+__device__ __forceinline__ void scores(float (&s)[8][4], uint32_t queries, uint32_t keys)
 {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quarter = lane / 8, eighth = lane % 8;
 #pragma unroll
@@ -192,8 +180,8 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
     if (pairs > PAIRS) pairs = PAIRS;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), cache = base + Q_BYTES;
     int last = tile.span.past + (tile.first + pairs - 1) / a.group; /* token of the last row */
-    int pages = last / TOKENS + 1, next = pages > 1 ? page_of(a, tile, 1) : 0;
-    load_page(cache, a, tile, 0, page_of(a, tile, 0), kv_head);
+    int pages = last / TOKENS + 1;
+    load_page(cache, a, tile, 0, kv_head);
     copy_commit();
     load_queries(shared, a, tile, kv_head, pairs);
     float o[32][4], top[2] = { -INFINITY, -INFINITY }, sum[2] = { 0, 0 };
@@ -209,16 +197,14 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
         copy_wait<0>();
         show();
         __syncthreads();
+        if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, kv_head);
+        copy_commit();
         float s[8][4];
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[n][i] = 0;
-        ask_scores(s, base, keys);
-        if (page + 1 < pages) load_page(cache + (page + 1) % 2 * 2 * KV_BYTES, a, tile, page + 1, next, kv_head);
-        copy_commit();
-        if (page + 2 < pages) next = page_of(a, tile, page + 2);
-        await_scores(s);
+        scores(s, base, keys);
         if (page * TOKENS + TOKENS - 1 > first_token) {
 #pragma unroll
             for (int n = 0; n < 8; n++)

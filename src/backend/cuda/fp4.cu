@@ -177,11 +177,11 @@ bool cuda_fp4_experts(struct queue *q, struct mat y, struct mat x, const struct 
     const cuda_matrix &up = e->m[UP], &down = e->m[DOWN];
     int64_t picked = x.rows * picks->k;
     if (!takes(e->m[GATE]) || !takes(up) || !takes(down)) return false;
-    if (x.rows > s.rows || picked > s.picked || e->n > EXPERTS_MAX || down.rows > s.width || down.rows % 4 != 0) return false;
+    if (x.rows > s.rows || picked > s.picked || e->n > EXPERTS_MAX || down.rows > s.width || down.rows % 8 != 0) return false;
     if (x.rows == 0) return true;
     unsigned most = (unsigned)(picked / TOKENS + (e->n < picked ? e->n : picked));
     mat hidden = { q->hidden, picked, up.rows, up.rows }, given = { s.down, picked, down.rows, down.rows };
-    cuda_sort_picks(q, picks, x.rows, e->n, TOKENS);
+    cuda_sort_picks(q, picks, x.rows, TOKENS);
     fp4_args p = { { e->m[GATE], up }, e->globals, e->n, quantized(q, x, up), s.slot_row, s.tiles, hidden };
     launch(q, "experts", false, tiles<true>, dim3(blocks(up.rows, WARPS * 8), most), 0, p);
     p = { { down, down }, e->globals + DOWN * e->n, e->n, quantized(q, hidden, down), nullptr, s.tiles, given };

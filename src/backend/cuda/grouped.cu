@@ -8,9 +8,9 @@
 namespace
 {
 
-constexpr int SORTERS = 1024, ENTRY = 4, AHEAD = 16;
+constexpr int SORTERS = EXPERTS_MAX, ENTRY = 4, AHEAD = 4;
 
-/* Sum of x over the threads before this one. part: [SORTERS / LANES] */
+/* Sum of x over the threads before this one; a meeting. part: [SORTERS / LANES] */
 __device__ int before(int x, int *part)
 {
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sum = x;
@@ -25,41 +25,49 @@ __device__ int before(int x, int *part)
     return sum - x;
 }
 
-/* One block: counts, places, tiles. Thread e is expert e's. */
-__global__ void __launch_bounds__(SORTERS)
-    sort_picks(cuda_prefill s, picks p, int picked, int n_experts, int most)
+/* Of an expert of thread e, of n slots: its first slot. Tiles of at most `most` are written if wanted. All threads. */
+__device__ int expert_slots(const cuda_prefill &s, int n, int most, bool write, int *part)
 {
-    wait_for_previous();
-    let_next_start();
-    __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], next[EXPERTS_MAX];
-    int e = threadIdx.x;
-    count[e] = 0;
-    __syncthreads();
-    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
-        int expert[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
-    }
-    __syncthreads();
-    int n = count[e], tiles = (n + most - 1) / most, each = tiles ? ((n + tiles - 1) / tiles + 7) / 8 * 8 : 8;
+    int e = threadIdx.x, tiles = (n + most - 1) / most, each = tiles ? ((n + tiles - 1) / tiles + 7) / 8 * 8 : 8;
     tiles = (n + each - 1) / each;
     int first = before(n, part), tile = before(tiles, part);
-    next[e] = first;
-    for (int i = 0; i < tiles; i++) {
+    for (int i = 0; write && i < tiles; i++) {
         int *to = s.tiles + ENTRY * (1 + tile + i);
         to[0] = e;
         to[1] = first + i * each;
         to[2] = n - i * each < each ? n - i * each : each;
     }
-    if (e == SORTERS - 1) s.tiles[0] = tile + tiles;
+    if (write && e == SORTERS - 1) s.tiles[0] = tile + tiles;
+    return first;
+}
+
+/* The experts of the picks first, first + SORTERS, ... of a thread; -1 past the last. */
+__device__ __forceinline__ void load_experts(int (&expert)[AHEAD], const picks &p, int first, int picked)
+{
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
+}
+
+/* One block: counts, places, tiles. Thread e is expert e's. */
+__global__ void __launch_bounds__(SORTERS) sort_picks(cuda_prefill s, picks p, int picked, int most)
+{
+    wait_for_previous();
+    let_next_start();
+    __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], next[EXPERTS_MAX];
+    int e = threadIdx.x, expert[AHEAD];
+    count[e] = 0;
     __syncthreads();
     for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
-        int expert[AHEAD];
+        load_experts(expert, p, first, picked);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
+        for (int i = 0; i < AHEAD; i++)
+            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
+    }
+    __syncthreads();
+    next[e] = expert_slots(s, count[e], most, true, part);
+    __syncthreads();
+    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
+        load_experts(expert, p, first, picked);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (expert[i] < 0) continue;
@@ -67,6 +75,49 @@ __global__ void __launch_bounds__(SORTERS)
             s.slot_row[slot] = pick / p.k;
             s.slot_of[pick] = slot;
         }
+    }
+}
+
+/* The same for many picks, by many blocks of SORTERS * AHEAD: how many each expert has, then their places. counts: [0, EXPERTS_MAX)
+ * of all, from there on how many have a place; zeros before. */
+__global__ void __launch_bounds__(SORTERS) count_picks(cuda_prefill s, picks p, int picked)
+{
+    wait_for_previous();
+    let_next_start();
+    __shared__ int count[EXPERTS_MAX];
+    int e = threadIdx.x, expert[AHEAD];
+    count[e] = 0;
+    load_experts(expert, p, blockIdx.x * SORTERS * AHEAD + threadIdx.x, picked);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
+    __syncthreads();
+    if (count[e]) atomicAdd(&s.counts[e], count[e]);
+}
+
+__global__ void __launch_bounds__(SORTERS) place_picks(cuda_prefill s, picks p, int picked, int most)
+{
+    wait_for_previous();
+    let_next_start();
+    __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], place[EXPERTS_MAX];
+    int e = threadIdx.x, begin = blockIdx.x * SORTERS * AHEAD + threadIdx.x, expert[AHEAD], rank[AHEAD];
+    count[e] = 0;
+    load_experts(expert, p, begin, picked);
+    place[e] = expert_slots(s, __ldcg(&s.counts[e]), most, blockIdx.x == 0, part);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (expert[i] >= 0) rank[i] = atomicAdd(&count[expert[i]], 1);
+    __syncthreads();
+    if (count[e]) place[e] += atomicAdd(&s.counts[EXPERTS_MAX + e], count[e]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        if (expert[i] < 0) continue;
+        int pick = begin + i * SORTERS, slot = place[expert[i]] + rank[i];
+        s.slot_row[slot] = pick / p.k;
+        s.slot_of[pick] = slot;
     }
 }
 
@@ -176,39 +227,94 @@ __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__
     }
 }
 
-/* Four numbers of what a pick gave, in BF16 or f32. */
-template <bool ROUNDED> __device__ __forceinline__ float4 pick_values(const float *down, int64_t at)
+constexpr int SUMMED = 8; /* columns a thread adds up, and picks it asks for at a time */
+
+/* What a pick gave, in BF16 or f32. */
+template <bool ROUNDED> struct pick_values {
+    uint4 v[ROUNDED ? 1 : 2];
+
+    __device__ __forceinline__ void load(const float *down, int64_t at)
+    {
+        if (ROUNDED) {
+            v[0] = *(const uint4 *)((const __nv_bfloat16 *)down + at);
+        } else {
+            v[0] = *(const uint4 *)(down + at);
+            v[ROUNDED ? 0 : 1] = *(const uint4 *)(down + at + 4);
+        }
+    }
+    __device__ __forceinline__ void add(float (&sum)[SUMMED], float weight) const
+    {
+        const uint32_t word[8] = { v[0].x, v[0].y, v[0].z, v[0].w, v[ROUNDED ? 0 : 1].x, v[ROUNDED ? 0 : 1].y,
+                                   v[ROUNDED ? 0 : 1].z, v[ROUNDED ? 0 : 1].w };
+#pragma unroll
+        for (int i = 0; i < SUMMED; i++) {
+            uint32_t x = !ROUNDED ? word[i] : i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16;
+            sum[i] += weight * __uint_as_float(x);
+        }
+    }
+};
+
+/* Columns of a row; those that are not there are 0, or left alone. */
+__device__ __forceinline__ void load_columns(float (&x)[SUMMED], const float *from, int n)
 {
-    if (!ROUNDED) return *(const float4 *)(down + at);
-    uint2 v = *(const uint2 *)((const __nv_bfloat16 *)down + at);
-    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
-                       __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+    if (n >= SUMMED && (uintptr_t)from % 16 == 0) {
+        float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
+        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < SUMMED; i++) x[i] = i < n ? from[i] : 0;
+}
+
+__device__ __forceinline__ void store_columns(float *to, const float (&x)[SUMMED], int n)
+{
+    if (n >= SUMMED && (uintptr_t)to % 16 == 0) {
+        *(float4 *)to = make_float4(x[0], x[1], x[2], x[3]);
+        *(float4 *)(to + 4) = make_float4(x[4], x[5], x[6], x[7]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < SUMMED; i++)
+        if (i < n) to[i] = x[i];
 }
 
 /* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. Grid:
- * columns by fours, rows. */
+ * columns by eights, rows. */
 template <bool ROUNDED>
 __global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
 {
     wait_for_previous();
     let_next_start();
-    int64_t row = blockIdx.y, c = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+    int64_t row = blockIdx.y, c = SUMMED * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     if (c >= y.cols) return;
-    float sum[4] = {};
-    for (int j = 0; j < p.k; j++) {
-        float4 v = pick_values<ROUNDED>(s.down, (int64_t)s.slot_of[row * p.k + j] * y.cols + c);
-        float weight = p.weight[row * p.k + j];
-        sum[0] += weight * v.x;
-        sum[1] += weight * v.y;
-        sum[2] += weight * v.z;
-        sum[3] += weight * v.w;
+    int n = y.cols - c < SUMMED ? (int)(y.cols - c) : SUMMED;
+    float sum[SUMMED] = {}, other[SUMMED], before[SUMMED];
+    if (shared.data) load_columns(other, shared.data + row * shared.stride + c, n);
+    if (add.data) load_columns(before, add.data + row * add.stride + c, n);
+    for (int first = 0; first < p.k; first += SUMMED) {
+        pick_values<ROUNDED> v[SUMMED];
+        float weight[SUMMED];
+#pragma unroll
+        for (int j = 0; j < SUMMED; j++) {
+            if (first + j >= p.k) break;
+            int64_t pick = row * p.k + first + j;
+            weight[j] = p.weight[pick];
+            v[j].load(s.down, (int64_t)s.slot_of[pick] * y.cols + c);
+        }
+#pragma unroll
+        for (int j = 0; j < SUMMED; j++) {
+            if (first + j >= p.k) break;
+            v[j].add(sum, weight[j]);
+        }
     }
     float open = shared.data ? sigmoid(gate.data[row * gate.stride]) : 0;
-    for (int i = 0; i < 4; i++) {
-        if (shared.data) sum[i] += open * shared.data[row * shared.stride + c + i];
-        y.data[row * y.stride + c + i] = sum[i];
-        if (add.data) add.data[row * add.stride + c + i] += sum[i];
+#pragma unroll
+    for (int i = 0; i < SUMMED; i++) {
+        if (shared.data) sum[i] += open * other[i];
+        before[i] += sum[i];
     }
+    store_columns(y.data + row * y.stride + c, sum, n);
+    if (add.data) store_columns(add.data + row * add.stride + c, before, n);
 }
 
 template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int64_t n, const picks &p)
@@ -217,7 +323,7 @@ template <int FORMAT, int TOKENS> void run(struct queue *q, grouped_args &a, int
     int64_t picked = n * p.k;
     unsigned most = (unsigned)(picked / TOKENS + (a.e.n < picked ? a.e.n : picked));
     mat none = {}, hidden = { q->hidden, picked, up.rows, up.rows };
-    cuda_sort_picks(q, &p, n, a.e.n, TOKENS);
+    cuda_sort_picks(q, &p, n, TOKENS);
     launch(q, "experts", true, up_tiles<FORMAT, TOKENS>, dim3(blocks(up.rows, UP_ROWS), most), tile<FORMAT, TOKENS>::SHARED, a);
     bool quantized = down.input == INPUT_FP8_ROW;
     a.parts = q->rounded || quantized ? 1 : EXACT_PARTS;
@@ -236,6 +342,16 @@ template <int FORMAT> void run_any(struct queue *q, grouped_args &a, int64_t n, 
         run<FORMAT, 32>(q, a, n, p);
 }
 
+void run_format(struct queue *q, grouped_args &a, int format, int64_t n, const picks &p)
+{
+    if (format == WEIGHT_BF16)
+        run_any<WEIGHT_BF16>(q, a, n, p);
+    else if (format == WEIGHT_FP8)
+        run_any<WEIGHT_FP8>(q, a, n, p);
+    else
+        run_any<WEIGHT_NVFP4>(q, a, n, p);
+}
+
 bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 {
     const cuda_prefill &s = q->prefill;
@@ -244,20 +360,29 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols))
             return false;
-    return e.m[UP].input == up.input && down.rows <= s.width && down.rows % 4 == 0;
+    return e.m[UP].input == up.input && down.rows <= s.width && down.rows % SUMMED == 0;
 }
 
 } /* namespace */
 
-void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int n_experts, int most)
+void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most)
 {
-    launch<SORTERS>(q, "experts", true, sort_picks, dim3(1), 0, q->prefill, *p, (int)(rows * p->k), n_experts, most);
+    constexpr int ONE_BLOCK = 2 * SORTERS * AHEAD;
+    int picked = (int)(rows * p->k);
+    if (picked <= ONE_BLOCK) {
+        launch<SORTERS>(q, "experts", true, sort_picks, dim3(1), 0, q->prefill, *p, picked, most);
+        return;
+    }
+    if (!queue_failed(q))
+        queue_check(q, cudaMemsetAsync(q->prefill.counts, 0, 2 * EXPERTS_MAX * sizeof *q->prefill.counts, q->stream), "experts");
+    launch<SORTERS>(q, "experts", true, count_picks, dim3(blocks(picked, SORTERS * AHEAD)), 0, q->prefill, *p, picked);
+    launch<SORTERS>(q, "experts", true, place_picks, dim3(blocks(picked, SORTERS * AHEAD)), 0, q->prefill, *p, picked, most);
 }
 
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p)
 {
     mat none = {};
-    launch(q, "experts", true, sum_picks<false>, dim3(blocks(y.cols, 4 * THREADS), (unsigned)y.rows), 0, y, none, none,
+    launch(q, "experts", true, sum_picks<false>, dim3(blocks(y.cols, SUMMED * THREADS), (unsigned)y.rows), 0, y, none, none,
            none, q->prefill, *p);
 }
 
@@ -284,16 +409,9 @@ bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct pick
     else
         a.hidden_f32 = q->hidden;
     a.parts = quantized ? 1 : parts;
-    if (!quantized && cuda_grouped_wide(q, e, p, x.rows))
-        ;
-    else if (up.format == WEIGHT_BF16)
-        run_any<WEIGHT_BF16>(q, a, x.rows, *p);
-    else if (up.format == WEIGHT_FP8)
-        run_any<WEIGHT_FP8>(q, a, x.rows, *p);
-    else
-        run_any<WEIGHT_NVFP4>(q, a, x.rows, *p);
+    if (quantized || !cuda_grouped_wide(q, e, p, x.rows)) run_format(q, a, up.format, x.rows, *p);
     launch(q, "experts", true, q->rounded ? sum_picks<true> : sum_picks<false>,
-           dim3(blocks(y.cols, 4 * THREADS), (unsigned)x.rows), 0, y, run ? run->x : none,
+           dim3(blocks(y.cols, SUMMED * THREADS), (unsigned)x.rows), 0, y, run ? run->x : none,
            run ? run->shared : none, run ? run->shared_gate : none, q->prefill, *p);
     return true;
 }

@@ -2,30 +2,37 @@
  * are those of grouped.cu. An item is 256 weight rows of a tile: 128 gate and the same 128 up rows, or 256 down rows. Blocks
  * take items in turn, so that those that read the same weights run at the same time and memory is asked once.
  *
- * Eight warps multiply, in two groups of four, each group 64 rows of either half of the item; a group's two products take
- * turns, so that one is under way while the other's weights are decoded. A warp has its rows of weights copied into a ring
- * of its own, units ahead, across items. Four more warps gather the slots' inputs, 64 columns at a time: a panel. */
+ * Groups of four warps multiply. For tiles of many slots two groups, each 64 rows of either half of the item; a group's two
+ * products take turns, so that one is under way while the other's weights are decoded. For tiles of few slots, which take
+ * fewer registers, four groups of 64 rows, of each eight rows of either half a warp: what decodes while another multiplies
+ * is another group. A warp has its rows of weights copied into a ring of its own, units ahead, across items. Four more warps
+ * gather the slots' inputs, 64 columns at a time: a panel. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
 
 namespace {
 
-constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
-constexpr int MULTIPLIERS = 8, GATHERERS = 4 * LANES, WIDE_BLOCK = MULTIPLIERS * LANES + GATHERERS, ITEM_ROWS = 256;
-[[maybe_unused]] constexpr int FEWER = 40, MORE = 232; /* registers of a thread that gathers, that multiplies */
+[[maybe_unused]] constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
+constexpr int GATHERERS = 4 * LANES, ITEM_ROWS = 256; /* threads; rows */
 
 struct wide_args {
     cuda_experts e;
     cuda_prefill s;
     const __nv_bfloat16 *x; /* inputs of gate and up, by row; of down, by slot */
-    int items;              /* most of a block */
 };
 
 /* MOST: slots of a tile. Shared memory: panels, rings of weights, the block's items. */
 template <int MOST> struct wide_form {
-    static constexpr int PANELS_AHEAD = MOST > 32 ? 6 : 8, UNITS_AHEAD = MOST > 32 ? 3 : 4;
-    static constexpr int STEP = MOST > 32 ? 32 : 8; /* slots are multiplied by multiples of */
-    static constexpr int PANEL_SIZE = MOST * 128, RING = UNITS_AHEAD * 4 * FP4_UNIT_BYTES;
+    static constexpr bool MANY = MOST > 32;
+    static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
+    static constexpr int BLOCK = MULTIPLIERS * LANES + GATHERERS;
+    static constexpr int PANELS_AHEAD = MANY ? 6 : 8, UNITS_AHEAD = MANY ? 3 : 4;
+    enum {
+        FEWER = MANY ? 24 : 40,
+        MORE = MANY ? 240 : 104, /* registers of those that gather, multiply */
+        STEP = MANY ? 32 : 8,    /* slots are multiplied by multiples of */
+    };
+    static constexpr int PANEL_SIZE = MOST * 128, SLOT = 2 * PRODUCTS * FP4_UNIT_BYTES, RING = UNITS_AHEAD * SLOT;
     static constexpr int RINGS_AT = PANELS_AHEAD * PANEL_SIZE, ITEMS_AT = RINGS_AT + MULTIPLIERS * RING;
 };
 
@@ -37,20 +44,21 @@ struct wide_work {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <int MOST> struct wide_barriers {
     using form = wide_form<MOST>;
-    uint64_t full[form::PANELS_AHEAD], empty[form::PANELS_AHEAD], weights[MULTIPLIERS][form::UNITS_AHEAD];
+    uint64_t full[form::PANELS_AHEAD], empty[form::PANELS_AHEAD], weights[form::MULTIPLIERS][form::UNITS_AHEAD];
 
     __device__ __forceinline__ void init()
     {
-        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], GATHERERS), barrier_init(&empty[i], MULTIPLIERS);
-        for (int w = 0; w < MULTIPLIERS; w++)
+        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], GATHERERS), barrier_init(&empty[i], form::MULTIPLIERS);
+        for (int w = 0; w < form::MULTIPLIERS; w++)
             for (int i = 0; i < form::UNITS_AHEAD; i++) barrier_init(&weights[w][i], 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 };
 
-/* A warp's weights: of a unit of columns sixteen rows of either half, four units of parts.h. */
+/* A warp's weights: of a unit of columns sixteen rows a product, two units of parts.h each. */
 template <int MOST, bool DOWN_ROWS> struct wide_weights {
     using form = wide_form<MOST>;
+    static constexpr int HALF = TEAM_WARPS * 16;
     const wide_args &a;
     const wide_work *work;
     uint8_t *ring;
@@ -68,27 +76,33 @@ template <int MOST, bool DOWN_ROWS> struct wide_weights {
 #pragma unroll 1
         for (int i = 0; i < form::UNITS_AHEAD; i++) ask();
     }
+    /* The first of a warp's rows, of the item's; of gate and up rows alike. */
+    static __device__ __forceinline__ int row_of(int warp)
+    {
+        if (!form::MANY) return warp * (DOWN_ROWS ? 16 : 8);
+        return warp % TEAM_WARPS * 16 + warp / TEAM_WARPS * (DOWN_ROWS ? 2 * HALF : HALF);
+    }
     /* By the whole warp, which has read what was in the slot. */
     __device__ __forceinline__ void ask()
     {
         if (item == n) return;
-        int warp = threadIdx.x / LANES, half = TEAM_WARPS * 16;
+        int warp = threadIdx.x / LANES;
         unsigned pitch = units * FP4_UNIT_BYTES;
         if (unit == 0) {
             const wide_work &w = work[item];
+            int row = w.row0 + row_of(warp);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = w.row0 + warp % TEAM_WARPS * 16 + warp / TEAM_WARPS * (DOWN_ROWS ? 2 * half : half) + (DOWN_ROWS ? i * half : 0);
-                at[i] = tile_at(a.e.m[DOWN_ROWS ? DOWN : i], w.expert, row / 8);
-            }
+            for (int i = 0; i < 2; i++)
+                at[i] = DOWN_ROWS ? tile_at(a.e.m[DOWN], w.expert, row / 8 + i * (form::MANY ? HALF / 8 : 1))
+                                  : tile_at(a.e.m[i], w.expert, row / 8);
         }
         if (threadIdx.x % LANES == 0) {
             uint64_t *b = full + slot;
-            uint32_t to = shared_at(ring) + slot * 4 * FP4_UNIT_BYTES;
-            barrier_expect(b, 4 * FP4_UNIT_BYTES);
+            uint32_t to = shared_at(ring) + slot * form::SLOT;
+            barrier_expect(b, form::SLOT);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                copy_bulk(to + i * FP4_UNIT_BYTES, at[i / 2] + i % 2 * pitch, FP4_UNIT_BYTES, b);
+            for (int i = 0; i < 2 * form::PRODUCTS; i++)
+                copy_bulk(to + i * FP4_UNIT_BYTES, form::MANY ? at[i / 2] + i % 2 * pitch : at[i], FP4_UNIT_BYTES, b);
         }
         at[0] += FP4_UNIT_BYTES;
         at[1] += FP4_UNIT_BYTES;
@@ -98,7 +112,7 @@ template <int MOST, bool DOWN_ROWS> struct wide_weights {
     __device__ __forceinline__ const uint8_t *await()
     {
         barrier_wait(full + place.slot, place.phase);
-        return ring + place.slot * 4 * FP4_UNIT_BYTES;
+        return ring + place.slot * form::SLOT;
     }
     __device__ __forceinline__ void leave()
     {
@@ -150,13 +164,6 @@ template <int N> __device__ __forceinline__ void more_registers()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-/* The compiler is to keep what an instruction under way reads. */
-__device__ __forceinline__ void keep(uint32_t (&f)[STEPS][4])
-{
-#pragma unroll
-    for (int k = 0; k < STEPS; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
-}
-
 /* Panels as a multiplying warp meets them. */
 template <int MOST> struct wide_panels {
     uint32_t at;
@@ -177,7 +184,7 @@ template <int MOST> struct wide_panels {
     }
 };
 
-/* The first product's registers are free once the second is asked for, and the other way round. */
+/* A product's sums, and the weights that instructions under way read. */
 template <int N> struct wide_product {
     float sum[N / 8][4];
     uint32_t f[STEPS][4];
@@ -200,10 +207,11 @@ template <int N> struct wide_product {
     __device__ __forceinline__ void hold()
     {
         wide_hold(sum);
-        keep(f);
+        wide_keep(f);
     }
 };
 
+/* Two products by turns. */
 template <int N, int MOST, bool DOWN_ROWS>
 __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b,
                                           wide_weights<MOST, DOWN_ROWS> &weights, wide_panels<MOST> &panels)
@@ -236,6 +244,28 @@ __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b
     panels.leave();
 }
 
+/* One product: other groups multiply meanwhile. */
+template <int N, int MOST, bool DOWN_ROWS>
+__device__ __forceinline__ void item_sums(wide_product<N> &a, wide_weights<MOST, DOWN_ROWS> &weights, wide_panels<MOST> &panels)
+{
+    a.clear();
+#pragma unroll 1
+    for (int unit = 0; unit < weights.units; unit++) {
+        const uint8_t *from = weights.await();
+#pragma unroll
+        for (int panel = 0; panel < FP4_UNIT_COLS / PANEL; panel++) {
+            wide_words u;
+            u.load(from, panel);
+            u.decode(a.f);
+            a.ask(panels.await());
+            wide_wait<0>();
+            a.hold();
+            panels.leave();
+        }
+        weights.leave();
+    }
+}
+
 /* Of a matrix of 8 x 8, rows and columns exchanged: lane 4 g + t has columns 2 t, 2 t + 1 of row g. */
 __device__ __forceinline__ uint32_t turned(uint32_t x)
 {
@@ -244,22 +274,26 @@ __device__ __forceinline__ uint32_t turned(uint32_t x)
     return y;
 }
 
-/* SiLU(gate) up of a warp's sixteen rows, to the slots' hidden rows. */
-template <int N>
+/* SiLU(gate) up of a warp's rows from c on, to the slots' hidden rows. HALVES of eight rows: their gate sums are in gate[n][2 h],
+ * gate[n][2 h + 1], for up likewise from UP on. */
+template <int N, int HALVES, int UP>
 __device__ __forceinline__ void store_hidden(const wide_args &p, const wide_work &w, const float (&gate)[N / 8][4],
-                                             const float (&up)[N / 8][4])
+                                             const float (&up)[N / 8][4], int c)
 {
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-    int inner = p.e.m[GATE].rows, c = w.row0 + warp * 16;
+    int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4, inner = p.e.m[GATE].rows;
     float u = FP4_UNIT / p.e.globals[w.expert], v = FP4_UNIT / p.e.globals[p.e.n + w.expert];
     __nv_bfloat16 *to = (__nv_bfloat16 *)p.s.hidden + (int64_t)(w.first + g) * inner + c / PANEL * PANEL + panel_place(c % PANEL + 2 * t, false);
 #pragma unroll
     for (int n = 0; n < N / 8; n++, to += 8 * (int64_t)inner) {
-        uint32_t x[2];
+        uint32_t x[HALVES];
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-            x[h] = turned(pack(silu(gate[n][2 * h] * u) * (up[n][2 * h] * v), silu(gate[n][2 * h + 1] * u) * (up[n][2 * h + 1] * v)));
-        if (n * 8 + g < w.tokens) *(uint2 *)to = make_uint2(x[0], x[1]);
+        for (int h = 0; h < HALVES; h++)
+            x[h] = turned(pack(silu(gate[n][2 * h] * u) * (up[n][UP + 2 * h] * v), silu(gate[n][2 * h + 1] * u) * (up[n][UP + 2 * h + 1] * v)));
+        if (n * 8 + g >= w.tokens) continue;
+        if constexpr (HALVES == 2)
+            *(uint2 *)to = make_uint2(x[0], x[1]); /* the second eight rows lie behind the first */
+        else
+            *(uint32_t *)to = x[0];
     }
 }
 
@@ -286,14 +320,23 @@ template <int N, int MOST, bool DOWN_ROWS>
 __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w, wide_weights<MOST, DOWN_ROWS> &weights,
                                          wide_panels<MOST> &panels)
 {
-    wide_product<N> a, b;
-    item_sums(a, b, weights, panels);
-    if constexpr (DOWN_ROWS) {
-        int warp = threadIdx.x / LANES, row = w.row0 + warp / TEAM_WARPS * 128 + warp % TEAM_WARPS * 16;
-        store_down<N>(p, w, a.sum, row);
-        store_down<N>(p, w, b.sum, row + 64);
+    int row = w.row0 + weights.row_of(threadIdx.x / LANES);
+    wide_product<N> a;
+    if constexpr (wide_form<MOST>::MANY) {
+        wide_product<N> b;
+        item_sums(a, b, weights, panels);
+        if constexpr (DOWN_ROWS) {
+            store_down<N>(p, w, a.sum, row);
+            store_down<N>(p, w, b.sum, row + weights.HALF);
+        } else {
+            store_hidden<N, 2, 0>(p, w, a.sum, b.sum, row);
+        }
     } else {
-        store_hidden<N>(p, w, a.sum, b.sum);
+        item_sums(a, weights, panels);
+        if constexpr (DOWN_ROWS)
+            store_down<N>(p, w, a.sum, row);
+        else
+            store_hidden<N, 1, 2>(p, w, a.sum, a.sum, row);
     }
 }
 
@@ -303,27 +346,24 @@ __device__ __forceinline__ void gather_panels(const wide_args &p, const wide_wor
                                               uint64_t *empty)
 {
     using form = wide_form<MOST>;
-    constexpr int STEP = GATHERERS / 8, EACH = MOST / STEP, LAG = form::PANELS_AHEAD / 2;
+    constexpr int STEP = GATHERERS / 8, LAG = form::PANELS_AHEAD / 2;
     int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[DOWN_ROWS ? DOWN : GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const wide_work &w = work[item];
-        int at[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int slot = row + STEP * i;
-            at[i] = slot < w.tokens ? DOWN_ROWS ? w.first + slot : p.s.slot_row[w.first + slot] : 0;
-        }
+        const int *rows = p.s.slot_row + w.first + row;
+        const __nv_bfloat16 *x = p.x + piece * 8 + (DOWN_ROWS ? (int64_t)(w.first + row) * cols : 0);
+        int left = w.tokens - row;
 #pragma unroll 1
         for (int c = 0; c < cols; c += PANEL) {
             barrier_wait(empty + ask.slot, ask.phase);
             uint32_t panel = to + ask.slot * form::PANEL_SIZE + row * 128 + (piece ^ row % 8) * 16;
-            const __nv_bfloat16 *x = p.x + c + piece * 8;
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-                if (row + STEP * i < w.tokens) copy_async16(panel + i * STEP * 128, x + (int64_t)at[i] * cols, true);
+#pragma unroll 4
+            for (int i = 0; i < left; i += STEP)
+                copy_async16(panel + i * 128, x + (unsigned)(DOWN_ROWS ? i : rows[i]) * (unsigned)cols, true);
+            x += PANEL;
             copy_commit();
             ask.advance(form::PANELS_AHEAD);
             if (ahead < LAG) {
@@ -346,7 +386,7 @@ __device__ __forceinline__ void gather_panels(const wide_args &p, const wide_wor
 #endif
 
 template <int MOST, bool DOWN_ROWS>
-__global__ void __launch_bounds__(WIDE_BLOCK, 1) wide_experts(const __grid_constant__ wide_args p)
+__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using form = wide_form<MOST>;
@@ -359,19 +399,19 @@ __global__ void __launch_bounds__(WIDE_BLOCK, 1) wide_experts(const __grid_const
     if (!DOWN_ROWS) wait_for_previous();
     let_next_start(); /* which may count on the tiles */
     int items = __ldcg(p.s.tiles) * each, n = ((int)gridDim.x - 1 - (int)blockIdx.x + items) / (int)gridDim.x;
-    for (int i = threadIdx.x; i < n; i += WIDE_BLOCK) {
+    for (int i = threadIdx.x; i < n; i += form::BLOCK) {
         int number = blockIdx.x + i * gridDim.x;
         int4 tile = __ldcg((const int4 *)p.s.tiles + 1 + number / each);
         work[i] = { tile.x, tile.y, tile.z, number % each * (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2) };
     }
     __syncthreads();
     uint32_t at = shared_at(shared);
-    if (warp >= MULTIPLIERS) {
-        fewer_registers<FEWER>();
+    if (warp >= form::MULTIPLIERS) {
+        fewer_registers<form::FEWER>();
         if (DOWN_ROWS) wait_for_previous();
         gather_panels<MOST, DOWN_ROWS>(p, work, n, at, barriers.full, barriers.empty);
     } else {
-        more_registers<MORE>();
+        more_registers<form::MORE>();
         wide_weights<MOST, DOWN_ROWS> weights(p, work, n, shared + form::RINGS_AT + warp * form::RING, barriers.weights[warp]);
         wide_panels<MOST> panels = { at, barriers.full, barriers.empty, { 0, 0 }, { 0, 0 } };
 #pragma unroll 1
@@ -383,7 +423,7 @@ __global__ void __launch_bounds__(WIDE_BLOCK, 1) wide_experts(const __grid_const
                 run_item<STEP>(p, w, weights, panels);
             else if (n_of == 2)
                 run_item<2 * STEP>(p, w, weights, panels);
-            else if (n_of == 3 || MOST == 3 * STEP)
+            else if (n_of == 3)
                 run_item<3 * STEP>(p, w, weights, panels);
             else
                 run_item<MOST>(p, w, weights, panels);
@@ -404,11 +444,11 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
     int up = (int)(tiles * (e.m[GATE].rows / (ITEM_ROWS / 2)) / blocks + 1), down = (int)(tiles * (e.m[DOWN].rows / ITEM_ROWS) / blocks + 1);
     size_t most = (size_t)q->shared_max - 2048;
     if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most) return false;
-    cuda_sort_picks(q, p, rows, e.n, MOST);
+    cuda_sort_picks(q, p, rows, MOST);
     wide_args a = { e, q->prefill, (const __nv_bfloat16 *)q->prefill.inputs };
-    launch<WIDE_BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a);
     a.x = (const __nv_bfloat16 *)q->prefill.hidden;
-    launch<WIDE_BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a);
     return true;
 }
 
@@ -420,5 +460,5 @@ bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const stru
     if (!q->has_wide || !q->rounded || up.rows % (ITEM_ROWS / 2) != 0 || down.rows % ITEM_ROWS != 0) return false;
     for (int i = 0; i < 3; i++)
         if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || e->m[i].cols % FP4_UNIT_COLS != 0) return false;
-    return rows * p->k > 24 * (int64_t)e->n ? start<96>(q, *e, p, rows) : start<32>(q, *e, p, rows);
+    return rows * p->k > 24 * (int64_t)e->n ? start<128>(q, *e, p, rows) : start<32>(q, *e, p, rows);
 }

@@ -10,7 +10,7 @@ extern "C" {
 
 enum {
     SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
-    GRAPHS = 4,         /* recorded steps kept */
+    GRAPHS = 8,         /* recorded steps kept */
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
     HEAD_MAX = 256,     /* widest attention head, longest DeltaNet key */
@@ -24,9 +24,9 @@ enum {
  * words of columns 32 i + 8 t + 0..7, i = 0..3 (for INPUT_NVFP4 with the first code in the low bits). Then 8
  * scales for each two lanes, of both halves and every i: those of columns 16 (2 i + t / 2) + 0..15.
  *
- * A scale is (8 + m) 2^(e - 13) as 8 e + m, with e from 1 to 18: E4M3 with its small numbers normalised, so that a
- * shift and an addition make BF16 of it. Its sign is in the codes, which are zeros where it is 0. (For INPUT_NVFP4
- * it stays E4M3, without sign.) */
+ * A scale is (8 + m) 2^(e - 13) as 8 e + m, with e from 1 to 18: E4M3 with its small numbers normalised, so
+ * that a shift and an addition make BF16 of it. Its sign is in the codes, which are zeros where it is 0. (For
+ * INPUT_NVFP4 it stays E4M3, without sign.) */
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__
 #else
@@ -91,6 +91,7 @@ struct cuda_prefill {
     int *slot_row; /* [rows * picks]: row of a slot; slots are picks in the order of their experts */
     int *slot_of;  /* [rows * picks]: slot of a pick */
     int *tiles;    /* [0]: how many; from 4 on: expert, first slot, slots, 0 */
+    int *counts;   /* [2 * EXPERTS_MAX]: of the picks that are being sorted */
     const float *known; /* the matrix whose rows lie in inputs, where a norm has left them; or NULL */
     int64_t rows, cols, picked, intermediate, width;
 };
@@ -116,10 +117,11 @@ struct cuda_draw {
     bool is_used; /* state has to be cleared */
 };
 
-/* A recorded step: `rows` sequences of one row each. */
+/* A recorded step, of the rows of so many spans; logs: queue_logs. */
 struct cuda_graph {
     const void *key;
-    int64_t rows;
+    int64_t rows, spans;
+    bool logs;
     cudaGraphExec_t exec;
 };
 
@@ -240,7 +242,7 @@ void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
-void cuda_edit(struct queue *q, struct mat x, const struct edit *edits, int64_t n);
+void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
                const struct draw *draws);
 /* vision.cu */

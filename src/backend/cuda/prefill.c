@@ -30,6 +30,7 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->slot_row = arena_take(a, p->picked, sizeof *p->slot_row, 64);
     p->slot_of = arena_take(a, p->picked, sizeof *p->slot_of, 64);
     p->tiles = arena_take(a, p->picked + l->n_experts + 1, 4 * sizeof *p->tiles, 64);
+    p->counts = arena_take(a, 2 * EXPERTS_MAX, sizeof *p->counts, 64);
 }
 
 bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
@@ -62,8 +63,11 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
-    if (r->x.rows > ROWS_EXACT && cuda_batch_delta_out(q, r, device_rows, false)) return;
-    if (cuda_dense(q, &out)) return;
+    if (cuda_batch_delta_out(q, r, device_rows, false) || cuda_dense(q, &out)) return;
+    if (r->x.rows <= ROWS_EXACT && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
+        cuda_delta_out(q, r, device_rows, false);
+        return;
+    }
     cuda_ops.gated_norm(q, r->o, r->raw, r->z, r->gain, r->shape->value_dim, r->eps);
     cuda_ops.matmul(q, r->y, r->o, r->out);
     cuda_ops.add(q, r->x, r->y);
@@ -88,11 +92,15 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
 void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
 {
     attend(q, r, rows);
-    if (r->x.rows > ROWS_EXACT && cuda_batch_attention_out(q, r)) return;
+    if (cuda_batch_attention_out(q, r)) return;
     struct cuda_products o = {
         .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
     };
     if (cuda_dense(q, &o)) return;
+    if (r->x.rows <= ROWS_EXACT && cuda_streams(q, &o.m[0])) {
+        cuda_attention_out(q, r);
+        return;
+    }
     cuda_ops.matmul(q, r->y, r->att, r->o);
     cuda_ops.add(q, r->x, r->y);
 }

@@ -30,12 +30,12 @@ void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, st
 /* grouped.cu. run: NULL, or the whole block. */
 bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                   const struct cuda_experts *e, const struct moe_run *run);
-/* grouped_wide.cu: the experts' products, from prefill.inputs to prefill.down in BF16, where shapes and formats are its
- * own. */
+/* grouped_wide.cu: the experts' products, from prefill.inputs to prefill.down in BF16, where shapes and
+ * formats are its own. */
 bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const struct picks *p, int64_t rows);
 /* Puts the picks of `rows` rows in the order of their experts: slot_row, slot_of, and tiles of at most
  * `most`. */
-void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int n_experts, int most);
+void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most);
 /* y = what the picks gave (f32 in prefill.down, by slot), weighted, in their order. */
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p);
 /* scan.cu: conv and delta of the run. Rounds, like cuda_flash: not for a queue that must not. */

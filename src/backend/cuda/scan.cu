@@ -63,22 +63,23 @@ __device__ __forceinline__ void load4(float (&x)[4], const float *from)
     }
 }
 
-/* Grid: chunks, heads of q, k and v by eights. A lane has four neighbouring channels. */
-__global__ void conv_heads(const __grid_constant__ scan_args p)
+/* Grid: parts of chunks, heads of q, k and v by eights. A lane has four neighbouring channels. */
+__global__ void conv_heads(const __grid_constant__ scan_args p, int parts)
 {
     wait_for_previous();
     let_next_start();
     constexpr int AHEAD = 8;
-    chunk c = chunk_of(p.rows, blockIdx.x);
+    chunk c = chunk_of(p.rows, blockIdx.x / parts);
     int keys = p.shape.key_heads, head = blockIdx.y * WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    if (c.n == 0 || head >= 2 * keys + p.shape.value_heads) return;
+    int begin = blockIdx.x % parts * (CHUNK / parts), end = begin + CHUNK / parts < c.n ? begin + CHUNK / parts : c.n;
+    if (begin >= end || head >= 2 * keys + p.shape.value_heads) return;
     int64_t channel = (int64_t)head * DIM + 4 * lane, channels = p.u.cols;
     float weight[TAPS][4], x[TAPS - 1 + AHEAD][4];
     const float *past = p.conv + (int64_t)c.span.slot * (TAPS - 1) * channels;
     for (int j = 0; j < TAPS; j++) load4(weight[j], p.conv_weight + j * channels + channel);
 #pragma unroll
     for (int j = 0; j < TAPS - 1; j++) {
-        int at = c.index * CHUNK + j - (TAPS - 1);
+        int at = c.index * CHUNK + begin + j - (TAPS - 1);
         load4(x[j], at >= 0 ? p.u.data + (c.span.first + at) * p.u.stride + channel : past + (at + TAPS - 1) * channels + channel);
     }
     bool normed = head < 2 * keys;
@@ -86,13 +87,13 @@ __global__ void conv_heads(const __grid_constant__ scan_args p)
     __nv_bfloat16 *to = normed ? p.qk + (int64_t)c.first * 2 * keys * DIM + channel
                                : p.v + (int64_t)c.first * p.shape.value_heads * DIM + channel - 2 * keys * DIM;
     int64_t step = (normed ? 2 * keys : p.shape.value_heads) * DIM;
-    for (int first = 0; first < c.n; first += AHEAD) {
+    for (int first = begin; first < end; first += AHEAD) {
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (first + k < c.n) load4(x[TAPS - 1 + k], p.u.data + (int64_t)(c.first + first + k) * p.u.stride + channel);
+            if (first + k < end) load4(x[TAPS - 1 + k], p.u.data + (int64_t)(c.first + first + k) * p.u.stride + channel);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            if (first + k >= c.n) break;
+            if (first + k >= end) break;
             float y[4], sum = 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -440,8 +441,9 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     p.matrix = r->state->matrix;
     p.shape = *s;
     p.rows = *rows;
-    unsigned n = (unsigned)chunks;
-    launch(q, "conv", true, conv_heads, dim3(n, blocks(2 * s->key_heads + heads, WARPS)), 0, p);
+    unsigned n = (unsigned)chunks, by_heads = blocks(2 * s->key_heads + heads, WARPS);
+    int parts = n * by_heads < 4u * q->sms ? 4 : 1; /* so that all multiprocessors have some */
+    launch(q, "conv", true, conv_heads, dim3(n * parts, by_heads), 0, p, parts);
     launch(q, "conv", true, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
     launch(q, "delta", true, chunk_parts, dim3(n, (unsigned)heads), PARTS_SHARED, p);
     launch(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), SCAN_SHARED, p);

@@ -197,18 +197,30 @@ static bool has_embeddings(const struct step_rows *step)
     return false;
 }
 
+/* Kernels and their grids are the same for all steps of this kind. */
+static struct cuda_graph kind_of(const void *key, const struct step_rows *step)
+{
+    return (struct cuda_graph){ key, step->n, step->n_spans, queue_logs(step), NULL };
+}
+
+static bool same_kind(const struct cuda_graph *a, const struct cuda_graph *b)
+{
+    return a->key == b->key && a->rows == b->rows && a->spans == b->spans && a->logs == b->logs;
+}
+
 bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *step)
 {
     q->current = NULL;
     if (!queue_rows(q, step)) return false;
     q->current = step;
-    if (step->n_spans != step->n || step->n > ROWS_BATCH || has_embeddings(step)) return false;
+    struct cuda_graph kind = kind_of(key, step);
+    if (step->n > (kind.spans == step->n ? ROWS_BATCH : ROWS_EXACT) || has_embeddings(step)) return false;
     for (int i = 0; i < GRAPHS; i++)
-        if (q->graphs[i].exec && q->graphs[i].key == key && q->graphs[i].rows == step->n)
+        if (q->graphs[i].exec && same_kind(&q->graphs[i], &kind))
             return queue_check(q, cudaGraphLaunch(q->graphs[i].exec, q->stream), "step");
     /* what comes twice in a row will come again */
-    q->recording = q->last.key == key && q->last.rows == step->n;
-    q->last = (struct cuda_graph){ key, step->n, NULL };
+    q->recording = same_kind(&q->last, &kind);
+    q->last = kind;
     if (q->recording)
         q->recording =
             queue_check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step");

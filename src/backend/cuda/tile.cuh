@@ -1,4 +1,4 @@
-/* Products of many rows: tiles of 128 weight rows by up to 128 rows of activations, on the tensor cores. Weights are the
+/* Products of many rows: tiles of 128 weight rows by 32, 64 or 128 rows of activations, on the tensor cores. Weights are the
  * instruction's sixteen rows, decoded in registers from what lies in device memory, activations its eight columns, in
  * BF16 in shared memory; both arrive through a ring of asynchronous copies. Sums are f32 and meet in shared memory, from
  * where they are scaled and stored row by row.
@@ -43,15 +43,15 @@ __host__ __device__ inline int64_t tile_matrix_bytes(int format, int rows, int c
 
 /* TOKENS: rows of activations of a tile. Shared memory: stages of activations, then of weights, which for NVFP4 hold 128
  * columns and serve two of the former, then of group scales; in the end f32 [TOKENS][OUT_STRIDE]. */
-template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile {
+template <int FORMAT, int TOKENS> struct tile {
     static constexpr bool FP4 = FORMAT == WEIGHT_NVFP4;
     static constexpr int ROW = FORMAT == WEIGHT_BF16 ? 128 : 64; /* bytes of 64 columns, of NVFP4 of 128 */
     static constexpr int PACE = FP4 && TOKENS == 32 ? 2 : 1; /* steps of 64 columns from meeting to meeting */
     static constexpr int EVERY = FP4 ? 2 / PACE : 1;          /* stages of activations to one of weights */
-    static constexpr int X1 = TOKENS * TILE_K * 2, X = X1 * PACE, W = ROWS * ROW, S = FP4 ? ROWS * 8 : 0;
-    static constexpr int STAGES = ROWS > TILE_ROWS ? 6
-                                : TOKENS > 32      ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
-                                                   : (FORMAT == WEIGHT_FP8 ? 6 : 4);
+    static constexpr int X1 = TOKENS * TILE_K * 2, X = X1 * PACE, W = TILE_ROWS * ROW, S = FP4 ? TILE_ROWS * 8 : 0;
+    static constexpr int STAGES = TOKENS == 64 ? 8
+                                : TOKENS > 32  ? (FORMAT == WEIGHT_BF16 ? 3 : 4)
+                                               : (FORMAT == WEIGHT_FP8 ? 6 : 4);
     static constexpr int WSTAGES = (STAGES - 1 + EVERY - 1) / EVERY + 1;
     static constexpr int W_AT = X * STAGES, S_AT = W_AT + W * WSTAGES;
     static constexpr int SIDES = TOKENS > 32 ? 2 : 1; /* warps side by side along the activations */
@@ -124,12 +124,11 @@ template <int FORMAT> struct weight_rows {
 };
 
 /* What a thread copies: 16-byte pieces of activations and of weights, and four scales. */
-template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile_loader {
-    using T = tile<FORMAT, TOKENS, ROWS>;
-    static constexpr int GN = ROWS / TILE_ROWS; /* copies of four scales */
-    const uint8_t *w[T::WN], *x[T::XN], *groups[GN];
+template <int FORMAT, int TOKENS> struct tile_loader {
+    using T = tile<FORMAT, TOKENS>;
+    const uint8_t *w[T::WN], *x[T::XN], *groups;
     unsigned w_valid, x_valid;
-    bool group_valid[GN];
+    bool group_valid;
     uint32_t base, w_to, x_to, groups_to;
     int steps, k, part, x_slot, w_slot, left; /* k: step of 64 columns of the part asked for next */
 
@@ -151,14 +150,11 @@ template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile_loader {
         }
 #pragma unroll
         for (int i = 0; i < T::WN; i++) w[i] = weight(s, tid + i * THREADS, i);
-#pragma unroll
-        for (int i = 0; i < GN; i++) {
-            int r = (tid + i * THREADS) / 16 * 8;
-            group_valid[i] = T::FP4 && r % s.split < s.rows;
-            groups[i] = s.data[0];
-            if (group_valid[i])
-                groups[i] = (r < s.split ? s.data[0] : s.data[1]) + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
-        }
+        int r = tid / 16 * 8;
+        group_valid = T::FP4 && r % s.split < s.rows;
+        groups = s.data[0];
+        if (group_valid)
+            groups = (r < s.split ? s.data[0] : s.data[1]) + (int64_t)(r % s.split / 8) * s.pitch + 1024 + tid % 16 * 8;
         groups_to = tid * 4;
     }
 
@@ -198,10 +194,9 @@ template <int FORMAT, int TOKENS, int ROWS = TILE_ROWS> struct tile_loader {
 #pragma unroll
                 for (int i = 0; i < T::WN; i++)
                     copy_async16(at + i * 4096, w[i] + (w_valid >> i & 1 ? from : 0), w_valid >> i & 1);
-#pragma unroll
-                for (int i = 0; i < GN && T::FP4; i++)
-                    copy_async4(base + T::S_AT + w_slot * T::S + groups_to + i * (THREADS * 4),
-                                groups[i] + (group_valid[i] ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid[i]);
+                if (T::FP4)
+                    copy_async4(base + T::S_AT + w_slot * T::S + groups_to,
+                                groups + (group_valid ? k / 4 * 1152 + k / 2 % 2 * 4 : 0), group_valid);
                 w_slot = w_slot + 1 == T::WSTAGES ? 0 : w_slot + 1;
             }
             k += T::PACE;
@@ -295,6 +290,13 @@ __device__ __forceinline__ void tile_sums(uint8_t *shared, const tile_source &so
         else if (tokens > 64)
             wide_sums<FORMAT, TOKENS, 96>(shared, source, steps, parts, tokens);
         else if (tokens > 32)
+            wide_sums<FORMAT, TOKENS, 64>(shared, source, steps, parts, tokens);
+        else
+            wide_sums<FORMAT, TOKENS, 32>(shared, source, steps, parts, tokens);
+        return;
+    }
+    if constexpr (TOKENS == 64) {
+        if (tokens > 32)
             wide_sums<FORMAT, TOKENS, 64>(shared, source, steps, parts, tokens);
         else
             wide_sums<FORMAT, TOKENS, 32>(shared, source, steps, parts, tokens);
