@@ -228,8 +228,8 @@ __device__ __forceinline__ void leave(const running (&r)[HEADS], float *meeting,
     }
 }
 
-/* What warps [first, first + warps) have left of n heads from `head` on, put together in their order by these warps. The only part
- * of a row is its whole. */
+/* What warps [first, first + warps) have left of n heads from `head` on, put together in their order by these
+ * warps. The only part of a row is its whole. */
 template <int N>
 __device__ __forceinline__ void join_warps(const attention_args &a, float *meeting, int64_t row, int head, int n, int first,
                                            int warps, bool only)
@@ -350,8 +350,8 @@ __device__ __forceinline__ void place_heads(const attention_args &a, float *quer
     }
 }
 
-/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns [rope.n][2] (room for dim),
- * then what warps leave, or before that what attention_tiles.cuh wants. */
+/* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns
+ * [rope.n][2] (room for dim), then what warps leave, or before that what attention_tiles.cuh wants. */
 template <int DTYPE, bool WIDE>
 __global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_constant__ attention_args a)
 {

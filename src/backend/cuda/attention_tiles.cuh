@@ -1,8 +1,8 @@
 /* Attention of few rows over BF16 heads of 256 on the tensor cores, for up to eight query heads of a kv head.
  *
  * A warp takes 16 tokens at a time: their keys through its place in shared memory, then their values through the same place.
- * Scores are keys (16 tokens) times queries (eight heads), values are turned (16 columns) times shares (eight heads); queries and
- * shares are exact sums of three BF16 numbers. */
+ * Scores are keys (16 tokens) times queries (eight heads), values are turned (16 columns) times shares (eight
+ * heads); queries and shares are exact sums of three BF16 numbers. */
 #ifndef BACKEND_CUDA_ATTENTION_TILES_CUH
 #define BACKEND_CUDA_ATTENTION_TILES_CUH
 #include "backend/cuda/matrices.cuh"
@@ -57,7 +57,8 @@ __device__ __forceinline__ void three_parts(uint32_t (&part)[TILE_PARTS], float 
     part[2] = pack(rest.x - m.x, rest.y - m.y);
 }
 
-/* The queries [n][TILE_DIM] as operands: [part][step][lane], lane 4 g + t columns 16 step + 2 t, + 1, and + 8, + 9, of head g. */
+/* The queries [n][TILE_DIM] as operands: [part][step][lane], lane 4 g + t columns 16 step + 2 t, + 1, and + 8,
+ * + 9, of head g. */
 __device__ __forceinline__ void place_queries(uint2 *operands, const float *queries, int n)
 {
     for (int i = threadIdx.x; i < TILE_STEPS * LANES; i += THREADS) {
