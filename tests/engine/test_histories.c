@@ -16,14 +16,18 @@
 
 enum {
     LANES = 4,       /* histories under way at once */
-    BLOCK = 12,      /* histories before other sizes of everything are taken */
+    BLOCK = 8,       /* histories before other sizes of everything are taken */
     TALK_MOST = 420, /* tokens of a prompt */
     TURNS_MOST = 16,
     PICTURES_MOST = 2
 };
 
 static struct demo demo;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+static long histories = 16; /* without files, with them */
+#else
 static long histories = 24;
+#endif
 
 /* What conversations are made of. */
 enum part { SYSTEM, USER, PICTURE, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };
