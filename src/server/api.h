@@ -74,6 +74,8 @@ bool exchange_is_stream(const struct exchange *x); /* text/event-stream instead 
 const char *exchange_request_id(const struct exchange *x);
 const char *exchange_session_id(const struct exchange *x); /* likewise */
 int exchange_retry_after(const struct exchange *x);        /* seconds; 0: no such header */
+/* How many there are: the more, the longer a stream's text waits for more of it, up to 40 ms. */
+void exchange_among(struct exchange *x, int64_t n_exchanges);
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);

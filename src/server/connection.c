@@ -241,6 +241,7 @@ static void pump(struct connection *c)
     size_t n = 0;
     bool done = false;
     if (c->unread_since > 0 && unread(c) > OUTPUT_MOST) return;
+    exchange_among(c->exchange, c->server->n_exchanges);
     const char *bytes = exchange_pump(c->exchange, &n, &done);
     account_tokens(c, clock_seconds(), n > 0);
     if (exchange_status(c->exchange) == 0) return;

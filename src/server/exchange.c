@@ -4,6 +4,7 @@
 #include "server/constraint.h"
 #include "base/clock.h"
 #include <inttypes.h>
+#include <math.h>
 #include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,9 +17,9 @@ enum {
     SCORES_MAX = 1 << 21 /* of prompts' tokens: some 100 MB of an answer */
 };
 
-/* Between two events of a stream's text: nobody reads faster, and each event costs packets and wake-ups on
- * both sides. */
-static const double EVENT_SECONDS = 0.04;
+/* Each event costs packets and wake-ups on both sides, so streams share so many a second; but nobody waits
+ * longer for more text than readers notice. */
+static const double EVENTS_A_SECOND = 1600, EVENT_SECONDS_MOST = 0.04;
 
 void exchange_event(struct exchange *x, const char *name)
 {
@@ -146,7 +147,7 @@ static void say_text(struct exchange *x, int i)
 /* Clock at which text that waits is to be said, whatever comes until then. */
 static double due_at(const struct exchange *x, const struct pending *p)
 {
-    return p->text.n == 0 || p->said_at == 0 || x->params.stream_interval ? 0 : p->said_at + EVENT_SECONDS;
+    return p->text.n == 0 || p->said_at == 0 || x->params.stream_interval ? 0 : p->said_at + x->between;
 }
 
 /* The first text and the last are said at once. */
@@ -398,6 +399,7 @@ struct exchange *exchange_create(struct api *a, enum api_route route, const char
     x->api = a;
     x->route = route;
     x->began = clock_seconds();
+    x->between = EVENT_SECONDS_MOST;
     x->created = (int64_t)time(NULL);
     x->owner = caller->owner;
     memcpy(x->salt, caller->salt, sizeof x->salt);
@@ -502,6 +504,11 @@ static void pump(struct exchange *x)
     json_out_deinit(&x->out);
     fault_memory(&x->fault);
     fail(x);
+}
+
+void exchange_among(struct exchange *x, int64_t n_exchanges)
+{
+    x->between = fmin((double)n_exchanges / EVENTS_A_SECOND, EVENT_SECONDS_MOST);
 }
 
 const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done)

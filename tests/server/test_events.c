@@ -175,11 +175,38 @@ static void test_time(void **state)
     exchange_free(e);
 }
 
+/* The fewer streams, the sooner. */
+static void test_share(void **state)
+{
+    struct fixture *x = *state;
+    static const char body[] = "{\"prompt\":\"q\",\"stream\":true}";
+    static const struct {
+        int64_t streams;
+        double most;
+    } among[] = { { 1, 0.000626 }, { 8, 0.005001 }, { 64, 0.040001 }, { 10000, 0.040001 } };
+    const struct api_caller caller = { .request_id = "r" };
+    x->options.stream_interval = 0;
+    fixture_api(x);
+    for (size_t i = 0; i < sizeof among / sizeof *among; i++) {
+        script_letters(x, 0);
+        struct exchange *e = exchange_create(x->api, API_COMPLETIONS, NULL, body, sizeof body - 1, &caller);
+        exchange_among(e, among[i].streams);
+        double begin = clock_seconds();
+        assert_true(pump(e) > 0);
+        double first = clock_seconds();
+        pump(e);
+        double due = exchange_due(e);
+        if (due > 0) /* else this machine slept meanwhile */
+            assert_true(due > begin + among[i].most / 1.01 && due < first + among[i].most);
+        exchange_free(e);
+    }
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, fixture_setup, fixture_teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = { TEST(test_interval), TEST(test_request), TEST(test_scores),
-                                        TEST(test_stop), TEST(test_time) };
+                                        TEST(test_stop), TEST(test_time), TEST(test_share) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
