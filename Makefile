@@ -146,7 +146,7 @@ soak: $(BUILD)/tests/server/test_serve all
 	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 QUENCH_KEYS=1 $<
 
 # The tests that run threads, under TSan; the others hold none.
-THREADED := tests/base/test_pool tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_disk_cache
+THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_disk_cache
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread

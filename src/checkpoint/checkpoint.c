@@ -2,6 +2,7 @@
  * name with proof that index and shards agree. Messages name the folder or the file inside it first. */
 #include "checkpoint/checkpoint.h"
 #include "base/file.h"
+#include "base/pool.h"
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,18 +112,52 @@ static bool reserve_shards(struct checkpoint *c, size_t n, struct err *e)
     return (c->shards && c->shard_names) || err_memory(e, "shard list", n * sizeof *c->shards);
 }
 
-static bool open_shard(struct checkpoint *c, const char *name, struct err *e)
+static bool add_shard(struct checkpoint *c, const char *name, struct err *e)
 {
-    char *path = file_join(c->path, name);
-    if (!path) return err_memory(e, "path", strlen(c->path) + strlen(name));
-    bool ok = safetensors_open(&c->shards[c->n_shards], path, e);
-    free(path);
-    if (!ok) return false;
-    c->shard_names[c->n_shards++] = strdup(name);
-    return c->shard_names[c->n_shards - 1] || err_memory(e, "shard name", strlen(name) + 1);
+    c->shard_names[c->n_shards] = strdup(name);
+    return c->shard_names[c->n_shards++] || err_memory(e, "shard name", strlen(name) + 1);
 }
 
-/* Opens each file of the sorted entries once. */
+/* What happens to each of the shards while all are opened. */
+struct opening {
+    struct checkpoint *c;
+    struct err *errors; /* [n_shards], of those that failed */
+    bool *opened;       /* [n_shards] */
+};
+
+static void open_shard(void *ctx, int64_t i, int thread)
+{
+    struct opening *o = ctx;
+    char *path = file_join(o->c->path, o->c->shard_names[i]);
+    (void)thread;
+    o->opened[i] = path ? safetensors_open(&o->c->shards[i], path, &o->errors[i])
+                        : err_memory(&o->errors[i], "path", strlen(o->c->path));
+    free(path);
+}
+
+/* Headers name every tensor, 125,000 of the released model's: each is read by a thread. The first shard that
+ * cannot be opened is the error. */
+static bool open_shards(struct checkpoint *c, struct err *e)
+{
+    if (c->n_shards == 0) return true;
+    int threads = pool_default_threads() < c->n_shards ? pool_default_threads() : c->n_shards;
+    size_t n = (size_t)c->n_shards;
+    struct opening o = { c, calloc(n, sizeof *o.errors), calloc(n, sizeof *o.opened) };
+    struct pool *pool = NULL;
+    bool ok = ((o.errors && o.opened) || err_memory(e, "shard list", n * sizeof *o.errors)) &&
+              pool_create(&pool, threads, e);
+    if (ok) pool_run(pool, c->n_shards, open_shard, &o);
+    for (size_t i = 0; ok && i < n; i++) {
+        ok = o.opened[i];
+        if (!ok && e) *e = o.errors[i];
+    }
+    pool_free(pool);
+    free(o.errors);
+    free(o.opened);
+    return ok;
+}
+
+/* Each file of the sorted entries once. */
 static bool open_entries(struct checkpoint *c, const struct entry *entries, size_t n, struct err *e)
 {
     bool single_used = false;
@@ -131,10 +166,10 @@ static bool open_entries(struct checkpoint *c, const struct entry *entries, size
         if (!is_there(c, entries[i].file))
             return err_set(e, ERR_IO, "%s: shard %s is missing; %s places tensor '%s' in it", c->path,
                            entries[i].file, INDEX_NAME, entries[i].tensor);
-        if (!open_shard(c, entries[i].file, e)) return false;
+        if (!add_shard(c, entries[i].file, e)) return false;
         single_used = single_used || strcmp(entries[i].file, SINGLE_NAME) == 0;
     }
-    if (single_used || !is_there(c, SINGLE_NAME)) return true;
+    if (single_used || !is_there(c, SINGLE_NAME)) return open_shards(c, e);
     return err_set(
         e, ERR_FORMAT,
         "%s: %s lies beside %s, which does not name it: remove it or the index: other tools would load it "
@@ -244,7 +279,8 @@ static bool open_tensors(struct checkpoint *c, struct err *e)
 {
     if (is_there(c, INDEX_NAME)) return open_sharded(c, e);
     if (is_there(c, SINGLE_NAME))
-        return reserve_shards(c, 1, e) && open_shard(c, SINGLE_NAME, e) && list_tensors(c, e);
+        return reserve_shards(c, 1, e) && add_shard(c, SINGLE_NAME, e) && open_shards(c, e) &&
+               list_tensors(c, e);
     return err_set(e, ERR_IO, "%s: neither %s nor %s", c->path, INDEX_NAME, SINGLE_NAME);
 }
 

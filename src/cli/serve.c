@@ -504,7 +504,9 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--decode-target-ms", 0, FLAG_NUMBER, &s->decode_ms, "MS",
           "between two tokens of a stream while prompts are read (default 100)", NULL },
         { "--stream-interval", 0, FLAG_INT, &s->stream_interval, "N",
-          "tokens of a stream's event (default 0: what comes in 0.6 ms for each stream there is, 40 ms at most)", NULL },
+          "tokens of a stream's event (default 0: what comes in 0.6 ms for each stream there is, 40 ms at "
+          "most)",
+          NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
           "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",

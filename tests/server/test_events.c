@@ -207,6 +207,6 @@ static void test_share(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = { TEST(test_interval), TEST(test_request), TEST(test_scores),
-                                        TEST(test_stop), TEST(test_time), TEST(test_share) };
+                                        TEST(test_stop),     TEST(test_time),    TEST(test_share) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
