@@ -39,7 +39,7 @@ struct settings {
     bool print_config;
     const char *config;
     /* where */
-    const char *host, *uds, *root_path;
+    const char *host, *uds, *root_path, *admin, *admin_key;
     int64_t port;
     bool open_bind;
     /* who */
@@ -266,6 +266,8 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .n_keys = s->keys.n,
                                 .key_file = s->key_file,
                                 .public_metrics = s->public_metrics,
+                                .admin = s->admin,
+                                .admin_key = s->admin_key,
                                 .origins = s->origins.items,
                                 .n_origins = s->origins.n,
                                 .max_header_bytes = s->header_bytes,
@@ -443,6 +445,7 @@ static bool run(struct settings *s, struct err *e)
                     "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
                     "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
+    if (s->admin) fprintf(stderr, "quench serve: administration at %s\n", server_admin_address(server));
     bool ok = load(&v, s, server, e);
     if (ok) {
         server_attach(server, v.api, v.scheduler);
@@ -477,6 +480,9 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--api-key-file", 0, FLAG_TEXT, &s->key_file, "FILE", "the same, one a line; SIGHUP reads it again",
           NULL },
         { "--public-metrics", 0, FLAG_SWITCH, &s->public_metrics, NULL, "/metrics needs no key", NULL },
+        { "--admin-listen", 0, FLAG_TEXT, &s->admin, "PORT|PATH",
+          "pause, cancel, reset, reload: a port of 127.0.0.1 or a Unix socket (default none)", NULL },
+        { "--admin-key", 0, FLAG_TEXT, &s->admin_key, "KEY", "which that needs; none of the API's", NULL },
         { "--allowed-origins", 0, FLAG_WORDS, &s->origins, "ORIGIN...",
           "web pages that may ask (default none; * all)", NULL },
         { "--ssl-certfile", 0, FLAG_TEXT, &s->certificate, "FILE", "TLS: certificate chain, PEM", NULL },
@@ -575,7 +581,7 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
 static int serve(struct settings *s, struct settings_source *source, const struct compat *compat, int argc,
                  char **argv)
 {
-    static const char *const secret[] = { "--api-key", "--ssl-keyfile-password", NULL };
+    static const char *const secret[] = { "--api-key", "--admin-key", "--ssl-keyfile-password", NULL };
     struct err e = { 0 };
     bool help = false;
     json_t *origins = NULL;

@@ -155,4 +155,7 @@ struct scheduler_stats {
     bool failed;      /* the backend is lost; every request ends in FINISHED_ERROR */
 };
 void scheduler_stats(struct scheduler *s, struct scheduler_stats *out);
+/* What is known of prompts is forgotten, in files too, before any request submitted from now on begins.
+ * Requests that run leave theirs again. */
+void scheduler_forget_prefixes(struct scheduler *s);
 #endif

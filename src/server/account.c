@@ -123,7 +123,7 @@ void account_request(struct connection *c, bool aborted)
             if (!aborted) limits_observe(s, a.usage.prefill_seconds + a.usage.decode_seconds);
         }
     }
-    count_route(s, c, status);
+    if (!c->is_admin) count_route(s, c, status);
     if (!s->log) return;
     json_t *line = line_of(c, status, now);
     if (counts) add_tokens(line, &a, c, aborted);
