@@ -6,6 +6,7 @@
 #include "cli/plan.h"
 #include "cli/serve_compat.h"
 #include "quantize/source.h"
+#include "server/crash.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
@@ -60,7 +61,7 @@ struct settings {
     int64_t headers, connections, key_requests, key_tokens, queued_tokens;
     double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
         shutdown_seconds, store_seconds, request_seconds;
-    const char *log;
+    const char *log, *crash_log;
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
     char *disk_folder;
@@ -438,7 +439,11 @@ static bool run(struct settings *s, struct err *e)
     struct server *server;
     struct service v = { 0 };
     double begin = clock_seconds();
-    if (!start_server(&server, s, e)) return false;
+    if (!crash_arm(s->crash_log, cli_version, e)) return false;
+    if (!start_server(&server, s, e)) {
+        crash_disarm();
+        return false;
+    }
     for (int i = 0; i < s->media_hosts.n; i++)
         if (strcmp(s->media_hosts.items[i], "*") == 0)
             fprintf(stderr,
@@ -460,6 +465,7 @@ static bool run(struct settings *s, struct err *e)
     server_wait(server);
     unload(&v);
     server_free(server);
+    crash_disarm();
     return ok;
 }
 
@@ -566,6 +572,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "from a request to its answer's end (default 0: any); then 504", NULL },
         { "--request-log", 0, FLAG_TEXT, &s->log, "FILE",
           "a line of JSON a request, without its text (-: standard output)", NULL },
+        { "--crash-log", 0, FLAG_TEXT, &s->crash_log, "FILE",
+          "what the last requests were, if a fault ends the server (default standard error)", NULL },
         { "--config", 0, FLAG_TEXT, &s->config, "FILE", "YAML with flags", NULL },
         { "--print-config", 0, FLAG_SWITCH, &s->print_config, NULL,
           "print every value and where it came from", NULL },

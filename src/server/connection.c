@@ -77,6 +77,7 @@ static void forget_request(struct connection *c)
     c->refused = c->head_sent = c->streams = c->aborted = false;
     c->status = 0;
     c->sent_bytes = 0;
+    c->crash_place = 0;
     c->seen_tokens = 0;
     c->seen_at = c->first_token = 0;
     c->prompt_counted = false;
@@ -320,6 +321,7 @@ static void dispatch(struct connection *c)
         return;
     }
     c->job = job;
+    account_state(c, "preparing");
     c->server->n_exchanges++;
     enter(c, PHASE_ANSWER);
 }
@@ -333,6 +335,7 @@ void connection_take(struct connection *c, struct exchange *x)
     const char *id = x ? exchange_request_id(x) : NULL;
     if (id) snprintf(c->request_id, sizeof c->request_id, "%s", id);
     if (x && limits_allow_tokens(c, &status, message)) {
+        account_state(c, "prefill");
         connection_pump(c);
         return;
     }

@@ -2,6 +2,7 @@
  * by activating its events only. */
 #include "server/server.h"
 #include "base/clock.h"
+#include "server/crash.h"
 #include "server/server_struct.h"
 #include <errno.h>
 #include <event2/thread.h>
@@ -436,6 +437,7 @@ static bool make_events(struct server *s, struct err *e)
 static void *run(void *ctx)
 {
     struct server *s = ctx;
+    crash_own_stack();
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
     while (s->connections) connection_close(s->connections);
     workers_free(s->workers);

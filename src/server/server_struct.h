@@ -57,6 +57,7 @@ struct connection {
     int status;
     double begun, heard; /* when the request was here; when the stream said something last */
     uint64_t sent_bytes;
+    uint64_t crash_place; /* where crash.h has it */
 
     /* tokens seen so far */
     int64_t seen_tokens;
@@ -159,5 +160,7 @@ void admin_answer(struct connection *c);
 /* account.c */
 /* Tokens that came since the last look. says: they were sent, too. */
 void account_tokens(struct connection *c, double now, bool says);
+/* For crash.h: it is in this state, a literal. */
+void account_state(struct connection *c, const char *state);
 void account_request(struct connection *c, bool aborted); /* it is answered, or will not be */
 #endif

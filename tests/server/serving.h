@@ -54,13 +54,13 @@ static inline bool serving_says(struct serving *s, const char *text, double seco
     return true;
 }
 
-/* quench serve models/demo with these words besides, at a port that is free. */
-static inline void serving_spawn(struct serving *s, const char *const *words)
+/* quench serve MODEL with these words besides, at a port that is free. */
+static inline void serving_spawn_model(struct serving *s, const char *model, const char *const *words)
 {
     char program[PATH_MAX];
     const char *build = getenv("BUILD"),
-               *argv[WORDS_MAX + 1] = { program,    "serve", "models/demo", "--port", "0",
-                                        "--device", "cpu",   "--memory",    "1G" };
+               *argv[WORDS_MAX + 1] = { program,    "serve", model,      "--port", "0",
+                                        "--device", "cpu",   "--memory", "1G" };
     int n = 9, pipes[2];
     snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     while (*words && n < WORDS_MAX) argv[n++] = *words++;
@@ -78,9 +78,13 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
     close(pipes[1]);
 }
 
-static inline void serving_start(struct serving *s, const char *const *words)
+static inline void serving_spawn(struct serving *s, const char *const *words)
 {
-    serving_spawn(s, words);
+    serving_spawn_model(s, "models/demo", words);
+}
+
+static inline void serving_await(struct serving *s)
+{
     if (!serving_says(s, "ready after", 120)) fail_msg("not ready: %s", s->said);
     const char *at = strstr(s->said, "listening at ");
     assert_non_null(at);
@@ -88,6 +92,12 @@ static inline void serving_start(struct serving *s, const char *const *words)
     assert_non_null(comma);
     while (comma[-1] >= '0' && comma[-1] <= '9') comma--;
     s->port = atoi(comma);
+}
+
+static inline void serving_start(struct serving *s, const char *const *words)
+{
+    serving_spawn(s, words);
+    serving_await(s);
 }
 
 /* The exit status, or -1 and a signal's number below; -1000: it still runs. */
