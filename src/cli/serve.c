@@ -55,6 +55,7 @@ struct settings {
     double utilization, decode_ms;
     int kv;
     bool prefix_caching, language_only, strict;
+    const char *local_media;
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
     const char *header_text, *body_text, *store_text;
@@ -305,6 +306,7 @@ struct service {
     struct scheduler *scheduler;
     struct chat_template *template;
     struct api *api;
+    struct local_media local_media;
     struct token_list turn_end;
     uint32_t *known; /* bits: tokens that have a text */
 };
@@ -402,6 +404,7 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .stream_interval = s->stream_interval,
                              .media_hosts = s->media_hosts.items,
                              .n_media_hosts = s->media_hosts.n,
+                             .local_media = s->local_media ? &v->local_media : NULL,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
@@ -432,6 +435,7 @@ static void unload(struct service *v)
     free(v->known);
     common_close(&v->opened);
     backend_destroy(&v->backend);
+    local_media_close(&v->local_media);
 }
 
 static bool run(struct settings *s, struct err *e)
@@ -439,6 +443,8 @@ static bool run(struct settings *s, struct err *e)
     struct server *server;
     struct service v = { 0 };
     double begin = clock_seconds();
+    if (s->local_media && !local_media_open(&v.local_media, s->local_media, e))
+        return err_note(e, "--allowed-local-media-path");
     if (!crash_arm(s->crash_log, cli_version, e)) return false;
     if (!start_server(&server, s, e)) {
         crash_disarm();
@@ -543,6 +549,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
           "scheme's)",
           NULL },
+        { "--allowed-local-media-path", 0, FLAG_TEXT, &s->local_media, "FOLDER",
+          "images by file:// URL are read from below this folder (default none)", NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
           NULL },

@@ -1,5 +1,6 @@
 #include "server/fetch.h"
 #include "base/clock.h"
+#include "image/data_url.h"
 #include "server/http.h"
 #include <arpa/inet.h>
 #include <ctype.h>
@@ -7,7 +8,6 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <openssl/evp.h>
 #include <openssl/ssl.h>
 #include <poll.h>
 #include <stdio.h>
@@ -363,14 +363,8 @@ static bool ask(struct fetched *r, struct peer *p, const struct fetch_url *u, si
 
 static bool to_data_url(char **out, size_t *bytes, const struct fetched *r, struct err *e)
 {
-    static const char start[] = "data:image/x;base64,";
-    size_t n = r->n - r->body, head = sizeof start - 1;
-    *bytes = n;
-    *out = malloc(head + 4 * ((n + 2) / 3) + 1);
-    if (!*out) return err_memory(e, "an image", n);
-    memcpy(*out, start, head);
-    EVP_EncodeBlock((unsigned char *)*out + head, (const unsigned char *)r->data + r->body, (int)n);
-    return true;
+    *bytes = r->n - r->body;
+    return data_url_encode(out, (const uint8_t *)r->data + r->body, *bytes, e);
 }
 
 static bool fetch(char **out, size_t *bytes, const struct fetch_url *u, bool by_number, size_t most,
