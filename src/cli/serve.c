@@ -5,6 +5,7 @@
 #include "cli/common.h"
 #include "cli/plan.h"
 #include "cli/serve_compat.h"
+#include "image/isolated.h"
 #include "quantize/source.h"
 #include "server/crash.h"
 #include "server/page.h"
@@ -307,6 +308,7 @@ struct service {
     struct chat_template *template;
     struct api *api;
     struct local_media local_media;
+    struct image_limits images;
     struct token_list turn_end;
     uint32_t *known; /* bits: tokens that have a text */
 };
@@ -374,6 +376,7 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .max_queued = s->queued,
                                    .step_tokens = (int64_t)s->step_tokens,
                                    .decode_seconds = s->decode_ms / 1000,
+                                   .images = &v->images,
                                    .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
@@ -404,6 +407,7 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .stream_interval = s->stream_interval,
                              .media_hosts = s->media_hosts.items,
                              .n_media_hosts = s->media_hosts.n,
+                             .images = &v->images,
                              .local_media = s->local_media ? &v->local_media : NULL,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
@@ -411,6 +415,20 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .store_bytes = s->store_bytes,
                              .store_seconds = s->store_seconds };
     return ok && api_create(&v->api, &o, e);
+}
+
+/* Images are decoded where they can do no harm, if this machine lets a process have no rights. */
+static void isolate_images(struct service *v, const struct settings *s)
+{
+    static const char self[] = "/proc/self/exe";
+    struct err e = { 0 };
+    if (s->language_only || !v->opened.checkpoint.config.has_vision) return;
+    if (isolated_works(self, &e))
+        v->images.program = self;
+    else
+        fprintf(stderr,
+                "quench serve: warning: images are decoded in this process, not one without rights: %s\n",
+                e.text);
 }
 
 static bool load(struct service *v, const struct settings *s, struct server *server, struct err *e)
@@ -422,6 +440,7 @@ static bool load(struct service *v, const struct settings *s, struct server *ser
               common_open(&v->opened, s->model, &v->backend, &report, e) &&
               common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e);
     v->opened.model.report = NULL; /* lives as long as this function; pictures of requests report nothing */
+    if (ok) isolate_images(v, s);
     return ok && make_scheduler(v, s, server, e) && make_api(v, s, e);
 }
 

@@ -571,6 +571,7 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
         s->o.step_tokens = engine_step_rows(o->engine);
     s->maker =
         (struct request_maker){ .model = o->model,
+                                .images = o->images,
                                 .limit = least(engine_context(o->engine), pool),
                                 .rules = { o->turn_end, o->n_turn_end,
                                            (interval + DELTA_CHUNK - 1) / DELTA_CHUNK * DELTA_CHUNK } };

@@ -23,6 +23,7 @@ struct api_options {
     const char *const
         *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
     int n_media_hosts;
+    const struct image_limits *images;     /* NULL: the defaults */
     const struct local_media *local_media; /* and by file:// URL from below there; NULL: from nowhere */
     bool strict_params;                    /* unknown fields are refused */
     const json_t *chat_kwargs;             /* --default-chat-template-kwargs, or NULL */

@@ -581,7 +581,7 @@ static bool picture_rows(int64_t *rows, const struct api *a, const char *source,
     const struct resize_rule rule = { side, p->pixels_min, p->pixels_max };
     struct image image;
     int64_t height, width;
-    if (!image_load(&image, source, NULL, e)) return false;
+    if (!image_load(&image, source, a->o.images, e)) return false;
     bool ok = resize_fit(&height, &width, image.height, image.width, &rule, e);
     image_free(&image);
     if (ok) *rows = height / side * (width / side);
