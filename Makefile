@@ -142,6 +142,9 @@ $(BUILD)/%.h.alone: %.h
 # Its allocations can be made to fail.
 $(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
 
+# Name servers can be made to say nothing.
+$(BUILD)/tests/server/test_fetch: LDFLAGS += -Wl,--wrap=getaddrinfo
+
 soak: $(BUILD)/tests/server/test_serve $(BUILD)/tests/server/test_faults all
 	BUILD=$(BUILD) QUENCH_KEYS=1 $(BUILD)/tests/server/test_serve
 	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 $(BUILD)/tests/server/test_faults

@@ -74,6 +74,7 @@ static bool fetch_picture(struct prompt_text *p, const struct api *a, const char
     if (!free_thread)
         return fault_status(f, 503, NULL, "images of %d other requests are being fetched; try again",
                             FETCHING_MAX);
+    if (!ok && e.code == ERR_BUSY) return fault_status(f, 503, NULL, "%s: %s; try again", param, e.text);
     return ok || fault_set(f, param, "%s: the image cannot be fetched: %s", param, e.text);
 }
 
