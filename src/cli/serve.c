@@ -7,6 +7,7 @@
 #include "cli/serve_compat.h"
 #include "image/isolated.h"
 #include "quantize/source.h"
+#include "quantize/verify.h"
 #include "server/crash.h"
 #include "server/page.h"
 #include "server/server.h"
@@ -35,6 +36,8 @@ static const char *const kv_names[] = {
 };
 static const int kv_of[] = { 0, 1, 1, 2, 2, 3, 3 };
 
+static const char *const generation_sources[] = { "auto", "vllm", NULL };
+
 struct settings {
     struct common common;
     const char *model;
@@ -57,6 +60,8 @@ struct settings {
     int kv;
     bool prefix_caching, language_only, strict;
     const char *local_media;
+    bool deterministic, verify;
+    int generation_source;
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
     const char *header_text, *body_text, *store_text;
@@ -412,9 +417,40 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
+                             .neutral_sampling = s->generation_source == 1,
                              .store_bytes = s->store_bytes,
                              .store_seconds = s->store_seconds };
     return ok && api_create(&v->api, &o, e);
+}
+
+/* docs/numerics.md, Order of additions, has where this is not so. */
+static bool check_deterministic(const struct service *v, const struct settings *s, struct err *e)
+{
+    if (!s->deterministic) return true;
+    const char *name = v->backend.name;
+    if (strcmp(v->backend.ops->name, "cuda") == 0)
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "--deterministic: on a GPU the last bits of a row depend on whether its step has more than 32");
+    return !strstr(name, "amx") ||
+           err_set(e, ERR_UNSUPPORTED,
+                   "--deterministic: AMX adds in its own order; --cpu-mask avx512bf16 leaves it out");
+}
+
+static bool check_model(struct service *v, const struct settings *s, const struct report *report,
+                        struct err *e)
+{
+    struct verify_result r = { 0 };
+    struct verify_options o = {
+        .path = s->model, .threads = (int)s->common.threads, .backend = &v->backend, .report = report
+    };
+    if (!s->verify) return true;
+    bool ok = verify_run(&r, &o, e);
+    long long n = ok ? (long long)verify_faults(&r) : 0;
+    verify_deinit(&r);
+    return ok && (n == 0 || err_set(e, ERR_FORMAT,
+                                    "--verify: the checkpoint has faults (%lld); quench verify %s says which",
+                                    n, s->model));
 }
 
 /* Images are decoded where they can do no harm, if this machine lets a process have no rights. */
@@ -436,7 +472,8 @@ static bool load(struct service *v, const struct settings *s, struct server *ser
     struct watcher w = { common_report(&s->common), server };
     struct report report = { &w, watch_progress, watch_warn };
     struct plan plan;
-    bool ok = common_backend(&v->backend, &s->common, e) && make_plan(&plan, s, &v->backend, e) &&
+    bool ok = common_backend(&v->backend, &s->common, e) && check_deterministic(v, s, e) &&
+              check_model(v, s, &report, e) && make_plan(&plan, s, &v->backend, e) &&
               common_open(&v->opened, s->model, &v->backend, &report, e) &&
               common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e);
     v->opened.model.report = NULL; /* lives as long as this function; pictures of requests report nothing */
@@ -560,6 +597,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--chat-template", 0, FLAG_TEXT, &s->template_file, "FILE", "in place of the checkpoint's", NULL },
         { "--default-chat-template-kwargs", 0, FLAG_TEXT, &s->template_kwargs, "JSON",
           "such as '{\"enable_thinking\": false}'", NULL },
+        { "--generation-config", 0, FLAG_CHOICE, &s->generation_source, "auto|vllm",
+          "sampling defaults: generation_config.json's, or neutral ones", generation_sources },
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
@@ -571,6 +610,10 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--allowed-local-media-path", 0, FLAG_TEXT, &s->local_media, "FOLDER",
           "images by file:// URL are read from below this folder (default none)", NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
+        { "--verify", 0, FLAG_SWITCH, &s->verify, NULL, "check the checkpoint first, as quench verify does",
+          NULL },
+        { "--deterministic", 0, FLAG_SWITCH, &s->deterministic, NULL,
+          "start only where answers do not depend on what else runs", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
           NULL },
         { "--response-store", 0, FLAG_TEXT, &s->store_text, "BYTES",
@@ -620,6 +663,7 @@ static int serve(struct settings *s, struct settings_source *source, const struc
     struct err e = { 0 };
     bool help = false;
     json_t *origins = NULL;
+    compat_rewrite(argc, argv);
     bool ok = compat_foreign(argc, argv, &e) &&
               settings_parse(source, argc, argv, &s->model, (const char *const *)&s->config, &help, &e);
     if (ok && help) {

@@ -27,6 +27,7 @@ struct api_options {
     const struct local_media *local_media; /* and by file:// URL from below there; NULL: from nowhere */
     bool strict_params;                    /* unknown fields are refused */
     const json_t *chat_kwargs;             /* --default-chat-template-kwargs, or NULL */
+    bool neutral_sampling;                 /* generation_config.json only says where answers end */
     const json_t *generation;              /* --override-generation-config, or NULL */
     size_t store_bytes;                    /* of responses that are kept; 0: none are */
     double store_seconds;                  /* how long they are kept at most */

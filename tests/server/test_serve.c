@@ -44,6 +44,25 @@ static void test_answers(void **state)
     serving_stop(&s);
 }
 
+/* Defaults of sampling: the checkpoint's, or vLLM's neutral ones, and where answers end in either case. */
+static void test_generation_config(void **state)
+{
+    (void)state;
+    struct serving s;
+    START(&s, "--max-num-seqs", "1");
+    assert_int_equal(get(&s, &reply, "/v1/models"), 200);
+    assert_non_null(strstr(reply.body, "\"top_k\":20"));
+    serving_stop(&s);
+    START(&s, "--max-num-seqs", "1", "--generation-config", "vllm", "--verify", "--deterministic",
+          "--cpu-mask", "avx2");
+    assert_int_equal(get(&s, &reply, "/v1/models"), 200);
+    assert_null(strstr(reply.body, "\"top_k\":20"));
+    assert_non_null(strstr(reply.body, "\"temperature\":1"));
+    assert_int_equal(post(&s, &reply, CHAT, QUESTION "}"), 200);
+    assert_non_null(strstr(reply.body, "\"finish_reason\":\"stop\""));
+    serving_stop(&s);
+}
+
 /* More requests than may run and wait: 503, and when to come again. */
 static void test_queue(void **state)
 {
@@ -635,12 +654,19 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_queue),         cmocka_unit_test(test_key_limits),
-        cmocka_unit_test(test_queued_tokens), cmocka_unit_test(test_request_timeout),
-        cmocka_unit_test(test_log),           cmocka_unit_test(test_comments),
-        cmocka_unit_test(test_unix_socket),   cmocka_unit_test(test_answers),
-        cmocka_unit_test(test_framing),       cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_origins),       cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_generation_config),
+        cmocka_unit_test(test_queue),
+        cmocka_unit_test(test_key_limits),
+        cmocka_unit_test(test_queued_tokens),
+        cmocka_unit_test(test_request_timeout),
+        cmocka_unit_test(test_log),
+        cmocka_unit_test(test_comments),
+        cmocka_unit_test(test_unix_socket),
+        cmocka_unit_test(test_answers),
+        cmocka_unit_test(test_framing),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_origins),
+        cmocka_unit_test(test_limits),
         cmocka_unit_test(test_tls),
     };
     signal(SIGPIPE, SIG_IGN);
