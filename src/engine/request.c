@@ -168,13 +168,15 @@ static bool open_pictures(struct request *r, const struct request_options *o, co
                           struct err *e)
 {
     const struct picture_reader *reader = m->reader;
+    struct image_limits limits = m->images ? *m->images : (struct image_limits){ 0 };
+    limits.until = clock_seconds() + IMAGE_SECONDS; /* of all of them together */
     if (o->n_pictures == 0) return true;
     if (!reader) return err_set(e, ERR_UNSUPPORTED, "images are not taken here");
     r->pictures = calloc((size_t)o->n_pictures, sizeof *r->pictures);
     if (!r->pictures) return err_memory(e, "images", (size_t)o->n_pictures * sizeof *r->pictures);
     for (; r->n_pictures < o->n_pictures; r->n_pictures++) {
         struct request_picture *p = &r->pictures[r->n_pictures];
-        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], m->images, e))
+        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], &limits, e))
             return err_note(e, "image %d", r->n_pictures + 1);
         p->place.height = p->picture.height;
         p->place.width = p->picture.width;

@@ -1,5 +1,6 @@
 /* A source becomes bytes, bytes become a raster by the format they show, a raster becomes upright RGB. */
 #include "image/image.h"
+#include "base/clock.h"
 #include "base/file.h"
 #include "image/data_url.h"
 #include "image/decode.h"
@@ -16,7 +17,7 @@ static struct image_limits with_defaults(const struct image_limits *l)
     struct image_limits out = l ? *l : (struct image_limits){ 0 };
     if (out.bytes == 0) out.bytes = BYTES_MAX;
     if (out.pixels == 0) out.pixels = PIXELS_MAX;
-    if (out.seconds == 0) out.seconds = 20;
+    if (out.until == 0) out.until = clock_seconds() + IMAGE_SECONDS;
     return out;
 }
 

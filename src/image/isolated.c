@@ -194,9 +194,9 @@ static bool start(struct child *c, const struct image_limits *l, struct err *e)
 }
 
 /* *status as waitpid has it. False: it was not over in time, or was not to be waited for. */
-static bool await(int *status, const struct child *c, double seconds, struct err *e)
+static bool await(int *status, const struct child *c, double until, struct err *e)
 {
-    double until = clock_seconds() + seconds, left;
+    double left;
     struct pollfd p = { (int)syscall(SYS_pidfd_open, c->pid, 0U), POLLIN, 0 };
     int n = p.fd >= 0 ? 0 : -1, fault = errno;
     while (p.fd >= 0 && n <= 0 && (left = until - clock_seconds()) > 0)
@@ -206,7 +206,7 @@ static bool await(int *status, const struct child *c, double seconds, struct err
     while (waitpid(c->pid, status, 0) < 0 && errno == EINTR) continue;
     errno = fault;
     if (p.fd < 0) return err_errno(e, "pidfd_open");
-    return n > 0 || err_set(e, ERR_LIMIT, "decoding takes more than %g seconds", seconds);
+    return n > 0 || err_set(e, ERR_LIMIT, "decoding takes longer than the images of a request may");
 }
 
 static bool receive(const struct child *c, void *out, size_t n, off_t from)
@@ -257,7 +257,7 @@ bool isolated_decode(struct image *out, const uint8_t *data, size_t bytes, const
     struct child c = { .in = -1, .out = -1 };
     int status = 0;
     *out = (struct image){ 0 };
-    bool ok = make_files(&c, data, bytes, e) && start(&c, l, e) && await(&status, &c, l->seconds, e) &&
+    bool ok = make_files(&c, data, bytes, e) && start(&c, l, e) && await(&status, &c, l->until, e) &&
               end_well(status, e) && take(out, &c, l, e);
     if (c.in >= 0) close(c.in);
     if (c.out >= 0) close(c.out);
@@ -268,7 +268,9 @@ bool isolated_decode(struct image *out, const uint8_t *data, size_t bytes, const
 bool isolated_works(const char *program, struct err *e)
 {
     static const uint8_t dot[] = "GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\1\0\1\0\0\2\2D\1\0;";
-    const struct image_limits l = { .bytes = 1 << 10, .pixels = 1 << 10, .seconds = 20, .program = program };
+    const struct image_limits l = {
+        .bytes = 1 << 10, .pixels = 1 << 10, .until = clock_seconds() + IMAGE_SECONDS, .program = program
+    };
     struct image m;
     bool ok = isolated_decode(&m, dot, sizeof dot - 1, &l, e);
     image_free(&m);

@@ -7,7 +7,7 @@
 #define IMAGE_ISOLATED_H
 #include "image/image.h"
 
-/* As image_decode, in a process of l->program. l: complete, no zeroes. Blocks up to l->seconds. */
+/* As image_decode, in a process of l->program. l: complete, no zeroes. Blocks until l->until at most. */
 bool isolated_decode(struct image *out, const uint8_t *data, size_t bytes, const struct image_limits *l,
                      struct err *e);
 /* Whether that works here. */
