@@ -227,12 +227,13 @@ static void test_cancel(void **state)
           "2", "--no-enable-prefix-caching", "--request-log", temp_path(&temp, "cancelled"));
     struct serving a = admin_of(&s);
     int stream = begin(&s, API_KEY "X-Request-Id: stream.1\r\n", LONG(100000) ",\"stream\":true}");
+    await_requests(&a, "\"decode\"");
     int whole = begin(&s, API_KEY "X-Request-Id: whole:2\r\n", LONG(100000) "}");
-    int queued = begin(&s, API_KEY "X-Request-Id: third\r\n", LONG(300) "}");
-    await_requests(&a, "\"id\":\"third\"");
     for (char *at = NULL; !at || !strstr(at + 1, "\"decode\""); at = strstr(reply.body, "\"decode\""))
-        await_requests(&a, "\"decode\""); /* both that run have a token */
-    json_t *list = json_object_get(json_loads(reply.body, 0, NULL), "requests"), *one;
+        await_requests(&a, "\"decode\""); /* both have a token */
+    int queued = begin(&s, API_KEY "X-Request-Id: third\r\n", LONG(300) "}");
+    await_requests(&a, "\"waiting\"");
+    json_t *all = json_loads(reply.body, 0, NULL), *list = json_object_get(all, "requests"), *one;
     size_t i;
     assert_int_equal(json_array_size(list), 3);
     json_array_foreach(list, i, one)
@@ -241,6 +242,7 @@ static void test_cancel(void **state)
         assert_int_equal(strlen(json_string_value(json_object_get(one, "key"))), 16);
         assert_true(json_number_value(json_object_get(one, "seconds")) >= 0);
     }
+    json_decref(all);
     assert_null(strstr(reply.body, "Count")); /* the prompt */
     assert_null(strstr(reply.body, "user-key"));
     assert_int_equal(say(&a, "POST", "/requests/stream.1/cancel", KEY), 200);

@@ -19,7 +19,10 @@ enum { SANITIZED = 0 };
 static volatile int zero;
 static int *volatile nowhere;
 
-static void null_write(void)
+/* Sanitizers would see these coming. */
+#define BARE __attribute__((no_sanitize("undefined"), no_sanitize("address")))
+
+BARE static void null_write(void)
 {
     *nowhere = 1;
 }
@@ -29,7 +32,7 @@ static void ends(void)
     abort();
 }
 
-static void divides(void)
+BARE static void divides(void)
 {
     zero = 7 / zero;
 }
@@ -39,14 +42,14 @@ static void traps(void)
     __builtin_trap();
 }
 
-static void reads_beyond(void)
+BARE static void reads_beyond(void)
 {
     int fd = open(temp_path(&temp, "empty"), O_RDWR | O_CREAT, 0600);
     char *map = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
     zero = *(volatile char *)map;
 }
 
-static int deeper(volatile char *above)
+BARE static int deeper(volatile char *above)
 {
     volatile char here[4096];
     here[0] = above ? above[0] : 0;
@@ -87,8 +90,8 @@ static void child(void (*fault)(void), const char *path)
     struct crash_request r = {
         .path = "/v1/chat/completions", .state = "decode", .owner = 0xabc, .answer_tokens = 7
     };
-    for (size_t i = 0; !SANITIZED && i < sizeof faults / sizeof *faults; i++)
-        signal(faults[i].number, SIG_DFL); /* cmocka has its own */
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        signal(faults[i].number, SIG_DFL); /* cmocka has its own, sanitizers too */
     if (!crash_arm(path, "test", &e)) _exit(97);
     alarm(60); /* a fault that is none ends here */
     for (int i = 0; i < 3; i++) {
@@ -140,7 +143,6 @@ static size_t find(json_t *all, const char *id)
 
 static void check_signal(int status, int number)
 {
-    if (SANITIZED && WIFEXITED(status) && WEXITSTATUS(status) != 0) return;
     assert_true(WIFSIGNALED(status));
     assert_int_equal(WTERMSIG(status), number);
 }
