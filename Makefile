@@ -142,11 +142,15 @@ $(BUILD)/%.h.alone: %.h
 # Its allocations can be made to fail.
 $(BUILD)/tests/grammar/test_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
 
-soak: $(BUILD)/tests/server/test_serve all
-	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 QUENCH_KEYS=1 $<
+# Name servers can be made to say nothing.
+$(BUILD)/tests/server/test_fetch: LDFLAGS += -Wl,--wrap=getaddrinfo
+
+soak: $(BUILD)/tests/server/test_serve $(BUILD)/tests/server/test_faults all
+	BUILD=$(BUILD) QUENCH_KEYS=1 $(BUILD)/tests/server/test_serve
+	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 $(BUILD)/tests/server/test_faults
 
 # The tests that run threads, under TSan; the others hold none.
-THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_disk_cache
+THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_disk_cache tests/server/test_fetch tests/server/test_admin
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
@@ -154,9 +158,9 @@ SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit
 asan ubsan tsan sanitize:
 	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
 tsan-threads:
-	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_serve
+	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_faults
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
-	BUILD=build-tsan QUENCH_ONLY=test_disconnects build-tsan/tests/server/test_serve
+	BUILD=build-tsan QUENCH_ONLY=test_disconnects build-tsan/tests/server/test_faults
 
 # One instrumented library for all targets: what parses.
 SAN_fuzz := address,undefined -fno-sanitize-recover=all

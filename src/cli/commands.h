@@ -14,5 +14,6 @@ int cli_chat(int argc, char **argv);
 int cli_eval(int argc, char **argv);
 int cli_serve(int argc, char **argv);
 int cli_doctor(int argc, char **argv);
+int cli_decode_image(int argc, char **argv);
 extern const char cli_version[];
 #endif

@@ -23,6 +23,7 @@ static const struct {
     { "inspect", "say what a checkpoint holds and what it needs", cli_inspect },
     { "verify", "check a checkpoint, alone or against its source", cli_verify },
     { "merge-mtp", "bring back the MTP head that another tool lost", cli_merge_mtp },
+    { "decode-image", NULL, cli_decode_image }, /* not for people */
     { "synth", "write a checkpoint of random values in any shape", cli_synth },
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
@@ -30,7 +31,8 @@ enum { N_COMMANDS = sizeof commands / sizeof *commands };
 static void usage(FILE *f)
 {
     fprintf(f, "%s\n\nusage: quench COMMAND ...   (quench COMMAND --help for its flags)\n\n", cli_version);
-    for (int i = 0; i < N_COMMANDS; i++) fprintf(f, "  %-12s %s\n", commands[i].name, commands[i].purpose);
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (commands[i].purpose) fprintf(f, "  %-12s %s\n", commands[i].name, commands[i].purpose);
 }
 
 /* A closed standard stream would lend its number to the next file opened, and messages meant for the stream

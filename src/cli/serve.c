@@ -5,7 +5,10 @@
 #include "cli/common.h"
 #include "cli/plan.h"
 #include "cli/serve_compat.h"
+#include "image/isolated.h"
 #include "quantize/source.h"
+#include "quantize/verify.h"
+#include "server/crash.h"
 #include "server/page.h"
 #include "server/server.h"
 #include <ctype.h>
@@ -33,13 +36,15 @@ static const char *const kv_names[] = {
 };
 static const int kv_of[] = { 0, 1, 1, 2, 2, 3, 3 };
 
+static const char *const generation_sources[] = { "auto", "vllm", NULL };
+
 struct settings {
     struct common common;
     const char *model;
     bool print_config;
     const char *config;
     /* where */
-    const char *host, *uds, *root_path;
+    const char *host, *uds, *root_path, *admin, *admin_key;
     int64_t port;
     bool open_bind;
     /* who */
@@ -54,13 +59,16 @@ struct settings {
     double utilization, decode_ms;
     int kv;
     bool prefix_caching, language_only, strict;
+    const char *local_media;
+    bool deterministic, verify;
+    int generation_source;
     const char *template_file, *template_kwargs, *generation, *media;
     /* limits */
     const char *header_text, *body_text, *store_text;
     int64_t headers, connections, key_requests, key_tokens, queued_tokens;
     double header_seconds, body_seconds, idle_seconds, send_seconds, comment_seconds, stall_seconds,
         shutdown_seconds, store_seconds, request_seconds;
-    const char *log;
+    const char *log, *crash_log;
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
     char *disk_folder;
@@ -266,6 +274,8 @@ static bool start_server(struct server **out, const struct settings *s, struct e
                                 .n_keys = s->keys.n,
                                 .key_file = s->key_file,
                                 .public_metrics = s->public_metrics,
+                                .admin = s->admin,
+                                .admin_key = s->admin_key,
                                 .origins = s->origins.items,
                                 .n_origins = s->origins.n,
                                 .max_header_bytes = s->header_bytes,
@@ -302,6 +312,8 @@ struct service {
     struct scheduler *scheduler;
     struct chat_template *template;
     struct api *api;
+    struct local_media local_media;
+    struct image_limits images;
     struct token_list turn_end;
     uint32_t *known; /* bits: tokens that have a text */
 };
@@ -369,6 +381,7 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .max_queued = s->queued,
                                    .step_tokens = (int64_t)s->step_tokens,
                                    .decode_seconds = s->decode_ms / 1000,
+                                   .images = &v->images,
                                    .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
@@ -399,12 +412,59 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .stream_interval = s->stream_interval,
                              .media_hosts = s->media_hosts.items,
                              .n_media_hosts = s->media_hosts.n,
+                             .images = &v->images,
+                             .local_media = s->local_media ? &v->local_media : NULL,
                              .strict_params = s->strict,
                              .chat_kwargs = s->kwargs,
                              .generation = s->override,
+                             .neutral_sampling = s->generation_source == 1,
                              .store_bytes = s->store_bytes,
                              .store_seconds = s->store_seconds };
     return ok && api_create(&v->api, &o, e);
+}
+
+/* docs/numerics.md, Order of additions, has where this is not so. */
+static bool check_deterministic(const struct service *v, const struct settings *s, struct err *e)
+{
+    if (!s->deterministic) return true;
+    const char *name = v->backend.name;
+    if (strcmp(v->backend.ops->name, "cuda") == 0)
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "--deterministic: on a GPU the last bits of a row depend on whether its step has more than 32");
+    return !strstr(name, "amx") ||
+           err_set(e, ERR_UNSUPPORTED,
+                   "--deterministic: AMX adds in its own order; --cpu-mask avx512bf16 leaves it out");
+}
+
+static bool check_model(struct service *v, const struct settings *s, const struct report *report,
+                        struct err *e)
+{
+    struct verify_result r = { 0 };
+    struct verify_options o = {
+        .path = s->model, .threads = (int)s->common.threads, .backend = &v->backend, .report = report
+    };
+    if (!s->verify) return true;
+    bool ok = verify_run(&r, &o, e);
+    long long n = ok ? (long long)verify_faults(&r) : 0;
+    verify_deinit(&r);
+    return ok && (n == 0 || err_set(e, ERR_FORMAT,
+                                    "--verify: the checkpoint has faults (%lld); quench verify %s says which",
+                                    n, s->model));
+}
+
+/* Images are decoded where they can do no harm, if this machine lets a process have no rights. */
+static void isolate_images(struct service *v, const struct settings *s)
+{
+    static const char self[] = "/proc/self/exe";
+    struct err e = { 0 };
+    if (s->language_only || !v->opened.checkpoint.config.has_vision) return;
+    if (isolated_works(self, &e))
+        v->images.program = self;
+    else
+        fprintf(stderr,
+                "quench serve: warning: images are decoded in this process, not one without rights: %s\n",
+                e.text);
 }
 
 static bool load(struct service *v, const struct settings *s, struct server *server, struct err *e)
@@ -412,10 +472,12 @@ static bool load(struct service *v, const struct settings *s, struct server *ser
     struct watcher w = { common_report(&s->common), server };
     struct report report = { &w, watch_progress, watch_warn };
     struct plan plan;
-    bool ok = common_backend(&v->backend, &s->common, e) && make_plan(&plan, s, &v->backend, e) &&
+    bool ok = common_backend(&v->backend, &s->common, e) && check_deterministic(v, s, e) &&
+              check_model(v, s, &report, e) && make_plan(&plan, s, &v->backend, e) &&
               common_open(&v->opened, s->model, &v->backend, &report, e) &&
               common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e);
     v->opened.model.report = NULL; /* lives as long as this function; pictures of requests report nothing */
+    if (ok) isolate_images(v, s);
     return ok && make_scheduler(v, s, server, e) && make_api(v, s, e);
 }
 
@@ -429,6 +491,7 @@ static void unload(struct service *v)
     free(v->known);
     common_close(&v->opened);
     backend_destroy(&v->backend);
+    local_media_close(&v->local_media);
 }
 
 static bool run(struct settings *s, struct err *e)
@@ -436,13 +499,20 @@ static bool run(struct settings *s, struct err *e)
     struct server *server;
     struct service v = { 0 };
     double begin = clock_seconds();
-    if (!start_server(&server, s, e)) return false;
+    if (s->local_media && !local_media_open(&v.local_media, s->local_media, e))
+        return err_note(e, "--allowed-local-media-path");
+    if (!crash_arm(s->crash_log, cli_version, e)) return false;
+    if (!start_server(&server, s, e)) {
+        crash_disarm();
+        return false;
+    }
     for (int i = 0; i < s->media_hosts.n; i++)
         if (strcmp(s->media_hosts.items[i], "*") == 0)
             fprintf(stderr,
                     "quench serve: warning: --allowed-media-domains '*': whoever may ask makes this machine "
                     "fetch from any public address\n");
     fprintf(stderr, "quench serve: listening at %s, loading %s\n", server_address(server), s->model);
+    if (s->admin) fprintf(stderr, "quench serve: administration at %s\n", server_admin_address(server));
     bool ok = load(&v, s, server, e);
     if (ok) {
         server_attach(server, v.api, v.scheduler);
@@ -457,6 +527,7 @@ static bool run(struct settings *s, struct err *e)
     server_wait(server);
     unload(&v);
     server_free(server);
+    crash_disarm();
     return ok;
 }
 
@@ -477,6 +548,9 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--api-key-file", 0, FLAG_TEXT, &s->key_file, "FILE", "the same, one a line; SIGHUP reads it again",
           NULL },
         { "--public-metrics", 0, FLAG_SWITCH, &s->public_metrics, NULL, "/metrics needs no key", NULL },
+        { "--admin-listen", 0, FLAG_TEXT, &s->admin, "PORT|PATH",
+          "pause, cancel, reset, reload: a port of 127.0.0.1 or a Unix socket (default none)", NULL },
+        { "--admin-key", 0, FLAG_TEXT, &s->admin_key, "KEY", "which that needs; none of the API's", NULL },
         { "--allowed-origins", 0, FLAG_WORDS, &s->origins, "ORIGIN...",
           "web pages that may ask (default none; * all)", NULL },
         { "--ssl-certfile", 0, FLAG_TEXT, &s->certificate, "FILE", "TLS: certificate chain, PEM", NULL },
@@ -523,6 +597,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
         { "--chat-template", 0, FLAG_TEXT, &s->template_file, "FILE", "in place of the checkpoint's", NULL },
         { "--default-chat-template-kwargs", 0, FLAG_TEXT, &s->template_kwargs, "JSON",
           "such as '{\"enable_thinking\": false}'", NULL },
+        { "--generation-config", 0, FLAG_CHOICE, &s->generation_source, "auto|vllm",
+          "sampling defaults: generation_config.json's, or neutral ones", generation_sources },
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
         { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
@@ -531,7 +607,13 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
           "scheme's)",
           NULL },
+        { "--allowed-local-media-path", 0, FLAG_TEXT, &s->local_media, "FOLDER",
+          "images by file:// URL are read from below this folder (default none)", NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
+        { "--verify", 0, FLAG_SWITCH, &s->verify, NULL, "check the checkpoint first, as quench verify does",
+          NULL },
+        { "--deterministic", 0, FLAG_SWITCH, &s->deterministic, NULL,
+          "start only where answers do not depend on what else runs", NULL },
         { "--strict-params", 0, FLAG_SWITCH, &s->strict, NULL, "unknown fields of requests are refused",
           NULL },
         { "--response-store", 0, FLAG_TEXT, &s->store_text, "BYTES",
@@ -560,6 +642,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "from a request to its answer's end (default 0: any); then 504", NULL },
         { "--request-log", 0, FLAG_TEXT, &s->log, "FILE",
           "a line of JSON a request, without its text (-: standard output)", NULL },
+        { "--crash-log", 0, FLAG_TEXT, &s->crash_log, "FILE",
+          "what the last requests were, if a fault ends the server (default standard error)", NULL },
         { "--config", 0, FLAG_TEXT, &s->config, "FILE", "YAML with flags", NULL },
         { "--print-config", 0, FLAG_SWITCH, &s->print_config, NULL,
           "print every value and where it came from", NULL },
@@ -575,10 +659,11 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
 static int serve(struct settings *s, struct settings_source *source, const struct compat *compat, int argc,
                  char **argv)
 {
-    static const char *const secret[] = { "--api-key", "--ssl-keyfile-password", NULL };
+    static const char *const secret[] = { "--api-key", "--admin-key", "--ssl-keyfile-password", NULL };
     struct err e = { 0 };
     bool help = false;
     json_t *origins = NULL;
+    compat_rewrite(argc, argv);
     bool ok = compat_foreign(argc, argv, &e) &&
               settings_parse(source, argc, argv, &s->model, (const char *const *)&s->config, &help, &e);
     if (ok && help) {

@@ -38,7 +38,6 @@ static const struct {
     { "--pipeline-parallel-size", "N", "1" },
     { "--data-parallel-size", "N", "1" },
     { "--enable-expert-parallel", NULL, NULL },
-    { "--generation-config", "NAME", "auto" },
     { "--task", "NAME", "auto|generate" },
     { "--runner", "NAME", "auto|generate" },
     { "--disable-log-requests", NULL, NULL },
@@ -54,6 +53,16 @@ static const struct {
     { "--allowed-methods", "JSON", NULL },
     { "--allowed-headers", "JSON", NULL },
     { "--performance-mode", "NAME", NULL },
+    { "--scheduling-policy", "NAME", "fcfs|priority" },
+    { "--chat-template-content-format", "NAME", "auto|openai" },
+    { "--response-role", "NAME", "assistant" },
+    { "--logprobs-mode", "NAME", "raw_logprobs" },
+    { "--max-logprobs", "N", "20" },
+    { "--api-server-count", "N", NULL },
+    { "--disable-frontend-multiprocessing", NULL, NULL },
+    { "--max-seq-len-to-capture", "N", NULL },
+    { "--skip-mm-profiling", NULL, NULL },
+    { "--cpu-offload-gb", "GB", "0" },
 };
 enum { N_IDLE = sizeof idle / sizeof *idle };
 _Static_assert((int)N_IDLE <= (int)COMPAT_FLAGS_MAX, "room for every row");
@@ -100,6 +109,7 @@ static const struct {
     { "--ssl-key-file", "llama.cpp", "--ssl-keyfile" },
     { "--ssl-cert-file", "llama.cpp", "--ssl-certfile" },
     { "--h11-max-incomplete-event-size", "vLLM", "--max-header-bytes and --max-body-bytes" },
+    { "--kv-cache-memory-bytes", "vLLM", "--memory, of weights and caches together" },
     { "--h11-max-header-count", "vLLM", "--max-headers" },
 };
 
@@ -112,6 +122,17 @@ int compat_flags(struct flag *flags, int n, struct compat *c)
                                     .value = idle[i].value,
                                     .help = "" };
     return n;
+}
+
+void compat_rewrite(int argc, char **argv)
+{
+    static char any[] = "--optimization-level=3"; /* whatever it was, there is nothing to do */
+    for (int i = 0; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        if (strncmp(argv[i], "-O", 2) != 0) continue;
+        bool takes_next = !argv[i][2] && i + 1 < argc;
+        argv[i] = any;
+        if (takes_next) argv[++i] = any;
+    }
 }
 
 static bool is_among(const char *value, const char *allowed)

@@ -5,7 +5,7 @@
 #include "cli/flags.h"
 #include "quantize/yaml_tree.h"
 
-enum { SETTINGS_FLAGS_MAX = 128 };
+enum { SETTINGS_FLAGS_MAX = 160 };
 
 struct settings_source {
     const struct command *command;

@@ -31,6 +31,7 @@ struct file_entry {
 struct job {
     uint8_t key[32];
     struct parcel *parcel; /* to be written, or what was read */
+    bool stale;            /* all was cleared meanwhile */
     struct job *next;
 };
 
@@ -287,7 +288,7 @@ static void do_write(struct disk_cache *d, struct job *j)
         bool ok = write_file(d, j, path, to, &e);
         pthread_mutex_lock(&d->mutex);
         if (ok) d->clock = touch(d, to);
-        if (ok && !remember(d, name, bytes, d->clock)) unlink(to);
+        if (ok && (j->stale || !remember(d, name, bytes, d->clock))) unlink(to);
         pthread_mutex_unlock(&d->mutex);
         if (!ok && !d->complained) warn(d, e.text, "; nothing is kept until that is better");
         d->complained = !ok;
@@ -328,6 +329,12 @@ static void do_fetch(struct disk_cache *d, struct job *j)
     free(path);
 }
 
+static void drop_parcel(struct job *j)
+{
+    parcel_free(j->parcel);
+    j->parcel = NULL;
+}
+
 static void *run(void *ctx)
 {
     struct disk_cache *d = ctx;
@@ -348,6 +355,7 @@ static void *run(void *ctx)
         pthread_mutex_lock(&d->mutex);
         pop(fetches ? &d->fetches : &d->writes); /* it was seen there until now */
         if (fetches) {
+            if (j->stale) drop_parcel(j);
             push(&d->fetched, j);
         } else {
             parcel_free(j->parcel);
@@ -371,7 +379,7 @@ uint64_t disk_cache_has(struct disk_cache *d, const uint8_t key[32])
     const struct file_entry *x = find(d, name);
     if (x) bytes = x->bytes;
     for (const struct job *j = d->writes.first; j && !bytes; j = j->next)
-        if (memcmp(j->key, key, 32) == 0) bytes = file_bytes(j->parcel);
+        if (!j->stale && memcmp(j->key, key, 32) == 0) bytes = file_bytes(j->parcel);
     pthread_mutex_unlock(&d->mutex);
     return bytes;
 }
@@ -430,7 +438,7 @@ void disk_cache_put(struct disk_cache *d, const uint8_t key[32], struct parcel *
 static struct parcel *take_unwritten(const struct disk_cache *d, const uint8_t key[32])
 {
     for (const struct job *j = d->writes.first; j; j = j->next)
-        if (memcmp(j->key, key, 32) == 0) return parcel_hold(j->parcel);
+        if (!j->stale && memcmp(j->key, key, 32) == 0) return parcel_hold(j->parcel);
     return NULL;
 }
 
@@ -458,6 +466,23 @@ bool disk_cache_fetched(struct disk_cache *d, uint8_t key[32], struct parcel **o
     *out = j->parcel;
     free(j);
     return true;
+}
+
+void disk_cache_clear(struct disk_cache *d)
+{
+    size_t size = path_size(d);
+    char *path = malloc(size);
+    pthread_mutex_lock(&d->mutex);
+    for (; d->n > 0; forget(d, &d->entries[d->n - 1])) {
+        if (!path) continue;
+        path_of(path, size, d, d->entries[d->n - 1].name);
+        unlink(path);
+    }
+    for (struct job *j = d->writes.first; j; j = j->next) j->stale = true;
+    for (struct job *j = d->fetches.first; j; j = j->next) j->stale = true;
+    for (struct job *j = d->fetched.first; j; j = j->next) drop_parcel(j);
+    pthread_mutex_unlock(&d->mutex);
+    free(path);
 }
 
 /* Its life. */

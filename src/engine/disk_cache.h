@@ -34,4 +34,6 @@ void disk_cache_put(struct disk_cache *d, const uint8_t key[32], struct parcel *
 bool disk_cache_fetch(struct disk_cache *d, const uint8_t key[32]);
 /* A fetch that has ended: its key, and the caller's parcel; NULL: there is none that could be used. */
 bool disk_cache_fetched(struct disk_cache *d, uint8_t key[32], struct parcel **out);
+/* Removes all files; what is on its way to one or from one is of no use any more. */
+void disk_cache_clear(struct disk_cache *d);
 #endif

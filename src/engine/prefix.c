@@ -37,6 +37,12 @@ static void drop(struct prefix_cache *p, struct entry *x)
     *x = p->entries[--p->n];
 }
 
+void prefix_clear(struct prefix_cache *p)
+{
+    while (p->n > 0) drop(p, &p->entries[0]);
+    if (p->disk) disk_cache_clear(p->disk);
+}
+
 void prefix_free(struct prefix_cache *p)
 {
     if (!p) return;

@@ -11,7 +11,8 @@ struct prefix_cache;
 /* host_bytes: of parcels kept in host memory besides. disk: NULL, or a borrow. */
 bool prefix_create(struct prefix_cache **out, struct engine *g, uint64_t host_bytes, struct disk_cache *disk,
                    struct err *e);
-void prefix_free(struct prefix_cache *p); /* NULL is fine */
+void prefix_free(struct prefix_cache *p);  /* NULL is fine */
+void prefix_clear(struct prefix_cache *p); /* all is forgotten, on the disk too */
 
 /* Begins an empty sequence at the last of the cuts before row `end` that is known and for which there are
  * pages. Returns its rows; 0: none, the sequence is empty. */

@@ -164,16 +164,19 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
     return true;
 }
 
-static bool open_pictures(struct request *r, const struct request_options *o,
-                          const struct picture_reader *reader, struct err *e)
+static bool open_pictures(struct request *r, const struct request_options *o, const struct request_maker *m,
+                          struct err *e)
 {
+    const struct picture_reader *reader = m->reader;
+    struct image_limits limits = m->images ? *m->images : (struct image_limits){ 0 };
+    limits.until = clock_seconds() + IMAGE_SECONDS; /* of all of them together */
     if (o->n_pictures == 0) return true;
     if (!reader) return err_set(e, ERR_UNSUPPORTED, "images are not taken here");
     r->pictures = calloc((size_t)o->n_pictures, sizeof *r->pictures);
     if (!r->pictures) return err_memory(e, "images", (size_t)o->n_pictures * sizeof *r->pictures);
     for (; r->n_pictures < o->n_pictures; r->n_pictures++) {
         struct request_picture *p = &r->pictures[r->n_pictures];
-        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], NULL, e))
+        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], &limits, e))
             return err_note(e, "image %d", r->n_pictures + 1);
         p->place.height = p->picture.height;
         p->place.width = p->picture.width;
@@ -238,9 +241,8 @@ static bool create(struct request *r, const struct request_options *o, const str
     copy_options(r, o, &r->memory);
     qsort((void *)(uintptr_t)r->o.allowed, (size_t)r->o.n_allowed, sizeof *r->o.allowed, by_id);
     join_bias(&r->o);
-    return open_pictures(r, o, maker->reader, e) && make_rows(r, maker->model, e) &&
-           find_room(r, maker->limit, e) && make_cuts(r, &maker->rules, e) &&
-           logits_rules_init(&r->rules, &r->o, vocab, e);
+    return open_pictures(r, o, maker, e) && make_rows(r, maker->model, e) && find_room(r, maker->limit, e) &&
+           make_cuts(r, &maker->rules, e) && logits_rules_init(&r->rules, &r->o, vocab, e);
 }
 
 static void destroy(struct request *r)

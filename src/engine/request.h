@@ -90,6 +90,7 @@ struct request {
 struct request_maker {
     const struct model *model;
     const struct picture_reader *reader; /* NULL: pictures are refused */
+    const struct image_limits *images;   /* NULL: the defaults */
     int64_t limit;                       /* rows of a sequence */
     struct cut_rules rules;
 };

@@ -4,6 +4,7 @@
 #include "engine/drafting.h"
 #include "engine/prefix.h"
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,6 +22,7 @@ struct scheduler {
     bool has_lock, has_inbox;
     pthread_mutex_t lock; /* of published */
     struct scheduler_stats published;
+    atomic_bool forgets; /* what is known of prompts, before requests begin */
 
     /* Of the thread. */
     struct waiting waiting;
@@ -518,6 +520,16 @@ static void receive(struct scheduler *s, struct request *all)
     }
 }
 
+static void forget_prefixes(struct scheduler *s)
+{
+    if (!s->prefixes) return;
+    prefix_clear(s->prefixes);
+    for (struct request *r = s->waiting.first; r; r = r->next) {
+        parcel_free(r->fetched);
+        r->fetched = NULL;
+    }
+}
+
 static void *run(void *ctx)
 {
     struct scheduler *s = ctx;
@@ -526,6 +538,7 @@ static void *run(void *ctx)
         struct err e = { 0 };
         bool stored = !worked && s->disk && prefix_store(s->prefixes);
         struct request *fresh = inbox_take(&s->inbox, !worked && !stored, &closed);
+        if (atomic_exchange(&s->forgets, false)) forget_prefixes(s);
         take_fetched(s);
         receive(s, fresh);
         bool news = sweep(s, closed) > 0;
@@ -558,6 +571,7 @@ static bool set_defaults(struct scheduler *s, const struct scheduler_options *o,
         s->o.step_tokens = engine_step_rows(o->engine);
     s->maker =
         (struct request_maker){ .model = o->model,
+                                .images = o->images,
                                 .limit = least(engine_context(o->engine), pool),
                                 .rules = { o->turn_end, o->n_turn_end,
                                            (interval + DELTA_CHUNK - 1) / DELTA_CHUNK * DELTA_CHUNK } };
@@ -640,6 +654,12 @@ void scheduler_free(struct scheduler *s)
     pthread_mutex_unlock(&s->inbox.lock);
     pthread_join(s->thread, NULL);
     destroy(s);
+}
+
+void scheduler_forget_prefixes(struct scheduler *s)
+{
+    atomic_store(&s->forgets, true);
+    inbox_ring(&s->inbox);
 }
 
 bool scheduler_submit(struct scheduler *s, struct request **out, const struct request_options *o,

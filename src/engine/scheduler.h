@@ -18,6 +18,8 @@ struct scheduler_options {
     /* Bit id % 32 of known[id / 32] is set where token id has a text: no other is ever sampled. Borrow; NULL:
      * all are known. */
     const uint32_t *known;
+    const struct image_limits
+        *images;               /* of requests' pictures, and who decodes them; borrow; NULL: defaults */
     bool no_pictures;          /* the vision tower is not bound, pictures are refused */
     bool no_prefix_cache;      /* as if the engine had no snapshots */
     uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
@@ -155,4 +157,7 @@ struct scheduler_stats {
     bool failed;      /* the backend is lost; every request ends in FINISHED_ERROR */
 };
 void scheduler_stats(struct scheduler *s, struct scheduler_stats *out);
+/* What is known of prompts is forgotten, in files too, before any request submitted from now on begins.
+ * Requests that run leave theirs again. */
+void scheduler_forget_prefixes(struct scheduler *s);
 #endif

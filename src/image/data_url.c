@@ -60,3 +60,21 @@ bool data_url_decode(uint8_t **data, size_t *bytes, const char *url, uint64_t by
     if (!*data) return err_memory(e, "base64", n / 4 * 3 + 3);
     return decode(*data, bytes, text, n, (size_t)(text - url), e);
 }
+
+bool data_url_encode(char **url, const uint8_t *data, size_t bytes, struct err *e)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static const char start[] = "data:image/x;base64,";
+    char *to = *url = malloc(sizeof start + (bytes + 2) / 3 * 4);
+    if (!to) return err_memory(e, "base64", bytes);
+    memcpy(to, start, sizeof start - 1);
+    to += sizeof start - 1;
+    for (size_t i = 0; i < bytes; i += 3) {
+        size_t n = bytes - i < 3 ? bytes - i : 3;
+        uint32_t held =
+            (uint32_t)data[i] << 16 | (n > 1 ? (uint32_t)data[i + 1] << 8 : 0) | (n > 2 ? data[i + 2] : 0);
+        for (size_t k = 0; k < 4; k++) *to++ = k <= n ? digits[held >> (18 - 6 * k) & 63] : '=';
+    }
+    *to = 0;
+    return true;
+}

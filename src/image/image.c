@@ -1,8 +1,10 @@
 /* A source becomes bytes, bytes become a raster by the format they show, a raster becomes upright RGB. */
 #include "image/image.h"
+#include "base/clock.h"
 #include "base/file.h"
 #include "image/data_url.h"
 #include "image/decode.h"
+#include "image/isolated.h"
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +17,7 @@ static struct image_limits with_defaults(const struct image_limits *l)
     struct image_limits out = l ? *l : (struct image_limits){ 0 };
     if (out.bytes == 0) out.bytes = BYTES_MAX;
     if (out.pixels == 0) out.pixels = PIXELS_MAX;
+    if (out.until == 0) out.until = clock_seconds() + IMAGE_SECONDS;
     return out;
 }
 
@@ -110,6 +113,7 @@ bool image_decode(struct image *out, const uint8_t *data, size_t bytes, const st
     if (!decode)
         return err_set(e, ERR_UNSUPPORTED,
                        "not an image of a known format: PNG, JPEG, WebP and GIF are read");
+    if (l.program) return isolated_decode(out, data, bytes, &l, e);
     bool ok = decode(&r, data, bytes, l.pixels, e) && to_image(out, &r, e);
     free(r.samples);
     return ok;

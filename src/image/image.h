@@ -14,9 +14,13 @@ struct image {
 };
 
 /* 0: the default */
+enum { IMAGE_SECONDS = 20 };
+
 struct image_limits {
-    uint64_t bytes;  /* of a file, or of what a data URL holds; 256 MiB */
-    uint64_t pixels; /* width * height; 2^26, 8192 x 8192 */
+    uint64_t bytes;      /* of a file, or of what a data URL holds; 256 MiB */
+    uint64_t pixels;     /* width * height; 2^26, 8192 x 8192 */
+    double until;        /* clock_seconds, of decoding where a program is given; in IMAGE_SECONDS */
+    const char *program; /* decodes in a process of its own, see isolated.h; NULL: this one does */
 };
 
 /* source: a path, or data:TYPE;base64,... limits: NULL for the defaults. ERR_LIMIT past them, ERR_UNSUPPORTED

@@ -1,5 +1,6 @@
 /* What an answer cost, into metrics and the request log. */
 #include "base/clock.h"
+#include "server/crash.h"
 #include "server/server_struct.h"
 #include <string.h>
 #include <time.h>
@@ -41,6 +42,32 @@ static void see_tokens(struct connection *c, const struct exchange_account *a, d
     c->seen_at = now;
 }
 
+/* state: NULL where it is over. */
+static void note(struct connection *c, const char *state, const struct exchange_account *a, double now)
+{
+    const struct request_usage *u = &a->usage;
+    struct crash_request r = { .path = c->route ? c->route->path : "",
+                               .state = state,
+                               .owner = c->caller.owner,
+                               .began = c->begun,
+                               .seconds = now - c->begun,
+                               .status = c->status,
+                               .stream = c->streams,
+                               .body_bytes = c->request.chunked ? 0 : (int64_t)c->request.content_length,
+                               .prompt_tokens = u->prompt_tokens,
+                               .cached_tokens = u->cached_tokens,
+                               .answer_tokens = u->answer_tokens };
+    snprintf(r.id, sizeof r.id, "%s", c->request_id);
+    crash_note(&c->crash_place, &r);
+}
+
+void account_state(struct connection *c, const char *state)
+{
+    struct exchange_account a = { 0 };
+    if (c->exchange) exchange_account(c->exchange, &a);
+    note(c, state, &a, c->begun);
+}
+
 /* How many there are costs a lock and a sum; after the first one it is asked with events, and now and then.
  */
 void account_tokens(struct connection *c, double now, bool says)
@@ -49,6 +76,7 @@ void account_tokens(struct connection *c, double now, bool says)
     if (!says && c->seen_tokens > 0 && now - c->seen_at < LOOK_SECONDS) return;
     if (!c->exchange || !generates(c)) return;
     exchange_account(c->exchange, &a);
+    if (a.usage.answer_tokens > c->seen_tokens) note(c, "decode", &a, now);
     see_tokens(c, &a, now);
 }
 
@@ -123,7 +151,8 @@ void account_request(struct connection *c, bool aborted)
             if (!aborted) limits_observe(s, a.usage.prefill_seconds + a.usage.decode_seconds);
         }
     }
-    count_route(s, c, status);
+    if (!c->is_admin) count_route(s, c, status);
+    if (c->crash_place) note(c, NULL, &a, now);
     if (!s->log) return;
     json_t *line = line_of(c, status, now);
     if (counts) add_tokens(line, &a, c, aborted);

@@ -10,7 +10,7 @@
 static const char JSON[] = "application/json";
 
 /* An id that a client chose is kept where it can do no harm in headers and logs. */
-static void take_request_id(struct connection *c)
+void answer_request_id(struct connection *c)
 {
     static const char fine[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-:";
     const char *id = http_header(&c->request, "x-request-id");
@@ -113,7 +113,7 @@ static bool says_json(const struct http_request *r)
     return type && strncasecmp(type, JSON, sizeof JSON - 1) == 0 && strchr("; \t", type[sizeof JSON - 1]);
 }
 
-static bool refuse(struct connection *c, int status, const char *extra, const char *message)
+bool answer_refuse(struct connection *c, int status, const char *extra, const char *message)
 {
     c->refused = c->request.chunked || c->request.content_length > 0 || status == 401;
     connection_error(c, status, extra, message);
@@ -124,11 +124,11 @@ static bool refuse_route(struct connection *c, const char *path, bool exists)
 {
     char extra[80];
     if (!exists)
-        return refuse(
+        return answer_refuse(
             c, 404, NULL,
             "there is no such path; GET /v1/models and POST /v1/chat/completions are two that exist");
     snprintf(extra, sizeof extra, "Allow: %s\r\n", route_methods(path));
-    return refuse(c, 405, extra, "this path is asked with another method; the Allow header names it");
+    return answer_refuse(c, 405, extra, "this path is asked with another method; the Allow header names it");
 }
 
 /* Work for the model, now. */
@@ -137,14 +137,16 @@ static bool check_state(struct connection *c)
     struct server *s = c->server;
     char message[LIMITS_MESSAGE], extra[40];
     if (c->route->kind != ROUTE_API) return true;
-    if (s->draining) return refuse(c, 503, "Retry-After: 5\r\n", "the server is shutting down");
+    if (s->draining) return answer_refuse(c, 503, "Retry-After: 5\r\n", "the server is shutting down");
+    if (s->paused) return answer_refuse(c, 503, "Retry-After: 5\r\n", "the server is paused by its operator");
     if (!s->api)
-        return refuse(c, 503, "Retry-After: 2\r\n",
-                      "the model is still being loaded; GET /ready says how far");
-    if (s->stats.failed) return refuse(c, 503, NULL, "the device is lost; the server must be started again");
+        return answer_refuse(c, 503, "Retry-After: 2\r\n",
+                             "the model is still being loaded; GET /ready says how far");
+    if (s->stats.failed)
+        return answer_refuse(c, 503, NULL, "the device is lost; the server must be started again");
     if (limits_allow_request(c, message)) return true;
     snprintf(extra, sizeof extra, "Retry-After: %d\r\n", limits_retry_after(s));
-    return refuse(c, 429, extra, message);
+    return answer_refuse(c, 429, extra, message);
 }
 
 bool answer_admit(struct connection *c)
@@ -153,11 +155,12 @@ bool answer_admit(struct connection *c)
     const char *path = inner_path(c), *method = c->request.method;
     bool exists;
     c->caller = (struct api_caller){ 0 };
-    take_request_id(c);
+    answer_request_id(c);
     c->route = route_find(method, path, &c->argument, &exists);
     if (!check_origin(c))
-        return refuse(c, 403, NULL,
-                      "this web page's origin is not allowed to ask; --allowed-origins lists those that are");
+        return answer_refuse(
+            c, 403, NULL,
+            "this web page's origin is not allowed to ask; --allowed-origins lists those that are");
     if (strcmp(method, "OPTIONS") == 0 && c->origin &&
         http_header(&c->request, "access-control-request-method")) {
         c->refused = c->request.chunked || c->request.content_length > 0;
@@ -166,20 +169,21 @@ bool answer_admit(struct connection *c)
     }
     if (!has_key(c) && !is_public(c)) {
         s->metrics.unauthorized++;
-        return refuse(c, 401, "WWW-Authenticate: Bearer\r\n",
-                      "a valid API key is needed, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'");
+        return answer_refuse(c, 401, "WWW-Authenticate: Bearer\r\n",
+                             "a valid API key is needed, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'");
     }
     if (!c->route) return refuse_route(c, path, exists);
-    if (c->route->kind == ROUTE_ABSENT) return refuse(c, 404, NULL, c->route->says);
-    if (c->route->kind == ROUTE_PAGE && !s->o.page) return refuse(c, 404, NULL, "this server has no page");
+    if (c->route->kind == ROUTE_ABSENT) return answer_refuse(c, 404, NULL, c->route->says);
+    if (c->route->kind == ROUTE_PAGE && !s->o.page)
+        return answer_refuse(c, 404, NULL, "this server has no page");
     if (c->route->kind == ROUTE_API && strcmp(c->route->method, "POST") == 0 && !says_json(&c->request))
-        return refuse(c, 415, NULL, "Content-Type must be application/json");
+        return answer_refuse(c, 415, NULL, "Content-Type must be application/json");
     if (!check_state(c)) return false;
     if (c->argument && *c->argument) {
         /* the head is ours, and what is behind the path in it is not read again */
         char *decoded = c->head + (c->argument - c->head);
         if (!http_percent_decode(decoded))
-            return refuse(c, 400, NULL, "the path is not percent-encoded UTF-8");
+            return answer_refuse(c, 400, NULL, "the path is not percent-encoded UTF-8");
     }
     return true;
 }
@@ -190,6 +194,11 @@ static void answer_text(struct connection *c, int status, const char *extra, jso
     connection_answer(c, text ? status : 500, JSON, extra, text ? text : "{}", text ? strlen(text) : 2);
     free(text);
     json_decref(body);
+}
+
+void answer_json(struct connection *c, int status, json_t *body)
+{
+    answer_text(c, status, NULL, body);
 }
 
 static bool is_stalled(const struct server *s)
@@ -204,6 +213,7 @@ static void answer_ready(struct connection *c)
     if (s->scheduler) scheduler_stats(s->scheduler, &s->stats);
     const char *why = s->draining       ? "draining"
                       : !s->api         ? "loading"
+                      : s->paused       ? "paused"
                       : s->stats.failed ? "failed"
                       : is_stalled(s)   ? "stalled"
                                         : NULL;
@@ -230,7 +240,8 @@ static void answer_metrics(struct connection *c)
                                .connections = s->n_connections,
                                .exchanges = s->n_exchanges,
                                .body_bytes = (int64_t)s->body_bytes,
-                               .draining = s->draining };
+                               .draining = s->draining,
+                               .paused = s->paused };
     if (f) metrics_write(&s->metrics, &now, f);
     bool ok = f && fclose(f) == 0;
     connection_answer(c, ok ? 200 : 500, "text/plain; version=0.0.4; charset=utf-8", NULL, ok ? text : "",

@@ -78,7 +78,8 @@ static bool read_generation(struct api *a, struct err *e)
     a->defaults =
         (struct api_defaults){ .temperature = 1, .top_p = 1, .repetition_penalty = 1, .max_tokens = -1 };
     bool ok = load(&g, a->o.dir, "generation_config.json", e);
-    if (ok && !(read_defaults(&a->defaults, g, e) && add_stops(a, json_object_get(g, "eos_token_id"), e)))
+    if (ok && !((a->o.neutral_sampling || read_defaults(&a->defaults, g, e)) &&
+                add_stops(a, json_object_get(g, "eos_token_id"), e)))
         ok = err_note(e, "%s/generation_config.json", a->o.dir);
     json_decref(g);
     if (ok && a->o.config->eos_token >= 0) {

@@ -4,6 +4,7 @@
 #define SERVER_API_H
 #include "engine/scheduler.h"
 #include "grammar/grammar.h"
+#include "server/local_media.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/tokenizer.h"
 
@@ -22,11 +23,14 @@ struct api_options {
     const char *const
         *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
     int n_media_hosts;
-    bool strict_params;        /* unknown fields are refused */
-    const json_t *chat_kwargs; /* --default-chat-template-kwargs, or NULL */
-    const json_t *generation;  /* --override-generation-config, or NULL */
-    size_t store_bytes;        /* of responses that are kept; 0: none are */
-    double store_seconds;      /* how long they are kept at most */
+    const struct image_limits *images;     /* NULL: the defaults */
+    const struct local_media *local_media; /* and by file:// URL from below there; NULL: from nowhere */
+    bool strict_params;                    /* unknown fields are refused */
+    const json_t *chat_kwargs;             /* --default-chat-template-kwargs, or NULL */
+    bool neutral_sampling;                 /* generation_config.json only says where answers end */
+    const json_t *generation;              /* --override-generation-config, or NULL */
+    size_t store_bytes;                    /* of responses that are kept; 0: none are */
+    double store_seconds;                  /* how long they are kept at most */
 };
 
 /* Immutable but for atomic counters: any number of threads may call exchange_create at a time. An exchange

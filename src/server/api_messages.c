@@ -1,5 +1,6 @@
 /* /v1/messages and its count_tokens: Anthropic's conversation as a chat, the answer in its blocks and events.
  * Source: Anthropic's API reference, "Messages" and "Streaming messages". */
+#include "base/clock.h"
 #include "server/api_routes.h"
 #include "image/image.h"
 #include <stdio.h>
@@ -574,14 +575,15 @@ bool api_messages_begin(struct exchange *x)
 }
 
 /* Rows that a picture takes in place of its one token. */
-static bool picture_rows(int64_t *rows, const struct api *a, const char *source, struct err *e)
+static bool picture_rows(int64_t *rows, const struct api *a, const char *source,
+                         const struct image_limits *limits, struct err *e)
 {
     const struct patch_rule *p = &a->patch_rule;
     const int64_t side = (int64_t)p->side * p->merge;
     const struct resize_rule rule = { side, p->pixels_min, p->pixels_max };
     struct image image;
     int64_t height, width;
-    if (!image_load(&image, source, NULL, e)) return false;
+    if (!image_load(&image, source, limits, e)) return false;
     bool ok = resize_fit(&height, &width, image.height, image.width, &rule, e);
     image_free(&image);
     if (ok) *rows = height / side * (width / side);
@@ -597,10 +599,12 @@ bool api_count_tokens(struct exchange *x)
     if (!make_chat(x) || !params_read_template(&x->params, x->api, x->chat, f) ||
         !conversation_prompt(x->prompts, x->api, x->chat, &x->params, f))
         return false;
+    struct image_limits limits = x->api->o.images ? *x->api->o.images : (struct image_limits){ 0 };
+    limits.until = clock_seconds() + IMAGE_SECONDS; /* of all of them together */
     int64_t n = x->prompts->n - x->prompts->n_pictures, rows;
     for (int i = 0; i < x->prompts->n_pictures; i++, n += rows) {
         struct err e = { 0 };
-        if (!picture_rows(&rows, x->api, x->prompts->pictures[i], &e))
+        if (!picture_rows(&rows, x->api, x->prompts->pictures[i], &limits, &e))
             return fault_from_err(f, "messages", &e);
     }
     json_out_open(&x->out, '{');

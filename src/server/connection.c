@@ -74,9 +74,10 @@ static void forget_request(struct connection *c)
     c->argument = c->origin = NULL;
     c->request_id[0] = 0;
     c->scanned = 0;
-    c->refused = c->head_sent = c->streams = false;
+    c->refused = c->head_sent = c->streams = c->aborted = false;
     c->status = 0;
     c->sent_bytes = 0;
+    c->crash_place = 0;
     c->seen_tokens = 0;
     c->seen_at = c->first_token = 0;
     c->prompt_counted = false;
@@ -89,7 +90,7 @@ void connection_close(struct connection *c)
     forget_request(c);
     *(c->previous ? &c->previous->next : &s->connections) = c->next;
     if (c->next) c->next->previous = c->previous;
-    s->n_connections--;
+    *(c->is_admin ? &s->n_admin : &s->n_connections) -= 1;
     evbuffer_remove_cb(bufferevent_get_output(c->events), on_output, c);
     bufferevent_free(c->events);
     free(c);
@@ -137,7 +138,7 @@ static void send_head(struct connection *c, int status, const char *type, const 
     const char *session = c->exchange ? exchange_session_id(c->exchange) : NULL;
     if (c->request_id[0]) evbuffer_add_printf(out, "X-Request-Id: %s\r\n", c->request_id);
     if (session) evbuffer_add_printf(out, "X-Session-Id: %s\r\n", session);
-    if (c->exchange && exchange_retry_after(c->exchange))
+    if (c->exchange && !c->aborted && exchange_retry_after(c->exchange))
         evbuffer_add_printf(out, "Retry-After: %d\r\n", limits_retry_after(c->server));
     answer_cors(c, out);
     if (extra) evbuffer_add_printf(out, "%s", extra);
@@ -185,7 +186,7 @@ static void send_chunk(struct connection *c, const char *bytes, size_t n)
 static void finish(struct connection *c)
 {
     bool keep = c->request.keep_alive;
-    account_request(c, false);
+    account_request(c, c->aborted);
     forget_request(c);
     c->first = false;
     enter(c, keep ? PHASE_HEAD : PHASE_FLUSH);
@@ -263,9 +264,8 @@ double connection_pump(struct connection *c)
 
 void connection_abort(struct connection *c, int status, const char *message)
 {
-    account_request(c, true);
+    c->aborted = true;
     if (!c->head_sent) {
-        end_exchange(c);
         c->refused = true;
         connection_error(c, status, status == 503 ? "Retry-After: 1\r\n" : NULL, message);
         return;
@@ -277,6 +277,7 @@ void connection_abort(struct connection *c, int status, const char *message)
     send_chunk(c, "\n\n", 2);
     if (c->request.version == 1) evbuffer_add(bufferevent_get_output(c->events), "0\r\n\r\n", 5);
     free(error);
+    account_request(c, true);
     forget_request(c);
     enter(c, PHASE_FLUSH);
 }
@@ -304,6 +305,10 @@ static struct job *make_job(struct connection *c)
 static void dispatch(struct connection *c)
 {
     c->begun = c->heard = clock_seconds();
+    if (c->route->kind == ROUTE_ADMIN) {
+        admin_answer(c);
+        return;
+    }
     if (c->route->kind != ROUTE_API) {
         answer_local(c);
         return;
@@ -316,6 +321,7 @@ static void dispatch(struct connection *c)
         return;
     }
     c->job = job;
+    account_state(c, "preparing");
     c->server->n_exchanges++;
     enter(c, PHASE_ANSWER);
 }
@@ -329,6 +335,7 @@ void connection_take(struct connection *c, struct exchange *x)
     const char *id = x ? exchange_request_id(x) : NULL;
     if (id) snprintf(c->request_id, sizeof c->request_id, "%s", id);
     if (x && limits_allow_tokens(c, &status, message)) {
+        account_state(c, "prefill");
         connection_pump(c);
         return;
     }
@@ -413,7 +420,7 @@ static void begin(struct connection *c)
 {
     bool has_body = c->request.chunked || c->request.content_length > 0;
     c->begun = clock_seconds();
-    if (!answer_admit(c)) return;
+    if (!(c->is_admin ? admin_admit(c) : answer_admit(c))) return;
     if (!has_body) {
         dispatch(c);
         return;
@@ -610,10 +617,10 @@ void connection_tick(struct connection *c, double now)
     }
 }
 
-static struct bufferevent *wrap(struct server *s, evutil_socket_t fd)
+static struct bufferevent *wrap(struct server *s, evutil_socket_t fd, bool is_admin)
 {
     int options = BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS;
-    if (!s->tls) return bufferevent_socket_new(s->base, fd, options);
+    if (!s->tls || is_admin) return bufferevent_socket_new(s->base, fd, options);
     SSL *ssl = SSL_new(s->tls);
     struct bufferevent *b =
         ssl ? bufferevent_openssl_socket_new(s->base, fd, ssl, BUFFEREVENT_SSL_ACCEPTING, options) : NULL;
@@ -624,10 +631,10 @@ static struct bufferevent *wrap(struct server *s, evutil_socket_t fd)
     return b;
 }
 
-bool connection_open(struct server *s, evutil_socket_t fd)
+bool connection_open(struct server *s, evutil_socket_t fd, bool is_admin)
 {
     struct connection *c = calloc(1, sizeof *c);
-    struct bufferevent *events = c ? wrap(s, fd) : NULL;
+    struct bufferevent *events = c ? wrap(s, fd, is_admin) : NULL;
     if (!events) {
         free(c);
         return false;
@@ -635,10 +642,12 @@ bool connection_open(struct server *s, evutil_socket_t fd)
     int on = 1, unsent = UNSENT_MOST;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
-    *c = (struct connection){ .server = s, .events = events, .next = s->connections, .first = true };
+    *c = (struct connection){
+        .server = s, .events = events, .next = s->connections, .first = true, .is_admin = is_admin
+    };
     if (c->next) c->next->previous = c;
     s->connections = c;
-    s->n_connections++;
+    *(is_admin ? &s->n_admin : &s->n_connections) += 1;
     enter(c, PHASE_HEAD);
     bufferevent_setcb(events, on_read, on_write, on_event, c);
     bufferevent_setwatermark(events, EV_READ, 0, s->limits.header_bytes + READ_AHEAD);

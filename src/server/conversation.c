@@ -25,20 +25,36 @@ void prompt_text_deinit(struct prompt_text *p)
  * bytes. */
 enum { FETCHING_MAX = 2, FETCH_SECONDS = 10, FETCH_BYTES_MAX = 20 << 20 };
 
-static bool fetch_here(struct prompt_text *p, const struct api *a, const char *url, struct err *e)
+/* By file:// URL, or by any other one, which takes time. */
+static bool get_here(struct prompt_text *p, const struct api *a, const char *url, bool is_file, struct err *e)
 {
     const struct fetch_rules rules = { a->o.media_hosts, a->o.n_media_hosts };
-    size_t bytes;
+    size_t bytes, most = FETCH_BYTES_MAX - p->fetched_bytes;
     if (p->fetch_until == 0) p->fetch_until = clock_seconds() + FETCH_SECONDS;
-    char **grown = realloc(p->fetched, (size_t)(p->n_fetched + 1) * sizeof *grown);
+    char **grown = realloc(p->fetched, (size_t)(p->n_fetched + 1) * sizeof *grown), **out;
     if (!grown) return err_memory(e, "images", sizeof *grown);
     p->fetched = grown;
-    if (!fetch_data_url(&grown[p->n_fetched], &bytes, &rules, url, FETCH_BYTES_MAX - p->fetched_bytes,
-                        p->fetch_until, e))
+    out = &grown[p->n_fetched];
+    if (!(is_file ? local_media_data_url(out, &bytes, a->o.local_media, url, most, e)
+                  : fetch_data_url(out, &bytes, &rules, url, most, p->fetch_until, e)))
         return false;
     p->n_fetched++;
     p->fetched_bytes += bytes;
     return true;
+}
+
+static bool read_picture(struct prompt_text *p, const struct api *a, const char *url, const char *param,
+                         struct fault *f)
+{
+    struct err e = { 0 };
+    if (!a->o.local_media)
+        return fault_set(
+            f, param,
+            "%s: no files of this machine are read: expected a data: URL with base64 content; a server "
+            "started with --allowed-local-media-path reads those below one folder",
+            param);
+    return get_here(p, a, url, true, &e) ||
+           fault_set(f, param, "%s: the image cannot be read: %s", param, e.text);
 }
 
 static bool fetch_picture(struct prompt_text *p, const struct api *a, const char *url, const char *param,
@@ -53,11 +69,12 @@ static bool fetch_picture(struct prompt_text *p, const struct api *a, const char
             "started with --allowed-media-domains fetches from the hosts it names",
             param);
     bool free_thread = atomic_fetch_add(n, 1) < FETCHING_MAX;
-    bool ok = free_thread && fetch_here(p, a, url, &e);
+    bool ok = free_thread && get_here(p, a, url, false, &e);
     atomic_fetch_sub(n, 1);
     if (!free_thread)
         return fault_status(f, 503, NULL, "images of %d other requests are being fetched; try again",
                             FETCHING_MAX);
+    if (!ok && e.code == ERR_BUSY) return fault_status(f, 503, NULL, "%s: %s; try again", param, e.text);
     return ok || fault_set(f, param, "%s: the image cannot be fetched: %s", param, e.text);
 }
 
@@ -67,14 +84,15 @@ static bool add_picture(struct prompt_text *p, const struct api *a, const char *
 {
     int max = a->o.max_images ? a->o.max_images : IMAGES_DEFAULT_MAX;
     if (!a->o.config->has_vision) return fault_set(f, param, "%s: the served model takes no images", param);
-    bool by_url = strncasecmp(url, "http:", 5) == 0 || strncasecmp(url, "https:", 6) == 0;
+    bool is_file = strncasecmp(url, "file:", 5) == 0;
+    bool by_url = is_file || strncasecmp(url, "http:", 5) == 0 || strncasecmp(url, "https:", 6) == 0;
     if (!by_url && strncmp(url, "data:", 5) != 0)
         return fault_set(f, param, "%s: expected a data: URL with base64 content", param);
     if (p->n_pictures >= max) return fault_set(f, param, "%s: more than %d images in a request", param, max);
     const char **grown = realloc(p->pictures, (size_t)(p->n_pictures + 1) * sizeof *grown);
     if (!grown) return fault_memory(f);
     p->pictures = grown;
-    if (by_url && !fetch_picture(p, a, url, param, f)) return false;
+    if (by_url && !(is_file ? read_picture : fetch_picture)(p, a, url, param, f)) return false;
     grown[p->n_pictures++] = by_url ? p->fetched[p->n_fetched - 1] : url;
     return true;
 }

@@ -1,15 +1,18 @@
 #include "server/fetch.h"
 #include "base/clock.h"
+#include "image/data_url.h"
 #include "server/http.h"
 #include <arpa/inet.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <openssl/evp.h>
 #include <openssl/ssl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,19 +148,100 @@ static bool await(const struct peer *p, short events, struct err *e)
     return failed(e, "it took too long");
 }
 
-static bool look_up(struct addrinfo **out, const struct fetch_url *u, bool by_number, struct err *e)
+/* A name is looked up beside the one who asks: getaddrinfo cannot be told to end, so it is left to itself
+ * when the time is over. Whoever is the last to need the lookup frees it. */
+struct lookup {
+    pthread_mutex_t lock;
+    pthread_cond_t news;
+    int holders;
+    bool done;
+    int fault; /* of getaddrinfo */
+    struct addrinfo *found;
+    struct addrinfo hints;
+    char host[sizeof((struct fetch_url *)NULL)->host], port[8];
+};
+
+/* Of a process, in which some may have been left. */
+enum { LOOKUPS_MAX = 16 };
+static atomic_int lookups;
+
+static void let_go(struct lookup *l)
 {
-    char port[8];
-    snprintf(port, sizeof port, "%d", u->port);
-    const struct addrinfo hints = { .ai_socktype = SOCK_STREAM,
-                                    .ai_flags = u->is_address ? AI_NUMERICHOST : 0 };
-    if (getaddrinfo(u->host, port, &hints, out) != 0) return failed(e, "there is no such host");
-    for (const struct addrinfo *a = *out; a; a = a->ai_next)
-        if (!by_number && !fetch_is_public(a->ai_addr)) {
-            freeaddrinfo(*out);
-            *out = NULL;
+    pthread_mutex_lock(&l->lock);
+    bool last = --l->holders == 0;
+    pthread_mutex_unlock(&l->lock);
+    if (!last) return;
+    if (l->found) freeaddrinfo(l->found);
+    pthread_cond_destroy(&l->news);
+    pthread_mutex_destroy(&l->lock);
+    free(l);
+    atomic_fetch_sub(&lookups, 1);
+}
+
+static void *do_lookup(void *ctx)
+{
+    struct lookup *l = ctx;
+    struct addrinfo *found = NULL;
+    int fault = getaddrinfo(l->host, l->port, &l->hints, &found);
+    pthread_mutex_lock(&l->lock);
+    l->fault = fault;
+    l->found = fault ? NULL : found;
+    l->done = true;
+    pthread_cond_signal(&l->news);
+    pthread_mutex_unlock(&l->lock);
+    let_go(l);
+    return NULL;
+}
+
+static bool start_lookup(struct lookup **out, const struct fetch_url *u, struct err *e)
+{
+    pthread_condattr_t clock;
+    pthread_t thread;
+    if (atomic_fetch_add(&lookups, 1) >= LOOKUPS_MAX) {
+        atomic_fetch_sub(&lookups, 1);
+        return err_set(e, ERR_BUSY, "%d other names are being looked up", LOOKUPS_MAX);
+    }
+    struct lookup *l = *out = calloc(1, sizeof *l);
+    if (!l) {
+        atomic_fetch_sub(&lookups, 1);
+        return err_memory(e, "a lookup", sizeof *l);
+    }
+    *l = (struct lookup){ .holders = 2, .hints = { .ai_socktype = SOCK_STREAM } };
+    if (u->is_address) l->hints.ai_flags = AI_NUMERICHOST;
+    strcpy(l->host, u->host);
+    snprintf(l->port, sizeof l->port, "%d", u->port);
+    pthread_mutex_init(&l->lock, NULL);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&l->news, &clock);
+    pthread_condattr_destroy(&clock);
+    if (pthread_create(&thread, NULL, do_lookup, l) == 0) {
+        pthread_detach(thread);
+        return true;
+    }
+    l->holders = 1;
+    let_go(l);
+    return err_set(e, ERR_BUSY, "no thread can be started");
+}
+
+/* *out is the lookup's. */
+static bool await_lookup(const struct addrinfo **out, struct lookup *l, double until, struct err *e)
+{
+    const struct timespec end = { (time_t)until, (long)(1e9 * (until - floor(until))) };
+    int fault = 0;
+    pthread_mutex_lock(&l->lock);
+    while (!l->done && fault == 0) fault = pthread_cond_timedwait(&l->news, &l->lock, &end);
+    bool done = l->done;
+    *out = done ? l->found : NULL;
+    pthread_mutex_unlock(&l->lock);
+    return done ? l->fault == 0 || failed(e, "there is no such host") : failed(e, "it took too long");
+}
+
+static bool judge(const struct addrinfo *all, bool by_number, struct err *e)
+{
+    for (const struct addrinfo *a = all; a; a = a->ai_next)
+        if (!by_number && !fetch_is_public(a->ai_addr))
             return err_set(e, ERR_ARGUMENT, "its address is not a public one");
-        }
     return true;
 }
 
@@ -363,23 +447,15 @@ static bool ask(struct fetched *r, struct peer *p, const struct fetch_url *u, si
 
 static bool to_data_url(char **out, size_t *bytes, const struct fetched *r, struct err *e)
 {
-    static const char start[] = "data:image/x;base64,";
-    size_t n = r->n - r->body, head = sizeof start - 1;
-    *bytes = n;
-    *out = malloc(head + 4 * ((n + 2) / 3) + 1);
-    if (!*out) return err_memory(e, "an image", n);
-    memcpy(*out, start, head);
-    EVP_EncodeBlock((unsigned char *)*out + head, (const unsigned char *)r->data + r->body, (int)n);
-    return true;
+    *bytes = r->n - r->body;
+    return data_url_encode(out, (const uint8_t *)r->data + r->body, *bytes, e);
 }
 
-static bool fetch(char **out, size_t *bytes, const struct fetch_url *u, bool by_number, size_t most,
-                  double until, struct err *e)
+static bool fetch_from(char **out, size_t *bytes, const struct fetch_url *u, const struct addrinfo *all,
+                       size_t most, double until, struct err *e)
 {
-    struct addrinfo *all = NULL;
     struct peer p = { .fd = -1, .until = until };
     struct fetched r = { 0 };
-    if (!look_up(&all, u, by_number, e)) return false;
     bool connected = false;
     for (const struct addrinfo *a = all; a && !connected && clock_seconds() < until; a = a->ai_next) {
         hang_up(&p);
@@ -390,7 +466,18 @@ static bool fetch(char **out, size_t *bytes, const struct fetch_url *u, bool by_
               to_data_url(out, bytes, &r, e);
     hang_up(&p);
     free(r.data);
-    freeaddrinfo(all);
+    return ok;
+}
+
+static bool fetch(char **out, size_t *bytes, const struct fetch_url *u, bool by_number, size_t most,
+                  double until, struct err *e)
+{
+    struct lookup *l = NULL;
+    const struct addrinfo *all = NULL;
+    if (!start_lookup(&l, u, e)) return false;
+    bool ok = await_lookup(&all, l, until, e) && judge(all, by_number, e) &&
+              fetch_from(out, bytes, u, all, most, until, e);
+    let_go(l);
     return ok;
 }
 

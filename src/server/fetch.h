@@ -31,9 +31,9 @@ bool fetch_parse(struct fetch_url *out, const char *url, struct err *e);
 bool fetch_allows(const struct fetch_rules *r, const struct fetch_url *u, bool *by_number);
 bool fetch_is_public(const struct sockaddr *a);
 
-/* What is there as a data: URL, malloc'd; `until` on clock_seconds. Blocks. ERR_ARGUMENT: not allowed, and
- * nothing was connected to; ERR_LIMIT: larger than bytes_max; ERR_FORMAT: what was answered is of no use.
- * Sentences have the host, not the address. */
+/* What is there as a data: URL, malloc'd; `until` on clock_seconds. Blocks until then at most. ERR_ARGUMENT:
+ * not allowed, and nothing was connected to; ERR_LIMIT: larger than bytes_max; ERR_FORMAT: what was answered
+ * is of no use. Sentences have the host, not the address. */
 bool fetch_data_url(char **out, size_t *bytes, const struct fetch_rules *r, const char *url, size_t bytes_max,
                     double until, struct err *e);
 #endif

@@ -56,12 +56,13 @@ static bool add_file(struct keys *k, const char *path, struct err *e)
     return ok || err_note(e, "--api-key-file: %s", path);
 }
 
-bool keys_load(struct keys *k, const char *const *words, int n_words, const char *path, struct err *e)
+bool keys_load(struct keys *k, const char *flag, const char *const *words, int n_words, const char *path,
+               struct err *e)
 {
     *k = (struct keys){ 0 };
     bool ok = true;
     for (int i = 0; ok && i < n_words; i++)
-        ok = add(k, words[i], strlen(words[i]), e) || err_note(e, "--api-key");
+        ok = add(k, words[i], strlen(words[i]), e) || err_note(e, "%s", flag);
     if (ok && (!path || add_file(k, path, e))) return true;
     keys_free(k);
     return false;

@@ -14,8 +14,9 @@ struct keys {
 };
 
 /* Keys given as words, and those of a file (NULL: none), one a line; empty lines and lines that begin with #
- * are skipped. Errors never hold a key. */
-bool keys_load(struct keys *k, const char *const *words, int n_words, const char *path, struct err *e);
+ * are skipped. Errors name the flag, "--api-key", and never hold a key. */
+bool keys_load(struct keys *k, const char *flag, const char *const *words, int n_words, const char *path,
+               struct err *e);
 void keys_free(struct keys *k); /* accepts a zeroed one */
 
 /* Whose key this is. *owner and salt are of the key, the same in every process. */

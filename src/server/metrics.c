@@ -244,6 +244,7 @@ static void put_server(const struct writer *w, const struct metrics *m, const st
     put(w, "quench:exchanges", "gauge", (double)now->exchanges, "Requests being answered");
     put(w, "quench:body_bytes", "gauge", (double)now->body_bytes, "Memory held for bodies that arrive");
     put(w, "quench:draining", "gauge", now->draining, "1 after SIGTERM");
+    put(w, "quench:paused", "gauge", now->paused, "1 while the operator lets no new requests in");
     put(w, "quench:connections_total", "counter", (double)m->accepted_connections, "Connections accepted");
     put(w, "quench:connections_refused_total", "counter", (double)m->refused_connections,
         "Connections over the limit");

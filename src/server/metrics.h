@@ -51,7 +51,7 @@ struct metrics_now {
     const struct metrics_route *routes;
     int n_routes;
     int64_t connections, exchanges, body_bytes;
-    bool draining;
+    bool draining, paused;
 };
 void metrics_write(const struct metrics *m, const struct metrics_now *now, FILE *f);
 #endif

@@ -11,6 +11,7 @@ enum route_kind {
     ROUTE_VERSION,
     ROUTE_LOAD,
     ROUTE_PAGE,
+    ROUTE_ADMIN, /* of admin.c, not in this table */
     ROUTE_ABSENT /* known elsewhere, not of this model: 404 with a sentence */
 };
 

@@ -2,6 +2,7 @@
  * by activating its events only. */
 #include "server/server.h"
 #include "base/clock.h"
+#include "server/crash.h"
 #include "server/server_struct.h"
 #include <errno.h>
 #include <event2/thread.h>
@@ -37,7 +38,8 @@ static bool drop_an_idle_one(struct server *s)
 {
     struct connection *oldest = NULL;
     for (struct connection *c = s->connections; c; c = c->next)
-        if (connection_is_idle(c) && !c->first && (!oldest || c->since < oldest->since)) oldest = c;
+        if (connection_is_idle(c) && !c->first && !c->is_admin && (!oldest || c->since < oldest->since))
+            oldest = c;
     if (oldest) connection_close(oldest);
     return oldest;
 }
@@ -62,7 +64,7 @@ static void on_accept(struct evconnlistener *l, evutil_socket_t fd, struct socka
         return;
     }
     s->metrics.accepted_connections++;
-    if (!connection_open(s, fd)) close(fd);
+    if (!connection_open(s, fd, false)) close(fd);
 }
 
 /* Out of descriptors, say: the listener would be called again at once, and for nothing. */
@@ -80,6 +82,7 @@ static void on_relisten(evutil_socket_t fd, short what, void *ctx)
     (void)fd, (void)what;
     struct server *s = ctx;
     if (s->listener) evconnlistener_enable(s->listener);
+    if (s->admin) evconnlistener_enable(s->admin);
 }
 
 /* The end. */
@@ -134,23 +137,17 @@ static void on_stop(evutil_socket_t fd, short what, void *ctx)
     check_drain(s, clock_seconds());
 }
 
-/* Keys, certificates and the log are read again; what cannot be read stays as it was. */
-static void reload(struct server *s)
+bool server_reload(struct server *s, struct err *e)
 {
-    struct err e = { 0 };
     struct keys keys;
     SSL_CTX *tls;
-    if (keys_load(&keys, s->o.keys, s->o.n_keys, s->o.key_file, &e)) {
-        keys_free(&s->keys);
-        s->keys = keys;
-    }
-    if (e.code == ERR_NONE && tls_load(&tls, &s->o.tls, &e)) {
-        SSL_CTX_free(s->tls);
-        s->tls = tls;
-    }
-    if (e.code == ERR_NONE && s->log) request_log_reopen(s->log, &e);
-    if (e.code != ERR_NONE) err_note(&e, "SIGHUP: not reloaded, the old ones stay");
-    say(s, e.code != ERR_NONE ? e.text : "SIGHUP: keys, certificates and log read again");
+    if (!keys_load(&keys, "--api-key", s->o.keys, s->o.n_keys, s->o.key_file, e)) return false;
+    keys_free(&s->keys);
+    s->keys = keys;
+    if (!tls_load(&tls, &s->o.tls, e)) return false;
+    SSL_CTX_free(s->tls);
+    s->tls = tls;
+    return !s->log || request_log_reopen(s->log, e);
 }
 
 static void on_signal(evutil_socket_t number, short what, void *ctx)
@@ -158,7 +155,9 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
     (void)what;
     struct server *s = ctx;
     if (number == SIGHUP) {
-        reload(s);
+        struct err e = { 0 };
+        bool ok = server_reload(s, &e) || err_note(&e, "SIGHUP: not reloaded, the old ones stay");
+        say(s, ok ? "SIGHUP: keys, certificates and log read again" : e.text);
         return;
     }
     if (!s->api && s->o.quit) s->o.quit(s->o.ctx);
@@ -280,6 +279,11 @@ const char *server_address(const struct server *s)
     return s->address;
 }
 
+const char *server_admin_address(const struct server *s)
+{
+    return s->admin_address;
+}
+
 /* The beginning. */
 
 static bool is_loopback(const struct sockaddr *a)
@@ -301,13 +305,14 @@ static bool check_open(const struct server *s, const struct sockaddr *a, struct 
                    s->o.host);
 }
 
-static bool listen_at(struct server *s, const struct sockaddr *a, socklen_t length, struct err *e)
+bool server_listen(struct evconnlistener **out, struct server *s, evconnlistener_cb accepts,
+                   const struct sockaddr *a, socklen_t length, struct err *e)
 {
-    s->listener = evconnlistener_new_bind(s->base, on_accept, s,
-                                          LEV_OPT_REUSEABLE | LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
-                                          BACKLOG, a, (int)length);
-    if (!s->listener) return err_errno(e, "listening");
-    evconnlistener_set_error_cb(s->listener, on_accept_error);
+    *out = evconnlistener_new_bind(s->base, accepts, s,
+                                   LEV_OPT_REUSEABLE | LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC, BACKLOG,
+                                   a, (int)length);
+    if (!*out) return err_errno(e, "listening");
+    evconnlistener_set_error_cb(*out, on_accept_error);
     return true;
 }
 
@@ -337,7 +342,7 @@ static bool listen_tcp(struct server *s, struct err *e)
     int fault = getaddrinfo(s->o.host, port, &hints, &found);
     if (fault) return err_set(e, ERR_ARGUMENT, "--host %s: %s", s->o.host, gai_strerror(fault));
     bool ok = check_open(s, found->ai_addr, e) &&
-              (listen_at(s, found->ai_addr, found->ai_addrlen, e) ||
+              (server_listen(&s->listener, s, on_accept, found->ai_addr, found->ai_addrlen, e) ||
                err_note(e, "%s port %d", s->o.host, s->o.port)) &&
               name_address(s, e);
     freeaddrinfo(found);
@@ -356,17 +361,23 @@ static void remove_stale_socket(const struct sockaddr_un *a)
     if (stale) unlink(a->sun_path);
 }
 
-static bool listen_unix(struct server *s, struct err *e)
+bool server_listen_unix(struct evconnlistener **out, struct server *s, evconnlistener_cb accepts,
+                        const char *path, const char *flag, struct err *e)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
-    if (strlen(s->o.uds) >= sizeof a.sun_path)
-        return err_set(e, ERR_ARGUMENT, "--uds: a path of at most %zu bytes is needed",
+    if (strlen(path) >= sizeof a.sun_path)
+        return err_set(e, ERR_ARGUMENT, "%s: a path of at most %zu bytes is needed", flag,
                        sizeof a.sun_path - 1);
-    strcpy(a.sun_path, s->o.uds);
+    strcpy(a.sun_path, path);
     remove_stale_socket(&a);
-    if (!listen_at(s, (struct sockaddr *)&a, sizeof a, e)) return err_note(e, "--uds %s", s->o.uds);
+    return server_listen(out, s, accepts, (struct sockaddr *)&a, sizeof a, e) ||
+           err_note(e, "%s %s", flag, path);
+}
+
+static bool listen_unix(struct server *s, struct err *e)
+{
     snprintf(s->address, sizeof s->address, "unix:%s", s->o.uds);
-    return true;
+    return server_listen_unix(&s->listener, s, on_accept, s->o.uds, "--uds", e);
 }
 
 static void set_defaults(struct server *s)
@@ -426,6 +437,7 @@ static bool make_events(struct server *s, struct err *e)
 static void *run(void *ctx)
 {
     struct server *s = ctx;
+    crash_own_stack();
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
     while (s->connections) connection_close(s->connections);
     workers_free(s->workers);
@@ -457,10 +469,11 @@ static void name_routes(struct server *s)
 
 static bool start(struct server *s, struct err *e)
 {
-    if (!keys_load(&s->keys, s->o.keys, s->o.n_keys, s->o.key_file, e) || !tls_load(&s->tls, &s->o.tls, e) ||
+    if (!keys_load(&s->keys, "--api-key", s->o.keys, s->o.n_keys, s->o.key_file, e) ||
+        !tls_load(&s->tls, &s->o.tls, e) ||
         (s->o.request_log && !request_log_open(&s->log, s->o.request_log, e)) || !make_events(s, e) ||
         !workers_create(&s->workers, WORKERS, wake_made, s, e) ||
-        !(s->o.uds ? listen_unix(s, e) : listen_tcp(s, e)))
+        !(s->o.uds ? listen_unix(s, e) : listen_tcp(s, e)) || !admin_listen(s, e))
         return false;
     int fault = pthread_create(&s->thread, NULL, run, s);
     s->thread_runs = fault == 0;
@@ -511,6 +524,10 @@ void server_free(struct server *s)
         evconnlistener_free(s->listener);
         if (s->o.uds) unlink(s->o.uds);
     }
+    if (s->admin) {
+        evconnlistener_free(s->admin);
+        if (strncmp(s->admin_address, "unix:", 5) == 0) unlink(s->o.admin);
+    }
     workers_free(s->workers);
     free_event(s->wake);
     free_event(s->due);
@@ -524,6 +541,7 @@ void server_free(struct server *s)
     if (s->wake_timer >= 0) close(s->wake_timer);
     SSL_CTX_free(s->tls);
     keys_free(&s->keys);
+    keys_free(&s->admin_keys);
     request_log_close(s->log);
     free(s);
 }

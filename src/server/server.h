@@ -19,6 +19,8 @@ struct server_options {
     int n_keys;
     const char *key_file;
     bool public_metrics;
+    const char *admin; /* listener of the operator's: a port of 127.0.0.1 or a Unix socket's path; or NULL */
+    const char *admin_key;      /* which it needs */
     const char *const *origins; /* [n_origins] web pages that may ask; "*": all */
     int n_origins;
 
@@ -54,6 +56,8 @@ struct server;
 bool server_start(struct server **out, const struct server_options *o, struct err *e);
 /* "http://127.0.0.1:8000", with the port that was free. */
 const char *server_address(const struct server *s);
+/* Likewise of the operator's listener, or "". */
+const char *server_admin_address(const struct server *s);
 /* What is being loaded, for /ready. `what` is borrowed for good. */
 void server_loading(struct server *s, const char *what, uint64_t done, uint64_t total);
 /* From now on requests go to api; both are borrowed until server_wait returns. */

@@ -30,8 +30,9 @@ struct connection {
     struct connection *previous, *next;
     struct bufferevent *events;
     enum phase phase;
-    double since; /* of the phase */
-    bool first;   /* no request was read yet */
+    double since;  /* of the phase */
+    bool first;    /* no request was read yet */
+    bool is_admin; /* came to the operator's listener */
 
     /* the request */
     size_t scanned;
@@ -52,9 +53,11 @@ struct connection {
     struct job *job;           /* makes the exchange; borrow, the workers' */
     struct exchange *exchange; /* owned */
     bool head_sent, streams;
+    bool aborted; /* an error stands in place of the answer, or of its rest */
     int status;
     double begun, heard; /* when the request was here; when the stream said something last */
     uint64_t sent_bytes;
+    uint64_t crash_place; /* where crash.h has it */
 
     /* tokens seen so far */
     int64_t seen_tokens;
@@ -74,10 +77,10 @@ struct server {
     int wake_timer;    /* fires once the scheduler has news; -1: not opened */
     atomic_bool wake_is_set;
     _Atomic double looked; /* clock_seconds of the last look at the scheduler's news; 0: look at once */
-    struct evconnlistener *listener;
+    struct evconnlistener *listener, *admin; /* admin: NULL where none is asked for */
     pthread_t thread;
     bool thread_runs, clean;
-    char address[300];
+    char address[300], admin_address[128];
 
     _Atomic(const char *) loading;
     _Atomic uint64_t loading_done, loading_total;
@@ -88,7 +91,7 @@ struct server {
     struct scheduler *scheduler;
     struct scheduler_stats stats; /* as of the last look */
     SSL_CTX *tls;
-    struct keys keys;
+    struct keys keys, admin_keys;
     struct request_log *log;
     struct workers *workers;
     struct metrics metrics;
@@ -96,17 +99,27 @@ struct server {
 
     struct connection *connections;
     int64_t n_connections, n_exchanges;
+    int64_t n_admin;   /* connections of the operator's, which are not counted among the others */
     size_t body_bytes; /* held by all connections */
     uint64_t n_requests;
     char id_prefix[17];
     double turn_seconds; /* of late, between two requests' ends while others wait; 0: not known */
     bool draining, stopping;
+    bool paused;                        /* by the operator: no new requests */
     double drain_since, answered_since; /* when no exchange was left */
     bool is_open_to_all;                /* others than this machine can connect */
 };
 
+/* server.c */
+/* Keys, certificates and the log are read again; what cannot be read stays as it was. */
+bool server_reload(struct server *s, struct err *e);
+bool server_listen(struct evconnlistener **out, struct server *s, evconnlistener_cb on_accept,
+                   const struct sockaddr *a, socklen_t length, struct err *e);
+bool server_listen_unix(struct evconnlistener **out, struct server *s, evconnlistener_cb on_accept,
+                        const char *path, const char *flag, struct err *e);
+
 /* connection.c */
-bool connection_open(struct server *s, evutil_socket_t fd);
+bool connection_open(struct server *s, evutil_socket_t fd, bool is_admin);
 void connection_close(struct connection *c);
 bool connection_is_answering(const struct connection *c);
 void connection_take(struct connection *c,
@@ -134,8 +147,20 @@ void answer_local(struct connection *c);
 /* Access-Control headers for this connection's answer. */
 void answer_cors(const struct connection *c, struct evbuffer *out);
 
+/* False. Answers with an error, and closes where a body would follow. */
+bool answer_refuse(struct connection *c, int status, const char *extra, const char *message);
+void answer_json(struct connection *c, int status, json_t *body); /* takes the reference over */
+void answer_request_id(struct connection *c);                     /* the client's, or one that is made */
+
+/* admin.c */
+bool admin_listen(struct server *s, struct err *e); /* nothing where none is asked for */
+bool admin_admit(struct connection *c);             /* as answer_admit */
+void admin_answer(struct connection *c);
+
 /* account.c */
 /* Tokens that came since the last look. says: they were sent, too. */
 void account_tokens(struct connection *c, double now, bool says);
+/* For crash.h: it is in this state, a literal. */
+void account_state(struct connection *c, const char *state);
 void account_request(struct connection *c, bool aborted); /* it is answered, or will not be */
 #endif

@@ -1,4 +1,5 @@
 #include "server/workers.h"
+#include "server/crash.h"
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,6 +50,7 @@ static void make(struct job *job)
 static void *work(void *ctx)
 {
     struct workers *w = ctx;
+    crash_own_stack();
     pthread_mutex_lock(&w->lock);
     while (!w->ends) {
         struct job *job = take(&w->waiting);

@@ -95,6 +95,34 @@ static void test_other_servers(void **state)
     expect(SERVE("models/demo", "--tensor-parallel-size", "2"), 1, "--tensor-parallel-size 2: not supported");
     expect(SERVE("models/demo", "--reasoning-parser", "deepseek_r1"), 1, "what is done here: qwen3");
     expect(SERVE("models/demo", "--nonsense"), 2, "unknown flag '--nonsense'");
+    expect(SERVE("models/demo", "--kv-cache-memory-bytes", "1G"), 2, "here it is --memory");
+    expect(SERVE("models/demo", "--max-logprobs", "100"), 1, "what is done here: 20");
+    expect(SERVE("models/demo", "--generation-config", "/a/folder"), 2, "expected one of auto, vllm");
+    /* vLLM's short flags; all are followed by one that is refused */
+    static const char *const levels[] = { "-O3", "-O0", "-O.mode=3", "-O=2", "-O" };
+    for (size_t i = 0; i < 5; i++) {
+        bool alone = strcmp(levels[i], "-O") == 0;
+        int status = alone ? SERVE("models/demo", "-O", "3", "--port", "65536")
+                           : SERVE("models/demo", levels[i], "--port", "65536");
+        expect(status, 2, "--port: expected 0 to 65535, found 65536");
+        if (!strstr(err, "no need of --optimization-level")) fail_msg("%s", err);
+    }
+}
+
+/* A checkpoint with a number that is none is not served where it was to be looked at first. */
+static void test_verify(void **state)
+{
+    (void)state;
+    char command[4 * PATH_MAX], model[PATH_MAX];
+    snprintf(model, sizeof model, "%s", temp_path(&temp, "damaged"));
+    snprintf(command, sizeof command,
+             "cp -r models/demo %s && printf '\\377\\377' | dd of=%s/model-00001-of-00002.safetensors bs=1 "
+             "seek=5000000 conv=notrunc 2>/dev/null",
+             model, model);
+    assert_int_equal(system(command), 0);
+    expect(SERVE(model, "--verify", "--port", "0", "--device", "cpu"), 1,
+           "--verify: the checkpoint has faults (1); quench verify ");
+    assert_null(strstr(err, "ready after"));
 }
 
 static void test_refusals(void **state)
@@ -138,9 +166,8 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sources),
-        cmocka_unit_test(test_file_refusals),
-        cmocka_unit_test(test_other_servers),
+        cmocka_unit_test(test_sources),       cmocka_unit_test(test_file_refusals),
+        cmocka_unit_test(test_other_servers), cmocka_unit_test(test_verify),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, make_temp, remove_temp);

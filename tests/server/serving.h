@@ -7,6 +7,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
@@ -14,6 +15,17 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#define START(s, ...) serving_start(s, (const char *const[]){ __VA_ARGS__, NULL })
+#define QUESTION                                                                                             \
+    "{\"model\":\"models/demo\",\"messages\":[{\"role\":\"user\",\"content\":\"What is the capital of "      \
+    "Finland?\"}],\"temperature\":0,\"chat_template_kwargs\":{\"enable_thinking\":false}"
+/* An answer that goes on for so many tokens. */
+#define LONG(n)                                                                                              \
+    "{\"model\":\"models/"                                                                                   \
+    "demo\",\"prompt\":\"Count\",\"temperature\":0,\"ignore_eos\":true,\"max_tokens\":" #n
+#define CHAT        "/v1/chat/completions"
+#define COMPLETIONS "/v1/completions"
 
 enum { REPLY_MAX = 1 << 20, WORDS_MAX = 32 };
 
@@ -42,13 +54,13 @@ static inline bool serving_says(struct serving *s, const char *text, double seco
     return true;
 }
 
-/* quench serve models/demo with these words besides, at a port that is free. */
-static inline void serving_spawn(struct serving *s, const char *const *words)
+/* quench serve MODEL with these words besides, at a port that is free. */
+static inline void serving_spawn_model(struct serving *s, const char *model, const char *const *words)
 {
     char program[PATH_MAX];
     const char *build = getenv("BUILD"),
-               *argv[WORDS_MAX + 1] = { program,    "serve", "models/demo", "--port", "0",
-                                        "--device", "cpu",   "--memory",    "1G" };
+               *argv[WORDS_MAX + 1] = { program,    "serve", model,      "--port", "0",
+                                        "--device", "cpu",   "--memory", "1G" };
     int n = 9, pipes[2];
     snprintf(program, sizeof program, "%s/quench", build ? build : "build");
     while (*words && n < WORDS_MAX) argv[n++] = *words++;
@@ -66,9 +78,13 @@ static inline void serving_spawn(struct serving *s, const char *const *words)
     close(pipes[1]);
 }
 
-static inline void serving_start(struct serving *s, const char *const *words)
+static inline void serving_spawn(struct serving *s, const char *const *words)
 {
-    serving_spawn(s, words);
+    serving_spawn_model(s, "models/demo", words);
+}
+
+static inline void serving_await(struct serving *s)
+{
     if (!serving_says(s, "ready after", 120)) fail_msg("not ready: %s", s->said);
     const char *at = strstr(s->said, "listening at ");
     assert_non_null(at);
@@ -76,6 +92,12 @@ static inline void serving_start(struct serving *s, const char *const *words)
     assert_non_null(comma);
     while (comma[-1] >= '0' && comma[-1] <= '9') comma--;
     s->port = atoi(comma);
+}
+
+static inline void serving_start(struct serving *s, const char *const *words)
+{
+    serving_spawn(s, words);
+    serving_await(s);
 }
 
 /* The exit status, or -1 and a signal's number below; -1000: it still runs. */
@@ -304,5 +326,56 @@ static inline double metric(const struct serving *s, const char *name)
         if (value) return strtod(value + 1, NULL);
     }
     return -1;
+}
+
+/* The server does nothing any more and holds what an idle one holds. */
+static inline void check_idle(const struct serving *s, int descriptors)
+{
+    double until = clock_seconds() + 20, connections = -1;
+    int now = -1;
+    while (clock_seconds() < until) {
+        connections = metric(s, "quench:connections"); /* the one that asks */
+        now = serving_descriptors(s);
+        if (connections == 1 && metric(s, "vllm:num_requests_running") == 0 && now <= descriptors) break;
+        usleep(50000);
+    }
+    assert_int_equal((int)connections, 1);
+    assert_int_equal((int)metric(s, "quench:exchanges"), 0);
+    assert_int_equal((int)metric(s, "quench:body_bytes"), 0);
+    assert_int_equal((int)metric(s, "vllm:num_requests_running"), 0);
+    assert_int_equal((int)metric(s, "vllm:num_requests_waiting"), 0);
+    if (now > descriptors) fail_msg("%d descriptors, %d at first", now, descriptors);
+}
+
+/* Pages and states that nothing but a prefix cache could hold: without one, none. */
+static inline void check_no_pages(const struct serving *s)
+{
+    assert_int_equal((int)metric(s, "quench:kv_pages_used"), 0);
+    assert_int_equal((int)metric(s, "quench:states_used"), 0);
+}
+
+static inline const char *string_at(json_t *o, const char *a, const char *b, const char *c)
+{
+    json_t *choice = json_array_get(json_object_get(o, a), 0);
+    return json_string_value(c ? json_object_get(json_object_get(choice, b), c) : json_object_get(choice, b));
+}
+
+/* The texts of all deltas of a stream that ends in [DONE]. */
+static inline void join_stream(char *out, const char *body, bool chat)
+{
+    *out = 0;
+    bool done = false;
+    for (const char *line = body; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL) {
+        if (strncmp(line, "data: ", 6) != 0) continue;
+        done = strncmp(line + 6, "[DONE]", 6) == 0;
+        if (done) continue;
+        json_t *o = json_loadb(line + 6, strcspn(line + 6, "\n"), 0, NULL);
+        assert_non_null(o);
+        const char *text =
+            chat ? string_at(o, "choices", "delta", "content") : string_at(o, "choices", "text", NULL);
+        strcat(out, text ? text : "");
+        json_decref(o);
+    }
+    assert_true(done);
 }
 #endif

@@ -2,6 +2,7 @@
 #include "base/clock.h"
 #include "server/fetch.h"
 #include <arpa/inet.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -291,6 +292,53 @@ static void test_hosts(void **state)
     }
 }
 
+/* A name server that does not answer: getaddrinfo is held (see the Makefile), for longer than the request
+ * has. */
+int __real_getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
+                       struct addrinfo **out);
+int __wrap_getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
+                       struct addrinfo **out);
+static atomic_int held;
+static atomic_bool lets_go;
+
+int __wrap_getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
+                       struct addrinfo **out)
+{
+    if (!node || strcmp(node, "silent.example") != 0) return __real_getaddrinfo(node, service, hints, out);
+    atomic_fetch_add(&held, 1);
+    while (!lets_go) usleep(1000);
+    atomic_fetch_sub(&held, 1);
+    return __real_getaddrinfo("192.0.2.1", service, hints, out); /* an answer, too late */
+}
+
+static void test_silent_names(void **state)
+{
+    (void)state;
+    char *out = NULL, url[300];
+    struct err e = { 0 };
+    double begin = clock_seconds();
+    assert_false(fetch(&out, "silent.example", "http://silent.example/a", 1000, 0.3, &e));
+    assert_non_null(strstr(e.text, "took too long"));
+    assert_true(clock_seconds() - begin < 3);
+    /* so many of them, and no more threads */
+    for (int i = 1; i < 16; i++)
+        assert_false(fetch(&out, "silent.example", "http://silent.example/a", 1000, 0.01, &e));
+    e = (struct err){ 0 };
+    assert_false(fetch(&out, "silent.example", "http://silent.example/a", 1000, 10, &e));
+    assert_non_null(strstr(e.text, "16 other names are being looked up"));
+    assert_int_equal(e.code, ERR_BUSY);
+    for (double until = clock_seconds() + 20; held < 16 && clock_seconds() < until;) usleep(1000);
+    assert_int_equal(held, 16);
+    lets_go = true;
+    for (double until = clock_seconds() + 20; held > 0 && clock_seconds() < until;) usleep(1000);
+    usleep(100000);
+    /* the places are free again */
+    snprintf(url, sizeof url, "http://%s/ok", host.name);
+    e = (struct err){ 0 };
+    if (!fetch(&out, host.name, url, 10000, 5, &e)) fail_msg("%s", e.text);
+    free(out);
+}
+
 static void test_addresses(void **state)
 {
     (void)state;
@@ -358,6 +406,7 @@ static void test_addresses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(test_answers), cmocka_unit_test(test_hosts),
+                                        cmocka_unit_test(test_silent_names),
                                         cmocka_unit_test(test_addresses) };
     return cmocka_run_group_tests(tests, start, stop);
 }
