@@ -44,13 +44,14 @@ struct product_args {
     int keep;
 };
 
-constexpr int RING = 4;
+/* Units a warp has under way: of a long product of one row, which has its multiprocessors to itself, twice as many. */
+constexpr int RING = 4, LONG_RING = 8, LONG_TILES = 64; /* of a block */
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
 constexpr int HALF = CREW * 16 * 8;                  /* floats of a set of sums */
 
-__host__ __device__ inline size_t product_shared(int rows, int cols, bool tiled)
+__host__ __device__ inline size_t product_shared(int rows, int cols, bool tiled, int ring = RING)
 {
-    return ring_bytes(RING, tiled) + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    return ring_bytes(ring, tiled) + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
 }
 
 /* Where a tile belongs. */
@@ -74,15 +75,15 @@ __device__ __forceinline__ share share_within(const product_matrix &m)
 }
 
 /* The tiles a block asks for, one after the other. */
-template <int KINDS> struct tiles_ahead {
+template <int KINDS, int UNITS> struct tiles_ahead {
     const product_args &p;
-    stream<KINDS, RING> &weights;
+    stream<KINDS, UNITS> &weights;
     const uint8_t *at;
     int number, end; /* end: of the tiles that lie as far from one another as the last two */
     int step, k;
     share s;
 
-    __device__ tiles_ahead(const product_args &args, stream<KINDS, RING> &w)
+    __device__ tiles_ahead(const product_args &args, stream<KINDS, UNITS> &w)
         : p(args), weights(w), at(nullptr), number(blockIdx.x), end(0), step(0), k(0), s{}
     {
     }
@@ -291,22 +292,22 @@ __device__ __forceinline__ void prefetch_scales(const product_args &p)
 }
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
-template <int ROWS, int KINDS>
-__global__ void __launch_bounds__(BLOCK, ROWS == 1 ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+template <int ROWS, int KINDS, int UNITS = RING>
+__global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
-    float *sums = (float *)(shared + ring_bytes(RING, KINDS & TILED));
+    float *sums = (float *)(shared + ring_bytes(UNITS, KINDS & TILED));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = ROWS == 1 || p.x.rows - row0 >= ROWS ? ROWS : (int)(p.x.rows - row0);
     int tiles = p.each + ((int)blockIdx.x < p.extra);
     if (!p.conv) let_next_start();
-    stream<KINDS, RING> weights(shared);
-    tiles_ahead<KINDS> next(p, weights);
+    stream<KINDS, UNITS> weights(shared);
+    tiles_ahead<KINDS, UNITS> next(p, weights);
 #pragma unroll 1
-    for (int i = 0; i < RING; i++) weights.ask(next);
+    for (int i = 0; i < UNITS; i++) weights.ask(next);
     prefetch_scales(p);
     float2 gain[GAINS];
     load_gains(p, gain);
@@ -389,6 +390,10 @@ void run(struct queue *q, const char *operation, product_args a)
     a.extra = a.tiles % grid;
     if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
+    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES &&
+             product_shared(1, a.cols, false, LONG_RING) <= (size_t)q->shared_max)
+        launch<BLOCK>(q, operation, true, stream_product<1, WHOLE, LONG_RING>, dim3((unsigned)grid),
+                      product_shared(1, a.cols, false, LONG_RING), a);
     else
         start<1>(q, operation, dim3((unsigned)grid, (unsigned)n), a);
 }
