@@ -160,9 +160,51 @@ static void experts_case(enum weight_format f, int64_t n, int64_t hidden, int64_
         for (int m = 0; m < 3; m++) drop_weight(&w[m][e]);
 }
 
+/* Of equal logits the first counts. step: logits are multiples of it; 0: any. */
+static void route_case(int64_t n, int64_t n_experts, int k, float step)
+{
+    struct guarded logits = filled(n, n_experts, random_below(5), 3);
+    const struct backend *all[] = { &ref, &cpu };
+    int32_t *id[2];
+    float *weight[2];
+    for (int64_t i = 0; step > 0 && i < n; i++)
+        for (int64_t c = 0; c < n_experts; c++) {
+            float *x = logits.m.data + i * logits.m.stride + c;
+            *x = step * floorf(*x / step);
+        }
+    for (int b = 0; b < 2; b++) {
+        id[b] = take((size_t)(n * k) * 4);
+        weight[b] = take((size_t)(n * k) * 4);
+        all[b]->ops->route(all[b]->queue, &(struct picks){ id[b], weight[b], k }, logits.m);
+        finish();
+    }
+    assert_memory_equal(id[0], id[1], (size_t)(n * k) * 4);
+    for (int64_t i = 0; i < n * k; i++) assert_true(fabsf(weight[0][i] - weight[1][i]) <= 1e-6f);
+    drop(&logits);
+    for (int b = 0; b < 2; b++) give(id[b]), give(weight[b]);
+}
+
+static void routes(void)
+{
+    static const int shapes[][2] = { { 8, 8 }, { 33, 5 }, { 256, 8 }, { 256, 32 }, { 250, 9 }, { 300, 8 } };
+    reserve(64, 64, 64, 32, 300);
+    for (int i = 0; i < 6; i++)
+        for (int f = 0; f < 4; f++)
+            route_case(5, shapes[i][0], shapes[i][1], (float[]){ 0, 0.125f, 0.001f, 100 }[f]);
+}
+
 static void experts(void)
 {
     static const enum weight_format formats[] = { WEIGHT_NVFP4, WEIGHT_BF16, WEIGHT_FP8, WEIGHT_FP8_BLOCK };
+    routes();
+    if (on_device()) { /* several units, more jobs a block than it has warps */
+        reserve(4, 2080, 640, 10, 12);
+        experts_case(WEIGHT_NVFP4, 1 + random_below(4), 2048 + 16 * random_below(3),
+                     16 * (20 + random_below(21)), 12, 10);
+        experts_case(WEIGHT_NVFP4, 1, 2048, 512, 12, 8);
+        reserve(2, 2560, 2560, 10, 12); /* too wide for experts_fp4.cu */
+        experts_case(WEIGHT_NVFP4, 2, 64, 2560, 12, 10);
+    }
     reserve(64, 256, 80, 4, 8);
     for (int f = 0; f < 4; f++)
         for (int i = 0; i < 6; i++)

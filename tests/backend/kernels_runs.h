@@ -241,6 +241,8 @@ static void moe_runs(void)
     for (int f = 0; f < 3; f++) {
         moe_run_case(formats[f], 40, 256, 128, 2);
         moe_run_case(formats[f], 200, 128, 256, 4);
+        moe_run_case(formats[f], 1 + random_below(3), 16 * (1 + random_below(20)),
+                     16 * (1 + random_below(16)), 4);
     }
 }
 
