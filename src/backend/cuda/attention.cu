@@ -346,7 +346,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
 {
     using kind = tile_kind<DTYPE>;
     extern __shared__ __align__(128) uint8_t shared_bytes[];
-    __shared__ uint64_t full[kind::CREW * kind::DEPTH];
+    __shared__ uint64_t barriers[2][kind::CREW * kind::DEPTH]; /* pieces that are full, and empty */
     uint32_t *operands = (uint32_t *)shared_bytes;
     uint8_t *rings = shared_bytes + OPERANDS_BYTES;
     int group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -368,12 +368,12 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
                       part.end(),
                       part.end() - owner };
 #if __CUDA_ARCH__ >= 900
-    if ((int)threadIdx.x < kind::CREW * kind::DEPTH) barrier_init(full + threadIdx.x, 1);
-    if (warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if ((int)threadIdx.x < 2 * kind::CREW * kind::DEPTH) barrier_init(barriers[0] + threadIdx.x, 1);
+    if (warp < 2) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
 #endif
-    kv_ring<DTYPE> ring(rings, full);
-    if (warp < kind::CREW && appends) ring.start(from);
+    kv_ring<DTYPE> ring(rings, barriers);
+    if (appends) ring.start(from);
     if (part.has_end()) place_padding<DTYPE>(rings, from.end);
     bool has_key = owner && warp == WARPS - 1, has_value = owner && warp == WARPS - 2;
     if (appends && threadIdx.x < 2 * TILE_DIM * 4 / 128) /* gains will be near */
@@ -381,7 +381,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
     float2 turn = a.q_gain && a.rope.n == LANES ? rope_turn(a.rope, r.position, lane) : float2{};
     int64_t line = kv_line(a.kv, a.rows, r.span, part.token) + (int64_t)kv_head * TILE_DIM;
     wait_for_previous();
-    if (warp < kind::CREW && !appends) ring.start(from);
+    if (!appends) ring.start(from);
 #pragma unroll 1
     for (int head = 0; head < group; head += TILE_HEADS) {
         int n = group - head < TILE_HEADS ? group - head : TILE_HEADS, mine = kv_head * group + head + warp;
@@ -398,11 +398,15 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
             append<DTYPE>(a.kv.values, line, rings + kind::PIECES * kind::PIECE, part.token % TILE_TOKENS, own.v);
         if (a.q_gain && a.rope.n != LANES) __syncthreads(); /* they were turned where operands go */
         place_query<DTYPE>(operands, q.v, warp);
+        let_copies_follow(); /* the own row, and padding */
         __syncthreads();
         int warps = part.last - part.first < kind::CREW ? part.last - part.first : kind::CREW;
         float gate[EACH];
         tile_running running;
-        if (warp < warps) attend_tiles(running, ring, (const uint2 *)operands, from);
+        if (warp < warps)
+            attend_tiles(running, ring, (const uint2 *)operands, from);
+        else if (ring.fills)
+            ring.fill(from);
 #pragma unroll
         for (int i = 0; i < EACH; i++) gate[i] = warp < n && part.parts == 1 ? gate_of(a, row, mine, lane + i * LANES) : 0;
         __syncwarp();
@@ -412,11 +416,11 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
             join_warps<TILE_DIM>(a, [&](int w) { return (const float *)(rings + kind::begin(w)) + warp * TILE_SIZE; }, warps, row,
                                  mine, part, gate);
         if (head + TILE_HEADS < group) { /* once more for the other heads; the own row is in the cache now */
-            let_async_see();
+            let_copies_see();
             __syncthreads();
             from.copied = from.end;
             if (part.has_end()) place_padding<DTYPE>(rings, from.end);
-            if (warp < kind::CREW) ring.start(from);
+            ring.start(from);
         }
     }
     if (part.parts > 1) finish(a, row, kv_head * group, group, part.parts, (float *)operands);

@@ -43,45 +43,64 @@ struct kv_tiles {
     int first, last, end, copied;
 };
 
-__device__ __forceinline__ void let_async_see()
+/* What ordinary stores wrote to shared memory, or anywhere, is there before copies that begin after the next barrier. */
+__device__ __forceinline__ void let_copies_follow()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_copies_see()
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif
 }
 
-/* A warp's ring: pieces of its tiles, keys then values. */
+/* The ring of a warp of the crew: pieces of its tiles, keys then values. It is filled by the warp FILLERS further on, since
+ * asking for a row at a time takes as long as multiplying it; before 9.0 by the warp itself. */
+constexpr int FILLERS = WARPS / 2;
 template <int DTYPE> struct kv_ring {
     using kind = tile_kind<DTYPE>;
 
-    uint64_t *full;
-    uint32_t begin, phases; /* phases: a bit a slot */
-    int depth, slot, ask_slot, asked, pieces;
+    uint64_t *full, *empty;
+    uint32_t begin, phases; /* phases: a bit a slot, of the barrier that this warp waits for */
+    int owner, depth, slot, done, ask_slot, asked, pieces;
+    bool takes, fills;
 
-    __device__ __forceinline__ kv_ring(uint8_t *rings, uint64_t *barriers)
+    __device__ __forceinline__ kv_ring(uint8_t *rings, uint64_t (*barriers)[kind::CREW * kind::DEPTH])
     {
         int warp = threadIdx.x / LANES;
-        full = barriers + warp * kind::DEPTH;
-        begin = shared_at(rings) + kind::begin(warp);
-        depth = kind::DEPTH - (warp >= kind::CREW - 2);
+        owner = warp % FILLERS;
+        takes = warp < kind::CREW;
+#if __CUDA_ARCH__ >= 900
+        fills = warp >= FILLERS && owner < kind::CREW;
+#else
+        fills = takes;
+#endif
+        full = barriers[0] + owner * kind::DEPTH;
+        empty = barriers[1] + owner * kind::DEPTH;
+        begin = shared_at(rings) + kind::begin(owner);
+        depth = kind::DEPTH - (owner >= kind::CREW - 2);
         phases = 0;
     }
 
-    /* The block's tiles, from the ring's begin on; all that was asked for has come. */
+    /* The block's tiles, from the ring's begin on; all that was asked for has come. Asks for as much as the ring holds. */
     __device__ __forceinline__ void start(const kv_tiles &from)
     {
-        int tiles = from.last - from.first - (int)threadIdx.x / LANES;
+        int tiles = from.last - from.first - owner;
         pieces = tiles <= 0 ? 0 : (tiles + kind::CREW - 1) / kind::CREW * 2 * kind::PIECES;
-        asked = slot = ask_slot = 0;
+        asked = slot = done = ask_slot = 0;
 #pragma unroll 1
-        for (int i = 0; i < depth; i++) ask(from);
+        for (int i = 0; fills && i < depth; i++) ask(from);
     }
 
     __device__ __forceinline__ void ask(const kv_tiles &from)
     {
         if (asked < pieces) {
             int lane = threadIdx.x % LANES, number = asked % (2 * kind::PIECES);
-            int tile = from.last - 1 - (int)threadIdx.x / LANES - asked / (2 * kind::PIECES) * kind::CREW, token = tile * TILE_TOKENS;
+            int token = (from.last - 1 - owner - asked / (2 * kind::PIECES) * kind::CREW) * TILE_TOKENS;
             int rows = from.copied - token < TILE_TOKENS ? from.copied - token : TILE_TOKENS;
             const uint8_t *at = (number < kind::PIECES ? from.keys : from.values) + number % kind::PIECES * kind::ROW +
                                 ((int64_t)from.pages[token / KV_PAGE] * KV_PAGE + token % KV_PAGE) * from.line;
@@ -103,11 +122,25 @@ template <int DTYPE> struct kv_ring {
         ask_slot = ask_slot == depth - 1 ? 0 : ask_slot + 1;
     }
 
+    /* The rest, as pieces are given back. */
+    __device__ __forceinline__ void fill(const kv_tiles &from)
+    {
+#if __CUDA_ARCH__ >= 900
+#pragma unroll 1
+        while (asked < pieces) {
+            barrier_wait(empty + ask_slot, phases >> ask_slot & 1);
+            phases ^= 1u << ask_slot;
+            ask(from);
+        }
+#endif
+    }
+
     /* Waits for the next piece. */
     __device__ __forceinline__ uint32_t take()
     {
 #if __CUDA_ARCH__ >= 900
         barrier_wait(full + slot, phases >> slot & 1);
+        phases ^= 1u << slot;
 #else
         copy_wait<kind::DEPTH - 2>();
         __syncwarp();
@@ -119,9 +152,12 @@ template <int DTYPE> struct kv_ring {
     __device__ __forceinline__ void give(const kv_tiles &from)
     {
         __syncwarp();
-        if (asked < pieces) let_async_see(); /* a token's own row and padding were not copied */
+#if __CUDA_ARCH__ >= 900
+        if (done + depth < pieces && threadIdx.x % LANES == 0) barrier_arrive(empty + slot);
+#else
         ask(from);
-        phases ^= 1u << slot;
+#endif
+        done++;
         slot = slot == depth - 1 ? 0 : slot + 1;
     }
 };
