@@ -3,9 +3,10 @@
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one sequence that
- * may be taken back, with a head for each, as a round of speculation checks its drafts. prefill: one
- * sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
+ * other. one: one sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128
+ * only, or ROWS. verify: 1 to 5 rows of one sequence that may be taken back, with a head for each, as a round
+ * of speculation checks its drafts. prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of
+ * 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -31,7 +32,7 @@ static struct model model;
 static struct step *step;
 static struct layer_state *states;
 static double bandwidth;
-static int kv_bytes; /* of a number of the cache */
+static int kv_bytes;  /* of a number of the cache */
 static bool verify;   /* rows are one sequence's, logged, and those of the step before stay */
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;

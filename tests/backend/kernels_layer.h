@@ -5,7 +5,14 @@
 
 /* A step of sequences of one row each gives every row what it gets alone, to the bit for up to ROWS_EXACT: a
  * layer of every kind, its weights in the mixes that have kernels for several rows. */
-enum { SEQUENCES = 128, LAYER_HIDDEN = 256, LAYER_INNER = 256, LAYER_EXPERTS = 8, PAGES_EACH = 2, PAST_PAGES = 12 };
+enum {
+    SEQUENCES = 128,
+    LAYER_HIDDEN = 256,
+    LAYER_INNER = 256,
+    LAYER_EXPERTS = 8,
+    PAGES_EACH = 2,
+    PAST_PAGES = 12
+};
 
 struct layer_case {
     struct made qkv, z, a, b, out, q, k, v, o, router, shared_gate, gate, up, down, expert[3][LAYER_EXPERTS];

@@ -253,9 +253,9 @@ static void delta_runs(void)
 
 static void attention_runs(void)
 {
-    static const int64_t n[][3] = { { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 },
-                                    { 100, 64, 63 }, { 1, 1, 1 }, { 1, 1, 1 } };
-    static const int64_t past[][3] = { { 0, 0, 0 }, { 5, 100, 0 }, { 200, 1, 127 },
+    static const int64_t n[][3] = { { 64, 1, 1 },    { 40, 1, 3 }, { 65, 2, 130 },
+                                    { 100, 64, 63 }, { 1, 1, 1 },  { 1, 1, 1 } };
+    static const int64_t past[][3] = { { 0, 0, 0 },    { 5, 100, 0 },  { 200, 1, 127 },
                                        { 300, 0, 65 }, { 450, 15, 0 }, { 16, 300, 137 } };
     reserve(300, 4096, 64, 2, 4);
     for (int i = 0; i < 6; i++)
