@@ -1,11 +1,12 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | batch [ROWS] | verify | prefill [TOKENS]]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [one [bf16|f32|fp8] | batch [ROWS] | verify | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one sequence that
- * may be taken back, with a head for each, as a round of speculation checks its drafts. prefill: one
- * sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
+ * other. one: one sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128
+ * only, or ROWS. verify: 1 to 5 rows of one sequence that may be taken back, with a head for each, as a round
+ * of speculation checks its drafts. prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of
+ * 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -31,6 +32,7 @@ static struct model model;
 static struct step *step;
 static struct layer_state *states;
 static double bandwidth;
+static int kv_bytes;  /* of a number of the cache */
 static bool verify;   /* rows are one sequence's, logged, and those of the step before stay */
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
@@ -481,7 +483,7 @@ static struct bytes bytes_for(int n, int64_t depth)
         .delta_in = linear * (12288.0 * HIDDEN * bytes_of(of_delta) + 64.0 * HIDDEN * 2),
         .delta_mix = linear * (4096.0 * HIDDEN * bytes_of(of_delta) + state_bytes(n)),
         .attention_in = full * 9216.0 * HIDDEN * d,
-        .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (double)(depth + 1) * 2048),
+        .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (depth + 1.0) * 1024 * kv_bytes),
         .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),
         .moe = config.n_layers * INNER * HIDDEN * (d + 3.0 * EXPERTS * (1 - miss) * bytes_of(of_expert)),
         .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
@@ -528,6 +530,9 @@ int main(int argc, char **argv)
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
     bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0, one = argc > 3 && strcmp(argv[3], "one") == 0;
     bool batch = argc > 3 && strcmp(argv[3], "batch") == 0;
+    const char *cache = one && argc > 4 ? argv[4] : "bf16";
+    enum kv_dtype kv = strcmp(cache, "f32") == 0 ? KV_F32 : strcmp(cache, "fp8") == 0 ? KV_FP8 : KV_BF16;
+    kv_bytes = kv == KV_F32 ? 4 : kv == KV_FP8 ? 1 : 2;
     int rows = batch && argc > 4 ? atoi(argv[4]) : 0;
     verify = argc > 3 && strcmp(argv[3], "verify") == 0;
     struct err e = { 0 };
@@ -543,7 +548,7 @@ int main(int argc, char **argv)
     wait();
     states = calloc((size_t)n_layers, sizeof *states);
     for (int i = 0; i < n_layers; i++)
-        check(layer_state_create(&states[i], &model, i, KV_BF16, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
+        check(layer_state_create(&states[i], &model, i, kv, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
     for (int i = 0; verify && i < n_layers; i++)
         check(layer_state_add_log(&states[i], &model, i, ROWS, DRAFTS + 1, &e), &e);
     check(step_create(&step, &model, prefill ? PROMPT : 256, ROWS, CONTEXT, &e), &e);

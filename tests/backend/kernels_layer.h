@@ -5,7 +5,14 @@
 
 /* A step of sequences of one row each gives every row what it gets alone, to the bit for up to ROWS_EXACT: a
  * layer of every kind, its weights in the mixes that have kernels for several rows. */
-enum { SEQUENCES = 128, LAYER_HIDDEN = 256, LAYER_INNER = 256, LAYER_EXPERTS = 8, PAGES_EACH = 2 };
+enum {
+    SEQUENCES = 128,
+    LAYER_HIDDEN = 256,
+    LAYER_INNER = 256,
+    LAYER_EXPERTS = 8,
+    PAGES_EACH = 2,
+    PAST_PAGES = 12
+};
 
 struct layer_case {
     struct made qkv, z, a, b, out, q, k, v, o, router, shared_gate, gate, up, down, expert[3][LAYER_EXPERTS];
@@ -155,11 +162,13 @@ static void layer_step(struct layer_case *l, struct layer_trace *t, int first, i
 {
     struct row rows[SEQUENCES];
     struct span spans[SEQUENCES];
-    int32_t pages[SEQUENCES][PAGES_EACH];
+    int32_t pages[SEQUENCES][PAST_PAGES];
     struct mat x[3], h = t->h.m;
     for (int i = 0; i < n; i++) {
-        int32_t past = (first + i) * 7 % 100;
-        for (int32_t p = 0; p < PAGES_EACH; p++) pages[i][p] = (first + i) * PAGES_EACH + p;
+        int32_t past = (first + i) * (first + i) * 7 % ((PAST_PAGES - 1) * KV_PAGE);
+        /* all but the page that is written are anybody's */
+        for (int32_t p = 0; p < PAST_PAGES; p++) pages[i][p] = (first + i + p) % SEQUENCES * PAGES_EACH;
+        pages[i][past / KV_PAGE] = (first + i) * PAGES_EACH + 1;
         rows[i] = (struct row){ .position = { past, past, past } };
         spans[i] = (struct span){ .first = i, .n = 1, .past = past, .pages = pages[i], .slot = first + i };
     }

@@ -111,18 +111,18 @@ static void delta_case(int key_heads, int group, int dk, int dv, int kernel, con
 
 static void sequences(void)
 {
-    static const int64_t n[][3] = { { 1, 1, 1 }, { 3, 1, 40 }, { 32, 33, 2 }, { 65, 2, 130 }, { 1, 64, 63 } };
-    static const int64_t past[][3] = {
-        { 0, 63, 64 }, { 5, 100, 0 }, { 0, 0, 1 }, { 200, 1, 127 }, { 300, 0, 65 }
-    };
+    static const int64_t n[][3] = { { 1, 1, 1 },    { 3, 1, 40 },  { 32, 33, 2 },
+                                    { 65, 2, 130 }, { 1, 64, 63 }, { 2, 3, 1 } };
+    static const int64_t past[][3] = { { 0, 63, 64 },   { 5, 100, 0 },  { 0, 0, 1 },
+                                       { 200, 1, 127 }, { 300, 0, 65 }, { 300, 130, 440 } };
     static const int dims[] = { 16, 64, 128, 256, 20, 3 };
     reserve(300, 2048, 64, 2, 4);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         for (int d = 0; d < 6; d++) {
             int n_kv = 1 + (int)random_below(2), group = 1 + (int)random_below(3);
             attention_case((enum kv_dtype)((i + d) % 3), n_kv * group, n_kv, dims[d], n[i], past[i]);
         }
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         delta_case(1, 2, 4, 3, 4, n[i]);
         delta_case(2, 2, 16, 20, 4, n[i]);
         delta_case(2, 1, 128, 128, 4, n[i]);

@@ -9,7 +9,7 @@ extern "C" {
 #include <cuda_runtime_api.h>
 
 enum {
-    SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
+    SPLITS = 66,        /* parts of a sequence that attention of few rows looks at side by side */
     GRAPHS = 8,         /* recorded steps kept */
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
