@@ -253,10 +253,14 @@ static void delta_runs(void)
 
 static void attention_runs(void)
 {
-    static const int64_t n[][3] = { { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 }, { 100, 64, 63 } };
-    static const int64_t past[][3] = { { 0, 0, 0 }, { 5, 100, 0 }, { 200, 1, 127 }, { 300, 0, 65 } };
+    static const int64_t n[][3] = {
+        { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 }, { 100, 64, 63 }, { 5, 1, 9 }
+    };
+    static const int64_t past[][3] = {
+        { 0, 0, 0 }, { 5, 100, 0 }, { 200, 1, 127 }, { 300, 0, 65 }, { 62, 0, 190 }
+    };
     reserve(300, 4096, 64, 2, 4);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         for (int d = 0; d < 3; d++)
             attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i]);
 }

@@ -107,7 +107,7 @@ struct attention_args {
     float *parts;      /* [rows][n_heads][splits][dim + 2]: values, maximum, sum */
     unsigned *arrived; /* [rows][n_kv_heads]: parts that are done; 0 again when all are */
     mat y;
-    /* decode: norm, rotate and append here; q_gain NULL: done before */
+    /* norm and rotate queries, keys and append here; NULL: done before */
     const float *q_gain, *k_gain;
     float eps;
     rope rope;
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_const
     int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
     int length = part_length(token + 1, a.splits), begin = blockIdx.x * length, parts = (token + length) / length;
     int end = begin + length < token + 1 ? begin + length : token + 1;
-    bool owner = a.q_gain && end == token + 1; /* of the row's own key and value */
+    bool owner = a.k_gain && end == token + 1; /* of the row's own key and value */
     if (begin >= end) return;
     for (int j = threadIdx.x; a.q_gain && j < a.rope.n; j += THREADS)
         turns[j] = rope_turn(a.rope, a.rows.rows[row].position, j);
@@ -410,6 +410,31 @@ __global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_const
         }
     }
     if (parts > 1 && is_last(a, row, parts)) join_parts(a, row, kv_head * group, group, parts, meeting);
+}
+
+/* Keys normed and rotated, they and values appended, before rows of a sequence look at one another's. Grid: kv heads, rows. */
+__global__ void __launch_bounds__(THREADS) append_heads(const __grid_constant__ attention_args a)
+{
+    __shared__ float key[HEAD_MAX];
+    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, d = threadIdx.x;
+    int64_t row = blockIdx.y, head = (int64_t)blockIdx.x * dim;
+    let_next_start();
+    int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
+    int64_t line = kv_line(a.kv, a.rows, span, token) + head;
+    float2 turn = lane < a.rope.n ? rope_turn(a.rope, a.rows.rows[row].position, lane) : float2{};
+    wait_for_previous();
+    float value = d < dim ? __ldcg(a.v.data + row * a.v.stride + head + d) : 0;
+    if (threadIdx.x < LANES) {
+        head_values values;
+        values.load(a.k.data + row * a.k.stride + head, dim);
+        values.store(key, dim, a.k_gain, a.eps);
+        for (int j = lane; j < a.rope.n; j += LANES)
+            turn_pair(key, a.rope.n, j, j == lane ? turn : rope_turn(a.rope, a.rows.rows[row].position, j));
+    }
+    __syncthreads();
+    if (d >= dim) return;
+    kv_store(a.kv.keys, a.kv.dtype, line + d, key[d]);
+    kv_store(a.kv.values, a.kv.dtype, line + d, value);
 }
 
 template <int DTYPE> void start(struct queue *q, const attention_args &a, dim3 grid, size_t shared)
@@ -473,7 +498,7 @@ void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, c
     run(q, y, a, step->n);
 }
 
-void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+static attention_args args_of(const struct attention_run *r, const struct cuda_rows *rows)
 {
     attention_args a = {};
     a.qg = r->qg;
@@ -486,5 +511,19 @@ void cuda_attention_decode(struct queue *q, const struct attention_run *r, const
     a.k_gain = r->k_gain;
     a.eps = r->eps;
     a.rope = *r->rope;
+    return a;
+}
+
+void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    run(q, r->att, args_of(r, rows), rows->n);
+}
+
+void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    attention_args a = args_of(r, rows);
+    if (r->kv->head_dim <= HEAD_MAX)
+        launch(q, "attention", true, append_heads, dim3((unsigned)r->kv->n_kv_heads, (unsigned)rows->n), 0, a);
+    a.k_gain = nullptr;
     run(q, r->att, a, rows->n);
 }
