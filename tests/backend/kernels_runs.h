@@ -255,15 +255,15 @@ static void delta_runs(void)
 
 static void attention_runs(void)
 {
-    static const int64_t n[][3] = { { 64, 1, 1 },    { 40, 1, 3 }, { 65, 2, 130 },
-                                    { 100, 64, 63 }, { 1, 1, 1 },  { 1, 1, 1 } };
-    static const int64_t past[][3] = { { 0, 0, 0 },    { 5, 100, 0 },  { 200, 1, 127 },
-                                       { 300, 0, 65 }, { 450, 15, 0 }, { 16, 300, 137 } };
+    static const int64_t n[][3] = { { 64, 1, 1 },    { 40, 1, 3 }, { 65, 2, 130 }, { 100, 64, 63 },
+                                    { 5, 1, 9 },     { 1, 1, 1 },  { 1, 1, 1 } };
+    static const int64_t past[][3] = { { 0, 0, 0 },    { 5, 100, 0 },  { 200, 1, 127 }, { 300, 0, 65 },
+                                       { 62, 0, 190 }, { 450, 15, 0 }, { 16, 300, 137 } };
     reserve(300, 4096, 64, 2, 4);
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < 7; i++)
         for (int d = 0; d < 3; d++)
             attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i]);
-    for (int d = 0; d < 3; d++) attention_run_case((enum kv_dtype)d, 16, 1, n[4], past[4 + d % 2]);
+    for (int d = 0; d < 3; d++) attention_run_case((enum kv_dtype)d, 16, 1, n[5], past[5 + d % 2]);
 }
 
 /* More rows than ROWS_EXACT, in shapes that a GPU has kernels for. Elsewhere they are what `products` tries.

@@ -138,6 +138,8 @@ struct logging {
     struct delta_shape shape;
     struct guarded taps, A, bias, matrix, conv, log; /* of 3 slots */
     struct guarded plain_matrix, plain_conv;         /* the state of rows run as ever */
+    struct guarded run_matrix, run_conv, run_log;    /* of the fused run */
+    struct made out;                                 /* what it multiplies the heads with */
 };
 
 static struct guarded run_rows(const struct backend *b, const struct logging *l,
@@ -152,6 +154,41 @@ static struct guarded run_rows(const struct backend *b, const struct logging *l,
     b->ops->delta(b->queue, o.m, qkv.m, a.m, beta.m, l->A.m.data, l->bias.m.data, state, s, step);
     finish();
     drop(&u), drop(&a), drop(&beta), drop(&qkv);
+    return o;
+}
+
+/* The same by the fused run. */
+static struct guarded run_fused(const struct backend *b, const struct logging *l, const struct guarded in[3],
+                                const struct step_rows *step)
+{
+    const struct delta_shape *s = &l->shape;
+    int64_t n = step->n, values = (int64_t)s->value_heads * s->value_dim, hidden = l->out.ref->rows;
+    struct delta_state state = { l->run_matrix.m.data, l->run_conv.m.data, l->run_log.m.data, LOG_ROWS };
+    struct guarded u = copy_of(&in[0]), a = copy_of(&in[1]), beta = copy_of(&in[2]),
+                   qkv = guarded(n, u.m.cols, 0), z = filled(n, values, 0, 1),
+                   gain = filled(1, s->value_dim, 0, 1), x = filled(n, hidden, 0, 1),
+                   y = guarded(n, hidden, 0), made = guarded(n, values, 0), o = guarded(n, values, 1);
+    struct delta_run r = { x.m,
+                           y.m,
+                           u.m,
+                           qkv.m,
+                           z.m,
+                           a.m,
+                           beta.m,
+                           o.m,
+                           made.m,
+                           l->taps.m.data,
+                           l->A.m.data,
+                           l->bias.m.data,
+                           gain.m.data,
+                           1e-6f,
+                           b == &ref ? l->out.ref : l->out.cpu,
+                           &state,
+                           s };
+    b->ops->delta_run(b->queue, &r, step);
+    finish();
+    struct guarded *all[] = { &u, &a, &beta, &qkv, &z, &gain, &x, &y, &made };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);
     return o;
 }
 
@@ -222,6 +259,10 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
         l[b].log = guarded(3, LOG_ROWS * delta_log_floats(&l[b].shape), 0);
         l[b].plain_matrix = copy_of(&l[b].matrix);
         l[b].plain_conv = copy_of(&l[b].conv);
+        l[b].run_matrix = copy_of(&l[b].matrix);
+        l[b].run_conv = copy_of(&l[b].conv);
+        l[b].run_log = guarded(3, LOG_ROWS * delta_log_floats(&l[b].shape), 0);
+        l[b].out = b ? l[0].out : make_weight(WEIGHT_BF16, 24, values, INPUT_AS_IS);
     }
     int32_t kept[3] = { 0 };
     for (int step = 0; step < LOG_STEPS; step++) {
@@ -245,6 +286,10 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
             struct guarded plain = run_plain(all[b], &l[b], in, &p.step, stay);
             same_bits(&o[b], &plain, all[b]->name, "outputs of logged rows");
             drop(&plain);
+            struct guarded fused = run_fused(all[b], &l[b], in, &p.step);
+            check_guards(&fused, "logged rows of a run");
+            same_bits(&fused, &o[b], all[b]->name, "outputs of logged rows of a run");
+            drop(&fused);
         }
         check_close(&o[1], &o[0], 2e-5, 1e-5, "logged rows");
         for (int b = 0; b < 2; b++) drop(&o[b]);
@@ -253,11 +298,16 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
     for (int b = 0; b < 2; b++) {
         same_bits(&l[b].matrix, &l[b].plain_matrix, all[b]->name, "state after logged rows");
         same_bits(&l[b].conv, &l[b].plain_conv, all[b]->name, "convolution state after logged rows");
+        same_bits(&l[b].run_matrix, &l[b].matrix, all[b]->name, "state after logged rows of a run");
+        same_bits(&l[b].run_conv, &l[b].conv, all[b]->name, "convolution state after logged rows of a run");
         check_guards(&l[b].log, "logged rows");
-        struct guarded *made[] = { &l[b].taps, &l[b].A,   &l[b].bias,         &l[b].matrix,
-                                   &l[b].conv, &l[b].log, &l[b].plain_matrix, &l[b].plain_conv };
+        check_guards(&l[b].run_log, "logged rows of a run");
+        struct guarded *made[] = { &l[b].taps,       &l[b].A,          &l[b].bias,    &l[b].matrix,
+                                   &l[b].conv,       &l[b].log,        &l[b].run_log, &l[b].plain_matrix,
+                                   &l[b].plain_conv, &l[b].run_matrix, &l[b].run_conv };
         for (size_t i = 0; i < sizeof made / sizeof *made; i++) drop(made[i]);
     }
+    drop_weight(&l[0].out);
 }
 
 static void logged_rows(void)

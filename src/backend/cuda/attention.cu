@@ -138,7 +138,7 @@ struct attention_args {
     unsigned *arrived; /* [ROWS_EXACT][KV_HEADS_MAX], 0 between kernels: parts of a row and kv head that are done */
     bool meet;         /* one row, all of whose blocks run at once: the second counter is of those that have met */
     mat y;
-    /* decode: norm and rotate queries, and keys, which are appended here with values; NULL: done before */
+    /* norm and rotate queries, keys and append here; NULL: done before */
     const float *q_gain, *k_gain;
     float eps;
     rope rope;
@@ -573,6 +573,31 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_nar
     if (part.parts > 1) finish(a, row, kv_head * group, group, part.parts, shared_f);
 }
 
+/* Keys normed and rotated, they and values appended, before rows of a sequence look at one another's. Grid: kv heads, rows. */
+__global__ void __launch_bounds__(THREADS) append_heads(const __grid_constant__ attention_args a)
+{
+    __shared__ float key[HEAD_MAX];
+    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, d = threadIdx.x;
+    int64_t row = blockIdx.y, head = (int64_t)blockIdx.x * dim;
+    let_next_start();
+    int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
+    int64_t line = kv_line(a.kv, a.rows, span, token) + head;
+    float2 turn = lane < a.rope.n ? rope_turn(a.rope, a.rows.rows[row].position, lane) : float2{};
+    wait_for_previous();
+    float value = d < dim ? __ldcg(a.v.data + row * a.v.stride + head + d) : 0;
+    if (threadIdx.x < LANES) {
+        head_values values;
+        values.load(a.k.data + row * a.k.stride + head, dim);
+        values.store(key, dim, a.k_gain, a.eps);
+        for (int j = lane; j < a.rope.n; j += LANES)
+            turn_pair(key, a.rope.n, j, j == lane ? turn : rope_turn(a.rope, a.rows.rows[row].position, j));
+    }
+    __syncthreads();
+    if (d >= dim) return;
+    kv_store(a.kv.keys, a.kv.dtype, line + d, key[d]);
+    kv_store(a.kv.values, a.kv.dtype, line + d, value);
+}
+
 template <int DTYPE> void start(struct queue *q, attention_args &a, int64_t n)
 {
     int group = a.n_heads / a.kv.n_kv_heads, dim = a.kv.head_dim;
@@ -636,7 +661,7 @@ void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, c
     run(q, y, a, step->n);
 }
 
-void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+static attention_args args_of(const struct attention_run *r, const struct cuda_rows *rows)
 {
     attention_args a = {};
     a.qg = r->qg;
@@ -649,5 +674,19 @@ void cuda_attention_decode(struct queue *q, const struct attention_run *r, const
     a.k_gain = r->k_gain;
     a.eps = r->eps;
     a.rope = *r->rope;
+    return a;
+}
+
+void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    run(q, r->att, args_of(r, rows), rows->n);
+}
+
+void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    attention_args a = args_of(r, rows);
+    if (r->kv->head_dim <= HEAD_MAX)
+        launch(q, "attention", true, append_heads, dim3((unsigned)r->kv->n_kv_heads, (unsigned)rows->n), 0, a);
+    a.k_gain = nullptr;
     run(q, r->att, a, rows->n);
 }

@@ -80,7 +80,8 @@ template <int SIZE, class... P, class... A>
 void launch_side(struct queue *q, const char *operation, enum side side, void (*kernel)(P...), dim3 grid, size_t shared,
                  A... arguments)
 {
-    bool alone = !q->has_pdl || grid.y > 1 || shared > LEFT_SHARED || (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
+    bool alone = !q->has_pdl || grid.x * grid.y > (unsigned)q->sms || shared > LEFT_SHARED ||
+                 (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
     launch<SIZE>(q, operation, true, kernel, grid, side == LEFT && !alone ? LEFT_SHARED : shared, arguments...);
     q->side = alone ? ALONE : side;
 }

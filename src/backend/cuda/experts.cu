@@ -414,7 +414,7 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
     up_args u = {};
     down_args d = {};
     int limit = q->shared_max;
-    if (cuda_experts_near(q, y, x, p, e, run)) return true;
+    if (cuda_experts_rows(q, y, x, p, e, run) || cuda_experts_near(q, y, x, p, e, run)) return true;
     u.e = d.e = *e;
     u.x = x;
     u.p = d.p = *p;

@@ -146,7 +146,8 @@ struct queue {
     float *input_scale; /* [rows * picks] */
     float *hidden;      /* [rows * picks][intermediate] */
     float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
-    unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: parts of attention that are done, 0 between kernels */
+    unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: blocks of attention or logged.cu that are done, 0
+                           between kernels */
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct cuda_draw draw;
@@ -226,6 +227,11 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
 /* experts_fp4.cu: the same, faster, for NVFP4 experts that fit it */
 bool cuda_experts_near(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                        const struct cuda_experts *experts, const struct moe_run *run);
+/* experts_rows.cu: the same of 2 to ROWS_TOGETHER rows; together: whether it is for them */
+enum { ROWS_TOGETHER = 8 };
+bool cuda_experts_together(const struct queue *q, const struct moe_run *r);
+bool cuda_experts_rows(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                       const struct cuda_experts *e, const struct moe_run *run);
 void cuda_route(struct queue *q, const struct picks *picks, struct mat logits);
 /* plain.cu: what a kernel that only reads reaches, of 2 GiB, the median of seven; 0: failed */
 double cuda_read_speed(struct queue *q);
@@ -263,6 +269,8 @@ void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, c
                     const struct step_rows *rows);
 /* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
 void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
+/* of one of up to ROWS_EXACT rows, several of a sequence; r->k stays as it is */
+void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* delta.cu */
 void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
                const struct delta_state *state, const struct delta_shape *shape,
@@ -279,6 +287,8 @@ void cuda_conv_logged(struct queue *q, struct mat y, struct mat u, const float *
 void cuda_delta_logged(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
                        const float *A_log, const float *dt_bias, const struct delta_state *state,
                        const struct delta_shape *shape, const struct step_rows *rows);
+/* both at once; false: not for these shapes */
+bool cuda_delta_run_logged(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
 /* prefill.c */
 struct arena;
 void cuda_prefill_layout(struct queue *q, struct arena *a);

@@ -58,7 +58,8 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
     const struct cuda_rows *device_rows = queue_rows(q, rows);
     if (!device_rows) return;
     bool logs = queue_logs(rows);
-    bool decoded = !logs && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
+    bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows)
+                        : rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
     if (!decoded && (logs || !cuda_scan(q, r, rows))) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
@@ -80,6 +81,10 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
     if (!rows) return;
     if (step->n_spans == step->n && step->n <= ROWS_BATCH) {
         cuda_attention_decode(q, r, rows);
+        return;
+    }
+    if (step->n <= ROWS_EXACT) {
+        cuda_attention_rows(q, r, rows);
         return;
     }
     cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, step);
