@@ -9,6 +9,7 @@
  * gather the slots' inputs, 64 columns at a time: a panel. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/tensor_map.cuh"
 
 namespace {
 
@@ -18,7 +19,6 @@ constexpr int GATHERERS = 4 * LANES, ITEM_ROWS = 256; /* threads; rows */
 struct wide_args {
     cuda_experts e;
     cuda_prefill s;
-    const __nv_bfloat16 *x; /* inputs of gate and up, by row; of down, by slot */
 };
 
 /* MOST: slots of a tile. Shared memory: panels, rings of weights, the block's items. */
@@ -48,7 +48,7 @@ template <int MOST> struct wide_barriers {
 
     __device__ __forceinline__ void init()
     {
-        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], GATHERERS), barrier_init(&empty[i], form::MULTIPLIERS);
+        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], TEAM_WARPS), barrier_init(&empty[i], form::MULTIPLIERS);
         for (int w = 0; w < form::MULTIPLIERS; w++)
             for (int i = 0; i < form::UNITS_AHEAD; i++) barrier_init(&weights[w][i], 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -152,17 +152,6 @@ struct wide_words {
             }
     }
 };
-
-/* The registers of this group of four warps from now on. */
-template <int N> __device__ __forceinline__ void fewer_registers()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-
-template <int N> __device__ __forceinline__ void more_registers()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
 
 /* Panels as a multiplying warp meets them. */
 template <int MOST> struct wide_panels {
@@ -340,53 +329,36 @@ __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w,
     }
 }
 
-/* The warps that gather. A panel is announced when LAG more have been asked for. */
+/* The warps that gather: of each panel a row a lane, or of down, whose slots lie one after the other, a box a warp. */
 template <int MOST, bool DOWN_ROWS>
-__device__ __forceinline__ void gather_panels(const wide_args &p, const wide_work *work, int n, uint32_t to, uint64_t *full,
-                                              uint64_t *empty)
+__device__ __forceinline__ void gather_panels(const wide_args &p, const CUtensorMap &x, const wide_work *work, int n, uint32_t to,
+                                              uint64_t *full, uint64_t *empty)
 {
     using form = wide_form<MOST>;
-    constexpr int STEP = GATHERERS / 8, LAG = form::PANELS_AHEAD / 2;
-    int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[DOWN_ROWS ? DOWN : GATE].cols;
-    ring_place ask = { 0, 1 }, tell = { 0, 0 };
-    int ahead = 0;
+    int warp = threadIdx.x / LANES % TEAM_WARPS, lane = threadIdx.x % LANES, cols = p.e.m[DOWN_ROWS ? DOWN : GATE].cols;
+    int begin = warp * (DOWN_ROWS ? (int)form::STEP : LANES), slot = begin + (DOWN_ROWS ? 0 : lane);
+    ring_place ask = { 0, 1 };
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const wide_work &w = work[item];
-        const int *rows = p.s.slot_row + w.first + row;
-        const __nv_bfloat16 *x = p.x + piece * 8 + (DOWN_ROWS ? (int64_t)(w.first + row) * cols : 0);
-        int left = w.tokens - row;
+        int rows = DOWN_ROWS ? form::STEP : w.tokens - begin < LANES ? w.tokens - begin : LANES;
+        if (begin >= w.tokens) rows = 0;
+        bool copies = slot < w.tokens && (!DOWN_ROWS || lane == 0);
+        int row = DOWN_ROWS ? w.first + slot : copies ? p.s.slot_row[w.first + slot] : 0;
 #pragma unroll 1
         for (int c = 0; c < cols; c += PANEL) {
             barrier_wait(empty + ask.slot, ask.phase);
-            uint32_t panel = to + ask.slot * form::PANEL_SIZE + row * 128 + (piece ^ row % 8) * 16;
-#pragma unroll 4
-            for (int i = 0; i < left; i += STEP)
-                copy_async16(panel + i * 128, x + (unsigned)(DOWN_ROWS ? i : rows[i]) * (unsigned)cols, true);
-            x += PANEL;
-            copy_commit();
+            if (lane == 0) barrier_expect(full + ask.slot, rows * 128);
+            __syncwarp();
+            if (copies) copy_box(to + ask.slot * form::PANEL_SIZE + slot * 128, x, c, row, full + ask.slot);
             ask.advance(form::PANELS_AHEAD);
-            if (ahead < LAG) {
-                ahead++;
-                continue;
-            }
-            copy_wait<LAG>();
-            wide_show();
-            barrier_arrive(full + tell.slot);
-            tell.advance(form::PANELS_AHEAD);
         }
-    }
-    copy_wait<0>();
-    wide_show();
-    for (; ahead > 0; ahead--) {
-        barrier_arrive(full + tell.slot);
-        tell.advance(form::PANELS_AHEAD);
     }
 }
 #endif
 
 template <int MOST, bool DOWN_ROWS>
-__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p)
+__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p, const __grid_constant__ CUtensorMap x)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using form = wide_form<MOST>;
@@ -409,7 +381,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const 
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
         if (DOWN_ROWS) wait_for_previous();
-        gather_panels<MOST, DOWN_ROWS>(p, work, n, at, barriers.full, barriers.empty);
+        gather_panels<MOST, DOWN_ROWS>(p, x, work, n, at, barriers.full, barriers.empty);
     } else {
         more_registers<form::MORE>();
         wide_weights<MOST, DOWN_ROWS> weights(p, work, n, shared + form::RINGS_AT + warp * form::RING, barriers.weights[warp]);
@@ -444,11 +416,15 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
     int up = (int)(tiles * (e.m[GATE].rows / (ITEM_ROWS / 2)) / blocks + 1), down = (int)(tiles * (e.m[DOWN].rows / ITEM_ROWS) / blocks + 1);
     size_t most = (size_t)q->shared_max - 2048;
     if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most) return false;
+    int width = e.m[GATE].cols, inner = e.m[DOWN].cols;
+    CUtensorMap x, hidden; /* inputs of gate and up, by row; of down, by slot */
+    if (!tensor_map(&x, q->prefill.inputs, rows, width, width, 1) ||
+        !tensor_map(&hidden, q->prefill.hidden, picked, inner, inner, wide_form<MOST>::STEP))
+        return false;
     cuda_sort_picks(q, p, rows, MOST);
-    wide_args a = { e, q->prefill, (const __nv_bfloat16 *)q->prefill.inputs };
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a);
-    a.x = (const __nv_bfloat16 *)q->prefill.hidden;
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a);
+    wide_args a = { e, q->prefill };
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a, x);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a, hidden);
     return true;
 }
 

@@ -85,6 +85,7 @@ struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
     void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
     void *quantized; /* BF16 [rows][cols], E4M3 values */
+    void *codes;     /* E4M3 [rows][cols]; NULL: queue.blas is */
     float *scale;    /* [rows * picks] */
     void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
     float *down;   /* [rows * picks][width]: what each pick's expert gives; BF16 where the queue may round */
@@ -151,7 +152,7 @@ struct queue {
     struct cuda_batch batch;
     struct cuda_draw draw;
     struct loader *loader; /* load.c; NULL until something was loaded */
-    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct blas *blas;     /* dense BF16 and FP8 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
