@@ -182,8 +182,8 @@ struct step_limits {
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
  * results what the plain operations leave that its comment lists, in that order; other matrices it may use
- * up. lean: y, h of a norm and the results but picks are not wanted and may be used up too. fused.h does them one
- * by one. */
+ * up. lean: y, h of a norm and the results but picks are not wanted and may be used up too. fused.h does them
+ * one by one. */
 
 /* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
 struct norm_products {

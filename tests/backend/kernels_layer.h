@@ -93,15 +93,14 @@ static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat
     struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
     struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
     const float *gain = l->gain.m.data;
-    cpu.ops->norm_products(cpu.queue,
-                           &(struct norm_products){ y.m,
-                                                    x[0],
-                                                    gain,
-                                                    1e-6f,
-                                                    4,
-                                                    { u.m, z.m, a.m, b.m },
-                                                    { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu },
-                                                    .lean = true });
+    cpu.ops->norm_products(cpu.queue, &(struct norm_products){ y.m,
+                                                               x[0],
+                                                               gain,
+                                                               1e-6f,
+                                                               4,
+                                                               { u.m, z.m, a.m, b.m },
+                                                               { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu },
+                                                               .lean = true });
     cpu.ops->delta_run(cpu.queue,
                        &(struct delta_run){ x[0], y.m, u.m, conv.m, z.m, a.m, b.m, raw.m, o.m, l->taps.m.data,
                                             l->A.m.data, l->bias.m.data, gain, 1e-6f, l->out.cpu, &state,
@@ -111,8 +110,9 @@ static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat
     for (int64_t r = 0; r < n; r++)
         memcpy(x[1].data + r * x[1].stride, x[0].data + r * x[0].stride, LAYER_HIDDEN * 4);
     cpu.ops->norm_products(
-        cpu.queue, &(struct norm_products){
-                       y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu }, .lean = true });
+        cpu.queue,
+        &(struct norm_products){
+            y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu }, .lean = true });
     cpu.ops->attention_run(cpu.queue,
                            &(struct attention_run){ x[1], y.m, qg.m, k.m, v.m, att.m, 2, gain, gain + 256,
                                                     1e-6f, &l->rope, &kv, l->o.cpu, .lean = true },

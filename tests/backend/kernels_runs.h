@@ -103,8 +103,8 @@ static void delta_run_case(int key_heads, int group, const int64_t *n, bool lean
     drop_weight(&w);
 }
 
-static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const int64_t *n, const int64_t *past,
-                               bool lean)
+static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const int64_t *n,
+                               const int64_t *past, bool lean)
 {
     enum { DIM = 256, HIDDEN = 192 };
     static const int bytes[] = { 4, 2, 1 };
@@ -202,9 +202,8 @@ static void moe_run_case(enum weight_format f, int64_t n, int64_t hidden, int64_
         int32_t *id = take((size_t)(n * k) * 4);
         float *weight = take((size_t)(n * k) * 4);
         struct picks picks = { id, weight, k };
-        struct norm_products in = {
-            o[1].m, o[0].m, gain.m.data, 1e-6f, 3, { o[7].m, o[4].m, o[5].m }, { 0 }, false
-        };
+        struct norm_products in = { o[1].m, o[0].m, gain.m.data, 1e-6f, 3, { o[7].m, o[4].m, o[5].m },
+                                    { 0 },  false };
         for (int i = 0; i < 3; i++) in.w[i] = b ? dense[i].cpu : dense[i].ref;
         all[b]->ops->norm_products(all[b]->queue, &in);
         struct moe_run r = { .x = o[0].m,
@@ -262,7 +261,8 @@ static void attention_runs(void)
     reserve(300, 4096, 64, 2, 4);
     for (int i = 0; i < 4; i++)
         for (int d = 0; d < 3; d++)
-            attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i], (i + d) % 2);
+            attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i],
+                               (i + d) % 2);
 }
 
 /* More rows than ROWS_EXACT, in shapes that a GPU has kernels for. Elsewhere they are what `products` tries.

@@ -22,7 +22,8 @@ struct plan {
 struct blas {
     void *library;
     cublasLtHandle_t handle;
-    cublasLtMatmulDesc_t product, scaled; /* W transposed, x as it is, sums in f32; with a scale a row of each */
+    cublasLtMatmulDesc_t product,
+        scaled; /* W transposed, x as it is, sums in f32; with a scale a row of each */
     bool has_fp8;
     struct plan plans[SHAPES];
     int n_plans, next;
@@ -76,8 +77,10 @@ static bool scale_rows(struct blas *b)
 #if CUBLAS_VERSION >= 120900
     int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     return b->version() >= 120900 &&
-           b->desc_set(b->scaled, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode) == CUBLAS_STATUS_SUCCESS &&
-           b->desc_set(b->scaled, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode) == CUBLAS_STATUS_SUCCESS;
+           b->desc_set(b->scaled, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode) ==
+               CUBLAS_STATUS_SUCCESS &&
+           b->desc_set(b->scaled, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode) ==
+               CUBLAS_STATUS_SUCCESS;
 #else
     (void)b;
     return false;
@@ -147,15 +150,15 @@ static bool make(struct blas *b, struct plan *p, const struct shape *s)
     uint32_t aligned = 16;
     int n = 0;
     cudaDataType type = s->fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16BF;
-    bool ok = b->layout_create(&p->w, type, (uint64_t)s->cols, (uint64_t)s->rows, s->cols) ==
-                  CUBLAS_STATUS_SUCCESS &&
-              b->layout_create(&p->x, type, (uint64_t)s->cols, (uint64_t)s->n, s->cols) ==
-                  CUBLAS_STATUS_SUCCESS &&
-              b->layout_create(&p->y, CUDA_R_32F, (uint64_t)s->rows, (uint64_t)s->n, s->stride) ==
-                  CUBLAS_STATUS_SUCCESS &&
-              b->wish_create(&wish) == CUBLAS_STATUS_SUCCESS &&
-              b->wish_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &s->bytes, sizeof s->bytes) ==
-                  CUBLAS_STATUS_SUCCESS;
+    bool ok =
+        b->layout_create(&p->w, type, (uint64_t)s->cols, (uint64_t)s->rows, s->cols) ==
+            CUBLAS_STATUS_SUCCESS &&
+        b->layout_create(&p->x, type, (uint64_t)s->cols, (uint64_t)s->n, s->cols) == CUBLAS_STATUS_SUCCESS &&
+        b->layout_create(&p->y, CUDA_R_32F, (uint64_t)s->rows, (uint64_t)s->n, s->stride) ==
+            CUBLAS_STATUS_SUCCESS &&
+        b->wish_create(&wish) == CUBLAS_STATUS_SUCCESS &&
+        b->wish_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &s->bytes, sizeof s->bytes) ==
+            CUBLAS_STATUS_SUCCESS;
     for (int i = 0; ok && i < 4; i++)
         ok = b->wish_set(wish, sides[i], &aligned, sizeof aligned) == CUBLAS_STATUS_SUCCESS;
     ok = ok &&
@@ -192,9 +195,10 @@ bool blas_product(struct blas *b, cudaStream_t stream, const struct blas_product
     bool fp8 = r->w_scale;
     float one = 1, before = r->add ? 1 : 0, *y = r->y.data;
     if (fp8 && !(b->has_fp8 && set_scales(b, r))) return false;
-    const struct plan *p = plan_of(b, &(struct shape){ r->y.rows, r->y.cols, r->cols, r->y.stride, bytes, fp8 });
-    bool ok = p && b->run(b->handle, fp8 ? b->scaled : b->product, &one, r->w, p->w, r->x, p->x, &before, y, p->y, y,
-                          p->y, &p->algorithm, work, bytes, stream) == CUBLAS_STATUS_SUCCESS;
+    const struct plan *p =
+        plan_of(b, &(struct shape){ r->y.rows, r->y.cols, r->cols, r->y.stride, bytes, fp8 });
+    bool ok = p && b->run(b->handle, fp8 ? b->scaled : b->product, &one, r->w, p->w, r->x, p->x, &before, y,
+                          p->y, y, p->y, &p->algorithm, work, bytes, stream) == CUBLAS_STATUS_SUCCESS;
     if (fp8 && !ok) b->has_fp8 = false;
     return ok;
 }

@@ -11,9 +11,9 @@ struct blas;
 struct blas *blas_open(void);
 void blas_close(struct blas *b);
 int blas_version(const struct blas *b); /* 130100 */
-/* y = x W, or y += x W; y's rows and x and W begin at multiples of 16 bytes. x: [y.rows][cols], W: [y.cols][cols],
- * both BF16, or with scales both E4M3: element (i, r) is then the codes' sum times x_scale[i] w_scale[r]. All in
- * device memory. */
+/* y = x W, or y += x W; y's rows and x and W begin at multiples of 16 bytes. x: [y.rows][cols], W:
+ * [y.cols][cols], both BF16, or with scales both E4M3: element (i, r) is then the codes' sum times x_scale[i]
+ * w_scale[r]. All in device memory. */
 struct blas_product {
     struct mat y;
     const void *x, *w;
@@ -22,7 +22,8 @@ struct blas_product {
     bool add;
 };
 /* work: scratch of `bytes`. False: nothing was queued. */
-bool blas_product(struct blas *b, cudaStream_t stream, const struct blas_product *p, void *work, size_t bytes);
+bool blas_product(struct blas *b, cudaStream_t stream, const struct blas_product *p, void *work,
+                  size_t bytes);
 /* Whether blas_product may take FP8: not once it has refused some. */
 bool blas_has_fp8(const struct blas *b);
 #ifdef __cplusplus

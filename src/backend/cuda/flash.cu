@@ -96,13 +96,6 @@ __device__ __forceinline__ void load_queries(uint8_t *to, const flash_args &a, c
     }
 }
 
-__device__ __forceinline__ float power_of_two(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float quad_max(float x)
 {
     x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
@@ -228,6 +221,13 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ float power_of_two(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 struct flash_barriers {
     uint64_t full[RING], empty[RING];
 };

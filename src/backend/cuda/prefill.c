@@ -111,11 +111,9 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)
 {
     if (r->h.rows <= ROWS_EXACT) return false;
-    struct cuda_products out = { .x = r->gate,
-                                 .up = r->up,
-                                 .n = 1,
-                                 .out = { r->shared },
-                                 .m = { cuda_matrix_of(r->w_down) } };
+    struct cuda_products out = {
+        .x = r->gate, .up = r->up, .n = 1, .out = { r->shared }, .m = { cuda_matrix_of(r->w_down) }
+    };
     if (!r->lean) out.h = r->hidden;
     cuda_ops.route(q, r->picks, r->logits);
     return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);

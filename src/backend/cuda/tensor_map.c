@@ -2,9 +2,9 @@
 #include "backend/cuda/tensor_map.h"
 #include <cuda_runtime_api.h>
 
-typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                        const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                        const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                        CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 bool tensor_map(CUtensorMap *out, const void *data, int64_t rows, int64_t cols, int64_t pitch, int box_rows)
 {
@@ -13,8 +13,8 @@ bool tensor_map(CUtensorMap *out, const void *data, int64_t rows, int64_t cols, 
     enum cudaDriverEntryPointQueryResult found;
     cuuint64_t size[2] = { (cuuint64_t)cols, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)(pitch * BYTES) };
     cuuint32_t box[2] = { BOX_COLS, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&make, VERSION, cudaEnableDefault, &found) !=
-            cudaSuccess ||
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&make, VERSION, cudaEnableDefault,
+                                         &found) != cudaSuccess ||
         found != cudaDriverEntryPointSuccess) {
         cudaGetLastError();
         return false;
