@@ -548,8 +548,8 @@ bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const
     constexpr int64_t MANY = (int64_t)1 << 30; /* tokens: more than there are */
     CUtensorMap k, v;
     if (q->has_wide && aligned && WIDE_SHARED + 2048 <= q->shared_max &&
-        tensor_map(&k, a.keys ? (const void *)a.keys : kv->keys, MANY, line, line, TOKENS) &&
-        tensor_map(&v, a.keys ? (const void *)a.values : kv->values, MANY, line, line, TOKENS))
+        tensor_map(q->map_maker, &k, a.keys ? (const void *)a.keys : kv->keys, MANY, line, line, TOKENS) &&
+        tensor_map(q->map_maker, &v, a.keys ? (const void *)a.values : kv->values, MANY, line, line, TOKENS))
         launch<WIDE_BLOCK>(q, "attention", true, flash_wide, grid, WIDE_SHARED, a, k, v);
     else
         launch(q, "attention", true, flash, grid, FLASH_SHARED, a);

@@ -134,6 +134,7 @@ struct queue {
     enum side side;      /* of the kernel that was started last */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    void *map_maker;     /* of tensor_map.h; NULL: none */
     bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */

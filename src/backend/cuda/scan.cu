@@ -4,7 +4,7 @@
  * conv_heads: convolution, SiLU and, of q and k, the norm, to BF16. A warp a head, one token after the other.
  * chunk_parts: what a chunk needs of itself, for all chunks and value heads at once. With c the running sum of the log
  *   decay, A = beta_i (K_i . K_j) e^(c_i - c_j) below the diagonal, it solves (I + A) U = beta V and
- *   (I + A) W = beta e^c K, a thread two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
+ *   (I + A) W = beta e^c K, a thread one or two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
  * chunk_scan: chunk after chunk, a block for 32 columns of one head's state S, which stays in registers:
  *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N. */
 #include "backend/cuda/matrices.cuh"
@@ -14,7 +14,12 @@
 namespace {
 
 constexpr int CHUNK = DELTA_CHUNK, DIM = 128, SLICE = 32, TAPS = 4;
-constexpr int PARTS_THREADS = 128, SCAN_THREADS = 512;
+constexpr int SCAN_THREADS = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int STAGES = 2; /* chunks in shared memory: all that some devices have room for */
+#else
+constexpr int STAGES = 3;
+#endif
 constexpr int BIG = CHUNK * DIM * 2, SQUARE = CHUNK * CHUNK * 2, NARROW = CHUNK * SLICE * 2; /* bytes */
 
 struct scan_args {
@@ -156,20 +161,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     mma(d, a[0], a[1], a[2], a[3], b0, b1);
 }
 
-/* How a kernel's copies are waited for. */
-struct arrival {
-    uint64_t *barrier;
-    int phase;
-
-    __device__ __forceinline__ void await()
-    {
+/* Until the copies at a barrier have come; or all but those of LEFT stages, of this thread. */
+template <int LEFT> __device__ __forceinline__ void await_copies(uint64_t *b, int phase)
+{
 #if __CUDA_ARCH__ >= 900
-        barrier_wait(barrier, phase);
+    barrier_wait(b, phase);
 #else
-        copy_wait<0>();
+    copy_wait<LEFT>();
 #endif
-    }
-};
+}
 
 /* 64 rows of DIM BF16 numbers from (row, column) of a matrix of `rows` rows. Rows past a chunk's
  * last are another span's. One thread, or all. */
@@ -258,32 +258,42 @@ __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums,
     }
 }
 
-/* Of (I + A) X = scale R two neighbouring columns from `column` on. X goes to a matrix of rows of 64 bytes, as at64 has them, or
- * of 128, as half of at256. */
+/* Of (I + A) X = scale R so many columns from `column` on. X goes to a matrix of rows of 64 bytes, as at64 has them, or of
+ * 128, as half of at256. */
+template <int COLUMNS>
 __device__ __forceinline__ void solve(uint8_t *to, bool by64, const float *A, const uint8_t *right, int column, const float *scale)
 {
-    float x[CHUNK], y[CHUNK];
+    float x[COLUMNS][CHUNK];
     int piece = by64 ? column % SLICE / 8 : column / 8 % 8, row = by64 ? 64 : 128;
     to += column % 8 * 2;
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
-        float2 r = __bfloat1622float2(*(const __nv_bfloat162 *)(right + at256(i, column / 8) + column % 8 * 2));
-        r.x *= scale[i];
-        r.y *= scale[i];
+        const __nv_bfloat16 *from = (const __nv_bfloat16 *)(right + at256(i, column / 8)) + column % 8;
+        uint8_t *at = to + i * row + (piece ^ (by64 ? i >> 1 & 3 : i & 7)) * 16;
+        float r[COLUMNS];
+        if constexpr (COLUMNS == 2) {
+            float2 both = __bfloat1622float2(*(const __nv_bfloat162 *)from);
+            r[0] = both.x * scale[i];
+            r[1] = both.y * scale[i];
+        } else {
+            r[0] = __bfloat162float(*from) * scale[i];
+        }
 #pragma unroll
         for (int j = 0; j < i; j += 4) {
             float4 a = *(const float4 *)(A + i * A_STRIDE + j);
             const float above[4] = { a.x, a.y, a.z, a.w };
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                if (j + k >= i) break;
-                r.x = fmaf(-above[k], x[j + k], r.x);
-                r.y = fmaf(-above[k], y[j + k], r.y);
-            }
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+                    if (j + k < i) r[c] = fmaf(-above[k], x[c][j + k], r[c]);
         }
-        x[i] = r.x;
-        y[i] = r.y;
-        *(uint32_t *)(to + i * row + (piece ^ (by64 ? i >> 1 & 3 : i & 7)) * 16) = pair_of(r.x, r.y);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) x[c][i] = r[c];
+        if constexpr (COLUMNS == 2)
+            *(uint32_t *)at = pair_of(r[0], r[1]);
+        else
+            *(__nv_bfloat16 *)at = __float2bfloat16_rn(r[0]);
     }
 }
 
@@ -293,12 +303,15 @@ template <int SIZE> __device__ __forceinline__ void clear_rows(uint8_t *to, int 
     for (int i = n * 16 + threadIdx.x; i < CHUNK * 16; i += SIZE) *(uint4 *)(to + at256(i / 16, i % 16)) = make_uint4(0, 0, 0, 0);
 }
 
-/* Grid: chunks, value heads. Shared memory: K, Q, V of the chunk, A, c, beta e^c, beta. */
-__global__ void __launch_bounds__(PARTS_THREADS, 3)
+/* COLUMNS: of U or W a thread; two read A half as often, one is sooner done. Grid: chunks, value heads. Shared memory: K, Q, V of
+ * the chunk, A, c, beta e^c, beta. */
+template <int COLUMNS>
+__global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
     chunk_parts(const __grid_constant__ scan_args p, const __grid_constant__ CUtensorMap qk, const __grid_constant__ CUtensorMap v)
 {
     wait_for_previous();
     let_next_start();
+    constexpr int SIZE = 2 * DIM / COLUMNS;
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ uint64_t full;
     float *A = (float *)(shared + 3 * BIG), *sums = A + CHUNK * A_STRIDE, *powers = sums + CHUNK, *beta = powers + CHUNK;
@@ -310,43 +323,47 @@ __global__ void __launch_bounds__(PARTS_THREADS, 3)
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
     if (threadIdx.x == 0) init_copies(&full, 1);
     if (begin_copies(&full, 3 * BIG)) {
-        copy_rows<PARTS_THREADS>(base, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, (keys + key) * DIM, &full);
-        copy_rows<PARTS_THREADS>(base + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, key * DIM, &full);
-        copy_rows<PARTS_THREADS>(base + 2 * BIG, v, p.v, heads * DIM, p.rows.n, c.first, head * DIM, &full);
+        copy_rows<SIZE>(base, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, (keys + key) * DIM, &full);
+        copy_rows<SIZE>(base + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, key * DIM, &full);
+        copy_rows<SIZE>(base + 2 * BIG, v, p.v, heads * DIM, p.rows.n, c.first, head * DIM, &full);
     }
     end_copies();
-    arrival arrive = { &full, 0 };
     if (warp == 1) gates(p, c, head, sums, powers, beta);
 #if __CUDA_ARCH__ < 900
-    arrive.await();
+    await_copies<0>(&full, 0);
 #endif
     __syncthreads();
 #if __CUDA_ARCH__ >= 900
-    arrive.await();
+    await_copies<0>(&full, 0);
 #endif
     if (c.n < CHUNK) { /* what follows is another span's */
-        clear_rows<PARTS_THREADS>(shared, c.n);
-        clear_rows<PARTS_THREADS>(shared + 2 * BIG, c.n);
+        clear_rows<SIZE>(shared, c.n);
+        clear_rows<SIZE>(shared + 2 * BIG, c.n);
         __syncthreads();
     }
     if (threadIdx.x < CHUNK) p.sums[number * CHUNK + threadIdx.x] = sums[threadIdx.x];
-    /* K K^T and Q K^T, 16 rows a warp */
-    int row0 = warp * 16, quarter = lane / 8, eighth = lane % 8;
-    float kk[8][4] = {}, qk_sum[8][4] = {};
+    /* 16 rows a warp of K K^T and Q K^T, or of one */
+    bool of_k = COLUMNS == 2 || warp < 4, of_q = COLUMNS == 2 || warp >= 4;
+    int tile_row = warp % 4, row0 = tile_row * 16, quarter = lane / 8, eighth = lane % 8;
+    float kk[8][4] = {}, qq[8][4] = {};
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
         uint32_t a[4], q[4], from = at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2);
-        matrices(a, base + from);
-        matrices(q, base + BIG + from);
+        if (of_k) matrices(a, base + from);
+        if (of_q) matrices(q, base + BIG + from);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             uint32_t b[4];
-            if (n > warp) break;
+            if (n > tile_row) break;
             matrices(b, base + at256(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
-            mma(kk[2 * n], a, b[0], b[1]);
-            mma(kk[2 * n + 1], a, b[2], b[3]);
-            mma(qk_sum[2 * n], q, b[0], b[1]);
-            mma(qk_sum[2 * n + 1], q, b[2], b[3]);
+            if (of_k) {
+                mma(kk[2 * n], a, b[0], b[1]);
+                mma(kk[2 * n + 1], a, b[2], b[3]);
+            }
+            if (of_q) {
+                mma(qq[2 * n], q, b[0], b[1]);
+                mma(qq[2 * n + 1], q, b[2], b[3]);
+            }
         }
     }
 #pragma unroll
@@ -358,23 +375,28 @@ __global__ void __launch_bounds__(PARTS_THREADS, 3)
             for (int k = 0; k < 2; k++) {
                 float decay = j + k <= i ? expf(sums[i] - sums[j + k]) : 0;
                 below[k] = j + k < i ? kk[n][2 * h + k] * decay : 0;
-                up_to[k] = qk_sum[n][2 * h + k] * decay;
+                up_to[k] = j + k <= i ? qq[n][2 * h + k] * decay : 0;
             }
-            *(uint32_t *)(p.M + number * SQUARE + at128(i, n) + 4 * t) = pair_of(up_to[0], up_to[1]);
-            *(float2 *)(A + i * A_STRIDE + j) = make_float2(beta[i] * below[0], beta[i] * below[1]);
+            if (of_q) *(uint32_t *)(p.M + number * SQUARE + at128(i, n) + 4 * t) = pair_of(up_to[0], up_to[1]);
+            if (of_k) *(float2 *)(A + i * A_STRIDE + j) = make_float2(beta[i] * below[0], beta[i] * below[1]);
         }
     __syncthreads();
-    int column = 2 * threadIdx.x % DIM;
-    bool values = threadIdx.x < DIM / 2;
+    int column = COLUMNS * threadIdx.x % DIM;
+    bool values = threadIdx.x < DIM / COLUMNS;
     uint8_t *to = values ? p.U + number * BIG + column / SLICE * NARROW : p.W + number * BIG + column / 64 * (CHUNK * 128);
-    solve(to, values, A, shared + (values ? 2 * BIG : 0), column, values ? beta : powers);
+    solve<COLUMNS>(to, values, A, shared + (values ? 2 * BIG : 0), column, values ? beta : powers);
 }
 
 /* ---- chunk after chunk ---- */
 
-/* A stage: W, Q, K, M, 32 columns of U, c. Then S and twice N in BF16. */
+/* A stage: W, Q, K, M, 32 columns of U, c. After the stages S and twice N in BF16. */
 constexpr int STAGE_M = 3 * BIG, STAGE_U = STAGE_M + SQUARE, STAGE_C = STAGE_U + NARROW, STAGE = STAGE_C + 1024;
-constexpr int STATE = DIM * SLICE * 2, SCAN_SHARED = 2 * STAGE + STATE + 2 * NARROW;
+constexpr int STATE = DIM * SLICE * 2;
+
+constexpr int scan_shared(int stages)
+{
+    return stages * STAGE + STATE + 2 * NARROW;
+}
 
 __device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, const CUtensorMap &qk, const cuda_span &span,
                                            int64_t number, int chunk, int key, int slice, uint64_t *full)
@@ -388,7 +410,6 @@ __device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, cons
         copy_bytes<SCAN_THREADS>(to + STAGE_U, p.U + number * BIG + slice * NARROW, NARROW, full);
         copy_bytes<SCAN_THREADS>(to + STAGE_C, p.sums + number * CHUNK, CHUNK * 4, full);
     }
-    end_copies();
 }
 
 /* Grid: heads by slices of columns, spans. Of S a warp has 16 rows of 16 columns, of N and O 16 rows of 8. */
@@ -397,7 +418,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
     wait_for_previous();
     let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
-    __shared__ uint64_t full[2];
+    __shared__ uint64_t full[STAGES];
     constexpr int SLICES = DIM / SLICE;
     int head = blockIdx.x / SLICES, slice = blockIdx.x % SLICES, column = slice * SLICE, heads = p.shape.value_heads;
     int key = head / (heads / p.shape.key_heads);
@@ -406,7 +427,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
     cuda_span span = p.rows.spans[blockIdx.y];
     int64_t number = head;
     for (int s = 0; s < (int)blockIdx.y; s++) number += (int64_t)((p.rows.spans[s].n + CHUNK - 1) / CHUNK) * heads;
-    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), state = base + 2 * STAGE, news = state + STATE;
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), state = base + STAGES * STAGE, news = state + STATE;
     float *matrix = p.matrix + ((int64_t)span.slot * heads + head) * DIM * DIM + (int64_t)(deep + g) * DIM + column + half * 16 + 2 * t;
     float S[2][4]; /* rows deep + g, + 8 */
 #pragma unroll
@@ -414,27 +435,31 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
 #pragma unroll
         for (int i = 0; i < 4; i++) S[n][i] = matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2];
     int chunks = (span.n + CHUNK - 1) / CHUNK;
-    if (threadIdx.x == 0) init_copies(full, 2);
-    load_stage(base, p, qk, span, number, 0, key, slice, full);
+    if (threadIdx.x == 0) init_copies(full, STAGES);
+    for (int c = 0; c < STAGES - 1; c++) {
+        if (c < chunks) load_stage(base + c * STAGE, p, qk, span, number + (int64_t)c * heads, c, key, slice, full + c);
+        end_copies();
+    }
     __syncthreads();
     for (int c = 0; c < chunks; c++) {
-        uint32_t stage = base + c % 2 * STAGE;
-        const uint8_t *at = shared + c % 2 * STAGE;
+        uint32_t stage = base + c % STAGES * STAGE;
+        uint8_t *at = shared + c % STAGES * STAGE, *own = shared + STAGES * STAGE;
         const float *sums = (const float *)(at + STAGE_C);
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                *(uint32_t *)(shared + 2 * STAGE + at64(deep + g + 8 * h, half * 2 + n) + 4 * t) = pair_of(S[n][2 * h], S[n][2 * h + 1]);
+                *(uint32_t *)(own + at64(deep + g + 8 * h, half * 2 + n) + 4 * t) = pair_of(S[n][2 * h], S[n][2 * h + 1]);
         int left = span.n - c * CHUNK;
-        arrival{ full + c % 2, c / 2 % 2 }.await();
+        await_copies<STAGES - 2>(full + c % STAGES, c / STAGES % 2);
         __syncthreads();
         if (left < CHUNK) {
-            clear_rows<SCAN_THREADS>(shared + c % 2 * STAGE + 2 * BIG, left);
+            clear_rows<SCAN_THREADS>(at + 2 * BIG, left);
             __syncthreads();
         }
-        if (c + 1 < chunks)
-            load_stage(base + (c + 1) % 2 * STAGE, p, qk, span, number + (int64_t)(c + 1) * heads, c + 1, key, slice, full + (c + 1) % 2);
+        int ahead = c + STAGES - 1, slot = ahead % STAGES;
+        if (ahead < chunks) load_stage(base + slot * STAGE, p, qk, span, number + (int64_t)ahead * heads, ahead, key, slice, full + slot);
+        end_copies();
         float ws[2][4] = {}, o[2][4] = {}; /* of even and odd steps */
 #pragma unroll
         for (int k = 0; k < DIM / 16; k += 2) {
@@ -457,8 +482,8 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
             uint32_t to = at64(i, side) + 4 * t;
             __nv_bfloat162 u = *(const __nv_bfloat162 *)(at + STAGE_U + to);
             float x = __bfloat162float(u.x) - (ws[0][2 * h] + ws[1][2 * h]), y = __bfloat162float(u.y) - (ws[0][2 * h + 1] + ws[1][2 * h + 1]);
-            *(uint32_t *)(shared + 2 * STAGE + STATE + to) = pair_of(x, y);
-            *(uint32_t *)(shared + 2 * STAGE + STATE + NARROW + to) = pair_of(x * rest, y * rest);
+            *(uint32_t *)(own + STATE + to) = pair_of(x, y);
+            *(uint32_t *)(own + STATE + NARROW + to) = pair_of(x * rest, y * rest);
             for (int k = 0; k < 2; k++) o[0][2 * h + k] = (o[0][2 * h + k] + o[1][2 * h + k]) * power;
         }
         __syncthreads();
@@ -513,8 +538,9 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
 {
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
+    int shared = scan_shared(q->has_pdl ? 3 : 2);
     if (!q->rounded || step->n <= ROWS_EXACT || step->n < 16 * step->n_spans || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
-        s->kernel != TAPS || SCAN_SHARED > q->shared_max)
+        s->kernel != TAPS || shared + 1024 > q->shared_max)
         return false;
     for (int64_t i = 0; i < step->n_spans; i++) chunks += (step->spans[i].n + CHUNK - 1) / CHUNK;
     scan_args p = {};
@@ -529,7 +555,7 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     if (at - (uint8_t *)q->prefill.down > room) return false;
     CUtensorMap qk = {}, v = {};
     int64_t keys = 2 * s->key_heads * DIM, values = heads * DIM;
-    if (q->has_pdl && (!tensor_map(&qk, p.qk, step->n, keys, keys, CHUNK) || !tensor_map(&v, p.v, step->n, values, values, CHUNK))) return false;
+    if (q->has_pdl && (!tensor_map(q->map_maker, &qk, p.qk, step->n, keys, keys, CHUNK) || !tensor_map(q->map_maker, &v, p.v, step->n, values, values, CHUNK))) return false;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return true;
     p.u = r->u;
@@ -547,7 +573,10 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     int parts = n * by_heads < 4u * q->sms ? 4 : 1; /* so that all multiprocessors have some */
     launch(q, "conv", true, conv_heads, dim3(n * parts, by_heads), 0, p, parts);
     launch(q, "conv", true, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
-    launch<PARTS_THREADS>(q, "delta", true, chunk_parts, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
-    launch<SCAN_THREADS>(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), SCAN_SHARED, p, qk);
+    if (n * heads < 6 * q->sms)
+        launch<2 * DIM>(q, "delta", true, chunk_parts<1>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+    else
+        launch<DIM>(q, "delta", true, chunk_parts<2>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+    launch<SCAN_THREADS>(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), (size_t)shared, p, qk);
     return true;
 }

@@ -6,20 +6,28 @@ typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, 
                         const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                         CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-bool tensor_map(CUtensorMap *out, const void *data, int64_t rows, int64_t cols, int64_t pitch, int box_rows)
+void *tensor_map_maker(void)
 {
-    enum { BOX_COLS = 64, BYTES = 2, VERSION = 12000 };
-    encode *make = NULL;
+    enum { VERSION = 12000 };
+    void *maker = NULL;
     enum cudaDriverEntryPointQueryResult found;
-    cuuint64_t size[2] = { (cuuint64_t)cols, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)(pitch * BYTES) };
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &maker, VERSION, cudaEnableDefault,
+                                         &found) == cudaSuccess &&
+        found == cudaDriverEntryPointSuccess)
+        return maker;
+    cudaGetLastError();
+    return NULL;
+}
+
+bool tensor_map(void *maker, CUtensorMap *out, const void *data, int64_t rows, int64_t cols, int64_t pitch,
+                int box_rows)
+{
+    enum { BOX_COLS = 64, BYTES = 2 };
+    cuuint64_t size[2] = { (cuuint64_t)cols, (cuuint64_t)rows },
+               stride[1] = { (cuuint64_t)(pitch * BYTES) };
     cuuint32_t box[2] = { BOX_COLS, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&make, VERSION, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess) {
-        cudaGetLastError();
-        return false;
-    }
-    return make(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)data, size, stride, box, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return maker && (*(encode **)&maker)(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)data,
+                                         size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
