@@ -304,7 +304,8 @@ static struct norm_products in_products(const struct layer *l, int64_t n)
                                        1e-6f,
                                        3,
                                        { mat_rows(step->qg, n), mat_rows(step->k, n), mat_rows(step->v, n) },
-                                       { l->attention.q, l->attention.k, l->attention.v } };
+                                       { l->attention.q, l->attention.k, l->attention.v },
+                                       .lean = true };
     return (struct norm_products){ mat_rows(step->h, n),
                                    mat_rows(step->x, n),
                                    l->input_norm,
@@ -312,7 +313,8 @@ static struct norm_products in_products(const struct layer *l, int64_t n)
                                    4,
                                    { mat_rows(step->u, n), mat_rows(step->z, n), mat_rows(step->a, n),
                                      mat_rows(step->b, n) },
-                                   { l->delta.qkv, l->delta.z, l->delta.a, l->delta.b } };
+                                   { l->delta.qkv, l->delta.z, l->delta.a, l->delta.b },
+                                   .lean = true };
 }
 
 static void run_in(enum layer_kind kind, int64_t n)
@@ -355,7 +357,8 @@ static void delta_mix(const struct step_rows *rows)
                                1e-6f,
                                w->out,
                                &states[i].delta,
-                               &model.delta_shape };
+                               &model.delta_shape,
+                               .lean = true };
         step->op->delta_run(step->q, &r, rows);
     }
 }
@@ -378,7 +381,8 @@ static void attention_mix(const struct step_rows *rows)
                                    1e-6f,
                                    &model.rope,
                                    &states[i].kv,
-                                   w->o };
+                                   w->o,
+                                   .lean = true };
         step->op->attention_run(step->q, &r, rows);
     }
 }
@@ -395,7 +399,8 @@ static void router(const struct step_rows *rows)
                                    4,
                                    { mat_rows(step->router, n), mat_rows(step->shared_gate, n),
                                      mat_rows(step->gate, n), mat_rows(step->up, n) },
-                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up } };
+                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up },
+                                   .lean = false };
         step->op->norm_products(step->q, &p);
     }
 }
@@ -416,7 +421,8 @@ static void moe(const struct step_rows *rows)
                              mat_rows(step->shared_gate, n),
                              &step->picks,
                              &w->experts,
-                             w->down };
+                             w->down,
+                             .lean = true };
         step->op->moe_run(step->q, &r);
     }
 }

@@ -182,7 +182,8 @@ struct step_limits {
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
  * results what the plain operations leave that its comment lists, in that order; other matrices it may use
- * up. fused.h does them one by one. */
+ * up. lean: y, h of a norm and the results but picks are not wanted and may be used up too. fused.h does them
+ * one by one. */
 
 /* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
 struct norm_products {
@@ -192,6 +193,7 @@ struct norm_products {
     int n; /* at most NORM_PRODUCTS_MAX */
     struct mat out[NORM_PRODUCTS_MAX];
     const struct weight *w[NORM_PRODUCTS_MAX];
+    bool lean;
 };
 
 /* conv(conv, u); delta(raw, conv, a, b); gated_norm(o, raw, z); matmul(y, o, out); add(x, y). Results: o. */
@@ -202,6 +204,7 @@ struct delta_run {
     const struct weight *out;
     const struct delta_state *state;
     const struct delta_shape *shape;
+    bool lean;
 };
 
 /* norm_rope(qg); norm_rope(k); kv_append(k, v); attention(att, qg); matmul(y, att, o); add(x, y). Results:
@@ -214,6 +217,7 @@ struct attention_run {
     const struct rope *rope;
     const struct kv_cache *kv;
     const struct weight *o;
+    bool lean;
 };
 
 /* route(picks, logits); experts(y, h); silu_mul(hidden, gate, up); matmul(shared, hidden);
@@ -223,6 +227,7 @@ struct moe_run {
     const struct picks *picks;
     const struct experts *experts;
     const struct weight *w_down;
+    bool lean;
 };
 
 struct ops {

@@ -100,28 +100,29 @@ static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat
     struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
     struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
     const float *gain = l->gain.m.data;
-    cpu.ops->norm_products(cpu.queue,
-                           &(struct norm_products){ y.m,
-                                                    x[0],
-                                                    gain,
-                                                    1e-6f,
-                                                    4,
-                                                    { u.m, z.m, a.m, b.m },
-                                                    { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu } });
+    cpu.ops->norm_products(cpu.queue, &(struct norm_products){ y.m,
+                                                               x[0],
+                                                               gain,
+                                                               1e-6f,
+                                                               4,
+                                                               { u.m, z.m, a.m, b.m },
+                                                               { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu },
+                                                               .lean = true });
     cpu.ops->delta_run(cpu.queue,
                        &(struct delta_run){ x[0], y.m, u.m, conv.m, z.m, a.m, b.m, raw.m, o.m, l->taps.m.data,
                                             l->A.m.data, l->bias.m.data, gain, 1e-6f, l->out.cpu, &state,
-                                            &shape },
+                                            &shape, .lean = true },
                        rows);
     finish();
     for (int64_t r = 0; r < n; r++)
         memcpy(x[1].data + r * x[1].stride, x[0].data + r * x[0].stride, LAYER_HIDDEN * 4);
     cpu.ops->norm_products(
-        cpu.queue, &(struct norm_products){
-                       y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu } });
+        cpu.queue,
+        &(struct norm_products){
+            y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu }, .lean = true });
     cpu.ops->attention_run(cpu.queue,
                            &(struct attention_run){ x[1], y.m, qg.m, k.m, v.m, att.m, 2, gain, gain + 256,
-                                                    1e-6f, &l->rope, &kv, l->o.cpu },
+                                                    1e-6f, &l->rope, &kv, l->o.cpu, .lean = true },
                            rows);
     finish();
     struct guarded *all[] = { &u, &z, &a, &b, &y, &conv, &raw, &o, &qg, &k, &v, &att };
@@ -147,9 +148,10 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
                                             1e-6f,
                                             4,
                                             { router.m, one.m, gate.m, up.m },
-                                            { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu } });
+                                            { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu },
+                                            .lean = false });
     cpu.ops->moe_run(cpu.queue, &(struct moe_run){ x[2], y.m, h, router.m, gate.m, up.m, hidden.m, shared.m,
-                                                   one.m, &picks, &l->experts, l->down.cpu });
+                                                   one.m, &picks, &l->experts, l->down.cpu, .lean = true });
     finish();
     struct guarded *all[] = { &router, &one, &gate, &up, &hidden, &y, &shared };
     for (int i = 0; i < 7; i++) check_guards(all[i], "experts of a layer"), drop(all[i]);
@@ -236,10 +238,10 @@ static void several_rows(void)
     for (int f = 0; f < 3; f++) /* more tiles than there are multiprocessors */
         product_case(formats[f], ns[random_below(8)], 6400 + random_below(200), 256,
                      f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
-    moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3);
+    moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3, false);
     for (int i = 0; i < 8; i++) layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, ns[i]);
-    moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3);
-    moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3);
+    moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3, false);
+    moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3, true);
     layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 33 + (int)random_below(32));
     layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 65 + (int)random_below(64));
     layer_alone_case(WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4, 2 + (int)random_below(31));

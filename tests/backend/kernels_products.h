@@ -44,6 +44,8 @@ static void check_product(struct made *w, const struct guarded *x, const struct 
             double cols = (double)w->src.cols;
             /* the roundings of a sum in order add up as the root of their number */
             double units = 8 + (on_device() && x->m.rows > ROWS_EXACT ? 3 * cols / 16 : sqrt(cols) / 4);
+            if (on_device() && bf16_inputs && x->m.rows > ROWS_EXACT && w->src.input == INPUT_FP8_ROW)
+                units += 0x1p-13 / (double)FLT_EPSILON; /* FP8 tensor cores keep 14 bits of a sum */
             double bound = units * (double)FLT_EPSILON * (double)size.m.data[r * size.m.stride + c];
             if (!(fabs(g - v) <= bound))
                 fail_msg(

@@ -14,6 +14,7 @@ struct input_args {
     float eps;
     int head;
     __nv_bfloat16 *plain, *straight, *quantized; /* NULL: not wanted; straight: columns in their own order */
+    uint8_t *codes;                              /* E4M3, likewise */
     float *scale;
     int parts;
 };
@@ -70,7 +71,7 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         }
     }
     float unit = 1;
-    if (a.quantized) {
+    if (a.quantized || a.codes) {
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             for (int k = 0; k < 4; k++) top = fmaxf(top, fabsf(v[i][k]));
@@ -90,10 +91,13 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         }
         if (a.straight)
             *(uint2 *)(a.straight + r * n + c) = make_uint2(pair_of(v[i][0], v[i][1]), pair_of(v[i][2], v[i][3]));
-        if (a.quantized) {
-            float code[4];
-            for (int k = 0; k < 4; k++) code[k] = e4m3_value(e4m3_code(v[i][k] / unit));
-            store4(a.quantized + r * n, c, code);
+        if (a.quantized || a.codes) {
+            uint8_t code[4];
+            float value[4];
+            for (int k = 0; k < 4; k++) code[k] = e4m3_code(v[i][k] / unit);
+            for (int k = 0; k < 4; k++) value[k] = e4m3_value(code[k]);
+            if (a.codes) *(uint32_t *)(a.codes + r * n + c) = code[0] | code[1] << 8 | code[2] << 16 | (uint32_t)code[3] << 24;
+            if (a.quantized) store4(a.quantized + r * n, c, value);
         }
         for (int p = 0; a.plain && p < a.parts; p++) {
             store4(a.plain + (r * a.parts + p) * n, c, v[i]);
@@ -120,6 +124,7 @@ struct dense_args {
     mat out[NORM_PRODUCTS_MAX], add;
     int first[NORM_PRODUCTS_MAX + 1]; /* tile of weight rows at which a matrix begins */
     int n, cols, parts, tokens;
+    bool lean; /* as in cuda_products */
     const __nv_bfloat16 *plain, *quantized;
     const float *scale;
 };
@@ -155,7 +160,9 @@ template <int FORMAT, int TOKENS> __device__ __forceinline__ void dense_tile(con
         float *sum = adds ? a.add.data + (int64_t)(token0 + i) * a.add.stride + row0 + 4 * lane : nullptr;
         for (int j = 0; j < 4; j++) f[j] = f[j] * in * unit[j];
         bool whole = row0 + 4 * lane + 3 < m.rows;
-        if (whole && (uintptr_t)to % 16 == 0)
+        if (adds && a.lean)
+            ;
+        else if (whole && (uintptr_t)to % 16 == 0)
             *(float4 *)to = make_float4(f[0], f[1], f[2], f[3]);
         else
             for (int j = 0; j < 4 && row0 + 4 * lane + j < m.rows; j++) to[j] = f[j];
@@ -201,9 +208,15 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
+/* Of FP8 only what is worth the library's own launch. */
 bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
-    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+    constexpr int64_t WORTH = (int64_t)1 << 31; /* products of two numbers */
+    if (!q->blas || y.stride % 4 != 0 || (uintptr_t)y.data % 16 != 0) return false;
+    if (m.format == WEIGHT_FP8)
+        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * y.rows * m.cols > WORTH &&
+               (uintptr_t)m.scale % 16 == 0;
+    return m.format == WEIGHT_BF16;
 }
 
 /* Few weight rows cost less as tiles beside others than as a call of the library. */
@@ -216,16 +229,22 @@ bool is_library(const struct queue *q, const struct cuda_products *p, int i)
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
-/* False: the library refused. */
-bool by_library(struct queue *q, const struct cuda_products *p)
+/* Matrix i. False: the library refused. */
+bool by_library(struct queue *q, const struct cuda_products *p, int i)
 {
     size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
-    for (int i = 0; i < p->n; i++)
-        if (is_library(q, p, i) && !queue_failed(q) &&
-            !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
-                          bytes))
-            return false;
-    if (p->add.data && is_library(q, p, 0)) cuda_add(q, p->add, p->out[0]);
+    const cuda_matrix &m = p->m[i];
+    bool fp8 = m.format == WEIGHT_FP8, adds = i == 0 && p->add.data, at_once = adds && p->lean && library_takes(q, m, p->add);
+    struct blas_product r = {};
+    r.y = at_once ? p->add : p->out[i];
+    r.add = at_once;
+    r.x = fp8 ? q->prefill.codes : q->prefill.straight;
+    r.x_scale = fp8 ? q->prefill.scale : nullptr;
+    r.w = m.data;
+    r.w_scale = fp8 ? m.scale : nullptr;
+    r.cols = m.cols;
+    if (!queue_failed(q) && !blas_product(q->blas, q->stream, &r, q->quantized, bytes)) return false;
+    if (adds && !at_once) cuda_add(q, p->add, p->out[0]);
     return true;
 }
 
@@ -235,7 +254,10 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
         if (is_library(q, p, i)) {
-            in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            if (m.format == WEIGHT_FP8)
+                in.codes = (uint8_t *)q->prefill.codes;
+            else
+                in.straight = (__nv_bfloat16 *)q->prefill.straight;
             continue;
         }
         if (i == 0) a.add = p->add;
@@ -274,6 +296,7 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     a.cols = (int)p->x.cols;
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
+    a.lean = p->lean;
     divide(q, p, a, in);
     in.x = p->x;
     in.up = p->up;
@@ -286,9 +309,10 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;
     prepare(q, in);
-    if (in.straight && !by_library(q, p)) {
+    for (int i = 0; i < p->n; i++) {
+        if (!is_library(q, p, i) || by_library(q, p, i)) continue;
         struct blas *library = q->blas;
-        q->blas = nullptr;
+        if (p->m[i].format != WEIGHT_FP8) q->blas = nullptr; /* FP8 has been given up for good */
         bool done = cuda_dense(q, p);
         q->blas = library;
         return done;

@@ -85,6 +85,7 @@ struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
     void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
     void *quantized; /* BF16 [rows][cols], E4M3 values */
+    void *codes;     /* E4M3 [rows][cols]; NULL: queue.blas is */
     float *scale;    /* [rows * picks] */
     void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
     float *down;   /* [rows * picks][width]: what each pick's expert gives; BF16 where the queue may round */
@@ -133,6 +134,7 @@ struct queue {
     enum side side;      /* of the kernel that was started last */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    void *map_maker;     /* of tensor_map.h; NULL: none */
     bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
@@ -152,7 +154,7 @@ struct queue {
     struct cuda_batch batch;
     struct cuda_draw draw;
     struct loader *loader; /* load.c; NULL until something was loaded */
-    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct blas *blas;     /* dense BF16 and FP8 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */

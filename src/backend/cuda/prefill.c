@@ -23,6 +23,7 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->width = l->hidden ? l->hidden : l->cols;
     p->inputs = arena_take(a, p->rows * p->cols, parts * BF16_BYTES, 64);
     p->straight = q->blas ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
+    p->codes = q->blas ? arena_take(a, p->rows * p->cols, 1, 64) : NULL;
     p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
     p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
     p->hidden = arena_take(a, p->picked * p->intermediate, parts * BF16_BYTES, 64);
@@ -35,7 +36,8 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
 
 bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
 {
-    struct cuda_products p = { .x = r->x, .h = r->h, .gain = r->gain, .eps = r->eps, .n = r->n };
+    struct cuda_products p = { .x = r->x, .gain = r->gain, .eps = r->eps, .n = r->n };
+    if (!r->lean) p.h = r->h;
     for (int i = 0; i < r->n; i++) {
         p.out[i] = r->out[i];
         p.m[i] = cuda_matrix_of(r->w[i]);
@@ -47,16 +49,17 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
 {
     struct cuda_products out = { .x = r->raw,
                                  .up = r->z,
-                                 .h = r->o,
                                  .add = r->x,
                                  .gain = r->gain,
                                  .eps = r->eps,
                                  .head = r->shape->value_dim,
+                                 .lean = r->lean,
                                  .n = 1,
                                  .out = { r->y },
                                  .m = { cuda_matrix_of(r->out) } };
     const struct cuda_rows *device_rows = queue_rows(q, rows);
     if (!device_rows) return;
+    if (!r->lean) out.h = r->o;
     bool logs = queue_logs(rows);
     bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows)
                         : rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
@@ -99,7 +102,7 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
     attend(q, r, rows);
     if (cuda_batch_attention_out(q, r)) return;
     struct cuda_products o = {
-        .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
+        .x = r->att, .add = r->x, .lean = r->lean, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
     };
     if (cuda_dense(q, &o)) return;
     if (r->x.rows <= ROWS_EXACT && cuda_streams(q, &o.m[0])) {
@@ -113,12 +116,10 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)
 {
     if (r->h.rows <= ROWS_EXACT) return false;
-    struct cuda_products out = { .x = r->gate,
-                                 .up = r->up,
-                                 .h = r->hidden,
-                                 .n = 1,
-                                 .out = { r->shared },
-                                 .m = { cuda_matrix_of(r->w_down) } };
+    struct cuda_products out = {
+        .x = r->gate, .up = r->up, .n = 1, .out = { r->shared }, .m = { cuda_matrix_of(r->w_down) }
+    };
+    if (!r->lean) out.h = r->hidden;
     cuda_ops.route(q, r->picks, r->logits);
     return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
 }

@@ -12,12 +12,13 @@ enum { EXACT_PARTS = 3 }; /* BF16 numbers that an f32 one is the sum of */
 
 /* dense.cu: y = x W for each of n weights. x as it is; or SiLU(x) up (up.data NULL: no); or normed (gain
  * NULL: no), as a whole, or by heads of `head` columns times SiLU(up). What the products read is left in h
- * (data NULL: nowhere). add: += the first result (data NULL: nothing). */
+ * (data NULL: nowhere). add: += the first result (data NULL: nothing); lean: which need not be in out. */
 struct cuda_products {
     struct mat x, up, h, add;
     const float *gain;
     float eps;
     int head; /* 0: none */
+    bool lean;
     int n;
     struct mat out[NORM_PRODUCTS_MAX];
     struct cuda_matrix m[NORM_PRODUCTS_MAX];

@@ -3,6 +3,7 @@
 #include "backend/cuda/blas.h"
 #include "backend/cuda/load.h"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/tensor_map.h"
 #include "backend/fused.h"
 #include <inttypes.h>
 #include <stdio.h>
@@ -43,6 +44,7 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
+    q->map_maker = p.major >= 9 ? tensor_map_maker() : NULL;
     q->has_wide = p.major == 9 && version == 90;
     if (q->rounded) q->blas = blas_open();
     snprintf(q->name, sizeof q->name, "cuda %.70s, sm_%d%d, kernels for sm_%d%s", p.name, p.major, p.minor,
