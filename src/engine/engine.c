@@ -165,6 +165,11 @@ int64_t engine_logits_rows(const struct engine *g)
     return g->logits_rows;
 }
 
+bool engine_few_differ(const struct engine *g)
+{
+    return g->model->backend->few_differ;
+}
+
 int64_t engine_vocab(const struct engine *g)
 {
     return g->model->config->vocab_size;
@@ -337,10 +342,11 @@ static void show_boundaries(struct engine *g, const struct engine_run *runs, int
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
                  struct err *e)
 {
-    struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs };
+    struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs, .prompts = true };
     int64_t pages = 0;
     for (int i = 0; i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
+        step.prompts = step.prompts && runs[i].prompt;
         if (runs[i].n > g->o.context - s->length) return no_room(g, s->length + runs[i].n, e);
         step.n += runs[i].n;
         if (step.n > g->o.step_rows)

@@ -30,6 +30,7 @@ int64_t engine_pages_free(const struct engine *g);
 int engine_drafts(const struct engine *g);          /* as asked for */
 int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */
+bool engine_few_differ(const struct engine *g);     /* of the backend */
 
 /* An empty sequence, 0 <= handle < sequences; false with ERR_LIMIT when all are in use. */
 bool engine_open(struct engine *g, int *handle, struct err *e);
@@ -47,6 +48,7 @@ struct engine_run {
     const struct row *rows;
     int64_t n;
     bool tentative;
+    bool prompt; /* step_rows.prompts, if so for all runs of the step */
 };
 /* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the
  * normed hidden rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT

@@ -414,20 +414,21 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
 {
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
-    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 16 * step->n_spans || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
+    bool many = step->prompts || (step->n > ROWS_EXACT && step->n >= 16 * step->n_spans);
+    if (!q->rounded || !many || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
         s->kernel != TAPS || SCAN_SHARED > q->shared_max)
         return false;
     for (int64_t i = 0; i < step->n_spans; i++) chunks += (step->spans[i].n + CHUNK - 1) / CHUNK;
     scan_args p = {};
     uint8_t *at = (uint8_t *)q->prefill.down;
-    int64_t heads = s->value_heads, room = q->prefill.picked * q->prefill.width * (int64_t)sizeof(float);
+    int64_t heads = s->value_heads;
     place(p.qk, at, step->n * 2 * s->key_heads * DIM);
     place(p.v, at, step->n * heads * DIM);
     place(p.U, at, chunks * heads * CHUNK * DIM);
     place(p.W, at, chunks * heads * CHUNK * DIM);
     place(p.M, at, chunks * heads * CHUNK * CHUNK);
     place(p.sums, at, chunks * heads * CHUNK);
-    if (at - (uint8_t *)q->prefill.down > room) return false;
+    if (at - (uint8_t *)q->prefill.down > q->room) return false;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return true;
     p.u = r->u;
