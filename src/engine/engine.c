@@ -528,12 +528,12 @@ bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, i
 {
     struct mat hidden = { 0 };
     int64_t past = g->sequences[handle].length;
+    bool is_long = n > ROWS_EXACT && g->o.step_rows > ROWS_EXACT;
     if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
     for (int64_t done = 0, count; done < n; done += count) {
         count = n - done < g->o.step_rows ? n - done : g->o.step_rows;
-        if (!engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows + done, .n = count }, 1,
-                         &hidden, e))
-            return false;
+        struct engine_run run = { .handle = handle, .rows = rows + done, .n = count, .prompt = is_long };
+        if (!engine_step(g, &run, 1, &hidden, e)) return false;
         report_progress(progress, "prompt", (uint64_t)(done + count), (uint64_t)n);
     }
     if (last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);

@@ -97,8 +97,8 @@ bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct e
  * runs at a depth. ERR_LIMIT past the context. */
 bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e);
 
-/* Appends n rows to a sequence in steps of at most step_rows; *last gets the host logits after the last one.
- * progress may be NULL. */
+/* Appends n rows to a sequence in steps of at most step_rows, as a prompt's if they are more than ROWS_EXACT;
+ * *last gets the host logits after the last one. progress may be NULL. */
 bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, int64_t n, const float **last,
                          const struct report *progress, struct err *e);
 /* Text rows: tokens at consecutive positions from `first`. */
