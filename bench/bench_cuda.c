@@ -205,7 +205,7 @@ static struct step_rows prompt_of(int n)
         rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { i, i, i } };
     for (int32_t i = 0; i < PROMPT / KV_PAGE; i++) pages[i] = i;
     span = (struct span){ .n = n, .pages = pages };
-    return (struct step_rows){ rows, n, &span, 1 };
+    return (struct step_rows){ rows, n, &span, 1, false };
 }
 
 /* Rows of sequences that have `depth` tokens. */
@@ -232,7 +232,7 @@ static struct step_rows rows_at(int n, int64_t depth)
         for (int64_t k = 0; k < each; k++) pages[i][k] = (int32_t)(i * each + k) % (CONTEXT / KV_PAGE + 1);
         spans[i] = (struct span){ .first = i, .n = 1, .past = depth, .pages = pages[i], .slot = i };
     }
-    return (struct step_rows){ rows, n, spans, n };
+    return (struct step_rows){ rows, n, spans, n, false };
 }
 
 static void wait(void)

@@ -7,9 +7,9 @@
  * what follows and hands its first failure to wait(). So the forward pass reads plainly.
  *
  * Every operation computes a row from that row and its own sequence only, in an order of additions that does
- * not depend on the other rows of the step: the same row has the same bits alone and in a batch (steps up to
- * ROWS_EXACT rows; longer spans of one sequence may use the chunked DeltaNet scan, which differs by
- * rounding). */
+ * not depend on the other rows of the step: the same row has the same bits alone and in a batch, in steps of
+ * up to ROWS_EXACT rows and in those of prompts (step_rows). A prompt's spans are to begin at multiples of
+ * DELTA_CHUNK rows from where its last one of another length ended: the DeltaNet scan may go by chunks. */
 #ifndef BACKEND_OPS_H
 #define BACKEND_OPS_H
 #include "base/err.h"
@@ -107,6 +107,9 @@ struct step_rows {
     int64_t n;
     const struct span *spans; /* cover the rows, in order */
     int64_t n_spans;
+    bool prompts; /* all are pieces of prompts, to be computed as rows of a long step however few they are:
+                     where these are computed otherwise than those of short ones, a row's bits then depend on
+                     its own sequence only */
 };
 
 /* State of sequences. */
@@ -373,6 +376,8 @@ struct backend {
     char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
     int64_t step_rows;    /* of a prompt at once, enough to keep it busy */
+    bool few_differ; /* rows of steps of up to ROWS_EXACT rows are computed otherwise than those of longer
+                        ones: step_rows.prompts matters */
     uint64_t memory,
         memory_free; /* bytes of the device's own, in all and when it was opened; 0: the host's */
 };

@@ -138,7 +138,7 @@ static struct step_rows step_rows_of(struct calibrator *k, struct span *span, in
         k->rows[i] = (struct row){ .token = tokens[i], .position = { at, at, at } };
     }
     *span = (struct span){ .n = n, .past = past, .pages = k->pages };
-    return (struct step_rows){ k->rows, n, span, 1 };
+    return (struct step_rows){ k->rows, n, span, 1, false };
 }
 
 static struct moments *moments_of(const struct calibrator *k)

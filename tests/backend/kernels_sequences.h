@@ -12,7 +12,7 @@ struct plan {
 
 static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
 {
-    p->step = (struct step_rows){ p->rows, 0, p->spans, 3 };
+    p->step = (struct step_rows){ p->rows, 0, p->spans, 3, false };
     for (int s = 0; s < 3; s++) {
         for (int i = 0; i < 8; i++) p->pages[s][i] = (2 - s) + 3 * (7 - i); /* scattered over 24 pages */
         p->spans[s] = (struct span){
@@ -210,7 +210,7 @@ static struct guarded run_plain(const struct backend *b, struct logging *l, cons
 {
     struct delta_state state = { .matrix = l->plain_matrix.m.data, .conv = l->plain_conv.m.data };
     struct span spans[3];
-    struct step_rows plain = { step->rows, step->n, spans, 3 };
+    struct step_rows plain = { step->rows, step->n, spans, 3, false };
     struct guarded matrix = copy_of(&l->plain_matrix), conv = copy_of(&l->plain_conv);
     for (int s = 0; s < 3; s++) {
         spans[s] = step->spans[s];
@@ -227,7 +227,7 @@ static struct guarded run_plain(const struct backend *b, struct logging *l, cons
                (size_t)conv.m.cols * sizeof(float));
         if (kept[s] == 0) continue;
         struct span first = { .n = kept[s], .pages = spans[s].pages, .slot = slot };
-        struct step_rows again = { step->rows, kept[s], &first, 1 };
+        struct step_rows again = { step->rows, kept[s], &first, 1, false };
         struct guarded rest[3], out;
         for (int i = 0; i < 3; i++) {
             rest[i] = guarded(kept[s], in[i].m.cols, 0);

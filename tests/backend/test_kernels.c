@@ -63,7 +63,7 @@ static void gdn_small(void **state)
         memcpy(gb, b, 48);
         struct delta_shape s = { 1, 2, 4, 3, 1 };
         struct span span = { .n = 6 };
-        struct step_rows rows_of = { NULL, 6, &span, 1 };
+        struct step_rows rows_of = { NULL, 6, &span, 1, false };
         all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2),
                            mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ .matrix = S, .conv = conv },
                            &s, &rows_of);
@@ -77,9 +77,9 @@ static void gdn_small(void **state)
     json_decref(root);
 }
 
-static void (*const families[])(void) = { several_rows, attention_runs, moe_runs, many_rows,
-                                          delta_runs,   products,       experts,  fp4_experts,
-                                          rows,         sequences,      vision,   logged_rows };
+static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows, delta_runs,
+                                          products,     experts,        fp4_experts, rows,      sequences,
+                                          vision,       logged_rows,    prompt_rows };
 
 static void backends(int threads, enum cpu_isa isa)
 {
@@ -190,6 +190,7 @@ int main(void)
         cmocka_unit_test_prestate(family_on_device, (void *)&families[9]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[10]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[11]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[12]),
     };
     int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
                              : cmocka_run_group_tests(tests, NULL, NULL);

@@ -131,7 +131,7 @@ __global__ void kv_append_rows(kv_cache kv, mat k, mat v, cuda_rows rows)
 
 struct attention_args {
     mat qg, k, v;
-    int n_heads, splits;
+    int n_heads, splits, row0; /* row0: the first block's */
     kv_cache kv;
     cuda_rows rows;
     float *parts;      /* [rows][n_heads][splits][dim + 2]: values, maximum, sum */
@@ -350,7 +350,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
     uint32_t *operands = (uint32_t *)shared_bytes;
     uint8_t *rings = shared_bytes + OPERANDS_BYTES;
     int group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int64_t row = blockIdx.z;
+    int64_t row = a.row0 + blockIdx.z;
     bool appends = a.k_gain; /* else the kernel before may have written keys and values */
     let_next_start();
     const cuda_row &r = a.rows.rows[row];
@@ -527,7 +527,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_nar
 {
     extern __shared__ __align__(128) float shared_f[];
     int dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES;
-    int64_t row = blockIdx.z;
+    int64_t row = a.row0 + blockIdx.z;
     float *queries = shared_f, *own = queries + group * dim, *meeting = own + 2 * dim;
     float2 *turns = (float2 *)(own + dim);
     let_next_start();
@@ -617,7 +617,7 @@ template <int DTYPE> void start(struct queue *q, attention_args &a, int64_t n)
 
 void run(struct queue *q, mat y, attention_args a, int64_t n)
 {
-    a.splits = n <= ROWS_EXACT ? SPLITS : 1;
+    a.splits = queue_few(q, a.rows.n) ? SPLITS : 1;
     a.parts = q->attended;
     a.arrived = q->arrived;
     a.y = y;
@@ -648,17 +648,23 @@ void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, st
     if (rows) launch(q, "kv_append", false, kv_append_rows, dim3(blocks(k.cols), (unsigned)step->n), 0, *kv, k, v, *rows);
 }
 
+void cuda_attention_some(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                         const struct cuda_rows *rows, int64_t first, int64_t n)
+{
+    attention_args a = {};
+    a.qg = qg;
+    a.n_heads = n_heads;
+    a.row0 = (int)first;
+    a.kv = *kv;
+    a.rows = *rows;
+    run(q, y, a, n);
+}
+
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                     const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
-    attention_args a = {};
-    if (!rows) return;
-    a.qg = qg;
-    a.n_heads = n_heads;
-    a.kv = *kv;
-    a.rows = *rows;
-    run(q, y, a, step->n);
+    if (rows) cuda_attention_some(q, y, qg, n_heads, kv, rows, 0, step->n);
 }
 
 static attention_args args_of(const struct attention_run *r, const struct cuda_rows *rows)

@@ -147,7 +147,7 @@ static bool make(struct blas *b, struct plan *p, const struct shape *s)
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
     };
-    uint32_t aligned = 16;
+    uint32_t aligned = 16, whole = CUBLASLT_REDUCTION_SCHEME_NONE;
     int n = 0;
     cudaDataType type = s->fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16BF;
     bool ok =
@@ -159,6 +159,9 @@ static bool make(struct blas *b, struct plan *p, const struct shape *s)
         b->wish_create(&wish) == CUBLAS_STATUS_SUCCESS &&
         b->wish_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &s->bytes, sizeof s->bytes) ==
             CUBLAS_STATUS_SUCCESS;
+    /* one sum over the columns, so that a row has the same bits in every step */
+    ok = ok && b->wish_set(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &whole, sizeof whole) ==
+                   CUBLAS_STATUS_SUCCESS;
     for (int i = 0; ok && i < 4; i++)
         ok = b->wish_set(wish, sides[i], &aligned, sizeof aligned) == CUBLAS_STATUS_SUCCESS;
     ok = ok &&

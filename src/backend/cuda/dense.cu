@@ -219,13 +219,14 @@ bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
     return m.format == WEIGHT_BF16;
 }
 
-/* Few weight rows cost less as tiles beside others than as a call of the library. */
+/* Few weight rows cost less as tiles beside others than as a call of the library. Who computes a product must not depend on
+ * how many rows there are: tiles and the library add up in other orders, and a row has the same bits in all steps. */
 bool is_library(const struct queue *q, const struct cuda_products *p, int i)
 {
-    constexpr int FEW_ROWS = 256, FEW_TOKENS = 1024;
+    constexpr int FEW_ROWS = 256;
     bool tiles = false;
     for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
-    bool few = tiles && p->m[i].rows <= FEW_ROWS && p->x.rows <= FEW_TOKENS;
+    bool few = tiles && p->m[i].rows <= FEW_ROWS;
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
@@ -289,7 +290,7 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
 {
     dense_args a = {};
     input_args in = {};
-    if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD))
+    if (queue_few(q, p->x.rows) || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD))
         return false;
     for (int i = 0; i < p->n; i++)
         if (!takes(q, p->m[i])) return false;

@@ -515,19 +515,9 @@ bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const
                 const struct step_rows *step)
 {
     int group = n_heads / kv->n_kv_heads;
-    int64_t pages = 0, tiles = 0, most = 0, line = (int64_t)kv->n_kv_heads * kv->head_dim;
-    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 8 * step->n_spans || kv->head_dim != DIM || PAIRS % group ||
-        FLASH_SHARED > q->shared_max)
-        return false;
-    for (int64_t s = 0; s < step->n_spans; s++) {
-        const struct span *span = &step->spans[s];
-        int64_t n = (span->past + span->n + KV_PAGE - 1) / KV_PAGE;
-        pages += n;
-        if (n > most) most = n;
-        tiles += (span->n * group + PAIRS - 1) / PAIRS;
-    }
-    int64_t bytes = pages * KV_PAGE * line * 2;
-    if (kv->dtype != KV_BF16 && 2 * bytes > q->prefill.picked * q->prefill.width * (int64_t)sizeof(float)) return false;
+    int64_t line = (int64_t)kv->n_kv_heads * kv->head_dim, page = KV_PAGE * line, room = q->room / (2 * page * 2);
+    bool many = step->prompts || (step->n > ROWS_EXACT && step->n >= 8 * step->n_spans), copied = kv->dtype != KV_BF16;
+    if (!q->rounded || !many || kv->head_dim != DIM || PAIRS % group || FLASH_SHARED > q->shared_max) return false;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return true;
     flash_args a = {};
@@ -536,22 +526,42 @@ bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const
     a.n_heads = n_heads;
     a.group = group;
     a.kv = *kv;
-    a.rows = *rows;
-    if (kv->dtype != KV_BF16) {
-        __nv_bfloat16 *keys = (__nv_bfloat16 *)q->prefill.down, *values = keys + pages * KV_PAGE * line;
-        launch(q, "attention", true, gather_cache, dim3(4, (unsigned)most, (unsigned)step->n_spans), 0, keys, values, *kv, *rows);
-        a.keys = keys;
-        a.values = values;
-    }
-    dim3 grid((unsigned)tiles, (unsigned)kv->n_kv_heads);
     bool aligned = qg.stride % 4 == 0 && (uintptr_t)qg.data % 16 == 0 && y.stride % 2 == 0 && (uintptr_t)y.data % 8 == 0;
     constexpr int64_t MANY = (int64_t)1 << 30; /* tokens: more than there are */
-    CUtensorMap k, v;
-    if (q->has_wide && aligned && WIDE_SHARED + 2048 <= q->shared_max &&
-        tensor_map(q->map_maker, &k, a.keys ? (const void *)a.keys : kv->keys, MANY, line, line, TOKENS) &&
-        tensor_map(q->map_maker, &v, a.keys ? (const void *)a.values : kv->values, MANY, line, line, TOKENS))
-        launch<WIDE_BLOCK>(q, "attention", true, flash_wide, grid, WIDE_SHARED, a, k, v);
-    else
-        launch(q, "attention", true, flash, grid, FLASH_SHARED, a);
+    for (int64_t first = 0, n; first < step->n_spans; first += n) {
+        int64_t pages = 0, tiles = 0, most = 0;
+        for (n = 0; first + n < step->n_spans; n++) {
+            const struct span *span = &step->spans[first + n];
+            int64_t own = (span->past + span->n + KV_PAGE - 1) / KV_PAGE;
+            if (copied && pages + own > room) break;
+            pages += own;
+            if (own > most) most = own;
+            tiles += (span->n * group + PAIRS - 1) / PAIRS;
+        }
+        if (n == 0) { /* no room for its copy */
+            const struct span *span = &step->spans[first];
+            cuda_attention_some(q, y, qg, n_heads, kv, rows, span->first, span->n);
+            n = 1;
+            continue;
+        }
+        a.rows = *rows;
+        a.rows.spans += first;
+        a.rows.pages += first * rows->pages_each;
+        a.rows.n_spans = (int)n;
+        if (copied) {
+            __nv_bfloat16 *keys = (__nv_bfloat16 *)q->prefill.down, *values = keys + pages * page;
+            launch(q, "attention", true, gather_cache, dim3(4, (unsigned)most, (unsigned)n), 0, keys, values, *kv, a.rows);
+            a.keys = keys;
+            a.values = values;
+        }
+        dim3 grid((unsigned)tiles, (unsigned)kv->n_kv_heads);
+        CUtensorMap k, v;
+        if (q->has_wide && aligned && WIDE_SHARED + 2048 <= q->shared_max &&
+            tensor_map(q->map_maker, &k, copied ? (const void *)a.keys : kv->keys, MANY, line, line, TOKENS) &&
+            tensor_map(q->map_maker, &v, copied ? (const void *)a.values : kv->values, MANY, line, line, TOKENS))
+            launch<WIDE_BLOCK>(q, "attention", true, flash_wide, grid, WIDE_SHARED, a, k, v);
+        else
+            launch(q, "attention", true, flash, grid, FLASH_SHARED, a);
+    }
     return true;
 }

@@ -356,7 +356,7 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 {
     const cuda_prefill &s = q->prefill;
     const cuda_matrix &up = e.m[GATE], &down = e.m[DOWN];
-    if (n <= ROWS_EXACT || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
+    if (queue_few(q, n) || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols))
             return false;

@@ -169,6 +169,7 @@ struct queue {
     int next_graph;
     struct cuda_graph last; /* key and rows of the last step that could have been recorded */
     bool recording;
+    int64_t room; /* bytes at prefill.down */
 };
 
 static inline bool queue_failed(const struct queue *q)
@@ -180,7 +181,16 @@ bool queue_check(struct queue *q, cudaError_t status, const char *operation);
 void queue_refuse(struct queue *q, const char *operation, const char *why);
 /* The step's rows in device memory: uploaded if they differ from what lies there. NULL: failed. */
 const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *rows);
-/* Every span is one row, and no log is written or read. */
+/* Whether rows are computed as those of a prompt, and whether as those of a short step. */
+static inline bool queue_prompts(const struct queue *q)
+{
+    return q->current && q->current->prompts;
+}
+static inline bool queue_few(const struct queue *q, int64_t rows)
+{
+    return rows <= ROWS_EXACT && !queue_prompts(q);
+}
+/* Every span is one row, not of a prompt, and no log is written or read. */
 bool queue_decodes(const struct step_rows *rows);
 bool queue_logs(const struct step_rows *rows);
 bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what,
@@ -269,6 +279,9 @@ void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, st
                     const struct step_rows *rows);
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                     const struct step_rows *rows);
+/* rows [first, first + n) of the step */
+void cuda_attention_some(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                         const struct cuda_rows *rows, int64_t first, int64_t n);
 /* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
 void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* of one of up to ROWS_EXACT rows, several of a sequence; r->k stays as it is */

@@ -3,7 +3,8 @@
 #include "backend/cuda/batch.h"
 #include "base/arena.h"
 
-enum { BF16_BYTES = 2, UNIT = 64 };
+/* SCAN_BYTES: of a row and channel, scan.cu */
+enum { BF16_BYTES = 2, UNIT = 64, SCAN_BYTES = 8 };
 
 static int64_t whole(int64_t n)
 {
@@ -27,7 +28,12 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
     p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
     p->hidden = arena_take(a, p->picked * p->intermediate, parts * BF16_BYTES, 64);
-    p->down = arena_take(a, p->picked * p->width, sizeof *p->down, 64);
+    /* or what the scan of spans takes, and a copy of the cache; spans of whole chunks together may have a
+     * chunk more rows than the step */
+    int64_t scan = (p->rows + DELTA_CHUNK) * l->cols * SCAN_BYTES;
+    q->room = p->picked * p->width * (int64_t)sizeof *p->down;
+    if (q->room < scan) q->room = scan;
+    p->down = arena_take(a, q->room, 1, 64);
     p->slot_row = arena_take(a, p->picked, sizeof *p->slot_row, 64);
     p->slot_of = arena_take(a, p->picked, sizeof *p->slot_of, 64);
     p->tiles = arena_take(a, p->picked + l->n_experts + 1, 4 * sizeof *p->tiles, 64);
@@ -62,13 +68,13 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
     if (!r->lean) out.h = r->o;
     bool logs = queue_logs(rows);
     bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows)
-                        : rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
+                        : !rows->prompts && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
     if (!decoded && (logs || !cuda_scan(q, r, rows))) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
-    if (cuda_batch_delta_out(q, r, device_rows, false) || cuda_dense(q, &out)) return;
-    if (r->x.rows <= ROWS_EXACT && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
+    if ((!rows->prompts && cuda_batch_delta_out(q, r, device_rows, false)) || cuda_dense(q, &out)) return;
+    if (queue_few(q, r->x.rows) && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
         cuda_delta_out(q, r, device_rows, false);
         return;
     }
@@ -82,11 +88,11 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
     int dim = r->kv->head_dim;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
-    if (step->n_spans == step->n && step->n <= ROWS_BATCH) {
+    if (step->n_spans == step->n && step->n <= ROWS_BATCH && !step->prompts) {
         cuda_attention_decode(q, r, rows);
         return;
     }
-    if (step->n <= ROWS_EXACT) {
+    if (queue_few(q, step->n)) {
         cuda_attention_rows(q, r, rows);
         return;
     }
@@ -100,12 +106,12 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
 void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
 {
     attend(q, r, rows);
-    if (cuda_batch_attention_out(q, r)) return;
+    if (!rows->prompts && cuda_batch_attention_out(q, r)) return;
     struct cuda_products o = {
         .x = r->att, .add = r->x, .lean = r->lean, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
     };
     if (cuda_dense(q, &o)) return;
-    if (r->x.rows <= ROWS_EXACT && cuda_streams(q, &o.m[0])) {
+    if (queue_few(q, r->x.rows) && cuda_streams(q, &o.m[0])) {
         cuda_attention_out(q, r);
         return;
     }
@@ -115,7 +121,7 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
 
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)
 {
-    if (r->h.rows <= ROWS_EXACT) return false;
+    if (queue_few(q, r->h.rows)) return false;
     struct cuda_products out = {
         .x = r->gate, .up = r->up, .n = 1, .out = { r->shared }, .m = { cuda_matrix_of(r->w_down) }
     };

@@ -1,6 +1,7 @@
-/* Operations on more than ROWS_EXACT rows. Inputs of products are rounded to BF16 where the queue may round
- * (backend_options.rounded), else they are f32; inputs that weights want in E4M3 are that. Launchers that
- * return bool have done nothing where they return false: the shapes are not theirs. */
+/* Operations on more than ROWS_EXACT rows, or on those of prompts (step_rows). Inputs of products are rounded
+ * to BF16 where the queue may round (backend_options.rounded), else they are f32; inputs that weights want in
+ * E4M3 are that. Launchers that return bool have done nothing where they return false: the shapes are not
+ * theirs. */
 #ifndef BACKEND_CUDA_PREFILL_H
 #define BACKEND_CUDA_PREFILL_H
 #ifdef __cplusplus
@@ -44,7 +45,7 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
 /* flash.cu */
 bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                 const struct step_rows *rows);
-/* prefill.c: the fused runs of ops.h for any number of rows, or, returning bool, for more than ROWS_EXACT. */
+/* prefill.c: the fused runs of ops.h for any number of rows, or, returning bool, for many. */
 bool cuda_norm_products_many(struct queue *q, const struct norm_products *r);
 void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct step_rows *rows);
 void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows);

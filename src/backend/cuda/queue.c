@@ -197,7 +197,7 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
     struct cuda_matrix m = cuda_matrix_of(w);
     if (cuda_fp4_product(q, y, x, &m)) return;
     if (cuda_dense(q, &(struct cuda_products){ .x = x, .n = 1, .out = { y }, .m = { m } })) return;
-    if (cuda_batch_product(q, y, x, &m)) return;
+    if (!queue_prompts(q) && cuda_batch_product(q, y, x, &m)) return;
     if (cuda_streams(q, &m))
         cuda_product(q, y, x, &m);
     else
@@ -230,8 +230,9 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
 
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
-    bool streams = r->x.rows <= ROWS_EXACT;
-    if (cuda_batch_norm_products(q, r) || cuda_norm_products_many(q, r)) return;
+    bool streams = queue_few(q, r->x.rows);
+    q->batch.known = q->prefill.known = NULL; /* h will be another */
+    if ((!queue_prompts(q) && cuda_batch_norm_products(q, r)) || cuda_norm_products_many(q, r)) return;
     for (int i = 0; streams && i < r->n; i++) {
         struct cuda_matrix m = cuda_matrix_of(r->w[i]);
         streams = cuda_streams(q, &m);
@@ -270,8 +271,8 @@ static void attention_run(struct queue *q, const struct attention_run *r, const 
 
 static void moe_run(struct queue *q, const struct moe_run *r)
 {
-    if (cuda_batch_moe(q, r) || cuda_moe_many(q, r)) return;
-    if (r->h.rows > ROWS_EXACT || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
+    if ((!queue_prompts(q) && cuda_batch_moe(q, r)) || cuda_moe_many(q, r)) return;
+    if (!queue_few(q, r->h.rows) || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
         fused_moe(&cuda_ops, q, r);
 }
 

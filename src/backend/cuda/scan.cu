@@ -539,20 +539,21 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
     int shared = scan_shared(q->has_pdl ? 3 : 2);
-    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 16 * step->n_spans || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
-        s->kernel != TAPS || shared + 1024 > q->shared_max)
+    bool many = step->prompts || (step->n > ROWS_EXACT && step->n >= 16 * step->n_spans);
+    if (!q->rounded || !many || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM || s->kernel != TAPS ||
+        shared + 1024 > q->shared_max)
         return false;
     for (int64_t i = 0; i < step->n_spans; i++) chunks += (step->spans[i].n + CHUNK - 1) / CHUNK;
     scan_args p = {};
     uint8_t *at = (uint8_t *)q->prefill.down;
-    int64_t heads = s->value_heads, room = q->prefill.picked * q->prefill.width * (int64_t)sizeof(float);
+    int64_t heads = s->value_heads;
     place(p.qk, at, step->n * 2 * s->key_heads * DIM);
     place(p.v, at, step->n * heads * DIM);
     place(p.U, at, chunks * heads * BIG);
     place(p.W, at, chunks * heads * BIG);
     place(p.M, at, chunks * heads * SQUARE);
     place(p.sums, at, chunks * heads * CHUNK);
-    if (at - (uint8_t *)q->prefill.down > room) return false;
+    if (at - (uint8_t *)q->prefill.down > q->room) return false;
     CUtensorMap qk = {}, v = {};
     int64_t keys = 2 * s->key_heads * DIM, values = heads * DIM;
     if (q->has_pdl && (!tensor_map(q->map_maker, &qk, p.qk, step->n, keys, keys, CHUNK) || !tensor_map(q->map_maker, &v, p.v, step->n, values, values, CHUNK))) return false;
