@@ -209,13 +209,14 @@ bool takes(const struct queue *q, const cuda_matrix &m)
 }
 
 /* Of FP8 only what is worth the library's own launch. */
+/* FP8 only where it is worth it, which depends on the rows; so not in prompts' steps, see is_library. */
 bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
     constexpr int64_t WORTH = (int64_t)1 << 31; /* products of two numbers */
     if (!q->blas || y.stride % 4 != 0 || (uintptr_t)y.data % 16 != 0) return false;
     if (m.format == WEIGHT_FP8)
         return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * y.rows * m.cols > WORTH &&
-               (uintptr_t)m.scale % 16 == 0;
+               (uintptr_t)m.scale % 16 == 0 && !queue_prompts(q);
     return m.format == WEIGHT_BF16;
 }
 
