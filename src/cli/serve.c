@@ -433,10 +433,11 @@ static bool check_deterministic(const struct service *v, const struct settings *
     if (!s->deterministic) return true;
     const char *name = v->backend.name;
     if (v->backend.few_differ && s->sequences > ROWS_EXACT)
-        return err_set(e, ERR_UNSUPPORTED,
-                       "--deterministic: on a GPU the last bits of an answer depend on whether more than %d are "
-                       "generated; --max-num-seqs %d is the most",
-                       ROWS_EXACT, ROWS_EXACT);
+        return err_set(
+            e, ERR_UNSUPPORTED,
+            "--deterministic: on a GPU the last bits of an answer depend on whether more than %d are "
+            "generated; --max-num-seqs %d is the most",
+            ROWS_EXACT, ROWS_EXACT);
     return !strstr(name, "amx") ||
            err_set(e, ERR_UNSUPPORTED,
                    "--deterministic: AMX adds in its own order; --cpu-mask avx512bf16 leaves it out");
