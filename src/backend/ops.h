@@ -233,6 +233,15 @@ struct moe_run {
     bool lean;
 };
 
+/* What calibration learns of a layer's experts from a step's rows, all of them from all rows, whoever the
+ * router picks. Of every expert e: h = SiLU(gate_e x) * up_e x; absmax(top + e, h); moments(down + e *
+ * intermediate^2, h). And moments(block, x). Everything is the backend's memory. */
+struct observation {
+    uint32_t *top;       /* [n_experts] */
+    float *block, *down; /* [hidden][hidden], [n_experts][intermediate][intermediate]; NULL: not wanted */
+    struct mat gate, up; /* scratch: columns of as many experts as may be done together, at least one */
+};
+
 struct ops {
     const char *name;
 
@@ -345,6 +354,13 @@ struct ops {
     void (*experts)(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                     const struct experts *experts);
 
+    /* *top = the largest of it and |x|, as bits of an f32 without its sign: a NaN is above infinity, so none
+     * gets lost. */
+    void (*absmax)(struct queue *q, uint32_t *top, struct mat x);
+    /* h[i][j] += sum over rows r of x[r][i] * x[r][j], for j >= i at least; what is below is unspecified. h:
+     * [x.cols][x.cols]. */
+    void (*moments)(struct queue *q, float *h, struct mat x);
+
     /* In place, per row: x - log(sum e^x), the log-probabilities. */
     void (*log_softmax)(struct queue *q, struct mat x);
     /* out[i] = sum_c e^p[i][c] * (p[i][c] - other[i][c]), both log-probabilities: KL divergence in nats. out:
@@ -367,6 +383,8 @@ struct ops {
     void (*delta_run)(struct queue *q, const struct delta_run *r, const struct step_rows *rows);
     void (*attention_run)(struct queue *q, const struct attention_run *r, const struct step_rows *rows);
     void (*moe_run)(struct queue *q, const struct moe_run *r);
+    void (*observe)(struct queue *q, const struct observation *o, struct mat x,
+                    const struct experts *experts);
 };
 
 /* A backend and its one queue. */

@@ -260,6 +260,10 @@ void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* calibrate.cu */
+void cuda_absmax(struct queue *q, uint32_t *top, struct mat x);
+void cuda_moments(struct queue *q, float *h, struct mat x);
+void cuda_observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);

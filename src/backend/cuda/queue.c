@@ -314,6 +314,8 @@ const struct ops cuda_ops = {
     .attention_all = cuda_attention_all,
     .route = cuda_route,
     .experts = experts,
+    .absmax = cuda_absmax,
+    .moments = cuda_moments,
     .log_softmax = cuda_log_softmax,
     .divergence = cuda_divergence,
     .pick = cuda_pick,
@@ -325,4 +327,5 @@ const struct ops cuda_ops = {
     .delta_run = delta_run,
     .attention_run = attention_run,
     .moe_run = moe_run,
+    .observe = cuda_observe,
 };
