@@ -184,7 +184,8 @@ static struct guarded run_fused(const struct backend *b, const struct logging *l
                            1e-6f,
                            b == &ref ? l->out.ref : l->out.cpu,
                            &state,
-                           s };
+                           s,
+                           false };
     b->ops->delta_run(b->queue, &r, step);
     finish();
     struct guarded *all[] = { &u, &a, &beta, &qkv, &z, &gain, &x, &y, &made };

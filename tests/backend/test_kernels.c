@@ -201,6 +201,7 @@ int main(void)
         cmocka_unit_test_prestate(family_on_device, (void *)&families[10]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[11]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[12]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[13]),
     };
     int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
                              : cmocka_run_group_tests(tests, NULL, NULL);
