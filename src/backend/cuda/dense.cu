@@ -17,6 +17,9 @@ struct input_args {
     uint8_t *codes;                              /* E4M3, likewise */
     float *scale;
     int parts;
+    bool narrow;               /* as in cuda_products */
+    const __nv_bfloat16 *one;  /* a matrix of one row, whose product with the inputs goes to one_out; NULL: none */
+    mat one_out;
 };
 
 __device__ __forceinline__ void load4(float (&v)[4], const float *from)
@@ -27,6 +30,13 @@ __device__ __forceinline__ void load4(float (&v)[4], const float *from)
     } else {
         for (int i = 0; i < 4; i++) v[i] = from[i];
     }
+}
+
+__device__ __forceinline__ void load4(float (&v)[4], const __nv_bfloat16 *from)
+{
+    uint2 w = *(const uint2 *)from;
+    v[0] = __uint_as_float(w.x << 16), v[1] = __uint_as_float(w.x & 0xffff0000u);
+    v[2] = __uint_as_float(w.y << 16), v[3] = __uint_as_float(w.y & 0xffff0000u);
 }
 
 /* Four columns from c on, a multiple of 4, in the order of tiles. */
@@ -41,7 +51,7 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
 {
     wait_for_previous();
     let_next_start();
-    __shared__ float part[2 * WARPS];
+    __shared__ float part[3 * WARPS];
     int64_t r = blockIdx.x;
     int n = (int)a.x.cols;
     const float *x = a.x.data + r * a.x.stride, *up = a.up.data + r * a.up.stride;
@@ -51,7 +61,10 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         int c = 4 * (threadIdx.x + i * THREADS);
         float z[4] = {}, own = 0;
         for (int k = 0; k < 4; k++) v[i][k] = 0;
-        if (c < n) load4(v[i], x + c);
+        if (c < n && a.narrow)
+            load4(v[i], (const __nv_bfloat16 *)x + c);
+        else if (c < n)
+            load4(v[i], x + c);
         if (c < n && a.up.data) load4(z, up + c);
         for (int k = 0; k < 4; k++) own = fmaf(v[i][k], v[i][k], own);
         if (a.head) {
@@ -69,6 +82,18 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
             int c = 4 * (threadIdx.x + i * THREADS);
             for (int k = 0; k < 4 && c < n; k++) v[i][k] = v[i][k] * scale * a.gain[c + k];
         }
+    }
+    if (a.one) {
+        float dot = 0, w[4];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int c = 4 * (threadIdx.x + i * THREADS);
+            if (c >= n) break;
+            load4(w, a.one + c);
+            for (int k = 0; k < 4; k++) dot = fmaf(v[i][k], w[k], dot);
+        }
+        dot = block_sum(dot, part + 2 * WARPS);
+        if (threadIdx.x == 0) a.one_out.data[r * a.one_out.stride] = dot;
     }
     float unit = 1;
     if (a.quantized || a.codes) {
@@ -209,15 +234,22 @@ bool takes(const struct queue *q, const cuda_matrix &m)
 }
 
 /* Of FP8 only what is worth the library's own launch. */
-/* FP8 only where it is worth it, which depends on the rows; so not in prompts' steps, see is_library. */
+/* FP8 only where it is worth it; for prompts as if they had 512 rows, see is_library. */
 bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
     constexpr int64_t WORTH = (int64_t)1 << 31; /* products of two numbers */
     if (!q->blas || y.stride % 4 != 0 || (uintptr_t)y.data % 16 != 0) return false;
     if (m.format == WEIGHT_FP8)
-        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * y.rows * m.cols > WORTH &&
-               (uintptr_t)m.scale % 16 == 0 && !queue_prompts(q);
+        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * (queue_prompts(q) ? 512 : y.rows) * m.cols > WORTH &&
+               (uintptr_t)m.scale % 16 == 0;
     return m.format == WEIGHT_BF16;
+}
+
+/* A row of BF16 weights is multiplied where the inputs are made. */
+bool is_one(const struct cuda_products *p, int i)
+{
+    const cuda_matrix &m = p->m[i];
+    return m.rows == 1 && m.format == WEIGHT_BF16 && m.cols % 4 == 0 && (uintptr_t)m.data % 8 == 0 && !(i == 0 && p->add.data);
 }
 
 /* Few weight rows cost less as tiles beside others than as a call of the library. Who computes a product must not depend on
@@ -227,6 +259,7 @@ bool is_library(const struct queue *q, const struct cuda_products *p, int i)
     constexpr int FEW_ROWS = 256;
     bool tiles = false;
     for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
+    if (is_one(p, i)) return false;
     bool few = tiles && p->m[i].rows <= FEW_ROWS;
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
@@ -262,6 +295,11 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
                 in.straight = (__nv_bfloat16 *)q->prefill.straight;
             continue;
         }
+        if (is_one(p, i) && !in.one) {
+            in.one = (const __nv_bfloat16 *)m.data;
+            in.one_out = p->out[i];
+            continue;
+        }
         if (i == 0) a.add = p->add;
         a.m[a.n] = m;
         a.out[a.n] = p->out[i];
@@ -287,14 +325,19 @@ void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, st
     prepare(q, a);
 }
 
+bool cuda_dense_takes(const struct queue *q, const struct cuda_products *p)
+{
+    if (queue_few(q, p->x.rows) || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD)) return false;
+    for (int i = 0; i < p->n; i++)
+        if (!takes(q, p->m[i])) return false;
+    return true;
+}
+
 bool cuda_dense(struct queue *q, const struct cuda_products *p)
 {
     dense_args a = {};
     input_args in = {};
-    if (queue_few(q, p->x.rows) || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD))
-        return false;
-    for (int i = 0; i < p->n; i++)
-        if (!takes(q, p->m[i])) return false;
+    if (!cuda_dense_takes(q, p)) return false;
     a.cols = (int)p->x.cols;
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
@@ -307,6 +350,7 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     in.eps = p->eps;
     in.head = p->head;
     in.scale = q->prefill.scale;
+    in.narrow = p->narrow;
     bool normed = p->gain && !p->head && p->h.data; /* experts may read it next */
     if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;

@@ -19,12 +19,14 @@ struct cuda_products {
     const float *gain;
     float eps;
     int head; /* 0: none */
-    bool lean;
+    bool lean, narrow; /* narrow: x holds BF16, in the first half of each row's bytes */
     int n;
     struct mat out[NORM_PRODUCTS_MAX];
     struct cuda_matrix m[NORM_PRODUCTS_MAX];
 };
 bool cuda_dense(struct queue *q, const struct cuda_products *p);
+/* Whether it will. */
+bool cuda_dense_takes(const struct queue *q, const struct cuda_products *p);
 /* x's rows (or, with up, SiLU(x) up) as BF16, in order of tile.cuh; E4M3 with one scale a row if quantized.
  */
 void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, struct mat up, bool quantized,
@@ -40,8 +42,9 @@ bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const stru
 void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most);
 /* y = what the picks gave (f32 in prefill.down, by slot), weighted, in their order. */
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p);
-/* scan.cu: conv and delta of the run. Rounds, like cuda_flash: not for a queue that must not. */
-bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *rows);
+/* scan.cu: conv and delta of the run. narrow: raw becomes BF16, in the first half of each row's bytes. Rounds, like
+ * cuda_flash: not for a queue that must not. */
+bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *rows, bool narrow);
 /* flash.cu */
 bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                 const struct step_rows *rows);

@@ -24,6 +24,7 @@ constexpr int BIG = CHUNK * DIM * 2, SQUARE = CHUNK * CHUNK * 2, NARROW = CHUNK 
 
 struct scan_args {
     mat u, a, b, o;
+    bool narrow; /* o is BF16, in the first half of each row's bytes */
     const float *conv_weight, *A_log, *dt_bias;
     float *conv, *matrix;
     delta_shape shape;
@@ -514,9 +515,14 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
         for (int h = 0; h < 2; h++) {
             int i = row0 + g + 8 * h;
             if (i >= left) continue;
-            float *to = p.o.data + (int64_t)(span.first + c * CHUNK + i) * p.o.stride + head * DIM + column + side * 8 + 2 * t;
-            to[0] = o[0][2 * h];
-            to[1] = o[0][2 * h + 1];
+            float *to = p.o.data + (int64_t)(span.first + c * CHUNK + i) * p.o.stride;
+            int at_column = head * DIM + column + side * 8 + 2 * t;
+            if (p.narrow) {
+                *(uint32_t *)((__nv_bfloat16 *)to + at_column) = pair_of(o[0][2 * h], o[0][2 * h + 1]);
+            } else {
+                to[at_column] = o[0][2 * h];
+                to[at_column + 1] = o[0][2 * h + 1];
+            }
         }
     }
 #pragma unroll
@@ -534,7 +540,7 @@ template <class P> void place(P *&p, uint8_t *&at, int64_t count)
 
 } /* namespace */
 
-bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *step)
+bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *step, bool narrow)
 {
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
@@ -563,6 +569,7 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     p.a = r->a;
     p.b = r->b;
     p.o = r->raw;
+    p.narrow = narrow;
     p.conv_weight = r->conv_weight;
     p.A_log = r->A_log;
     p.dt_bias = r->dt_bias;
