@@ -244,8 +244,8 @@ static void moe_runs(void)
     for (int f = 0; f < 3; f++) {
         moe_run_case(formats[f], 40, 256, 128, 2, f == 1);
         moe_run_case(formats[f], 200, 128, 256, 4, f != 1);
-        moe_run_case(formats[f], 1 + random_below(3), 16 * (1 + random_below(20)), 16 * (1 + random_below(16)), 4,
-                     f != 1);
+        moe_run_case(formats[f], 1 + random_below(3), 16 * (1 + random_below(20)),
+                     16 * (1 + random_below(16)), 4, f != 1);
     }
 }
 
@@ -258,8 +258,8 @@ static void delta_runs(void)
 
 static void attention_runs(void)
 {
-    static const int64_t n[][3] = { { 64, 1, 1 },    { 40, 1, 3 }, { 65, 2, 130 }, { 100, 64, 63 },
-                                    { 5, 1, 9 },     { 1, 1, 1 },  { 1, 1, 1 } };
+    static const int64_t n[][3] = { { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 }, { 100, 64, 63 },
+                                    { 5, 1, 9 },  { 1, 1, 1 },  { 1, 1, 1 } };
     static const int64_t past[][3] = { { 0, 0, 0 },    { 5, 100, 0 },  { 200, 1, 127 }, { 300, 0, 65 },
                                        { 62, 0, 190 }, { 450, 15, 0 }, { 16, 300, 137 } };
     reserve(300, 4096, 64, 2, 4);

@@ -78,8 +78,8 @@ static void gdn_small(void **state)
     json_decref(root);
 }
 
-static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows, delta_runs,
-                                          products,     experts,        fp4_experts, rows,      sequences,
+static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows,  delta_runs,
+                                          products,     experts,        fp4_experts, rows,       sequences,
                                           vision,       logged_rows,    prompt_rows, calibration };
 
 /* QUENCH_FAMILY: the place of one in families[], which alone is tested. */

@@ -18,7 +18,7 @@ struct cuda_products {
     struct mat x, up, h, add;
     const float *gain;
     float eps;
-    int head; /* 0: none */
+    int head;          /* 0: none */
     bool lean, narrow; /* narrow: x holds BF16, in the first half of each row's bytes */
     int n;
     struct mat out[NORM_PRODUCTS_MAX];
@@ -42,8 +42,8 @@ bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const stru
 void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most);
 /* y = what the picks gave (f32 in prefill.down, by slot), weighted, in their order. */
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p);
-/* scan.cu: conv and delta of the run. narrow: raw becomes BF16, in the first half of each row's bytes. Rounds, like
- * cuda_flash: not for a queue that must not. */
+/* scan.cu: conv and delta of the run. narrow: raw becomes BF16, in the first half of each row's bytes.
+ * Rounds, like cuda_flash: not for a queue that must not. */
 bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *rows, bool narrow);
 /* flash.cu */
 bool cuda_flash(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,

@@ -23,8 +23,7 @@ bool tensor_map(void *maker, CUtensorMap *out, const void *data, int64_t rows, i
                 int box_rows)
 {
     enum { BOX_COLS = 64, BYTES = 2 };
-    cuuint64_t size[2] = { (cuuint64_t)cols, (cuuint64_t)rows },
-               stride[1] = { (cuuint64_t)(pitch * BYTES) };
+    cuuint64_t size[2] = { (cuuint64_t)cols, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)(pitch * BYTES) };
     cuuint32_t box[2] = { BOX_COLS, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
     return maker && (*(encode **)&maker)(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)data,
                                          size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,

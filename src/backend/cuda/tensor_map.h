@@ -1,5 +1,5 @@
-/* BF16 matrices as the copy engine of compute capability 9.0 takes them: boxes of `box_rows` rows by 64 columns,
- * which it lays into shared memory as wide_matrix (wide.cuh) has them. */
+/* BF16 matrices as the copy engine of compute capability 9.0 takes them: boxes of `box_rows` rows by 64
+ * columns, which it lays into shared memory as wide_matrix (wide.cuh) has them. */
 #ifndef BACKEND_CUDA_TENSOR_MAP_H
 #define BACKEND_CUDA_TENSOR_MAP_H
 #ifdef __cplusplus
