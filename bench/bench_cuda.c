@@ -1,11 +1,12 @@
 /* Decoding on a GPU at the full size of the 35B-A3B model, the card's mix of formats, random weights.
- * usage: bench_cuda [card|bf16|fast] [LAYERS] [one | batch [ROWS] | verify | prefill [TOKENS]]
+ * usage: bench_cuda [card|bf16|fast] [LAYERS] [one [bf16|f32|fp8] | batch [ROWS] | verify | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
  * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one sequence that
- * may be taken back, with a head for each, as a round of speculation checks its drafts. prefill: one
- * sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
+ * other. one: one sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128
+ * only, or ROWS. verify: 1 to 5 rows of one sequence that may be taken back, with a head for each, as a round
+ * of speculation checks its drafts. prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of
+ * 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -31,6 +32,7 @@ static struct model model;
 static struct step *step;
 static struct layer_state *states;
 static double bandwidth;
+static int kv_bytes;  /* of a number of the cache */
 static bool verify;   /* rows are one sequence's, logged, and those of the step before stay */
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
@@ -203,7 +205,7 @@ static struct step_rows prompt_of(int n)
         rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { i, i, i } };
     for (int32_t i = 0; i < PROMPT / KV_PAGE; i++) pages[i] = i;
     span = (struct span){ .n = n, .pages = pages };
-    return (struct step_rows){ rows, n, &span, 1 };
+    return (struct step_rows){ rows, n, &span, 1, false };
 }
 
 /* Rows of sequences that have `depth` tokens. */
@@ -230,7 +232,7 @@ static struct step_rows rows_at(int n, int64_t depth)
         for (int64_t k = 0; k < each; k++) pages[i][k] = (int32_t)(i * each + k) % (CONTEXT / KV_PAGE + 1);
         spans[i] = (struct span){ .first = i, .n = 1, .past = depth, .pages = pages[i], .slot = i };
     }
-    return (struct step_rows){ rows, n, spans, n };
+    return (struct step_rows){ rows, n, spans, n, false };
 }
 
 static void wait(void)
@@ -302,7 +304,8 @@ static struct norm_products in_products(const struct layer *l, int64_t n)
                                        1e-6f,
                                        3,
                                        { mat_rows(step->qg, n), mat_rows(step->k, n), mat_rows(step->v, n) },
-                                       { l->attention.q, l->attention.k, l->attention.v } };
+                                       { l->attention.q, l->attention.k, l->attention.v },
+                                       .lean = true };
     return (struct norm_products){ mat_rows(step->h, n),
                                    mat_rows(step->x, n),
                                    l->input_norm,
@@ -310,7 +313,8 @@ static struct norm_products in_products(const struct layer *l, int64_t n)
                                    4,
                                    { mat_rows(step->u, n), mat_rows(step->z, n), mat_rows(step->a, n),
                                      mat_rows(step->b, n) },
-                                   { l->delta.qkv, l->delta.z, l->delta.a, l->delta.b } };
+                                   { l->delta.qkv, l->delta.z, l->delta.a, l->delta.b },
+                                   .lean = true };
 }
 
 static void run_in(enum layer_kind kind, int64_t n)
@@ -353,7 +357,8 @@ static void delta_mix(const struct step_rows *rows)
                                1e-6f,
                                w->out,
                                &states[i].delta,
-                               &model.delta_shape };
+                               &model.delta_shape,
+                               .lean = true };
         step->op->delta_run(step->q, &r, rows);
     }
 }
@@ -376,7 +381,8 @@ static void attention_mix(const struct step_rows *rows)
                                    1e-6f,
                                    &model.rope,
                                    &states[i].kv,
-                                   w->o };
+                                   w->o,
+                                   .lean = true };
         step->op->attention_run(step->q, &r, rows);
     }
 }
@@ -393,7 +399,8 @@ static void router(const struct step_rows *rows)
                                    4,
                                    { mat_rows(step->router, n), mat_rows(step->shared_gate, n),
                                      mat_rows(step->gate, n), mat_rows(step->up, n) },
-                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up } };
+                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up },
+                                   .lean = false };
         step->op->norm_products(step->q, &p);
     }
 }
@@ -414,7 +421,8 @@ static void moe(const struct step_rows *rows)
                              mat_rows(step->shared_gate, n),
                              &step->picks,
                              &w->experts,
-                             w->down };
+                             w->down,
+                             .lean = true };
         step->op->moe_run(step->q, &r);
     }
 }
@@ -481,7 +489,7 @@ static struct bytes bytes_for(int n, int64_t depth)
         .delta_in = linear * (12288.0 * HIDDEN * bytes_of(of_delta) + 64.0 * HIDDEN * 2),
         .delta_mix = linear * (4096.0 * HIDDEN * bytes_of(of_delta) + state_bytes(n)),
         .attention_in = full * 9216.0 * HIDDEN * d,
-        .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (double)(depth + 1) * 2048),
+        .attention_mix = full * (4096.0 * HIDDEN * d + (verify ? 1 : n) * (depth + 1.0) * 1024 * kv_bytes),
         .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),
         .moe = config.n_layers * INNER * HIDDEN * (d + 3.0 * EXPERTS * (1 - miss) * bytes_of(of_expert)),
         .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
@@ -528,6 +536,9 @@ int main(int argc, char **argv)
     int n_layers = argc > 2 ? atoi(argv[2]) : 40;
     bool prefill = argc > 3 && strcmp(argv[3], "prefill") == 0, one = argc > 3 && strcmp(argv[3], "one") == 0;
     bool batch = argc > 3 && strcmp(argv[3], "batch") == 0;
+    const char *cache = one && argc > 4 ? argv[4] : "bf16";
+    enum kv_dtype kv = strcmp(cache, "f32") == 0 ? KV_F32 : strcmp(cache, "fp8") == 0 ? KV_FP8 : KV_BF16;
+    kv_bytes = kv == KV_F32 ? 4 : kv == KV_FP8 ? 1 : 2;
     int rows = batch && argc > 4 ? atoi(argv[4]) : 0;
     verify = argc > 3 && strcmp(argv[3], "verify") == 0;
     struct err e = { 0 };
@@ -543,7 +554,7 @@ int main(int argc, char **argv)
     wait();
     states = calloc((size_t)n_layers, sizeof *states);
     for (int i = 0; i < n_layers; i++)
-        check(layer_state_create(&states[i], &model, i, KV_BF16, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
+        check(layer_state_create(&states[i], &model, i, kv, CONTEXT / KV_PAGE + 1, ROWS, &e), &e);
     for (int i = 0; verify && i < n_layers; i++)
         check(layer_state_add_log(&states[i], &model, i, ROWS, DRAFTS + 1, &e), &e);
     check(step_create(&step, &model, prefill ? PROMPT : 256, ROWS, CONTEXT, &e), &e);

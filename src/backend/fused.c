@@ -54,3 +54,19 @@ void fused_moe(const struct ops *op, struct queue *q, const struct moe_run *r)
     op->add_gated(q, r->y, r->shared, r->shared_gate);
     op->add(q, r->x, r->y);
 }
+
+void fused_observe(const struct ops *op, struct queue *q, const struct observation *o, struct mat x,
+                   const struct experts *experts)
+{
+    struct mat gate = o->gate, up = o->up;
+    gate.rows = up.rows = x.rows;
+    gate.cols = up.cols = experts->gate[0]->rows;
+    if (o->block) op->moments(q, o->block, x);
+    for (int i = 0; i < experts->n_experts; i++) {
+        op->matmul(q, gate, x, experts->gate[i]);
+        op->matmul(q, up, x, experts->up[i]);
+        op->silu_mul(q, gate, gate, up);
+        op->absmax(q, o->top + i, gate);
+        if (o->down) op->moments(q, o->down + i * gate.cols * gate.cols, gate);
+    }
+}

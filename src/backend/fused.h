@@ -11,4 +11,6 @@ void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *
 void fused_attention(const struct ops *op, struct queue *q, const struct attention_run *r,
                      const struct step_rows *rows);
 void fused_moe(const struct ops *op, struct queue *q, const struct moe_run *r);
+void fused_observe(const struct ops *op, struct queue *q, const struct observation *o, struct mat x,
+                   const struct experts *experts);
 #endif

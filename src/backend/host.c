@@ -1,4 +1,5 @@
 #include "backend/host.h"
+#include "num/bf16.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -109,5 +110,19 @@ void host_edit(struct queue *q, struct mat x, const struct logit_edit *edits, in
     for (int64_t i = 0; i < n; i++) {
         float *at = x.data + edits[i].row * x.stride + edits[i].column;
         *at = edit_apply(*at, &edits[i]);
+    }
+}
+
+void host_absmax(struct queue *q, uint32_t *top, struct mat x)
+{
+    (void)q;
+    for (int64_t r = 0; r < x.rows; r++) {
+        const float *row = x.data + r * x.stride;
+        uint32_t most = 0;
+        for (int64_t c = 0; c < x.cols; c++) {
+            uint32_t u = f32_bits(row[c]) & 0x7fffffffu;
+            most = u > most ? u : most;
+        }
+        if (most > *top) *top = most;
     }
 }

@@ -16,5 +16,6 @@ void host_pick(struct queue *q, float *out, struct mat x, const int32_t *column)
 void host_argmax(struct queue *q, int32_t *out, struct mat x);
 void host_mask(struct queue *q, struct mat x, const uint32_t *allowed);
 void host_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
+void host_absmax(struct queue *q, uint32_t *top, struct mat x);
 void host_zero(struct queue *q, void *memory, uint64_t bytes);
 #endif

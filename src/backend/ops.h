@@ -7,9 +7,9 @@
  * what follows and hands its first failure to wait(). So the forward pass reads plainly.
  *
  * Every operation computes a row from that row and its own sequence only, in an order of additions that does
- * not depend on the other rows of the step: the same row has the same bits alone and in a batch (steps up to
- * ROWS_EXACT rows; longer spans of one sequence may use the chunked DeltaNet scan, which differs by
- * rounding). */
+ * not depend on the other rows of the step: the same row has the same bits alone and in a batch, in steps of
+ * up to ROWS_EXACT rows and in those of prompts (step_rows). A prompt's spans are to begin at multiples of
+ * DELTA_CHUNK rows from where its last one of another length ended: the DeltaNet scan may go by chunks. */
 #ifndef BACKEND_OPS_H
 #define BACKEND_OPS_H
 #include "base/err.h"
@@ -107,6 +107,9 @@ struct step_rows {
     int64_t n;
     const struct span *spans; /* cover the rows, in order */
     int64_t n_spans;
+    bool prompts; /* all are pieces of prompts, to be computed as rows of a long step however few they are:
+                     where these are computed otherwise than those of short ones, a row's bits then depend on
+                     its own sequence only */
 };
 
 /* State of sequences. */
@@ -182,7 +185,8 @@ struct step_limits {
 
 /* Runs of operations that a backend may do in fewer passes. Each leaves in y, x and the matrices named as
  * results what the plain operations leave that its comment lists, in that order; other matrices it may use
- * up. fused.h does them one by one. */
+ * up. lean: y, h of a norm and the results but picks are not wanted and may be used up too. fused.h does them
+ * one by one. */
 
 /* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
 struct norm_products {
@@ -192,6 +196,7 @@ struct norm_products {
     int n; /* at most NORM_PRODUCTS_MAX */
     struct mat out[NORM_PRODUCTS_MAX];
     const struct weight *w[NORM_PRODUCTS_MAX];
+    bool lean;
 };
 
 /* conv(conv, u); delta(raw, conv, a, b); gated_norm(o, raw, z); matmul(y, o, out); add(x, y). Results: o. */
@@ -202,6 +207,7 @@ struct delta_run {
     const struct weight *out;
     const struct delta_state *state;
     const struct delta_shape *shape;
+    bool lean;
 };
 
 /* norm_rope(qg); norm_rope(k); kv_append(k, v); attention(att, qg); matmul(y, att, o); add(x, y). Results:
@@ -214,6 +220,7 @@ struct attention_run {
     const struct rope *rope;
     const struct kv_cache *kv;
     const struct weight *o;
+    bool lean;
 };
 
 /* route(picks, logits); experts(y, h); silu_mul(hidden, gate, up); matmul(shared, hidden);
@@ -223,6 +230,16 @@ struct moe_run {
     const struct picks *picks;
     const struct experts *experts;
     const struct weight *w_down;
+    bool lean;
+};
+
+/* What calibration learns of a layer's experts from a step's rows, all of them from all rows, whoever the
+ * router picks. Of every expert e: h = SiLU(gate_e x) * up_e x; absmax(top + e, h); moments(down + e *
+ * intermediate^2, h). And moments(block, x). Everything is the backend's memory. */
+struct observation {
+    uint32_t *top;       /* [n_experts] */
+    float *block, *down; /* [hidden][hidden], [n_experts][intermediate][intermediate]; NULL: not wanted */
+    struct mat gate, up; /* scratch: columns of as many experts as may be done together, at least one */
 };
 
 struct ops {
@@ -337,6 +354,13 @@ struct ops {
     void (*experts)(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                     const struct experts *experts);
 
+    /* *top = the largest of it and |x|, as bits of an f32 without its sign: a NaN is above infinity, so none
+     * gets lost. */
+    void (*absmax)(struct queue *q, uint32_t *top, struct mat x);
+    /* h[i][j] += sum over rows r of x[r][i] * x[r][j], for j >= i at least; what is below is unspecified. h:
+     * [x.cols][x.cols]. */
+    void (*moments)(struct queue *q, float *h, struct mat x);
+
     /* In place, per row: x - log(sum e^x), the log-probabilities. */
     void (*log_softmax)(struct queue *q, struct mat x);
     /* out[i] = sum_c e^p[i][c] * (p[i][c] - other[i][c]), both log-probabilities: KL divergence in nats. out:
@@ -359,6 +383,8 @@ struct ops {
     void (*delta_run)(struct queue *q, const struct delta_run *r, const struct step_rows *rows);
     void (*attention_run)(struct queue *q, const struct attention_run *r, const struct step_rows *rows);
     void (*moe_run)(struct queue *q, const struct moe_run *r);
+    void (*observe)(struct queue *q, const struct observation *o, struct mat x,
+                    const struct experts *experts);
 };
 
 /* A backend and its one queue. */
@@ -368,6 +394,8 @@ struct backend {
     char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
     int64_t step_rows;    /* of a prompt at once, enough to keep it busy */
+    bool few_differ; /* rows of steps of up to ROWS_EXACT rows are computed otherwise than those of longer
+                        ones: step_rows.prompts matters */
     uint64_t memory,
         memory_free; /* bytes of the device's own, in all and when it was opened; 0: the host's */
 };

@@ -15,6 +15,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
     if (cuda_queue_create(&b->queue, options, e)) {
         snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
         b->step_rows = 4096;
+        b->few_differ = true;
         cuda_queue_memory(&b->memory, &b->memory_free);
         return true;
     }

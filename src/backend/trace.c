@@ -26,6 +26,8 @@ enum op {
     OP_ATTENTION_ALL,
     OP_ROUTE,
     OP_EXPERTS,
+    OP_ABSMAX,
+    OP_MOMENTS,
     OP_LOG_SOFTMAX,
     OP_DIVERGENCE,
     OP_PICK,
@@ -36,10 +38,10 @@ enum op {
     N_OPS
 };
 static const char *const op_names[N_OPS] = {
-    "matmul",    "embed",     "add",           "rmsnorm", "gather",  "silu_mul",    "add_gated",
-    "norm_rope", "kv_append", "attention",     "conv",    "delta",   "gated_norm",  "layer_norm",
-    "add_bias",  "rotate",    "attention_all", "route",   "experts", "log_softmax", "divergence",
-    "pick",      "argmax",    "mask",          "edit",    "draw",
+    "matmul",      "embed",      "add",           "rmsnorm", "gather",  "silu_mul",   "add_gated",
+    "norm_rope",   "kv_append",  "attention",     "conv",    "delta",   "gated_norm", "layer_norm",
+    "add_bias",    "rotate",     "attention_all", "route",   "experts", "absmax",     "moments",
+    "log_softmax", "divergence", "pick",          "argmax",  "mask",    "edit",       "draw",
 };
 enum { ENTRIES_MAX = 128 };
 
@@ -488,6 +490,22 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
     t->entries[OP_EXPERTS].flops += 6 * (uint64_t)(x.rows * picks->k) * (uint64_t)w->rows * (uint64_t)w->cols;
 }
 
+static void absmax(struct queue *q, uint32_t *top, struct mat x)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->absmax(t->q, top, x);
+    end(t, OP_ABSMAX, start, 0, 0);
+}
+
+static void moments(struct queue *q, float *h, struct mat x)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->moments(t->q, h, x);
+    end(t, OP_MOMENTS, start, 0, (uint64_t)x.rows * (uint64_t)x.cols * (uint64_t)x.cols);
+}
+
 static void log_softmax(struct queue *q, struct mat x)
 {
     struct trace *t = trace_of(q);
@@ -585,6 +603,15 @@ static void moe_run(struct queue *q, const struct moe_run *r)
         fused_moe(&trace_ops, q, r);
 }
 
+static void observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts)
+{
+    struct trace *t = trace_of(q);
+    if (t->mode == TRACE_OFF)
+        t->op->observe(t->q, o, x, experts);
+    else
+        fused_observe(&trace_ops, q, o, x, experts);
+}
+
 static const struct ops trace_ops = {
     .name = "trace",
     .weight_create = weight_create,
@@ -624,6 +651,8 @@ static const struct ops trace_ops = {
     .attention_all = attention_all,
     .route = route,
     .experts = experts,
+    .absmax = absmax,
+    .moments = moments,
     .log_softmax = log_softmax,
     .divergence = divergence,
     .pick = pick,
@@ -635,6 +664,7 @@ static const struct ops trace_ops = {
     .delta_run = delta_run,
     .attention_run = attention_run,
     .moe_run = moe_run,
+    .observe = observe,
 };
 
 bool trace_create(struct backend *out, const struct backend *inner, struct err *e)

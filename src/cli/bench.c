@@ -172,7 +172,7 @@ struct planning {
 static bool plan_test(void *ctx, const struct bench_test *t, struct err *e)
 {
     struct planning *p = ctx;
-    struct engine_options o = bench_engine(t, p->s->step_rows, common_kv_dtype(&p->s->common)),
+    struct engine_options o = bench_engine(t, p->s->step_rows, common_kv_dtype(&p->s->common, p->backend)),
                           most = bench_engine(&p->largest, p->s->step_rows, o.kv);
     if (o.context * o.sequences > most.context * most.sequences) p->largest = *t;
     return plan_device(p->checkpoint, p->backend, &o, NULL, true, e);
@@ -183,7 +183,7 @@ static bool plan_tests(const struct settings *s, const struct matrix *m, const s
 {
     struct planning p = { s, c, b, { 0 } };
     if (!each_test(m, plan_test, &p, e)) return false;
-    struct engine_options o = bench_engine(&p.largest, s->step_rows, common_kv_dtype(&s->common));
+    struct engine_options o = bench_engine(&p.largest, s->step_rows, common_kv_dtype(&s->common, b));
     return plan_device(c, b, &o, NULL, s->common.quiet, e);
 }
 
@@ -236,11 +236,15 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
     struct report report = common_report(&s->common);
     struct loaded l;
     double start = clock_seconds();
-    bool ok = load(&l, o, s, m, threads, &report, e);
+    if (!load(&l, o, s, m, threads, &report, e)) {
+        unload(&l);
+        return false;
+    }
+    enum kv_dtype kv = common_kv_dtype(&s->common, &l.backend);
     struct bench_setting setting = { .model = s->model,
                                      .backend = &l.backend,
                                      .threads = threads,
-                                     .kv = common_kv_name(common_kv_dtype(&s->common)),
+                                     .kv = common_kv_name(kv),
                                      .activations = common_activations[s->common.fp4],
                                      .step_rows = s->step_rows,
                                      .load_seconds = clock_seconds() - start,
@@ -250,12 +254,12 @@ static bool run_threads(struct bench_printer *p, const struct source *o, const s
                                      .speed = l.speed,
                                      .tokens = o->tokens.ids,
                                      .n_tokens = (int64_t)o->tokens.n,
-                                     .kv = common_kv_dtype(&s->common),
+                                     .kv = kv,
                                      .step_rows = s->step_rows,
                                      .repetitions = (int)s->repetitions,
                                      .profile = s->profile,
                                      .report = &report };
-    ok = ok && each_test(m, run_test, &(struct running){ p, &setting, &options }, e);
+    bool ok = each_test(m, run_test, &(struct running){ p, &setting, &options }, e);
     unload(&l);
     return ok;
 }

@@ -1,4 +1,5 @@
 #include "cli/bench_speculative.h"
+#include "cli/plan.h"
 #include "eval/speculation.h"
 #include <stdio.h>
 
@@ -51,14 +52,17 @@ static bool measure(const struct bench_speculative *b, struct opened *o, const s
     int32_t eos[16];
     int n_eos = 0;
     struct speculation_result r;
+    struct plan_fits fits = { &o->checkpoint, backend, NULL, b->common->quiet };
     struct speculation_options options = { .model = &o->model,
                                            .tokenizer = o->tokenizer,
                                            .prompts = b->prompts,
                                            .max_tokens = b->max_tokens,
                                            .drafts = drafts,
-                                           .kv = common_kv_dtype(b->common),
+                                           .kv = common_kv_dtype(b->common, backend),
                                            .stop_tokens = eos,
-                                           .report = report };
+                                           .report = report,
+                                           .fits = plan_fits,
+                                           .ctx = &fits };
     if (!common_bind_mtp(o, drafts, e) || !checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e))
         return false;
     options.n_stop_tokens = n_eos;
@@ -85,7 +89,7 @@ bool bench_speculative(const struct bench_speculative *b, struct err *e)
     if (!drafts)
         return err_set(e, ERR_ARGUMENT,
                        "--prompts: --speculative-config is needed too, for what is compared");
-    bool ok = common_backend(&backend, b->common, e) && common_open(&o, b->model, &backend, &report, e) &&
+    bool ok = common_start(&backend, &o, b->common, b->model, e) && common_bind(&o, &backend, &report, e) &&
               measure(b, &o, &backend, drafts, &report, e);
     common_close(&o);
     backend_destroy(&backend);

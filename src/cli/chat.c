@@ -418,16 +418,16 @@ static bool may_colour(void)
     return isatty(STDOUT_FILENO) && !(none && *none) && terminal && strcmp(terminal, "dumb") != 0;
 }
 
-static struct engine_options engine_for(const struct settings *s)
+static struct engine_options engine_for(const struct settings *s, const struct backend *b)
 {
     return (struct engine_options){ .context = s->context,
-                                    .kv = common_kv_dtype(&s->common),
+                                    .kv = common_kv_dtype(&s->common, b),
                                     .drafts = s->drafts };
 }
 
 static bool open_chat(struct chat *c, struct engine **engine, const struct settings *s, struct err *e)
 {
-    struct engine_options eo = engine_for(s);
+    struct engine_options eo = engine_for(s, c->o->model.backend);
     c->thinking = (enum chat_thinking)s->thinking;
     c->messages = json_array();
     c->is_coloured = !s->common.json && may_colour();
@@ -461,8 +461,9 @@ static bool run(struct settings *s, struct err *e)
     int32_t eos[16], pictures[2];
     int n_eos = 0;
     bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
-              common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e);
-    struct engine_options eo = engine_for(s);
+              common_start(&b, &o, &s->common, s->model, e);
+    struct engine_options eo = { 0 };
+    if (ok) eo = engine_for(s, &b);
     ok = ok && plan_device(&o.checkpoint, &b, &eo, NULL, s->common.quiet, e) &&
          common_bind(&o, &b, &report, e) && common_bind_mtp(&o, s->drafts, e) &&
          checkpoint_eos_tokens(&o.checkpoint, eos, 16, &n_eos, e);

@@ -1,6 +1,8 @@
 #include "cli/common.h"
 #include "base/clock.h"
 #include "tokenizer/utf8.h"
+#include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,10 +14,15 @@ const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
 const char *const common_activations[] = { "bf16", "fp4", NULL };
 const char *const common_inputs[] = { "f32", "int8", NULL };
 
-enum kv_dtype common_kv_dtype(const struct common *c)
+static bool is_gpu(const struct backend *b)
+{
+    return strcmp(b->ops->name, "cuda") == 0;
+}
+
+enum kv_dtype common_kv_dtype(const struct common *c, const struct backend *b)
 {
     static const enum kv_dtype of[] = { KV_F32, KV_F32, KV_BF16, KV_FP8 };
-    return of[c->kv];
+    return c->kv == 0 && c->inputs && is_gpu(b) ? KV_BF16 : of[c->kv];
 }
 
 const char *common_kv_name(enum kv_dtype d)
@@ -100,7 +107,7 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
                                  .rounded = c->inputs,
                                  .fp4_activations = c->fp4 };
     if (!backend_create(b, &o, e)) return false;
-    if (!c->quiet && strcmp(b->ops->name, "cuda") == 0) fprintf(stderr, "quench: device: %s\n", b->name);
+    if (!c->quiet && is_gpu(b)) fprintf(stderr, "quench: device: %s\n", b->name);
     return true;
 }
 
@@ -178,6 +185,39 @@ bool common_open(struct opened *o, const char *path, struct backend *b, const st
                  struct err *e)
 {
     return common_open_files(o, path, e) && common_bind(o, b, report, e);
+}
+
+/* The files, opened by a thread of their own. */
+struct files {
+    struct opened *o;
+    const char *path;
+    struct err error;
+    bool ok;
+};
+
+static void *open_files(void *ctx)
+{
+    struct files *f = ctx;
+    f->ok = common_open_files(f->o, f->path, &f->error);
+    return NULL;
+}
+
+bool common_start(struct backend *b, struct opened *o, const struct common *c, const char *path,
+                  struct err *e)
+{
+    struct files f = { .o = o, .path = path };
+    pthread_t thread;
+    *b = (struct backend){ 0 };
+    errno = pthread_create(&thread, NULL, open_files, &f);
+    if (errno != 0) return err_errno(e, "thread");
+    bool ok = common_backend(b, c, e);
+    pthread_join(thread, NULL);
+    if (ok && !f.ok && e) *e = f.error;
+    if (ok && f.ok) return true;
+    if (f.ok) common_close(o);
+    if (ok) backend_destroy(b);
+    *b = (struct backend){ 0 };
+    return false;
 }
 
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e)

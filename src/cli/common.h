@@ -47,7 +47,7 @@ extern const char *const common_devices[],
 #define COMMON_KV_FLAG(c)                                                                                    \
     {                                                                                                        \
         "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
-            "how keys and values are kept (auto: as activations are, f32 on a CPU)", common_kv               \
+            "how keys and values are kept (auto: f32, on a GPU bf16)", common_kv                             \
     }
 #define COMMON_ACTIVATIONS_FLAGS(c)                                                                          \
     { "--nvfp4-activations",                                                                                 \
@@ -76,7 +76,8 @@ extern const char *const common_devices[],
             NULL                                                                                             \
     }
 
-enum kv_dtype common_kv_dtype(const struct common *c);
+/* auto: as activations are held, on a GPU BF16 where inputs of products are rounded, else f32. */
+enum kv_dtype common_kv_dtype(const struct common *c, const struct backend *b);
 const char *common_kv_name(enum kv_dtype d); /* "f32" */
 
 /* Progress on a terminal, warnings on stderr; a zeroed struct when quiet. */
@@ -101,6 +102,10 @@ bool common_open_files(struct opened *o, const char *path, struct err *e);
 bool common_bind(struct opened *o, struct backend *b, const struct report *report, struct err *e);
 bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
                  struct err *e);
+/* common_backend and common_open_files at the same time: a GPU takes as long to wake as files to be read. On
+ * failure nothing stays open. */
+bool common_start(struct backend *b, struct opened *o, const struct common *c, const char *path,
+                  struct err *e);
 /* The MTP head of an opened model, where drafts are wanted. */
 bool common_bind_mtp(struct opened *o, int drafts, struct err *e);
 void common_close(struct opened *o); /* accepts a zeroed one */

@@ -31,7 +31,7 @@ static void finish(struct doctor *d)
 
 int cli_doctor(int argc, char **argv)
 {
-    struct common common = { .quiet = true };
+    struct common common = { .inputs = 1, .quiet = true };
     struct doctor d = { .common = &common, .port = 8000, .root = "" };
     const struct flag flags[] = {
         { "--url", 0, FLAG_TEXT, &d.url, "URL", "a running server too; its key is read from OPENAI_API_KEY",

@@ -82,7 +82,7 @@ static void say_fit(struct doctor *d, const struct checkpoint *c)
     struct err e = { 0 };
     struct plan_options o = { .checkpoint = c,
                               .backend = &d->backend,
-                              .kv = common_kv_dtype(d->common),
+                              .kv = common_kv_dtype(d->common, &d->backend),
                               .sequences = 1,
                               .utilization = UTILIZATION };
     if (!plan_make(&one, &o, &e)) {

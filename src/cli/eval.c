@@ -1,6 +1,7 @@
 /* quench eval MODEL --tasks FILE.jsonl [--against OTHER] */
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "cli/plan.h"
 #include "eval/tasks.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,7 @@ struct outcome {
 static bool run_model(struct outcome *out, const char *path, const struct tasks *t, const struct settings *s,
                       struct backend *b, const struct report *report, struct err *e)
 {
+    struct plan_fits fits = { NULL, b, NULL, s->common.quiet };
     struct chat_template *template = NULL;
     struct opened opened = { 0 }, *o = &opened;
     int32_t eos[16];
@@ -45,6 +47,7 @@ static bool run_model(struct outcome *out, const char *path, const struct tasks 
               chat_template_load(&template, path, e);
     out->results = ok ? calloc((size_t)t->n, sizeof *out->results) : NULL;
     ok = ok && (out->results || err_memory(e, "results", (uint64_t)t->n * sizeof *out->results));
+    fits.checkpoint = &o->checkpoint;
     int32_t pictures[] = { (int32_t)o->checkpoint.config.image_token,
                            (int32_t)o->checkpoint.config.video_token };
     struct tasks_options options = { .tokenizer = o->tokenizer,
@@ -52,12 +55,14 @@ static bool run_model(struct outcome *out, const char *path, const struct tasks 
                                      .thinking = (enum chat_thinking)s->thinking,
                                      .sequences = (int)s->batch,
                                      .max_tokens = s->max_tokens,
-                                     .kv = common_kv_dtype(&s->common),
+                                     .kv = common_kv_dtype(&s->common, b),
                                      .stop_tokens = eos,
                                      .n_stop_tokens = n_eos,
                                      .never = pictures,
                                      .n_never = 2,
-                                     .report = report };
+                                     .report = report,
+                                     .fits = plan_fits,
+                                     .ctx = &fits };
     ok = ok && tasks_run(out->results, t, &o->model, &options, e);
     for (int64_t i = 0; ok && i < t->n; i++) {
         out->right += out->results[i].is_right;

@@ -180,11 +180,12 @@ static void print_speed(const struct generated *g, const struct speculation *s, 
     if (s->most) print_drafts(s);
 }
 
-static struct engine_options engine_for(const struct settings *s, const struct config *c, int64_t n_prompt)
+static struct engine_options engine_for(const struct settings *s, const struct backend *b,
+                                        const struct config *c, int64_t n_prompt)
 {
     int64_t most = c->max_position_embeddings - n_prompt;
     return (struct engine_options){ .context = n_prompt + (s->max_tokens < most ? s->max_tokens : most),
-                                    .kv = common_kv_dtype(&s->common),
+                                    .kv = common_kv_dtype(&s->common, b),
                                     .drafts = s->drafts };
 }
 
@@ -192,7 +193,7 @@ static struct engine_options engine_for(const struct settings *s, const struct c
 static bool fits(const struct settings *s, const struct opened *o, const struct backend *b,
                  const struct token_list *tokens, struct err *e)
 {
-    struct engine_options eo = engine_for(s, &o->checkpoint.config, (int64_t)tokens->n);
+    struct engine_options eo = engine_for(s, b, &o->checkpoint.config, (int64_t)tokens->n);
     return plan_device(&o->checkpoint, b, &eo, NULL, s->common.quiet, e);
 }
 
@@ -222,7 +223,7 @@ static bool answer(const struct settings *s, struct opened *o, const struct prom
                             .text = take_text,
                             .speculation = &speculation,
                             .report = report };
-    struct engine_options eo = engine_for(s, c, n);
+    struct engine_options eo = engine_for(s, o->model.backend, c, n);
     struct engine *engine;
     struct generated out = { 0 };
     if (!engine_create(&engine, &o->model, &eo, e)) return false;
@@ -252,10 +253,9 @@ static bool run(struct settings *s, struct err *e)
     struct picture pictures[TEXT_LIST_MAX] = { 0 };
     struct prompt prompt = { 0 };
     bool ok = check(s, &sampling, e) && common_drafts(&s->drafts, &s->common, s->model, e) &&
-              common_backend(&b, &s->common, e) && common_open_files(&o, s->model, e) &&
-              encode_prompt(&tokens, &o, s, e) && fits(s, &o, &b, &tokens, e) &&
-              common_bind(&o, &b, &report, e) && common_bind_mtp(&o, s->drafts, e) &&
-              lay_prompt(&prompt, &o, &tokens, pictures, s, e) &&
+              common_start(&b, &o, &s->common, s->model, e) && encode_prompt(&tokens, &o, s, e) &&
+              fits(s, &o, &b, &tokens, e) && common_bind(&o, &b, &report, e) &&
+              common_bind_mtp(&o, s->drafts, e) && lay_prompt(&prompt, &o, &tokens, pictures, s, e) &&
               answer(s, &o, &prompt, &sampling, &report, e);
     prompt_free(&prompt);
     for (int i = 0; i < s->images.n; i++) picture_free(&pictures[i]);

@@ -35,7 +35,7 @@ static void print_text(const struct settings *s, const struct perplexity_result 
            (long long)r->scored);
     printf(
         "kv cache    %s\nnvfp4 input %s\nactivations %s\ndevice      %s\ntime        %.1f s, %.0f tokens/s\n",
-        common_kv_name(common_kv_dtype(&s->common)), common_activations[s->common.fp4],
+        common_kv_name(common_kv_dtype(&s->common, b)), common_activations[s->common.fp4],
         common_inputs[s->common.inputs], b->name, r->seconds, (double)(r->scored + r->chunks) / r->seconds);
     if (!s->against) printf("perplexity  %.5f\n", r->perplexity);
 }
@@ -77,13 +77,13 @@ static void print_comparison(const struct comparison *c, const struct checkpoint
 }
 
 static void print_json(const struct settings *s, const struct perplexity_result *r,
-                       const struct comparison *c)
+                       const struct comparison *c, const struct backend *b)
 {
     json_t *o = json_pack(
         "{s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:f, s:f}", "model", common_json_path(s->model),
         "text", common_json_path(s->text), "rule", rules[s->rule], "ctx", (json_int_t)s->ctx, "tokens",
         (json_int_t)r->tokens, "chunks", (json_int_t)r->chunks, "scored_tokens", (json_int_t)r->scored,
-        "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common)), "nvfp4_activations",
+        "kv_cache_dtype", common_kv_name(common_kv_dtype(&s->common, b)), "nvfp4_activations",
         common_activations[s->common.fp4], "cpu_activations", common_inputs[s->common.inputs], "perplexity",
         r->perplexity, "seconds", r->seconds);
     if (c) {
@@ -113,7 +113,7 @@ static bool check(const struct settings *s, struct err *e)
 static bool open_planned(struct opened *o, const struct settings *s, const char *path, struct backend *b,
                          const struct report *report, uint64_t *taken, struct err *e)
 {
-    struct engine_options eo = perplexity_engine(s->ctx, common_kv_dtype(&s->common));
+    struct engine_options eo = perplexity_engine(s->ctx, common_kv_dtype(&s->common, b));
     return common_open_files(o, path, e) && plan_device(&o->checkpoint, b, &eo, taken, s->common.quiet, e) &&
            common_bind(o, b, report, e);
 }
@@ -121,17 +121,16 @@ static bool open_planned(struct opened *o, const struct settings *s, const char 
 static bool run(const struct settings *s, struct err *e)
 {
     struct report report = common_report(&s->common);
-    struct perplexity_options o = {
-        .ctx = s->ctx, .max_chunks = s->max_chunks, .kv = common_kv_dtype(&s->common), .report = &report
-    };
+    struct perplexity_options o = { .ctx = s->ctx, .max_chunks = s->max_chunks, .report = &report };
     struct backend b = { 0 };
     struct opened base = { 0 }, other = { 0 };
     struct token_list tokens = { 0 };
     struct comparison c = { 0 };
     uint64_t taken = 0;
-    bool ok = check(s, e) && common_backend(&b, &s->common, e) &&
-              open_planned(&base, s, s->model, &b, &report, &taken, e) &&
-              evaluate_tokens(&tokens, base.tokenizer, s->text, e);
+    bool ok = check(s, e) && common_backend(&b, &s->common, e);
+    if (ok) o.kv = common_kv_dtype(&s->common, &b);
+    ok = ok && open_planned(&base, s, s->model, &b, &report, &taken, e) &&
+         evaluate_tokens(&tokens, base.tokenizer, s->text, e);
     if (ok && s->against)
         ok = open_planned(&other, s, s->against, &b, &report, &taken, e) &&
              evaluate_same_tokens(&tokens, other.tokenizer, s->text, s->model, s->against, e) &&
@@ -139,7 +138,7 @@ static bool run(const struct settings *s, struct err *e)
     else if (ok)
         ok = perplexity_run(&c.base, &base.model, tokens.ids, (int64_t)tokens.n, &o, e);
     if (ok && s->common.json) {
-        print_json(s, &c.base, s->against ? &c : NULL);
+        print_json(s, &c.base, s->against ? &c : NULL, &b);
     } else if (ok) {
         print_text(s, &c.base, &b);
         if (s->against) print_comparison(&c, &base.checkpoint, &other.checkpoint);

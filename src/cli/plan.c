@@ -232,3 +232,9 @@ bool plan_device(const struct checkpoint *c, const struct backend *b, const stru
     if (taken) *taken += plan_bytes(&p) - p.reserve;
     return true;
 }
+
+bool plan_fits(void *ctx, const struct engine_options *o, struct err *e)
+{
+    const struct plan_fits *f = ctx;
+    return plan_device(f->checkpoint, f->backend, o, f->taken, f->quiet, e);
+}

@@ -34,4 +34,14 @@ void plan_print(const struct plan *p, const struct plan_options *o);
  * what the device had free, less *taken, to which it is added. taken: NULL where there is one plan. */
 bool plan_device(const struct checkpoint *c, const struct backend *b, const struct engine_options *o,
                  uint64_t *taken, bool quiet, struct err *e);
+
+/* For evaluations that know their engine's size once they have read what they are to do: plan_device as their
+ * `fits`, with one of these. */
+struct plan_fits {
+    const struct checkpoint *checkpoint;
+    const struct backend *backend;
+    uint64_t *taken; /* or NULL */
+    bool quiet;
+};
+bool plan_fits(void *ctx, const struct engine_options *o, struct err *e);
 #endif

@@ -188,6 +188,8 @@ static void print_text(const struct settings *s, const struct quantize_result *r
     putchar('\n');
     print_coverage(r);
     if (s->evaluate) print_evaluation(&v->result);
+    if (r->device_bytes)
+        printf("GPU memory  %s planned at most\n", common_bytes(in, sizeof in, r->device_bytes));
     printf("memory      %s at most\nmore        README.md by layer, quantization_report.json by matrix\n",
            common_bytes(peak, sizeof peak, r->peak_bytes));
 }
@@ -236,7 +238,8 @@ static json_t *json_evaluation(const struct evaluation *v)
 static void print_json(const struct settings *s, const struct quantize_result *r, const struct evaluator *v)
 {
     json_t *o = json_pack(
-        "{s:o, s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:I, s:o, "
+        "{s:o, s:o, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:I, "
+        "s:I, s:o, "
         "s:o}",
         "source", common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
         common_json_path(s->recipe), "method", quantize_method_name((enum quantize_method)s->method),
@@ -245,7 +248,8 @@ static void print_json(const struct settings *s, const struct quantize_result *r
         "ignored_modules", (json_int_t)r->ignored_modules, "samples", (json_int_t)r->samples, "tokens",
         (json_int_t)r->tokens, "bytes_in", (json_int_t)r->bytes_in, "bytes_out", (json_int_t)r->bytes_out,
         "shards", (json_int_t)r->shards, "nvfp4_error", r->nvfp4_error.mean, "fp8_error", r->fp8_error.mean,
-        "seconds", r->seconds, "peak_memory_bytes", (json_int_t)r->peak_bytes, "worst", json_worst(r),
+        "calibrate_seconds", r->calibrate_seconds, "seconds", r->seconds, "peak_memory_bytes",
+        (json_int_t)r->peak_bytes, "device_memory_bytes", (json_int_t)r->device_bytes, "worst", json_worst(r),
         "coverage", json_coverage(&r->coverage));
     if (s->evaluate) json_object_set_new(o, "evaluation", json_evaluation(&v->result));
     json_dumpf(o, stdout, JSON_COMPACT);
@@ -293,6 +297,7 @@ static void print_plan(const struct settings *s, const struct quantize_forecast 
            (long long)f->shards, f->shards == 1 ? "" : "s", common_bytes(c, sizeof c, f->disk_bytes));
     printf("  memory      up to %s, limit %s\n", common_bytes(a, sizeof a, f->memory_bytes),
            common_bytes(b, sizeof b, (uint64_t)s->memory));
+    if (f->device_bytes) printf("  GPU memory  up to %s\n", common_bytes(a, sizeof a, f->device_bytes));
     duration(a, f->calibrate_seconds + longer(f->read_seconds, f->pack_seconds));
     duration(b, f->pack_seconds);
     duration(c, f->read_seconds);
@@ -312,7 +317,7 @@ static void print_plan_json(const struct settings *s, const struct quantize_fore
         if (f->matrices[i])
             json_object_set_new(matrices, scheme_name((enum scheme)i), json_integer(f->matrices[i]));
     json_t *o = json_pack(
-        "{s:o, s:o, s:o, s:b, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
+        "{s:o, s:o, s:o, s:b, s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f}", "source",
         common_json_path(s->folders[0]), "destination", common_json_path(s->folders[1]), "recipe",
         common_json_path(s->recipe), "dry_run", 1, "matrices", matrices, "copied_tensors",
         (json_int_t)f->copied_tensors, "tokens", (json_int_t)f->tokens, "bytes_in", (json_int_t)f->bytes_in,

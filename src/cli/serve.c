@@ -304,6 +304,10 @@ static bool start_server(struct server **out, const struct settings *s, struct e
     return server_start(out, &o, e);
 }
 
+/* What a start takes its time for. */
+enum stage { STAGE_FILES, STAGE_WEIGHTS, STAGE_MEMORY, STAGE_REST };
+enum { STAGES = STAGE_REST + 1 };
+
 /* All that answers requests, in the order it is made. */
 struct service {
     struct backend backend;
@@ -316,14 +320,14 @@ struct service {
     struct image_limits images;
     struct token_list turn_end;
     uint32_t *known; /* bits: tokens that have a text */
+    double seconds[STAGES];
 };
 
-static bool make_plan(struct plan *p, const struct settings *s, const struct backend *b, struct err *e)
+static bool make_plan(struct plan *p, const struct settings *s, const struct service *v, struct err *e)
 {
-    struct checkpoint c = { 0 };
-    struct plan_options o = { .checkpoint = &c,
-                              .backend = b,
-                              .kv = common_kv_dtype(&s->common),
+    struct plan_options o = { .checkpoint = &v->opened.checkpoint,
+                              .backend = &v->backend,
+                              .kv = common_kv_dtype(&s->common, &v->backend),
                               .drafts = s->drafts,
                               .prefix_cache = s->prefix_caching,
                               .context = (int64_t)s->context,
@@ -331,10 +335,9 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct bac
                               .step_rows = (int64_t)s->step_tokens,
                               .budget = s->memory,
                               .utilization = s->utilization };
-    bool ok = checkpoint_open(&c, s->model, e) && plan_make(p, &o, e);
-    if (ok && !s->common.quiet) plan_print(p, &o);
-    checkpoint_close(&c);
-    return ok;
+    if (!plan_make(p, &o, e)) return false;
+    if (!s->common.quiet) plan_print(p, &o);
+    return true;
 }
 
 static bool make_engine(struct service *v, const struct settings *s, const struct plan *p, struct err *e)
@@ -342,7 +345,7 @@ static bool make_engine(struct service *v, const struct settings *s, const struc
     struct engine_options o = { .context = p->context,
                                 .sequences = (int)p->sequences,
                                 .step_rows = (int64_t)s->step_tokens,
-                                .kv = common_kv_dtype(&s->common),
+                                .kv = common_kv_dtype(&s->common, &v->backend),
                                 .pages = p->pages,
                                 .snapshots = (int)p->snapshots,
                                 .drafts = s->drafts };
@@ -359,7 +362,8 @@ static bool identify(uint8_t out[32], const struct service *v, const struct sett
     if (!file_map_open(&program, "/proc/self/exe", e)) return false;
     int n = snprintf(text, sizeof text, "|%016llx|%.*s|%d %d %d|%d",
                      (unsigned long long)source_digest(&v->opened.checkpoint), (int)strcspn(name, ","), name,
-                     (int)common_kv_dtype(&s->common), s->common.fp4, s->common.inputs, s->drafts > 0);
+                     (int)common_kv_dtype(&s->common, &v->backend), s->common.fp4, s->common.inputs,
+                     s->drafts > 0);
     EVP_MD_CTX *sha = EVP_MD_CTX_new();
     bool ok = sha && EVP_DigestInit_ex(sha, EVP_sha256(), NULL) == 1 &&
               EVP_DigestUpdate(sha, program.data, program.bytes) == 1 &&
@@ -428,10 +432,12 @@ static bool check_deterministic(const struct service *v, const struct settings *
 {
     if (!s->deterministic) return true;
     const char *name = v->backend.name;
-    if (strcmp(v->backend.ops->name, "cuda") == 0)
+    if (v->backend.few_differ && s->sequences > ROWS_EXACT)
         return err_set(
             e, ERR_UNSUPPORTED,
-            "--deterministic: on a GPU the last bits of a row depend on whether its step has more than 32");
+            "--deterministic: on a GPU the last bits of an answer depend on whether more than %d are "
+            "generated; --max-num-seqs %d is the most",
+            ROWS_EXACT, ROWS_EXACT);
     return !strstr(name, "amx") ||
            err_set(e, ERR_UNSUPPORTED,
                    "--deterministic: AMX adds in its own order; --cpu-mask avx512bf16 leaves it out");
@@ -467,18 +473,28 @@ static void isolate_images(struct service *v, const struct settings *s)
                 e.text);
 }
 
+static bool ends(struct service *v, enum stage stage, double *begin)
+{
+    double now = clock_seconds();
+    v->seconds[stage] = now - *begin;
+    *begin = now;
+    return true;
+}
+
 static bool load(struct service *v, const struct settings *s, struct server *server, struct err *e)
 {
     struct watcher w = { common_report(&s->common), server };
     struct report report = { &w, watch_progress, watch_warn };
     struct plan plan;
-    bool ok = common_backend(&v->backend, &s->common, e) && check_deterministic(v, s, e) &&
-              check_model(v, s, &report, e) && make_plan(&plan, s, &v->backend, e) &&
-              common_open(&v->opened, s->model, &v->backend, &report, e) &&
-              common_bind_mtp(&v->opened, s->drafts, e) && make_engine(v, s, &plan, e);
+    double begin = clock_seconds();
+    bool ok = common_start(&v->backend, &v->opened, &s->common, s->model, e) &&
+              check_deterministic(v, s, e) && check_model(v, s, &report, e) && make_plan(&plan, s, v, e) &&
+              ends(v, STAGE_FILES, &begin) && common_bind(&v->opened, &v->backend, &report, e) &&
+              common_bind_mtp(&v->opened, s->drafts, e) && ends(v, STAGE_WEIGHTS, &begin) &&
+              make_engine(v, s, &plan, e) && ends(v, STAGE_MEMORY, &begin);
     v->opened.model.report = NULL; /* lives as long as this function; pictures of requests report nothing */
     if (ok) isolate_images(v, s);
-    return ok && make_scheduler(v, s, server, e) && make_api(v, s, e);
+    return ok && make_scheduler(v, s, server, e) && make_api(v, s, e) && ends(v, STAGE_REST, &begin);
 }
 
 static void unload(struct service *v)
@@ -516,8 +532,13 @@ static bool run(struct settings *s, struct err *e)
     bool ok = load(&v, s, server, e);
     if (ok) {
         server_attach(server, v.api, v.scheduler);
-        fprintf(stderr, "quench serve: ready after %.1f s: %s, %lld tokens\n", clock_seconds() - begin,
-                v.backend.name, (long long)engine_context(v.engine));
+        fprintf(
+            stderr,
+            "quench serve: ready after %.1f s (device and files %.1f, weights %.1f, memory %.1f, rest %.1f): "
+            "%s, %lld tokens\n",
+            clock_seconds() - begin, v.seconds[STAGE_FILES], v.seconds[STAGE_WEIGHTS],
+            v.seconds[STAGE_MEMORY], v.seconds[STAGE_REST], v.backend.name,
+            (long long)engine_context(v.engine));
         if (s->store_bytes)
             fprintf(stderr, "quench serve: keeps responses of /v1/responses: at most %.1f MB, for %.0f s\n",
                     (double)s->store_bytes / 1e6, s->store_seconds);
@@ -582,7 +603,7 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "most)",
           NULL },
         { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
-          "how keys and values are kept (auto: as activations are, f32 on a CPU)", kv_names },
+          "how keys and values are kept (auto: f32, on a GPU bf16)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
           "of the device's memory (default 0.92; on a CPU 0.5 of what is available)", NULL },
         { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },

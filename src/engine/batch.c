@@ -3,17 +3,25 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Ends of what a step of the engine takes of rows, runs, and rows that logits are wanted of. */
+struct part {
+    int64_t rows, logits;
+    int runs;
+};
+
 struct batch {
     struct engine *engine;
     struct picture_reader *reader;
     const uint32_t *known;
     int64_t vocab, n_rows, n_logits;
     int n_runs;
+    struct part answers;       /* the others are prompts' */
     struct row *rows;          /* [step rows] */
     struct engine_run *runs;   /* [sequences] */
     struct request **requests; /* [sequences] whose run it is */
     struct engine_draft *drafts;
     int64_t *index;      /* [step rows] of the rows that logits are wanted of */
+    int64_t *at;         /* [logits rows] such rows in the engine's step */
     struct request **of; /* [step rows] whose they are */
     struct draw *draws;  /* [logits rows] */
     int32_t *drawn;      /* [logits rows] the backend's answers to them; see is_drawn */
@@ -34,12 +42,13 @@ bool batch_create(struct batch **out, struct engine *g, struct picture_reader *r
     b->requests = calloc(n, sizeof *b->requests);
     b->drafts = calloc(n, sizeof *b->drafts);
     b->index = calloc(rows, sizeof *b->index);
+    b->at = calloc((size_t)engine_logits_rows(g), sizeof *b->at);
     b->of = calloc(rows, sizeof *b->of);
     b->draws = calloc((size_t)engine_logits_rows(g), sizeof *b->draws);
     b->drawn = calloc((size_t)engine_logits_rows(g), sizeof *b->drawn);
     b->changed = malloc(vocab * sizeof *b->changed);
-    bool ok = (b->rows && b->runs && b->requests && b->drafts && b->index && b->of && b->draws && b->drawn &&
-               b->changed) ||
+    bool ok = (b->rows && b->runs && b->requests && b->drafts && b->index && b->at && b->of && b->draws &&
+               b->drawn && b->changed) ||
               err_memory(e, "scheduler", vocab * sizeof *b->changed);
     if (ok && engine_allow(g, known, e)) return true;
     batch_free(b);
@@ -55,6 +64,7 @@ void batch_free(struct batch *b)
     free(b->requests);
     free(b->drafts);
     free(b->index);
+    free(b->at);
     free(b->of);
     free(b->draws);
     free(b->drawn);
@@ -70,6 +80,7 @@ void batch_clear(struct batch *b)
     b->n_rows = 0;
     b->n_runs = 0;
     b->n_logits = 0;
+    b->answers = (struct part){ 0 };
 }
 
 int64_t batch_rows(const struct batch *b)
@@ -94,14 +105,19 @@ bool batch_draft(struct batch *b, struct request *const *r, int n, int most, str
     return true;
 }
 
-static void add(struct batch *b, struct request *r, int64_t n, bool tentative)
+static struct part all_of(const struct batch *b)
+{
+    return (struct part){ b->n_rows, b->n_logits, b->n_runs };
+}
+
+static void add(struct batch *b, struct request *r, int64_t n, bool tentative, bool prompt)
 {
     r->first = b->n_rows;
     r->n_rows = n;
     r->tentative = tentative;
     r->right = 0;
     r->ended = false;
-    b->runs[b->n_runs] = (struct engine_run){ r->handle, b->rows + r->first, n, tentative };
+    b->runs[b->n_runs] = (struct engine_run){ r->handle, b->rows + r->first, n, tentative, prompt };
     b->requests[b->n_runs++] = r;
     b->n_rows += n;
 }
@@ -120,8 +136,9 @@ void batch_add_round(struct batch *b, struct request *r)
     int64_t position = engine_position(b->engine, r->handle), n = r->draft.n + 1;
     engine_text_rows(rows, &r->draft.next, 1, position);
     engine_text_rows(rows + 1, r->draft.tokens, r->draft.n, position + 1);
-    add(b, r, n, r->draft.n > 0);
+    add(b, r, n, r->draft.n > 0, false);
     want_logits(b, r, 0, n);
+    b->answers = all_of(b);
 }
 
 /* The tower's rows of the pictures that rows [r->done, end) need. */
@@ -142,7 +159,7 @@ bool batch_add_prompt(struct batch *b, struct request *r, int64_t n, struct err 
 {
     if (!see_pictures(b, r, r->done + n, e)) return false;
     memcpy(b->rows + b->n_rows, r->prompt.rows + r->done, (size_t)n * sizeof *b->rows);
-    add(b, r, n, false);
+    add(b, r, n, false, true);
     bool scores = r->o.prompt_logprobs >= 0, is_last = r->done + n == r->prompt.n;
     if (scores)
         want_logits(b, r, 0, n - (is_last && r->most == 0));
@@ -300,9 +317,11 @@ static bool take_row(struct batch *b, struct mat logits, int64_t i, int64_t row,
     return true;
 }
 
-static bool take_rows(struct batch *b, struct mat hidden, int64_t first, int64_t n, struct err *e)
+static bool take_rows(struct batch *b, struct mat hidden, int64_t begin, int64_t first, int64_t n,
+                      struct err *e)
 {
-    struct mat logits = engine_logits(b->engine, hidden, b->index + first, n);
+    for (int64_t i = 0; i < n; i++) b->at[i] = b->index[first + i] - begin;
+    struct mat logits = engine_logits(b->engine, hidden, b->at, n);
     if (!ask(b, logits, first, n, e) || !engine_wait(b->engine, e)) return false;
     for (int64_t i = 0; i < n; i++) {
         struct request *r = b->of[first + i];
@@ -311,12 +330,36 @@ static bool take_rows(struct batch *b, struct mat hidden, int64_t first, int64_t
     return true;
 }
 
-static bool take_logits(struct batch *b, struct mat hidden, struct err *e)
+/* No more rows at a time than have bits of their own, but for answers that are more anyway. */
+static int64_t logits_at_once(const struct batch *b)
 {
     int64_t most = engine_logits_rows(b->engine);
-    for (int64_t i = 0; i < b->n_logits; i += most)
-        if (!take_rows(b, hidden, i, b->n_logits - i < most ? b->n_logits - i : most, e)) return false;
-    return b->n_logits > 0 || engine_wait(b->engine, e);
+    bool few = engine_few_differ(b->engine) && b->answers.rows <= ROWS_EXACT && most > ROWS_EXACT;
+    return few ? ROWS_EXACT : most;
+}
+
+/* One step of the engine, and what comes of it. */
+static bool run_part(struct batch *b, struct part begin, struct part end, struct err *e)
+{
+    struct mat hidden;
+    int64_t most = logits_at_once(b);
+    if (!engine_step(b->engine, b->runs + begin.runs, end.runs - begin.runs, &hidden, e)) return false;
+    for (int64_t i = begin.logits; i < end.logits; i += most)
+        if (!take_rows(b, hidden, begin.rows, i, end.logits - i < most ? end.logits - i : most, e))
+            return false;
+    return end.logits > begin.logits || engine_wait(b->engine, e);
+}
+
+/* Where short steps are computed otherwise than long ones, prompts and answers are steps of their own: a
+ * request's company changes neither's kind. Answers come last, since drafts need their hidden rows. */
+static bool run_parts(struct batch *b, struct err *e)
+{
+    struct part all = all_of(b), none = { 0 };
+    bool apart = engine_few_differ(b->engine) && b->answers.runs < all.runs;
+    for (int i = 0; i < b->n_runs; i++)
+        b->requests[i]->drafts_ready = !apart || b->answers.runs == 0 || i < b->answers.runs;
+    if (!apart) return run_part(b, none, all, e);
+    return run_part(b, b->answers, all, e) && (b->answers.runs == 0 || run_part(b, none, b->answers, e));
 }
 
 /* What the rows computed mean for the request. */
@@ -354,8 +397,7 @@ static void count(struct request *r, struct scheduler_stats *stats, double now)
 
 bool batch_run(struct batch *b, struct scheduler_stats *stats, struct err *e)
 {
-    struct mat hidden;
-    if (!engine_step(b->engine, b->runs, b->n_runs, &hidden, e) || !take_logits(b, hidden, e)) return false;
+    if (!run_parts(b, e)) return false;
     double now = clock_seconds();
     for (int i = 0; i < b->n_runs; i++) {
         struct request *r = b->requests[i];

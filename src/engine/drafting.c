@@ -53,7 +53,7 @@ static double cost(const struct drafting *d, int n, int k)
     return ratio > 0 ? ratio : 1 + UNKNOWN * k;
 }
 
-static int most_of(const struct drafting *d, int n)
+int drafting_most(const struct drafting *d, int n)
 {
     int most = n > 0 && n <= ROWS_EXACT ? ROWS_EXACT / n - 1 : 0;
     return most < d->most ? most : d->most;
@@ -110,7 +110,7 @@ static int idle(struct drafting *d, int n)
 
 int drafting_choose(struct drafting *d, int n)
 {
-    int most = most_of(d, n);
+    int most = drafting_most(d, n);
     d->step++;
     if (most == 0 || !is_known(d, n)) return 0;
     int k = best(d, n, most);

@@ -19,8 +19,10 @@ struct drafting {
 };
 
 void drafting_init(struct drafting *d, int most);
-/* For the next step, of n sequences. With the drafts it has at most ROWS_EXACT rows: so many have the bits of
- * a row alone on every backend. */
+/* Most drafts each for a step of n sequences: with them it has at most ROWS_EXACT rows, since so many have
+ * the bits of a row alone on every backend. */
+int drafting_most(const struct drafting *d, int n);
+/* For the next step, of n sequences. */
 int drafting_choose(struct drafting *d, int n);
 /* A step of n sequences with k drafts each, and nothing else, took so long. */
 void drafting_learn(struct drafting *d, int n, int k, double seconds);

@@ -165,6 +165,11 @@ int64_t engine_logits_rows(const struct engine *g)
     return g->logits_rows;
 }
 
+bool engine_few_differ(const struct engine *g)
+{
+    return g->model->backend->few_differ;
+}
+
 int64_t engine_vocab(const struct engine *g)
 {
     return g->model->config->vocab_size;
@@ -337,10 +342,11 @@ static void show_boundaries(struct engine *g, const struct engine_run *runs, int
 bool engine_step(struct engine *g, const struct engine_run *runs, int n_runs, struct mat *hidden,
                  struct err *e)
 {
-    struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs };
+    struct step_rows step = { .rows = g->rows, .spans = g->spans, .n_spans = n_runs, .prompts = true };
     int64_t pages = 0;
     for (int i = 0; i < n_runs; i++) {
         struct sequence *s = &g->sequences[runs[i].handle];
+        step.prompts = step.prompts && runs[i].prompt;
         if (runs[i].n > g->o.context - s->length) return no_room(g, s->length + runs[i].n, e);
         step.n += runs[i].n;
         if (step.n > g->o.step_rows)
@@ -522,12 +528,12 @@ bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, i
 {
     struct mat hidden = { 0 };
     int64_t past = g->sequences[handle].length;
+    bool is_long = n > ROWS_EXACT && g->o.step_rows > ROWS_EXACT;
     if (n > g->o.context - past) return no_room(g, past + n, e); /* before any step, with the whole count */
     for (int64_t done = 0, count; done < n; done += count) {
         count = n - done < g->o.step_rows ? n - done : g->o.step_rows;
-        if (!engine_step(g, &(struct engine_run){ .handle = handle, .rows = rows + done, .n = count }, 1,
-                         &hidden, e))
-            return false;
+        struct engine_run run = { .handle = handle, .rows = rows + done, .n = count, .prompt = is_long };
+        if (!engine_step(g, &run, 1, &hidden, e)) return false;
         report_progress(progress, "prompt", (uint64_t)(done + count), (uint64_t)n);
     }
     if (last && n > 0) *last = engine_logits_host(g, hidden, &(int64_t){ hidden.rows - 1 }, 1);

@@ -30,6 +30,7 @@ int64_t engine_pages_free(const struct engine *g);
 int engine_drafts(const struct engine *g);          /* as asked for */
 int64_t engine_vocab(const struct engine *g);       /* columns of logits */
 int64_t engine_logits_rows(const struct engine *g); /* most rows of one engine_logits */
+bool engine_few_differ(const struct engine *g);     /* of the backend */
 
 /* An empty sequence, 0 <= handle < sequences; false with ERR_LIMIT when all are in use. */
 bool engine_open(struct engine *g, int *handle, struct err *e);
@@ -47,6 +48,7 @@ struct engine_run {
     const struct row *rows;
     int64_t n;
     bool tentative;
+    bool prompt; /* step_rows.prompts, if so for all runs of the step */
 };
 /* One step: appends every run's rows (each sequence at most once), at most step_rows in all. *hidden: the
  * normed hidden rows in the order of the runs, in the backend's memory, valid until the next step. ERR_LIMIT
@@ -95,8 +97,8 @@ bool engine_draft(struct engine *g, struct engine_draft *drafts, int n, struct e
  * runs at a depth. ERR_LIMIT past the context. */
 bool engine_skip(struct engine *g, int handle, int64_t n, struct err *e);
 
-/* Appends n rows to a sequence in steps of at most step_rows; *last gets the host logits after the last one.
- * progress may be NULL. */
+/* Appends n rows to a sequence in steps of at most step_rows, as a prompt's if they are more than ROWS_EXACT;
+ * *last gets the host logits after the last one. progress may be NULL. */
 bool engine_prefill_rows(struct engine *g, int handle, const struct row *rows, int64_t n, const float **last,
                          const struct report *progress, struct err *e);
 /* Text rows: tokens at consecutive positions from `first`. */

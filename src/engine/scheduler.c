@@ -312,6 +312,11 @@ static int64_t piece_of(int64_t left, int64_t budget)
     return left - n > ROWS_EXACT ? n : n - DELTA_CHUNK;
 }
 
+static int64_t whole_chunks(int64_t n)
+{
+    return (n + DELTA_CHUNK - 1) / DELTA_CHUNK * DELTA_CHUNK;
+}
+
 /* Rows of prompts beside `used` ones of answers, so that the step takes the time it should. */
 static int64_t prompt_budget(const struct scheduler *s, int64_t used)
 {
@@ -343,7 +348,7 @@ static bool add_answers(struct scheduler *s, struct err *e)
         if (r->done == r->prompt.n && request_room(r, rows) >= rows && keep_seat(s, i)) s->ready[n++] = r;
     }
     s->n_ready = n;
-    if (!s->o.fixed_drafts) most = drafting_choose(&s->drafting, n);
+    most = s->o.fixed_drafts ? drafting_most(&s->drafting, n) : drafting_choose(&s->drafting, n);
     if (!batch_draft(s->batch, s->ready, n, most, e)) return false;
     for (int i = 0; i < n; i++) batch_add_round(s->batch, s->ready[i]);
     return true;
@@ -396,19 +401,21 @@ static bool has_pages(struct scheduler *s, int at)
 
 static void add_prompts(struct scheduler *s)
 {
-    int64_t budget = prompt_budget(s, batch_rows(s->batch));
-    for (int i = 0; i < s->n_running && budget > 0; i++) {
+    int64_t budget = prompt_budget(s, batch_rows(s->batch)), room = whole_chunks(s->o.step_tokens);
+    for (int i = 0; i < s->n_running && budget > 0 && room > 0; i++) {
         struct request *r = s->running[i];
         struct err e = { 0 };
         if (r->done == r->prompt.n || !share(s, i) || !has_pages(s, i)) continue;
-        int64_t left = cuts_next(&r->cuts, r->done, r->prompt.n) - r->done, most = budget;
+        int64_t left = cuts_next(&r->cuts, r->done, r->prompt.n) - r->done, most = least(budget, room);
         if (r->o.prompt_logprobs >= 0) most = least(most, request_room(r, (int)least(left, PIECE_LEAST)));
         int64_t n = most > 0 ? piece_of(left, most) : 0;
         if (n <= 0) continue;
-        if (batch_add_prompt(s->batch, r, n, &e))
-            budget -= n;
-        else
+        if (!batch_add_prompt(s->batch, r, n, &e)) {
             fail_one(r, &e);
+            continue;
+        }
+        budget -= n;
+        if (engine_few_differ(s->engine)) room -= whole_chunks(n);
     }
 }
 
@@ -450,8 +457,10 @@ static bool step(struct scheduler *s, bool *worked, struct err *e)
     if (!batch_run(s->batch, &s->stats, e)) return false;
     for (int i = 0; i < s->n_running; i++) {
         struct request *r = s->running[i];
-        r->drafts_ready = r->n_rows > 0;
-        if (r->n_rows > 0) remember(s, r);
+        if (r->n_rows > 0)
+            remember(s, r);
+        else
+            r->drafts_ready = false;
     }
     s->stats.last_step = clock_seconds();
     s->stats.steps++;

@@ -13,7 +13,7 @@ struct scheduler_options {
     const struct model *model; /* the engine's */
     int64_t max_queued;        /* requests that wait; 0: 1024 */
     int64_t step_tokens;       /* most rows of a step, prompts' chunks included; 0: the engine's */
-    bool fixed_drafts;         /* always as many as the engine makes, whether it pays or not */
+    bool fixed_drafts;         /* always as many as may be, whether it pays or not */
     double decode_seconds;     /* target between two tokens of a stream, to which chunks are cut; 0: 0.1 */
     /* Bit id % 32 of known[id / 32] is set where token id has a text: no other is ever sampled. Borrow; NULL:
      * all are known. */

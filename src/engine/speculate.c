@@ -102,7 +102,9 @@ bool speculation_run(struct speculation *s, struct engine *g, struct engine_draf
     if (draft->n > 0 && !engine_draft(g, draft, 1, e)) return false;
     engine_text_rows(rows, &draft->next, 1, engine_position(g, draft->handle));
     engine_text_rows(rows + 1, draft->tokens, draft->n, engine_position(g, draft->handle) + 1);
-    struct engine_run run = { draft->handle, rows, draft->n + 1, draft->n > 0 };
+    struct engine_run run = {
+        .handle = draft->handle, .rows = rows, .n = draft->n + 1, .tentative = draft->n > 0
+    };
     for (int i = 0; i <= draft->n; i++) {
         index[i] = i;
         draws[i] = sampling_draw(sampling, counter + (uint64_t)i);

@@ -93,8 +93,9 @@ static bool run_prompts(struct bench *b, struct err *e)
         for (; sequence < b->t->sequences && used < b->step_rows; n_runs++) {
             int64_t count = n - at < b->step_rows - used ? n - at : b->step_rows - used;
             add_rows(b, b->rows + used, sequence, at, count);
-            b->runs[n_runs] =
-                (struct engine_run){ .handle = b->handles[sequence], .rows = b->rows + used, .n = count };
+            b->runs[n_runs] = (struct engine_run){
+                .handle = b->handles[sequence], .rows = b->rows + used, .n = count, .prompt = true
+            };
             used += count;
             at += count;
             if (at < n) continue;

@@ -14,6 +14,10 @@ static bool create_engines(struct measuring *m, int64_t longest, struct err *e)
 {
     const struct speculation_options *o = m->o;
     struct engine_options options = { .context = longest + o->max_tokens, .kv = o->kv };
+    struct engine_options both = options;
+    both.sequences = 2;
+    both.drafts = o->drafts;
+    if (o->fits && !o->fits(o->ctx, &both, e)) return false;
     if (!engine_create(&m->plain, o->model, &options, e)) return false;
     options.drafts = o->drafts;
     return engine_create(&m->drafting, o->model, &options, e);

@@ -16,6 +16,9 @@ struct speculation_options {
     const int32_t *stop_tokens;
     int n_stop_tokens;
     const struct report *report;
+    /* Whether such an engine fits, asked before it is made; NULL: yes. */
+    bool (*fits)(void *ctx, const struct engine_options *o, struct err *e);
+    void *ctx;
 };
 
 struct speculation_result {

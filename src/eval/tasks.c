@@ -394,8 +394,8 @@ bool tasks_run(struct task_result *results, const struct tasks *t, struct model 
     struct engine_options eo = { .sequences = o->sequences, .kv = o->kv };
     j.questions = calloc((size_t)t->n, sizeof *j.questions);
     bool ok = (j.questions || err_memory(e, "tasks", (uint64_t)t->n * sizeof *j.questions)) &&
-              ask_all(&j, m, &eo.context, e) && engine_create(&j.engine, m, &eo, e) && allocate(&j, e) &&
-              run(&j, e);
+              ask_all(&j, m, &eo.context, e) && (!o->fits || o->fits(o->ctx, &eo, e)) &&
+              engine_create(&j.engine, m, &eo, e) && allocate(&j, e) && run(&j, e);
     release(&j);
     return ok || err_note(e, "%s", m->checkpoint->path);
 }

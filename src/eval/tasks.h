@@ -38,6 +38,9 @@ struct tasks_options {
     const int32_t *stop_tokens, *never;
     int n_stop_tokens, n_never;
     const struct report *report;
+    /* Whether such an engine fits, asked before it is made; NULL: yes. */
+    bool (*fits)(void *ctx, const struct engine_options *o, struct err *e);
+    void *ctx;
 };
 struct task_result {
     char *text; /* generated, special tokens left out; malloc'd */

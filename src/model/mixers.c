@@ -23,9 +23,10 @@ void step_attention(struct step *s, int layer, struct mat x, const struct step_r
                                .eps = eps,
                                .rope = &s->model->rope,
                                .kv = kv,
-                               .o = w->o };
-    struct norm_products in = { mat_rows(s->h, n),   x, l->input_norm, eps, 3, { r.qg, r.k, r.v },
-                                { w->q, w->k, w->v } };
+                               .o = w->o,
+                               .lean = !s->tap.call };
+    struct norm_products in = { mat_rows(s->h, n),    x,     l->input_norm, eps, 3, { r.qg, r.k, r.v },
+                                { w->q, w->k, w->v }, r.lean };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
     s->op->attention_run(s->q, &r, rows);
@@ -55,9 +56,16 @@ void step_delta(struct step *s, int layer, struct mat x, const struct step_rows 
                            .eps = eps,
                            .out = w->out,
                            .state = state,
-                           .shape = &s->model->delta_shape };
-    struct norm_products in = { mat_rows(s->h, n),           x, l->input_norm, eps, 4, { r.u, r.z, r.a, r.b },
-                                { w->qkv, w->z, w->a, w->b } };
+                           .shape = &s->model->delta_shape,
+                           .lean = !s->tap.call };
+    struct norm_products in = { mat_rows(s->h, n),
+                                x,
+                                l->input_norm,
+                                eps,
+                                4,
+                                { r.u, r.z, r.a, r.b },
+                                { w->qkv, w->z, w->a, w->b },
+                                r.lean };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
     s->op->delta_run(s->q, &r, rows);
@@ -80,14 +88,16 @@ void step_moe(struct step *s, int layer, struct mat x)
                          .shared_gate = mat_rows(s->shared_gate, n),
                          .picks = &s->picks,
                          .experts = &w->experts,
-                         .w_down = w->down };
+                         .w_down = w->down,
+                         .lean = !s->tap.call };
     struct norm_products in = { r.h,
                                 x,
                                 l->post_norm,
                                 (float)s->model->config->rms_norm_eps,
                                 4,
                                 { r.logits, r.shared_gate, r.gate, r.up },
-                                { w->router, w->shared_gate, w->gate, w->up } };
+                                { w->router, w->shared_gate, w->gate, w->up },
+                                .lean = false };
     s->op->norm_products(s->q, &in);
     step_tap(s, "moe.in", layer, in.h);
     s->op->moe_run(s->q, &r);

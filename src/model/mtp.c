@@ -101,7 +101,7 @@ static void remember(struct step *s, struct mat x, const struct step_rows *rows,
 /* The last row of each span, as a span of its own; false: they are all there is. */
 static bool choose_last(struct step *s, struct step_rows *last, const struct step_rows *rows)
 {
-    *last = (struct step_rows){ s->last_rows, rows->n_spans, s->last_spans, rows->n_spans };
+    *last = (struct step_rows){ s->last_rows, rows->n_spans, s->last_spans, rows->n_spans, false };
     for (int64_t i = 0; i < rows->n_spans; i++) {
         s->last_spans[i] = rows->spans[i];
         s->last_spans[i].past += rows->spans[i].n - 1;

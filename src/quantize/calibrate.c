@@ -12,9 +12,6 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Rows of one step: enough for products to reuse weights from cache, few enough for small buffers. */
-enum { CHUNK_ROWS = 512 };
-
 struct calibrator {
     struct calibration *result;
     const struct calibration_options *options;
@@ -28,29 +25,23 @@ struct calibrator {
     int64_t sample; /* that runs */
     int files[2];   /* residual stream of every token in front of even and of odd layers; -1: not open */
     char *paths[2];
-    float *states;   /* host: that of one step */
-    float *block_in; /* host: the MoE block's input of one step */
-    float *products; /* host: SiLU(gate) * up of one expert and step */
-    float *tapped;   /* host: any other input of one step, [rows_max][tapped_cols] */
-    int64_t tapped_cols;
-    struct row *rows;                 /* of one step */
-    int32_t *picked;                  /* host: the experts of one step's rows */
-    int32_t *pages;                   /* of the one sequence that runs: page i is page i */
-    void *x, *gate, *up;              /* backend's memory: [rows_max][hidden], [rows_max][inner] twice */
-    uint32_t input_max[INPUT_EXPERT]; /* of the current layer: bits of the largest |x|; NaN is above infinity,
-                                         so none gets lost */
-    uint32_t *down_max;               /* [n_experts] */
+    float *states;    /* host: that of one step */
+    struct row *rows; /* of one step */
+    int32_t *picked;  /* host: the experts of one step's rows */
+    int32_t *pages;   /* of the one sequence that runs: page i is page i */
+    uint32_t *top;    /* host: what largest holds */
+    int64_t n_top;
+    /* the backend's memory */
+    void *x, *block; /* [rows_max][hidden]: the residual stream, the MoE block's input */
+    void *gate, *up; /* [rows_max][together * inner] */
+    void *largest;   /* [INPUT_EXPERT + n_experts], of the current layer, by module_input and by expert */
+    struct moments sums[2]; /* what is summed: the sink's moments and held, or, where the backend has memory
+                               of its own, theirs in it */
+    int64_t together;       /* experts observed side by side */
 };
 
-static uint32_t absmax_bits(const float *x, int64_t n, uint32_t start)
-{
-    uint32_t top = start;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t u = f32_bits(x[i]) & 0x7fffffffu;
-        top = u > top ? u : top;
-    }
-    return top;
-}
+/* A GPU has work for all its processors with so many. */
+enum { TOGETHER = 64 };
 
 static bool alloc_host(void **out, int64_t rows, int64_t cols, size_t each, const char *what, struct err *e)
 {
@@ -61,52 +52,53 @@ static bool alloc_host(void **out, int64_t rows, int64_t cols, size_t each, cons
     return *out || err_memory(e, what, bytes);
 }
 
+/* Room for sums of what the sink wants. */
+static bool create_sums(struct calibrator *k, const struct moments *wanted, struct moments *sums,
+                        struct err *e)
+{
+    const struct ops *op = k->backend->ops;
+    void *block = NULL, *down = NULL;
+    if (!wanted) return true;
+    *sums = *wanted;
+    if (!k->backend->memory) return true;
+    bool ok = op->memory_create(k->backend->queue, &block, moments_block_bytes(wanted), e) &&
+              op->memory_create(k->backend->queue, &down, moments_down_bytes(wanted), e);
+    sums->block = block;
+    sums->down = down;
+    return ok;
+}
+
 static bool create_buffers(struct calibrator *k, struct err *e)
 {
     const struct config *c = k->model.config;
     const struct ops *op = k->backend->ops;
+    struct queue *q = k->backend->queue;
     int64_t n_pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
-    void *states = NULL, *block_in = NULL, *products = NULL, *tapped = NULL, *rows = NULL, *pages = NULL,
-         *top = NULL, *picked = NULL;
-    uint64_t row_bytes = (uint64_t)k->rows_max * sizeof(float);
+    void *states = NULL, *rows = NULL, *pages = NULL, *top = NULL, *picked = NULL;
+    uint64_t column = (uint64_t)k->rows_max * sizeof(float);
+    uint64_t wide = column * (uint64_t)(k->together * k->inner);
+    k->n_top = INPUT_EXPERT + c->n_experts;
     bool ok =
         alloc_host(&states, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
-        alloc_host(&block_in, k->rows_max, k->hidden, sizeof(float), "calibration rows", e) &&
-        alloc_host(&products, k->rows_max, k->inner, sizeof(float), "calibration rows", e) &&
-        alloc_host(&tapped, k->rows_max, k->tapped_cols, sizeof(float), "calibration rows", e) &&
         alloc_host(&rows, k->rows_max, 1, sizeof(struct row), "calibration rows", e) &&
         alloc_host(&pages, n_pages, 1, sizeof(int32_t), "page list", e) &&
         alloc_host(&picked, k->rows_max, c->experts_per_token, sizeof(int32_t), "calibration rows", e) &&
-        alloc_host(&top, c->n_experts, 1, sizeof(uint32_t), "expert maxima", e) &&
-        op->memory_create(k->backend->queue, &k->x, row_bytes * (uint64_t)k->hidden, e) &&
-        op->memory_create(k->backend->queue, &k->gate, row_bytes * (uint64_t)k->inner, e) &&
-        op->memory_create(k->backend->queue, &k->up, row_bytes * (uint64_t)k->inner, e);
+        alloc_host(&top, k->n_top, 1, sizeof *k->top, "largest inputs", e) &&
+        op->memory_create(q, &k->x, column * (uint64_t)k->hidden, e) &&
+        op->memory_create(q, &k->block, column * (uint64_t)k->hidden, e) &&
+        op->memory_create(q, &k->gate, wide, e) && op->memory_create(q, &k->up, wide, e) &&
+        op->memory_create(q, &k->largest, (uint64_t)k->n_top * sizeof *k->top, e) &&
+        create_sums(k, k->sink->moments, &k->sums[0], e) && create_sums(k, k->sink->held, &k->sums[1], e);
     k->states = states;
-    k->block_in = block_in;
-    k->products = products;
-    k->tapped = tapped;
     k->rows = rows;
     k->pages = pages;
     k->picked = picked;
-    k->down_max = top;
+    k->top = top;
     for (int64_t i = 0; ok && i < n_pages; i++) k->pages[i] = (int32_t)i;
     if (ok) memset(picked, 0, (size_t)k->rows_max * (size_t)c->experts_per_token * sizeof *k->picked);
     return ok;
 }
 
-static void download_rows(const struct calibrator *k, float *to, struct mat x)
-{
-    const struct ops *op = k->backend->ops;
-    uint64_t row_bytes = (uint64_t)x.cols * sizeof(float);
-    if (x.stride == x.cols) {
-        op->download(k->backend->queue, to, x.data, row_bytes * (uint64_t)x.rows);
-        return;
-    }
-    for (int64_t r = 0; r < x.rows; r++)
-        op->download(k->backend->queue, to + r * x.cols, x.data + r * x.stride, row_bytes);
-}
-
-/* The MoE block's input is kept for the experts, of the others only the maximum. */
 static void keep_input(void *ctx, const char *name, int layer, struct mat x)
 {
     static const struct {
@@ -118,13 +110,13 @@ static void keep_input(void *ctx, const char *name, int layer, struct mat x)
         { "moe.in", INPUT_BLOCK },
     };
     struct calibrator *k = ctx;
+    const struct ops *op = k->backend->ops;
     (void)layer;
     for (size_t i = 0; i < sizeof taps / sizeof *taps; i++) {
         if (strcmp(name, taps[i].name) != 0) continue;
-        float *to = taps[i].input == INPUT_BLOCK ? k->block_in : k->tapped;
-        uint32_t *top = &k->input_max[taps[i].input];
-        download_rows(k, to, x);
-        *top = absmax_bits(to, x.rows * x.cols, *top);
+        op->absmax(k->backend->queue, (uint32_t *)k->largest + taps[i].input, x);
+        if (taps[i].input == INPUT_BLOCK) /* for the experts */
+            op->copy(k->backend->queue, k->block, x.data, (uint64_t)(x.rows * x.cols) * sizeof(float));
     }
 }
 
@@ -138,34 +130,21 @@ static struct step_rows step_rows_of(struct calibrator *k, struct span *span, in
         k->rows[i] = (struct row){ .token = tokens[i], .position = { at, at, at } };
     }
     *span = (struct span){ .n = n, .past = past, .pages = k->pages };
-    return (struct step_rows){ k->rows, n, span, 1 };
+    return (struct step_rows){ k->rows, n, span, 1, false };
 }
 
-static struct moments *moments_of(const struct calibrator *k)
-{
-    const struct calibration_sink *s = k->sink;
-    return s->held && k->sample >= s->held_from ? s->held : s->moments;
-}
-
-/* All experts on all rows of the step whose MoE input lies in block_in. */
+/* All experts on all rows of the step whose MoE input was kept. */
 static void observe(struct calibrator *k, int layer, int64_t n)
 {
-    struct moments *m = moments_of(k);
-    const struct ops *op = k->backend->ops;
-    struct queue *q = k->backend->queue;
-    const struct experts *experts = &k->model.layers[layer].moe.experts;
-    struct mat x = mat_of(k->x, n, k->hidden), gate = mat_of(k->gate, n, k->inner),
-               up = mat_of(k->up, n, k->inner);
-    op->upload(q, k->x, k->block_in, (uint64_t)(n * k->hidden) * sizeof(float));
-    if (m) moments_add(m->block, k->block_in, n, k->hidden, k->sink->pool);
-    for (int i = 0; i < experts->n_experts; i++) {
-        op->matmul(q, gate, x, experts->gate[i]);
-        op->matmul(q, up, x, experts->up[i]);
-        op->silu_mul(q, gate, gate, up);
-        op->download(q, k->products, k->gate, (uint64_t)(n * k->inner) * sizeof(float));
-        k->down_max[i] = absmax_bits(k->products, n * k->inner, k->down_max[i]);
-        if (m) moments_add(moments_down(m, i), k->products, n, k->inner, k->sink->pool);
-    }
+    const struct moments *m = &k->sums[k->sink->held && k->sample >= k->sink->held_from];
+    int64_t wide = k->together * k->inner;
+    struct observation o = { .top = (uint32_t *)k->largest + INPUT_EXPERT,
+                             .block = m->block,
+                             .down = m->down,
+                             .gate = mat_of(k->gate, n, wide),
+                             .up = mat_of(k->up, n, wide) };
+    k->backend->ops->observe(k->backend->queue, &o, mat_of(k->block, n, k->hidden),
+                             &k->model.layers[layer].moe.experts);
 }
 
 static void count_picks(struct calibrator *k, int layer, int64_t rows)
@@ -214,7 +193,9 @@ static bool has_next(const struct calibrator *k, int layer)
 
 static void embed_rows(struct calibrator *k, const struct step_rows *rows)
 {
-    download_rows(k, k->states, step_embed(k->step, rows));
+    struct mat x = step_embed(k->step, rows);
+    k->backend->ops->download(k->backend->queue, k->states, x.data,
+                              (uint64_t)(x.rows * x.cols) * sizeof(float));
 }
 
 static void layer_rows(struct calibrator *k, int layer, const struct layer_state *state,
@@ -275,6 +256,22 @@ static bool take_maximum(float *out, uint32_t bits, const char *what, int layer,
                    whose, what, bits > 0x7f800000u ? "NaN values" : "values beyond BF16");
 }
 
+static void clear_sums(struct calibrator *k, struct moments *sums)
+{
+    const struct ops *op = k->backend->ops;
+    if (!sums->block) return;
+    op->zero(k->backend->queue, sums->block, moments_block_bytes(sums));
+    op->zero(k->backend->queue, sums->down, moments_down_bytes(sums));
+}
+
+static void fetch_sums(struct calibrator *k, struct moments *to, const struct moments *sums)
+{
+    const struct ops *op = k->backend->ops;
+    if (!to || to->block == sums->block) return;
+    op->download(k->backend->queue, to->block, sums->block, moments_block_bytes(sums));
+    op->download(k->backend->queue, to->down, sums->down, moments_down_bytes(sums));
+}
+
 static bool finish_layer(struct calibrator *k, int layer, struct err *e)
 {
     static const char *const readers[] = {
@@ -284,12 +281,16 @@ static bool finish_layer(struct calibrator *k, int layer, struct err *e)
         [INPUT_SHARED] = "the shared expert's down_proj",
     };
     struct calibration *c = k->result;
-    bool ok = true;
+    const struct ops *op = k->backend->ops;
+    op->download(k->backend->queue, k->top, k->largest, (uint64_t)k->n_top * sizeof *k->top);
+    fetch_sums(k, k->sink->moments, &k->sums[0]);
+    fetch_sums(k, k->sink->held, &k->sums[1]);
+    bool ok = op->wait(k->backend->queue, e);
     for (int i = INPUT_MIXER; ok && i < INPUT_EXPERT; i++)
-        ok = take_maximum(&c->inputs[layer * INPUT_EXPERT + i], k->input_max[i], readers[i], layer, -1, e);
+        ok = take_maximum(&c->inputs[layer * INPUT_EXPERT + i], k->top[i], readers[i], layer, -1, e);
     for (int i = 0; ok && i < c->n_experts; i++)
-        ok = take_maximum(&c->down[(int64_t)layer * c->n_experts + i], k->down_max[i], "down_proj", layer, i,
-                          e);
+        ok = take_maximum(&c->down[(int64_t)layer * c->n_experts + i], k->top[INPUT_EXPERT + i], "down_proj",
+                          layer, i, e);
     return ok;
 }
 
@@ -297,10 +298,8 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
 {
     struct layer_state state = { 0 };
     int64_t pages = (k->samples->longest + KV_PAGE - 1) / KV_PAGE;
-    memset(k->input_max, 0, sizeof k->input_max);
-    if (k->sink->moments) moments_clear(k->sink->moments);
-    if (k->sink->held) moments_clear(k->sink->held);
-    memset(k->down_max, 0, (size_t)k->result->n_experts * sizeof *k->down_max);
+    k->backend->ops->zero(k->backend->queue, k->largest, (uint64_t)k->n_top * sizeof *k->top);
+    for (int i = 0; i < 2; i++) clear_sums(k, &k->sums[i]);
     bool ok = source_check(k->options->source, e) &&
               (model_bind_layer(&k->model, layer, e) || err_note(e, "%s", k->model.checkpoint->path)) &&
               layer_state_create(&state, &k->model, layer, KV_F32, pages, 1, e);
@@ -316,8 +315,13 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
 
 static void calibrator_deinit(struct calibrator *k)
 {
-    void *device[] = { k->x, k->gate, k->up };
-    for (int i = 0; i < 3; i++) k->backend->ops->memory_free(k->backend->queue, device[i]);
+    void *device[] = { k->x, k->block, k->gate, k->up, k->largest };
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        k->backend->ops->memory_free(k->backend->queue, device[i]);
+    for (int i = 0; i < 2 && k->backend->memory; i++) {
+        k->backend->ops->memory_free(k->backend->queue, k->sums[i].block);
+        k->backend->ops->memory_free(k->backend->queue, k->sums[i].down);
+    }
     step_free(k->step);
     model_deinit(&k->model);
     for (int i = 0; i < 2; i++) {
@@ -325,13 +329,10 @@ static void calibrator_deinit(struct calibrator *k)
         free(k->paths[i]);
     }
     free(k->states);
-    free(k->block_in);
-    free(k->products);
-    free(k->tapped);
     free(k->rows);
     free(k->pages);
     free(k->picked);
-    free(k->down_max);
+    free(k->top);
 }
 
 bool calibration_init(struct calibration *c, const struct config *config, struct err *e)
@@ -345,13 +346,15 @@ bool calibration_init(struct calibration *c, const struct config *config, struct
            err_memory(e, "calibration", layers * experts * sizeof *c->down);
 }
 
-static int64_t widest_input(const struct config *c)
+/* Steps keep the backend busy; buffers are small on the host. */
+int64_t calibration_rows(const struct backend *b, const struct samples *s)
 {
-    int64_t top = c->hidden_size,
-            others[] = { (int64_t)c->n_heads * c->head_dim,
-                         (int64_t)c->linear_value_heads * c->linear_value_dim, c->shared_intermediate };
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++) top = others[i] > top ? others[i] : top;
-    return top;
+    return s->longest < b->step_rows ? s->longest : b->step_rows;
+}
+
+int calibration_together(const struct backend *b, const struct config *c)
+{
+    return b->memory && c->n_experts >= TOGETHER ? TOGETHER : b->memory ? c->n_experts : 1;
 }
 
 bool calibrate(struct calibration *c, const struct calibration_options *o, struct err *e)
@@ -366,8 +369,8 @@ bool calibrate(struct calibration *c, const struct calibration_options *o, struc
                             .files = { -1, -1 } };
     k.hidden = source->config.hidden_size;
     k.inner = source->config.moe_intermediate;
-    k.tapped_cols = widest_input(&source->config);
-    k.rows_max = o->samples->longest < CHUNK_ROWS ? o->samples->longest : CHUNK_ROWS;
+    k.together = calibration_together(o->backend, &source->config);
+    k.rows_max = calibration_rows(o->backend, o->samples);
     c->tokens = o->first_layer * o->samples->n_tokens;
     bool ok = model_init(&k.model, source, o->backend, NULL, e) &&
               step_create(&k.step, &k.model, k.rows_max, 0, o->samples->longest, e) &&

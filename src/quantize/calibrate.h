@@ -27,7 +27,6 @@ struct calibration_sink {
                                 use them up. NULL: none wanted */
     struct moments *held;    /* NULL, or: those of the samples from held_from on are summed here instead */
     int64_t held_from;
-    struct pool *pool; /* borrow; sums them */
     /* The layer's maxima are in the result and the hidden states behind it are durable: a later run may go on
      * with the next one. */
     bool (*take)(void *ctx, int layer, struct err *e);
@@ -50,6 +49,10 @@ bool calibration_init(struct calibration *c, const struct config *config, struct
  * all samples pass through files by one step's rows, which the system's page cache holds as far as memory
  * allows. A NaN or an infinity is an error that names layer and expert. */
 bool calibrate(struct calibration *c, const struct calibration_options *o, struct err *e);
+/* Of one step; and how many experts' inputs are looked at together, from scratch of two f32 a row and column.
+ */
+int64_t calibration_rows(const struct backend *b, const struct samples *s);
+int calibration_together(const struct backend *b, const struct config *c);
 /* Of a module of `layer` that reads `input`; expert: for INPUT_EXPERT. */
 float calibration_input(const struct calibration *c, int layer, enum module_input input, int expert);
 void calibration_deinit(struct calibration *c); /* accepts a zeroed one */

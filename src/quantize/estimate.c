@@ -3,6 +3,7 @@
 #include "quantize/estimate.h"
 #include "base/clock.h"
 #include "base/pages.h"
+#include "model/model.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -45,19 +46,48 @@ static uint64_t evaluation_memory(const struct run *r)
     return (r->result->bytes_in + r->result->bytes_out) * 17 / 16 + 2 * STEP_ROWS * row;
 }
 
+/* Of the largest layer, bound. */
+static uint64_t layer_bytes(const struct config *c)
+{
+    uint64_t most = 0;
+    for (int i = 0; i < c->n_layers; i++) {
+        uint64_t n = 2 * layer_weights(c, c->layer_kinds[i]) * 17 / 16; /* padding */
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+static uint64_t kv_bytes(const struct run *r)
+{
+    const struct config *c = &r->source.config;
+    return 8 * (uint64_t)c->n_kv_heads * c->head_dim * (uint64_t)r->samples.longest;
+}
+
 static uint64_t calibration_memory(const struct run *r)
 {
     const struct config *c = &r->source.config;
-    uint64_t layer = 0, tokens = (uint64_t)r->samples.n_tokens, vocab = (uint64_t)c->vocab_size;
-    for (int i = 0; i < c->n_layers; i++) {
-        uint64_t n = 2 * layer_weights(c, c->layer_kinds[i]) * 17 / 16; /* padding */
-        layer = n > layer ? n : layer;
-    }
-    uint64_t kv = 8 * (uint64_t)c->n_kv_heads * c->head_dim * (uint64_t)r->samples.longest;
+    uint64_t layer = layer_bytes(c), tokens = (uint64_t)r->samples.n_tokens, vocab = (uint64_t)c->vocab_size;
     uint64_t row = 2 * (uint64_t)c->hidden_size, looked_up = tokens < vocab ? tokens : vocab;
     uint64_t table = looked_up * (row > 4096 ? row : 4096);
-    return (table > 2 * layer ? table : 2 * layer) + 4 * step_widths(c) * STEP_ROWS + kv + 16 * tokens +
-           (run_measures(r) ? moments_bytes(c) : 0) * (r->options.method == QUANTIZE_AUTO ? 3 : 1);
+    uint64_t sums = run_measures(r) ? moments_bytes(c) * (r->options.method == QUANTIZE_AUTO ? 3 : 1) : 0;
+    return (table > 2 * layer ? table : 2 * layer) + 4 * step_widths(c) * STEP_ROWS + kv_bytes(r) +
+           16 * tokens + sums;
+}
+
+/* A layer's experts are put below one another while they still lie apart. */
+uint64_t estimate_device_memory(const struct run *r)
+{
+    const struct config *c = &r->source.config;
+    const struct backend *b = r->options.backend;
+    if (!b->memory || r->samples.n == 0 || run_is_calibrated(r)) return 0;
+    bool contest = r->options.method == QUANTIZE_AUTO && contest_held(r->samples.n) > 0;
+    uint64_t rows = (uint64_t)calibration_rows(b, &r->samples);
+    uint64_t wide = 2 * (uint64_t)c->hidden_size +
+                    2 * (uint64_t)calibration_together(b, c) * (uint64_t)c->moe_intermediate;
+    uint64_t state = 4 * (uint64_t)c->linear_value_heads * c->linear_key_dim * c->linear_value_dim;
+    uint64_t n = BASE_BYTES + 2 * layer_bytes(c) + 4 * rows * wide + kv_bytes(r) + state;
+    n += step_bytes(c, b, false, (int64_t)rows, 0, r->samples.longest);
+    return run_measures(r) ? n + moments_bytes(c) * (contest ? 2 : 1) : n;
 }
 
 uint64_t estimate_memory(const struct run *r)
@@ -169,23 +199,24 @@ static bool product_rate(double *out, const struct run *r, struct err *e)
     const struct backend *b = r->options.backend;
     const struct ops *op = b->ops;
     int64_t rows = r->source.config.moe_intermediate, cols = r->source.config.hidden_size, done = 0;
+    int64_t n = calibration_rows(b, &r->samples);
     void *weights = calloc((size_t)(rows * cols), 2), *x = NULL, *y = NULL;
     struct weight *w = NULL;
     struct weight_source src = { .format = WEIGHT_BF16, .rows = rows, .cols = cols, .data = weights };
-    struct step_limits limits = { .rows = STEP_ROWS, .cols = cols > rows ? cols : rows };
+    struct step_limits limits = { .rows = n, .cols = cols > rows ? cols : rows };
     bool ok = (weights || err_memory(e, "probe", (uint64_t)(rows * cols) * 2)) &&
               op->weight_create(b->queue, &w, &src, e) && op->reserve(b->queue, &limits, e) &&
-              op->memory_create(b->queue, &x, (uint64_t)(STEP_ROWS * cols) * sizeof(float), e) &&
-              op->memory_create(b->queue, &y, (uint64_t)(STEP_ROWS * rows) * sizeof(float), e);
+              op->memory_create(b->queue, &x, (uint64_t)(n * cols) * sizeof(float), e) &&
+              op->memory_create(b->queue, &y, (uint64_t)(n * rows) * sizeof(float), e);
     double start = clock_seconds(), seconds = 0;
     float last;
     while (ok && seconds < PROBE_SECONDS) {
-        op->matmul(b->queue, mat_of(y, STEP_ROWS, rows), mat_of(x, STEP_ROWS, cols), w);
+        op->matmul(b->queue, mat_of(y, n, rows), mat_of(x, n, cols), w);
         op->download(b->queue, &last, y, sizeof last);
         done++;
         seconds = clock_seconds() - start;
     }
-    *out = ok ? 2.0 * (double)done * STEP_ROWS * (double)rows * (double)cols / seconds : 1;
+    *out = ok ? 2.0 * (double)done * (double)n * (double)rows * (double)cols / seconds : 1;
     op->memory_free(b->queue, x);
     op->memory_free(b->queue, y);
     op->weight_free(b->queue, w);
@@ -196,18 +227,21 @@ static bool product_rate(double *out, const struct run *r, struct err *e)
 /* The same of sums of second moments, whose upper triangles alone are summed. */
 static bool moments_rate(double *out, const struct run *r, struct err *e)
 {
-    int64_t n = r->source.config.moe_intermediate, done = 0;
-    float *h = calloc((size_t)(n * n), sizeof *h), *x = calloc((size_t)(STEP_ROWS * n), sizeof *x);
+    const struct backend *b = r->options.backend;
+    int64_t n = r->source.config.hidden_size, rows = calibration_rows(b, &r->samples), done = 0;
+    void *h = NULL, *x = NULL;
+    bool ok = b->ops->memory_create(b->queue, &h, (uint64_t)(n * n) * sizeof(float), e) &&
+              b->ops->memory_create(b->queue, &x, (uint64_t)(rows * n) * sizeof(float), e);
     double start = clock_seconds(), seconds = 0;
-    bool ok = (h && x) || err_memory(e, "probe", (uint64_t)(n * n) * sizeof *h);
     while (ok && seconds < PROBE_SECONDS) {
-        moments_add(h, x, STEP_ROWS, n, r->packer.pool);
+        b->ops->moments(b->queue, h, mat_of(x, rows, n));
+        ok = b->ops->wait(b->queue, e);
         done++;
         seconds = clock_seconds() - start;
     }
-    *out = ok ? (double)done * STEP_ROWS * (double)n * (double)n / seconds : 1;
-    free(h);
-    free(x);
+    *out = ok ? (double)done * (double)rows * (double)n * (double)n / seconds : 1;
+    b->ops->memory_free(b->queue, h);
+    b->ops->memory_free(b->queue, x);
     return ok;
 }
 

@@ -7,6 +7,8 @@
  * tensors, and while calibrating one decoder layer twice, in the source's pages and as the backend holds it.
  * A backend with memory of its own needs less. */
 uint64_t estimate_memory(const struct run *r);
+/* Of the device's own memory, at most; 0: it has none, or nothing is calibrated. */
+uint64_t estimate_device_memory(const struct run *r);
 /* Fills seconds of reading, packing and calibrating. Reads up to 64 MB of the source; writes nothing. */
 bool estimate_seconds(struct quantize_forecast *f, struct run *r, struct err *e);
 #endif

@@ -216,7 +216,6 @@ bool run_calibration(struct run *r, struct err *e)
                   .moments = measures ? &r->curvatures.moments : NULL,
                   .held = r->contest.held.block ? &r->contest.held : NULL,
                   .held_from = r->samples.n - contest_held(r->samples.n),
-                  .pool = r->packer.pool,
                   .take = take_layer },
         .report = o->report,
     };

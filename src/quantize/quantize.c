@@ -229,6 +229,22 @@ static bool check_memory(const struct run *r, struct err *e)
                                    (double)need / 1e9, (double)most / 1e9, advice);
 }
 
+static bool check_device_memory(const struct run *r, struct err *e)
+{
+    uint64_t need = estimate_device_memory(r), available = r->options.backend->memory_free;
+    if (need > available)
+        return err_set(
+            e, ERR_LIMIT,
+            "up to %.1f GB of GPU memory may be needed, %.1f GB are free; take shorter calibration "
+            "samples, or --device cpu",
+            (double)need / 1e9, (double)available / 1e9);
+    r->result->device_bytes = need;
+    if (need)
+        report_warn(r->options.report, "up to %.1f GB of GPU memory will be used, %.1f GB are free",
+                    (double)need / 1e9, (double)available / 1e9);
+    return true;
+}
+
 static bool work(struct run *r, struct err *e)
 {
     double start = clock_seconds();
@@ -302,6 +318,7 @@ bool quantize_dry_run(const struct quantize_options *o, struct quantize_forecast
         f->bytes_out = result.bytes_out;
         f->disk_bytes = r.disk_bytes;
         f->memory_bytes = estimate_memory(&r);
+        f->device_bytes = estimate_device_memory(&r);
         ok = run_prepare_packing(&r, e) && estimate_seconds(f, &r, e);
     }
     run_deinit(&r);
@@ -321,7 +338,7 @@ bool quantize_run(const struct quantize_options *o, struct quantize_result *resu
         ok = run_is_finished(&r, e);
     else
         ok = ok && check_memory(&r, e) && destination_lock(&r.destination, e) && run_resume(&r, e) &&
-             (r.destination.is_renamed ? tidy(&r, e) : work(&r, e));
+             (r.destination.is_renamed ? tidy(&r, e) : check_device_memory(&r, e) && work(&r, e));
     writer_free(r.writer); /* its thread is done with files before they are judged */
     r.writer = NULL;
     if (!ok) after_failure(&r, e);

@@ -80,6 +80,7 @@ struct quantize_result {
     int n_worst;
     struct quantize_coverage coverage;
     uint64_t peak_bytes;                                 /* of memory, before the evaluation */
+    uint64_t device_bytes;                               /* of the device's own, at most; 0: none */
     double seconds, calibrate_seconds, evaluate_seconds; /* the first holds the others */
     bool was_finished; /* by an earlier run of the same options; nothing else is set but bytes and counts */
 };
@@ -90,6 +91,7 @@ struct quantize_forecast {
     uint64_t bytes_in, bytes_out; /* of tensors */
     uint64_t disk_bytes;          /* of the destination's file system while it runs, at most */
     uint64_t memory_bytes;        /* resident, at most; held against max_memory */
+    uint64_t device_bytes; /* of the backend's own memory, at most; held against what is free; 0: none */
     /* From short probes: estimates. Reading and packing overlap. Writing is not in them. */
     double read_seconds, pack_seconds, calibrate_seconds;
 };

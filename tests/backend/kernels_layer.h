@@ -5,7 +5,14 @@
 
 /* A step of sequences of one row each gives every row what it gets alone, to the bit for up to ROWS_EXACT: a
  * layer of every kind, its weights in the mixes that have kernels for several rows. */
-enum { SEQUENCES = 128, LAYER_HIDDEN = 256, LAYER_INNER = 256, LAYER_EXPERTS = 8, PAGES_EACH = 2 };
+enum {
+    SEQUENCES = 128,
+    LAYER_HIDDEN = 256,
+    LAYER_INNER = 256,
+    LAYER_EXPERTS = 8,
+    PAGES_EACH = 4, /* one that anybody reads, and those that are written */
+    PAST_PAGES = 12
+};
 
 struct layer_case {
     struct made qkv, z, a, b, out, q, k, v, o, router, shared_gate, gate, up, down, expert[3][LAYER_EXPERTS];
@@ -65,14 +72,13 @@ struct layer_trace {
     struct guarded x[3], h, conv, matrix, keys, values;
 };
 
-static struct layer_trace make_trace(uint64_t seed)
+static struct layer_trace make_trace(uint64_t seed, int64_t rows)
 {
     uint64_t before = state_of_random;
     state_of_random = seed;
-    struct layer_trace t = { .x = { filled(SEQUENCES, LAYER_HIDDEN, 3, 0.5f),
-                                    guarded(SEQUENCES, LAYER_HIDDEN, 3),
-                                    guarded(SEQUENCES, LAYER_HIDDEN, 3) },
-                             .h = guarded(SEQUENCES, LAYER_HIDDEN, 1),
+    struct layer_trace t = { .x = { filled(rows, LAYER_HIDDEN, 3, 0.5f), guarded(rows, LAYER_HIDDEN, 3),
+                                    guarded(rows, LAYER_HIDDEN, 3) },
+                             .h = guarded(rows, LAYER_HIDDEN, 1),
                              .conv = filled(SEQUENCES, 3 * 512, 0, 1),
                              .matrix = filled(SEQUENCES, 2 * 128 * 128, 0, 0.3f),
                              .keys = filled(SEQUENCES, PAGES_EACH * KV_PAGE * 256, 0, 1),
@@ -93,28 +99,29 @@ static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat
     struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
     struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
     const float *gain = l->gain.m.data;
-    cpu.ops->norm_products(cpu.queue,
-                           &(struct norm_products){ y.m,
-                                                    x[0],
-                                                    gain,
-                                                    1e-6f,
-                                                    4,
-                                                    { u.m, z.m, a.m, b.m },
-                                                    { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu } });
+    cpu.ops->norm_products(cpu.queue, &(struct norm_products){ y.m,
+                                                               x[0],
+                                                               gain,
+                                                               1e-6f,
+                                                               4,
+                                                               { u.m, z.m, a.m, b.m },
+                                                               { l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu },
+                                                               .lean = true });
     cpu.ops->delta_run(cpu.queue,
                        &(struct delta_run){ x[0], y.m, u.m, conv.m, z.m, a.m, b.m, raw.m, o.m, l->taps.m.data,
                                             l->A.m.data, l->bias.m.data, gain, 1e-6f, l->out.cpu, &state,
-                                            &shape },
+                                            &shape, .lean = true },
                        rows);
     finish();
     for (int64_t r = 0; r < n; r++)
         memcpy(x[1].data + r * x[1].stride, x[0].data + r * x[0].stride, LAYER_HIDDEN * 4);
     cpu.ops->norm_products(
-        cpu.queue, &(struct norm_products){
-                       y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu } });
+        cpu.queue,
+        &(struct norm_products){
+            y.m, x[1], gain, 1e-6f, 3, { qg.m, k.m, v.m }, { l->q.cpu, l->k.cpu, l->v.cpu }, .lean = true });
     cpu.ops->attention_run(cpu.queue,
                            &(struct attention_run){ x[1], y.m, qg.m, k.m, v.m, att.m, 2, gain, gain + 256,
-                                                    1e-6f, &l->rope, &kv, l->o.cpu },
+                                                    1e-6f, &l->rope, &kv, l->o.cpu, .lean = true },
                            rows);
     finish();
     struct guarded *all[] = { &u, &z, &a, &b, &y, &conv, &raw, &o, &qg, &k, &v, &att };
@@ -140,9 +147,10 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
                                             1e-6f,
                                             4,
                                             { router.m, one.m, gate.m, up.m },
-                                            { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu } });
+                                            { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu },
+                                            .lean = false });
     cpu.ops->moe_run(cpu.queue, &(struct moe_run){ x[2], y.m, h, router.m, gate.m, up.m, hidden.m, shared.m,
-                                                   one.m, &picks, &l->experts, l->down.cpu });
+                                                   one.m, &picks, &l->experts, l->down.cpu, .lean = true });
     finish();
     struct guarded *all[] = { &router, &one, &gate, &up, &hidden, &y, &shared };
     for (int i = 0; i < 7; i++) check_guards(all[i], "experts of a layer"), drop(all[i]);
@@ -150,28 +158,42 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
     give(weight);
 }
 
-/* Sequences [first, first + n) as a step. */
-static void layer_step(struct layer_case *l, struct layer_trace *t, int first, int n)
+/* Sequences [first, first + n) as a step, each of one row, or pieces of prompts of `lengths` rows. */
+static void layer_step(struct layer_case *l, struct layer_trace *t, int first, int n, const int *lengths)
 {
-    struct row rows[SEQUENCES];
     struct span spans[SEQUENCES];
-    int32_t pages[SEQUENCES][PAGES_EACH];
+    int32_t pages[SEQUENCES][PAST_PAGES];
     struct mat x[3], h = t->h.m;
+    int64_t row0 = 0, n_rows = 0;
+    for (int i = 0; i < first; i++) row0 += lengths ? lengths[i] : 1;
+    for (int i = 0; i < n; i++) n_rows += lengths ? lengths[first + i] : 1;
+    struct row *rows = calloc((size_t)n_rows, sizeof *rows);
+    n_rows = 0;
     for (int i = 0; i < n; i++) {
-        int32_t past = (first + i) * 7 % 100;
-        for (int32_t p = 0; p < PAGES_EACH; p++) pages[i][p] = (first + i) * PAGES_EACH + p;
-        rows[i] = (struct row){ .position = { past, past, past } };
-        spans[i] = (struct span){ .first = i, .n = 1, .past = past, .pages = pages[i], .slot = first + i };
+        int32_t past = (first + i) * (first + i) * 7 % ((PAST_PAGES - 3) * KV_PAGE);
+        int32_t count = lengths ? lengths[first + i] : 1;
+        /* all but the pages that are written are anybody's */
+        for (int32_t p = 0; p < PAST_PAGES; p++) pages[i][p] = (first + i + p) % SEQUENCES * PAGES_EACH;
+        for (int32_t p = past / KV_PAGE, k = 1; p <= (past + count - 1) / KV_PAGE; p++)
+            pages[i][p] = (first + i) * PAGES_EACH + k++;
+        spans[i] =
+            (struct span){ .first = n_rows, .n = count, .past = past, .pages = pages[i], .slot = first + i };
+        for (int32_t k = past; k < past + count; k++)
+            rows[n_rows++] = (struct row){ .position = { k, k, k } };
     }
     for (int i = 0; i < 3; i++) {
         x[i] = t->x[i].m;
-        x[i].data += first * x[i].stride;
-        x[i].rows = n;
+        x[i].data += row0 * x[i].stride;
+        x[i].rows = n_rows;
     }
-    h.data += first * h.stride;
-    h.rows = n;
-    layer_mixers(l, t, x, &(struct step_rows){ rows, n, spans, n });
+    h.data += row0 * h.stride;
+    h.rows = n_rows;
+    struct step_rows step = { rows, n_rows, spans, n, lengths != NULL };
+    if (lengths) assert_false(cpu.ops->step_begin(cpu.queue, l, &step));
+    layer_mixers(l, t, x, &step);
     layer_experts(l, h, x);
+    if (lengths) cpu.ops->step_end(cpu.queue);
+    free(rows);
 }
 
 static struct guarded first_rows(const struct guarded *g, int n)
@@ -183,15 +205,19 @@ static struct guarded first_rows(const struct guarded *g, int n)
     return first;
 }
 
+/* lengths: pieces of prompts, which are alike to the bit however many they are. */
 static void layer_alone_case(enum weight_format delta, enum weight_format dense, enum weight_format expert,
-                             int n)
+                             int n, const int *lengths)
 {
+    int n_rows = lengths ? 0 : n;
+    for (int i = 0; lengths && i < n; i++) n_rows += lengths[i];
     struct layer_case l;
     make_layer_case(&l, delta, dense, expert);
     uint64_t seed = state_of_random;
-    struct layer_trace together = make_trace(seed), alone = make_trace(seed);
-    layer_step(&l, &together, 0, n);
-    for (int i = 0; i < n; i++) layer_step(&l, &alone, i, 1);
+    struct layer_trace together = make_trace(seed, lengths ? n_rows : SEQUENCES),
+                       alone = make_trace(seed, lengths ? n_rows : SEQUENCES);
+    layer_step(&l, &together, 0, n, lengths);
+    for (int i = 0; i < n; i++) layer_step(&l, &alone, i, 1, lengths);
     struct guarded *a[] = { &together.conv,   &together.matrix, &together.x[0], &together.keys,
                             &together.values, &together.x[1],   &together.h,    &together.x[2] };
     struct guarded *b[] = { &alone.conv,   &alone.matrix, &alone.x[0], &alone.keys,
@@ -200,8 +226,10 @@ static void layer_alone_case(enum weight_format delta, enum weight_format dense,
                                          "keys",       "values",         "x after attention_run",
                                          "normed x",   "x after moe_run" };
     for (int i = 0; i < 8; i++) {
-        struct guarded have = first_rows(a[i], n), want = first_rows(b[i], n);
-        if (n <= ROWS_EXACT)
+        bool of_rows = i == 2 || i > 4;
+        struct guarded have = first_rows(a[i], of_rows ? n_rows : n),
+                       want = first_rows(b[i], of_rows ? n_rows : n);
+        if (lengths || n <= ROWS_EXACT)
             same_bits(&have, &want, cpu.name, names[i]);
         else if (i < 6) /* a router's choice may turn on a rounding, and a softmax does on many */
             check_shares(&have, &want, 0.1, 0.3, names[i]);
@@ -227,15 +255,32 @@ static void several_rows(void)
     for (int f = 0; f < 3; f++) /* more tiles than there are multiprocessors */
         product_case(formats[f], ns[random_below(8)], 6400 + random_below(200), 256,
                      f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
-    moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3);
-    for (int i = 0; i < 8; i++) layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, ns[i]);
-    moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3);
-    moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3);
-    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 33 + (int)random_below(32));
-    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 65 + (int)random_below(64));
-    layer_alone_case(WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4, 2 + (int)random_below(31));
-    layer_alone_case(WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 2 + (int)random_below(31));
-    layer_alone_case(WEIGHT_NVFP4, WEIGHT_NVFP4, WEIGHT_NVFP4, 2 + (int)random_below(31));
+    moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3, false);
+    for (int i = 0; i < 8; i++) layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, ns[i], NULL);
+    moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3, false);
+    moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3, true);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 33 + (int)random_below(32), NULL);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, 65 + (int)random_below(64), NULL);
+    layer_alone_case(WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4, 2 + (int)random_below(31), NULL);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 2 + (int)random_below(31), NULL);
+    layer_alone_case(WEIGHT_NVFP4, WEIGHT_NVFP4, WEIGHT_NVFP4, 2 + (int)random_below(31), NULL);
+}
+
+/* Pieces of prompts together and each alone, from a few rows to many. */
+static void prompt_rows(void)
+{
+    static const enum weight_format mixes[][3] = { { WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4 },
+                                                   { WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4 },
+                                                   { WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16 },
+                                                   { WEIGHT_F16, WEIGHT_F16, WEIGHT_NVFP4 } };
+    static const int lengths[][7] = { { 1, 5, 17, 3 },
+                                      { 90, 1, 33, 64, 65, 8, 20 },
+                                      { 2, 90, 90, 90, 90, 90, 90 } };
+    if (!on_device()) return;
+    reserve(2 * SEQUENCES * 3, 2048, 256, 3, 8);
+    for (int m = 0; m < 4; m++)
+        for (int i = 0; i < 3; i++)
+            layer_alone_case(mixes[m][0], mixes[m][1], mixes[m][2], i == 0 ? 4 : 7, lengths[i]);
 }
 
 #endif

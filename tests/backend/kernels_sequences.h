@@ -12,7 +12,7 @@ struct plan {
 
 static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
 {
-    p->step = (struct step_rows){ p->rows, 0, p->spans, 3 };
+    p->step = (struct step_rows){ p->rows, 0, p->spans, 3, false };
     for (int s = 0; s < 3; s++) {
         for (int i = 0; i < 8; i++) p->pages[s][i] = (2 - s) + 3 * (7 - i); /* scattered over 24 pages */
         p->spans[s] = (struct span){
@@ -111,18 +111,18 @@ static void delta_case(int key_heads, int group, int dk, int dv, int kernel, con
 
 static void sequences(void)
 {
-    static const int64_t n[][3] = { { 1, 1, 1 }, { 3, 1, 40 }, { 32, 33, 2 }, { 65, 2, 130 }, { 1, 64, 63 } };
-    static const int64_t past[][3] = {
-        { 0, 63, 64 }, { 5, 100, 0 }, { 0, 0, 1 }, { 200, 1, 127 }, { 300, 0, 65 }
-    };
+    static const int64_t n[][3] = { { 1, 1, 1 },    { 3, 1, 40 },  { 32, 33, 2 },
+                                    { 65, 2, 130 }, { 1, 64, 63 }, { 2, 3, 1 } };
+    static const int64_t past[][3] = { { 0, 63, 64 },   { 5, 100, 0 },  { 0, 0, 1 },
+                                       { 200, 1, 127 }, { 300, 0, 65 }, { 300, 130, 440 } };
     static const int dims[] = { 16, 64, 128, 256, 20, 3 };
     reserve(300, 2048, 64, 2, 4);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         for (int d = 0; d < 6; d++) {
             int n_kv = 1 + (int)random_below(2), group = 1 + (int)random_below(3);
             attention_case((enum kv_dtype)((i + d) % 3), n_kv * group, n_kv, dims[d], n[i], past[i]);
         }
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         delta_case(1, 2, 4, 3, 4, n[i]);
         delta_case(2, 2, 16, 20, 4, n[i]);
         delta_case(2, 1, 128, 128, 4, n[i]);
@@ -138,6 +138,8 @@ struct logging {
     struct delta_shape shape;
     struct guarded taps, A, bias, matrix, conv, log; /* of 3 slots */
     struct guarded plain_matrix, plain_conv;         /* the state of rows run as ever */
+    struct guarded run_matrix, run_conv, run_log;    /* of the fused run */
+    struct made out;                                 /* what it multiplies the heads with */
 };
 
 static struct guarded run_rows(const struct backend *b, const struct logging *l,
@@ -152,6 +154,42 @@ static struct guarded run_rows(const struct backend *b, const struct logging *l,
     b->ops->delta(b->queue, o.m, qkv.m, a.m, beta.m, l->A.m.data, l->bias.m.data, state, s, step);
     finish();
     drop(&u), drop(&a), drop(&beta), drop(&qkv);
+    return o;
+}
+
+/* The same by the fused run. */
+static struct guarded run_fused(const struct backend *b, const struct logging *l, const struct guarded in[3],
+                                const struct step_rows *step)
+{
+    const struct delta_shape *s = &l->shape;
+    int64_t n = step->n, values = (int64_t)s->value_heads * s->value_dim, hidden = l->out.ref->rows;
+    struct delta_state state = { l->run_matrix.m.data, l->run_conv.m.data, l->run_log.m.data, LOG_ROWS };
+    struct guarded u = copy_of(&in[0]), a = copy_of(&in[1]), beta = copy_of(&in[2]),
+                   qkv = guarded(n, u.m.cols, 0), z = filled(n, values, 0, 1),
+                   gain = filled(1, s->value_dim, 0, 1), x = filled(n, hidden, 0, 1),
+                   y = guarded(n, hidden, 0), made = guarded(n, values, 0), o = guarded(n, values, 1);
+    struct delta_run r = { x.m,
+                           y.m,
+                           u.m,
+                           qkv.m,
+                           z.m,
+                           a.m,
+                           beta.m,
+                           o.m,
+                           made.m,
+                           l->taps.m.data,
+                           l->A.m.data,
+                           l->bias.m.data,
+                           gain.m.data,
+                           1e-6f,
+                           b == &ref ? l->out.ref : l->out.cpu,
+                           &state,
+                           s,
+                           false };
+    b->ops->delta_run(b->queue, &r, step);
+    finish();
+    struct guarded *all[] = { &u, &a, &beta, &qkv, &z, &gain, &x, &y, &made };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) drop(all[i]);
     return o;
 }
 
@@ -173,7 +211,7 @@ static struct guarded run_plain(const struct backend *b, struct logging *l, cons
 {
     struct delta_state state = { .matrix = l->plain_matrix.m.data, .conv = l->plain_conv.m.data };
     struct span spans[3];
-    struct step_rows plain = { step->rows, step->n, spans, 3 };
+    struct step_rows plain = { step->rows, step->n, spans, 3, false };
     struct guarded matrix = copy_of(&l->plain_matrix), conv = copy_of(&l->plain_conv);
     for (int s = 0; s < 3; s++) {
         spans[s] = step->spans[s];
@@ -190,7 +228,7 @@ static struct guarded run_plain(const struct backend *b, struct logging *l, cons
                (size_t)conv.m.cols * sizeof(float));
         if (kept[s] == 0) continue;
         struct span first = { .n = kept[s], .pages = spans[s].pages, .slot = slot };
-        struct step_rows again = { step->rows, kept[s], &first, 1 };
+        struct step_rows again = { step->rows, kept[s], &first, 1, false };
         struct guarded rest[3], out;
         for (int i = 0; i < 3; i++) {
             rest[i] = guarded(kept[s], in[i].m.cols, 0);
@@ -222,6 +260,10 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
         l[b].log = guarded(3, LOG_ROWS * delta_log_floats(&l[b].shape), 0);
         l[b].plain_matrix = copy_of(&l[b].matrix);
         l[b].plain_conv = copy_of(&l[b].conv);
+        l[b].run_matrix = copy_of(&l[b].matrix);
+        l[b].run_conv = copy_of(&l[b].conv);
+        l[b].run_log = guarded(3, LOG_ROWS * delta_log_floats(&l[b].shape), 0);
+        l[b].out = b ? l[0].out : make_weight(WEIGHT_BF16, 24, values, INPUT_AS_IS);
     }
     int32_t kept[3] = { 0 };
     for (int step = 0; step < LOG_STEPS; step++) {
@@ -245,6 +287,10 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
             struct guarded plain = run_plain(all[b], &l[b], in, &p.step, stay);
             same_bits(&o[b], &plain, all[b]->name, "outputs of logged rows");
             drop(&plain);
+            struct guarded fused = run_fused(all[b], &l[b], in, &p.step);
+            check_guards(&fused, "logged rows of a run");
+            same_bits(&fused, &o[b], all[b]->name, "outputs of logged rows of a run");
+            drop(&fused);
         }
         check_close(&o[1], &o[0], 2e-5, 1e-5, "logged rows");
         for (int b = 0; b < 2; b++) drop(&o[b]);
@@ -253,11 +299,16 @@ static void logged_case(int key_heads, int group, int dk, int dv, int kernel)
     for (int b = 0; b < 2; b++) {
         same_bits(&l[b].matrix, &l[b].plain_matrix, all[b]->name, "state after logged rows");
         same_bits(&l[b].conv, &l[b].plain_conv, all[b]->name, "convolution state after logged rows");
+        same_bits(&l[b].run_matrix, &l[b].matrix, all[b]->name, "state after logged rows of a run");
+        same_bits(&l[b].run_conv, &l[b].conv, all[b]->name, "convolution state after logged rows of a run");
         check_guards(&l[b].log, "logged rows");
-        struct guarded *made[] = { &l[b].taps, &l[b].A,   &l[b].bias,         &l[b].matrix,
-                                   &l[b].conv, &l[b].log, &l[b].plain_matrix, &l[b].plain_conv };
+        check_guards(&l[b].run_log, "logged rows of a run");
+        struct guarded *made[] = { &l[b].taps,       &l[b].A,          &l[b].bias,    &l[b].matrix,
+                                   &l[b].conv,       &l[b].log,        &l[b].run_log, &l[b].plain_matrix,
+                                   &l[b].plain_conv, &l[b].run_matrix, &l[b].run_conv };
         for (size_t i = 0; i < sizeof made / sizeof *made; i++) drop(made[i]);
     }
+    drop_weight(&l[0].out);
 }
 
 static void logged_rows(void)

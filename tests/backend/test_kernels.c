@@ -2,6 +2,7 @@
  * inputs with zeros, extremes and tiny scales, outputs poisoned beforehand with guards on both sides. A
  * failure prints the mask, the shape and the first bad index; the sequence of trials is fixed by SEED
  * (environment QUENCH_SEED). */
+#include "backend/kernels_calibration.h"
 #include "backend/kernels_layer.h"
 #include "backend/kernels_products.h"
 #include "backend/kernels_rows.h"
@@ -63,7 +64,7 @@ static void gdn_small(void **state)
         memcpy(gb, b, 48);
         struct delta_shape s = { 1, 2, 4, 3, 1 };
         struct span span = { .n = 6 };
-        struct step_rows rows_of = { NULL, 6, &span, 1 };
+        struct step_rows rows_of = { NULL, 6, &span, 1, false };
         all[x]->ops->delta(all[x]->queue, mat_of(o, 6, 6), mat_of(qkv, 6, 14), mat_of(ga, 6, 2),
                            mat_of(gb, 6, 2), A_log, bias, &(struct delta_state){ .matrix = S, .conv = conv },
                            &s, &rows_of);
@@ -77,9 +78,16 @@ static void gdn_small(void **state)
     json_decref(root);
 }
 
-static void (*const families[])(void) = { several_rows, attention_runs, moe_runs, many_rows,
-                                          delta_runs,   products,       experts,  fp4_experts,
-                                          rows,         sequences,      vision,   logged_rows };
+static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows,  delta_runs,
+                                          products,     experts,        fp4_experts, rows,       sequences,
+                                          vision,       logged_rows,    prompt_rows, calibration };
+
+/* QUENCH_FAMILY: the place of one in families[], which alone is tested. */
+static bool is_wanted(void (*const *family)(void))
+{
+    const char *only = getenv("QUENCH_FAMILY");
+    return !only || family == &families[atoi(only)];
+}
 
 static void backends(int threads, enum cpu_isa isa)
 {
@@ -115,7 +123,8 @@ static void every_mask(void **state)
             if (i % 4 == 0) printf("SKIP: mask %s this machine has only %s\n", names[m], cpu.name);
             continue;
         }
-        for (size_t f = 0; f < sizeof families / sizeof *families; f++) families[f]();
+        for (size_t f = 0; f < sizeof families / sizeof *families; f++)
+            if (is_wanted(&families[f])) families[f]();
         printf("note: %s%s agrees with ref\n", cpu.name, rounded ? ", inputs rounded," : "");
     }
     rounded = false;
@@ -124,6 +133,7 @@ static void every_mask(void **state)
 
 static void family_on_device(void **state)
 {
+    if (!is_wanted((void (*const *)(void)) * state)) skip();
     for (int i = 0; i < 2; i++) {
         bf16_inputs = i;
         backends(0, CPU_ISA_BEST);
@@ -190,6 +200,8 @@ int main(void)
         cmocka_unit_test_prestate(family_on_device, (void *)&families[9]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[10]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[11]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[12]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[13]),
     };
     int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
                              : cmocka_run_group_tests(tests, NULL, NULL);

@@ -147,8 +147,8 @@ static int32_t defined_guess(struct model *m, const struct prompt *p, int32_t ne
         memcpy(rows[i].position, p->rows[i].position, sizeof rows[i].position);
         index[i] = i;
     }
-    struct mat hidden = step_run(step, &(struct step_rows){ p->rows, p->n, &span, 1 }, states);
-    struct mat row = step_mtp(step, &(struct step_rows){ rows, p->n, &span, 1 }, hidden, index,
+    struct mat hidden = step_run(step, &(struct step_rows){ p->rows, p->n, &span, 1, false }, states);
+    struct mat row = step_mtp(step, &(struct step_rows){ rows, p->n, &span, 1, false }, hidden, index,
                               &states[m->config->n_layers]);
     step_draft(step, &guess, row, &(int64_t){ 0 }, 1);
     must(m->backend->ops->wait(m->backend->queue, &e), &e);

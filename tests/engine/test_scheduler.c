@@ -85,7 +85,7 @@ static void the_same_alone_and_among_others(void **state)
             for (int i = 0; i < 16; i++) {
                 char what[64];
                 snprintf(what, sizeof what, "%d drafts, round %d, request %d", drafts, round, i);
-                answer_same(&demo, &alone[i], &among[i], what);
+                answer_same(&alone[i], &among[i], what);
                 accepted += among[i].usage.accepted;
             }
         }
@@ -165,11 +165,11 @@ static void cancelled_at_any_moment(void **state)
         answer_finish_all(now, 16, &f);
         for (int i = 0; i < 16; i++) {
             if (now[i].finish == FINISHED_CANCELLED) {
-                for (int k = 0; demo.is_exact && k < now[i].n; k++)
+                for (int k = 0; k < now[i].n; k++)
                     assert_int_equal(now[i].tokens[k].token.id, alone[i].tokens[k].token.id);
                 assert_true(i % 2);
             } else {
-                answer_same(&demo, &alone[i], &now[i], "beside cancelled ones");
+                answer_same(&alone[i], &now[i], "beside cancelled ones");
             }
         }
     }
@@ -202,8 +202,8 @@ static void a_slow_reader_holds_up_nobody(void **state)
     assert_true(usage.answer_tokens < 64); /* the ring is full; nothing was computed beyond it */
     answer_finish_all(&slow, 1, &f);
     answer_ask(&again, &f, &o);
-    answer_same(&demo, &slow, &again, "slow reader");
-    answer_same(&demo, &slow, &fast, "fast reader");
+    answer_same(&slow, &again, "slow reader");
+    answer_same(&slow, &fast, "fast reader");
     free(t.ids);
     service_stop(&f);
 }
@@ -510,7 +510,7 @@ static void preempted_ones_go_on_with_the_same_bits(void **state)
                 answer_submit(&now[i], &f, &v.o[i]);
             }
             answer_finish_all(now, 16, &f);
-            for (int i = 0; i < 16; i++) answer_same(&demo, &alone[i], &now[i], "with few pages");
+            for (int i = 0; i < 16; i++) answer_same(&alone[i], &now[i], "with few pages");
         }
         struct scheduler_stats stats;
         scheduler_stats(f.scheduler, &stats);
@@ -645,9 +645,9 @@ static void prompts_come_in_pieces_beside_a_stream(void **state)
         s.constraint = &arriving.c;
         answer_ask(&stream, &f, &s);
         answer_finish_all(&late, 1, &f);
-        answer_same(&demo, &late, &first, "beside a stream");
+        answer_same(&late, &first, "beside a stream");
         if (patient)
-            assert_int_equal(most_rows, LONG + 1);
+            assert_int_equal(most_rows, LONG + !engine_few_differ(f.engine));
         else
             assert_in_range(most_rows, 2,
                             97); /* the least that a prompt may be divided into, and the stream's */
@@ -680,7 +680,7 @@ static void what_is_shared_is_computed_once(void **state)
         cached += a[i].usage.cached_tokens;
         o[i].no_prefix_cache = true;
         answer_ask(alone, &f, &o[i]);
-        answer_same(&demo, &a[i], alone, "what is shared");
+        answer_same(&a[i], alone, "what is shared");
     }
     assert_int_equal(cached, 3 * (((int64_t)t.n - 4) / 64 * 64));
     free(t.ids);

@@ -107,7 +107,7 @@ static void next_run(struct runner *r, struct engine *g, const struct token_list
         engine_text_rows(r->rows + 1, r->draft.tokens, r->draft.n, engine_length(g, r->draft.handle) + 1);
         n = r->draft.n + 1;
     }
-    r->run = (struct engine_run){ r->draft.handle, r->rows, n, left <= 0 };
+    r->run = (struct engine_run){ r->draft.handle, r->rows, n, left <= 0, false };
 }
 
 /* Rows [first, ...) of the step belong to r. */

@@ -167,7 +167,7 @@ static void check_model(const char *model, const char *golden, const struct back
     step_set_tap(step, (struct tap){ &h, check_hidden });
     engine_text_rows(rows, g.ids, 80, 0);
     struct span span = { .n = 80, .pages = pages };
-    step_run(step, &(struct step_rows){ rows, 80, &span, 1 }, states);
+    step_run(step, &(struct step_rows){ rows, 80, &span, 1, false }, states);
     assert_int_equal(h.seen, 80 * (n_layers + 1));
     step_free(step);
     for (int i = 0; i < n_layers; i++) layer_state_free(&states[i], &l.model);

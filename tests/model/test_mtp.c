@@ -97,7 +97,7 @@ static struct mat guess(struct fixture *f, const struct row *rows, const int64_t
                         int64_t n, struct mat hidden)
 {
     struct span span = { .n = n, .past = past, .pages = f->pages };
-    return step_mtp(f->step, &(struct step_rows){ rows, n, &span, 1 }, hidden, index, &f->state);
+    return step_mtp(f->step, &(struct step_rows){ rows, n, &span, 1, false }, hidden, index, &f->state);
 }
 
 /* Every row a step of its own, and from it one guess on, which the next row's keys and values replace. */
@@ -157,7 +157,7 @@ static void rows_need_only_be_remembered(void **state)
         int64_t index[TOKENS], n = pieces[i];
         struct span span = { .n = n, .past = done, .pages = f.pages };
         text_rows(&f, rows, index, done, n);
-        step_mtp_see(f.step, &(struct step_rows){ rows, n, &span, 1 }, f.hidden, index, &f.state);
+        step_mtp_see(f.step, &(struct step_rows){ rows, n, &span, 1, false }, f.hidden, index, &f.state);
         text_rows(&f, rows, index, done + n - 1, 1);
         check_row(&f, guess(&f, rows, index, done + n - 1, 1, f.hidden), "rows", done + n - 1, EXACT);
         text_rows(&f, rows, index, done, n); /* and all at once */

@@ -40,7 +40,10 @@ static inline void fixture_warn(void *ctx, const char *text)
 static inline void fixture_init(struct fixture *f)
 {
     struct err e = { 0 };
-    struct backend_options options = { .device = DEVICE_CPU, .threads = 2 };
+    const char *device = getenv("QUENCH_DEVICE"); /* cuda, or nothing */
+    struct backend_options options = { .device =
+                                           device && strcmp(device, "cuda") == 0 ? DEVICE_CUDA : DEVICE_CPU,
+                                       .threads = 2 };
     *f = (struct fixture){ .path = "/tmp/quench-test-XXXXXX" };
     f->report = (struct report){ .ctx = f, .warn = fixture_warn };
     assert_non_null(mkdtemp(f->path));

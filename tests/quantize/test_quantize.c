@@ -302,7 +302,7 @@ static void run_sample(struct step *step, struct model *model, const int32_t *to
     for (int i = 0; i < N_LAYERS; i++)
         assert_true(layer_state_create(&states[i], model, i, KV_F32, PAGES, 1, &e));
     for (int32_t i = 0; i < n; i++) rows[i] = (struct row){ tokens[i], { i, i, i }, NULL };
-    struct step_rows all = { rows, n, &span, 1 };
+    struct step_rows all = { rows, n, &span, 1, false };
     step_run(step, &all, states);
     for (int i = 0; i < N_LAYERS; i++) layer_state_free(&states[i], model);
 }

@@ -11,14 +11,10 @@ enum { ANSWER_MOST = 128, PROMPT_MOST = 1024, IM_END = 2024, NEWLINE = 198 }; /*
 struct demo {
     struct loaded loaded; /* the MTP head is bound */
     struct tokenizer *tokenizer;
-    /* On a GPU, whose steps of many rows round otherwise than short ones, answers are near only: see
-     * answer_same. */
-    bool is_exact;
-    int compared, parted; /* answers, where they are not exact; and those that went another way somewhere */
 };
 /* On a CPU; with QUENCH_DEVICE=cuda on a GPU. */
 void demo_load(struct demo *d);
-void demo_unload(struct demo *d); /* fails where more than half parted */
+void demo_unload(struct demo *d);
 struct token_list demo_encode(const struct demo *d, const char *text);
 
 /* A scheduler and who waits for its news. Several may live over one model if no two have work at a time. */
@@ -52,9 +48,8 @@ void answer_submit(struct answer *a, struct service *s, const struct request_opt
 void answer_pump(struct answer *a, int most);
 void answer_finish_all(struct answer *a, int n, struct service *s);
 void answer_ask(struct answer *a, struct service *s, const struct request_options *o);
-/* Every event has the same bits. On a GPU: tokens are the same and their scores near until, in few answers, a
- * token is another. */
-void answer_same(struct demo *d, const struct answer *a, const struct answer *b, const char *what);
+/* Every event has the same bits. */
+void answer_same(const struct answer *a, const struct answer *b, const char *what);
 
 /* A small generator: the tests' choices repeat. */
 extern uint64_t random_state;

@@ -136,6 +136,11 @@ static void moe_run(struct queue *q, const struct moe_run *r)
     fused_moe(&cpu_ops, q, r);
 }
 
+static void observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts)
+{
+    fused_observe(&cpu_ops, q, o, x, experts);
+}
+
 static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                            int *failed, struct err *e)
 {
@@ -181,6 +186,8 @@ const struct ops cpu_ops = {
     .attention_all = cpu_attention_all,
     .route = cpu_route,
     .experts = cpu_experts,
+    .absmax = host_absmax,
+    .moments = cpu_moments,
     .log_softmax = cpu_log_softmax,
     .divergence = cpu_divergence,
     .pick = host_pick,
@@ -192,4 +199,5 @@ const struct ops cpu_ops = {
     .delta_run = delta_run,
     .attention_run = attention_run,
     .moe_run = moe_run,
+    .observe = observe,
 };

@@ -191,6 +191,7 @@ void cpu_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_head
 void cpu_route(struct queue *q, const struct picks *picks, struct mat logits);
 void cpu_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                  const struct experts *experts);
+void cpu_moments(struct queue *q, float *h, struct mat x);
 void cpu_log_softmax(struct queue *q, struct mat x);
 void cpu_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cpu_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws);

@@ -1,21 +1,41 @@
-/* Attention: norms and rotation of heads, the KV cache, and each row over its sequence. A block takes one
- * part of a row's tokens for one kv head: its warps read each key and value once for up to eight query heads
- * and keep running maximum, sum and values. BF16 heads of 256 go through the tensor cores, 16 tokens a warp at
- * a time (attention_tiles.cuh); others four heads a warp, token by token. The block that is done last puts the
- * parts of a row together, in their order. A part is at least PART tokens, and how many there are depends on
- * the row's own length only. */
+/* Attention: norms and rotation of heads, the KV cache, and each row over its sequence. A block takes one part of a row's
+ * tokens for one kv head. Heads of 256 go through the tensor cores, 16 tokens a warp at a time (attention_tiles.cuh);
+ * others four heads a warp, token by token. Parts are put together in their order: of one row by all of its blocks, which
+ * meet, a few columns each; of several by the block that is done last. What a part is depends on the row's own length only. */
 #include "backend/cuda/attention_tiles.cuh"
 
 namespace {
 
-constexpr int PART = 64, HEADS = 4, EACH = HEAD_MAX / LANES, BATCH = 2;
+constexpr int ALONE_MAX = 8, PART = 4, HEADS = 4, EACH = HEAD_MAX / LANES, BATCH = 2; /* tiles of the only part; of several */
 
-__device__ int part_length(int tokens, int splits)
-{
-    int each = (tokens + splits - 1) / splits;
-    each = (each + 15) / 16 * 16;
-    return splits == 1 ? tokens : each < PART ? PART : each;
-}
+/* A block's part of a row: tiles of 16 tokens [first, last) of `parts` parts that differ by a tile at most. */
+struct row_part {
+    int token, parts, first, last;
+
+    __device__ __forceinline__ row_part(int of_row, int splits) : token(of_row)
+    {
+        int tiles = token / TILE_TOKENS + 1;
+        parts = tiles <= ALONE_MAX ? 1 : (tiles + PART - 1) / PART;
+        parts = parts < splits ? parts : splits;
+        first = parts == 1 ? 0 : (int)((unsigned)tiles * blockIdx.x / (unsigned)parts);
+        last = parts == 1 ? tiles : (int)((unsigned)tiles * (blockIdx.x + 1) / (unsigned)parts);
+    }
+
+    __device__ __forceinline__ bool is_any() const
+    {
+        return (int)blockIdx.x < parts;
+    }
+
+    __device__ __forceinline__ bool has_end() const
+    {
+        return (int)blockIdx.x == parts - 1;
+    }
+
+    __device__ __forceinline__ int end() const
+    {
+        return has_end() ? token + 1 : last * TILE_TOKENS;
+    }
+};
 
 /* A head by a warp, and its norm into `out`, which may be where it came from. */
 struct head_values {
@@ -30,16 +50,21 @@ struct head_values {
         }
     }
 
-    __device__ __forceinline__ void store(float *out, int dim, const float *gain, float eps) const
+    __device__ __forceinline__ float scale(int dim, float eps) const
     {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < EACH; i++) sum = fmaf(v[i], v[i], sum);
-        float scale = gain ? 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps) : 1;
+        return 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+    }
+
+    __device__ __forceinline__ void store(float *out, int dim, const float *gain, float eps) const
+    {
+        float by = gain ? scale(dim, eps) : 1;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int d = threadIdx.x % LANES + i * LANES;
-            if (d < dim) out[d] = gain ? v[i] * scale * gain[d] : v[i];
+            if (d < dim) out[d] = gain ? v[i] * by * gain[d] : v[i];
         }
         __syncwarp();
     }
@@ -52,11 +77,16 @@ __device__ __forceinline__ float2 rope_turn(const rope &rope, const int position
     return make_float2(cosf(angle), sinf(angle));
 }
 
+__device__ __forceinline__ void turn_two(float &a, float &b, float2 turn)
+{
+    float x = a * turn.x - b * turn.y;
+    b = b * turn.x + a * turn.y;
+    a = x;
+}
+
 __device__ __forceinline__ void turn_pair(float *head, int n, int j, float2 turn)
 {
-    float a = head[j], b = head[j + n];
-    head[j] = a * turn.x - b * turn.y;
-    head[j + n] = b * turn.x + a * turn.y;
+    turn_two(head[j], head[j + n], turn);
 }
 
 /* A warp a head; grid: heads, rows. */
@@ -101,210 +131,118 @@ __global__ void kv_append_rows(kv_cache kv, mat k, mat v, cuda_rows rows)
 
 struct attention_args {
     mat qg, k, v;
-    int n_heads, splits;
+    int n_heads, splits, row0; /* row0: the first block's */
     kv_cache kv;
     cuda_rows rows;
     float *parts;      /* [rows][n_heads][splits][dim + 2]: values, maximum, sum */
-    unsigned *arrived; /* [rows][n_kv_heads]: parts that are done; 0 again when all are */
+    unsigned *arrived; /* [ROWS_EXACT][KV_HEADS_MAX], 0 between kernels: parts of a row and kv head that are done */
+    bool meet;         /* one row, all of whose blocks run at once: the second counter is of those that have met */
     mat y;
-    /* decode: norm, rotate and append here; q_gain NULL: done before */
+    /* norm and rotate queries, keys and append here; NULL: done before */
     const float *q_gain, *k_gain;
     float eps;
     rope rope;
 };
-
-/* This lane's share of one key or value. WIDE: 8 consecutive of 256, else every 32nd. */
-template <int DTYPE, bool WIDE> __device__ void load_head(float (&out)[EACH], const void *from, int64_t at, int dim)
-{
-    int lane = threadIdx.x % LANES;
-    if (WIDE && DTYPE == KV_BF16) {
-        uint4 w = *(const uint4 *)((const __nv_bfloat16 *)from + at + lane * EACH);
-        uint32_t u[4] = { w.x, w.y, w.z, w.w };
-        for (int i = 0; i < 4; i++) {
-            out[2 * i] = __uint_as_float(u[i] << 16);
-            out[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u);
-        }
-    } else if (WIDE && DTYPE == KV_FP8) {
-        uint2 w = *(const uint2 *)((const uint8_t *)from + at + lane * EACH);
-        for (int i = 0; i < 4; i++) {
-            out[i] = e4m3_value((uint8_t)(w.x >> 8 * i));
-            out[4 + i] = e4m3_value((uint8_t)(w.y >> 8 * i));
-        }
-    } else {
-        for (int i = 0; i < EACH; i++) {
-            int d = WIDE ? lane * EACH + i : lane + LANES * i;
-            out[i] = 0;
-            if (d >= dim) continue;
-            if (DTYPE == KV_F32)
-                out[i] = ((const float *)from)[at + d];
-            else if (DTYPE == KV_BF16)
-                out[i] = __bfloat162float(((const __nv_bfloat16 *)from)[at + d]);
-            else
-                out[i] = e4m3_value(((const uint8_t *)from)[at + d]);
-        }
-    }
-}
-
-/* Of one query head over the tokens seen so far, this lane's share of the values. */
-struct running {
-    float top, sum, value[EACH];
-};
-
-__device__ void see(running &r, float score, const float (&v)[EACH])
-{
-    float top = fmaxf(r.top, score), keep = expf(r.top - top), p = expf(score - top);
-    r.top = top;
-    r.sum = fmaf(r.sum, keep, p);
-    for (int i = 0; i < EACH; i++) r.value[i] = fmaf(p, v[i], r.value[i] * keep);
-}
-
-/* Tokens begin + w, begin + w + step, ... below end, for heads [head, head + n). */
-template <int DTYPE, bool WIDE>
-__device__ void attend(running (&r)[HEADS], const float *queries, int n, const attention_args &a, int span, int kv_head,
-                       int begin, int end, int step)
-{
-    int dim = a.kv.head_dim, lane = threadIdx.x % LANES;
-    float q[HEADS][EACH], scale = 1.0f / sqrtf((float)dim);
-    for (int h = 0; h < HEADS; h++) {
-        r[h].top = -INFINITY;
-        r[h].sum = 0;
-        for (int i = 0; i < EACH; i++) {
-            int d = WIDE ? lane * EACH + i : lane + LANES * i;
-            q[h][i] = h < n && d < dim ? queries[h * dim + d] : 0;
-            r[h].value[i] = 0;
-        }
-    }
-    for (int token = begin; token < end; token += step * BATCH) {
-        float k[BATCH][EACH], v[BATCH][EACH];
-        for (int b = 0; b < BATCH; b++) {
-            int at = token + b * step < end ? token + b * step : token;
-            int64_t line = kv_line(a.kv, a.rows, span, at) + (int64_t)kv_head * dim;
-            load_head<DTYPE, WIDE>(k[b], a.kv.keys, line, dim);
-            load_head<DTYPE, WIDE>(v[b], a.kv.values, line, dim);
-        }
-        for (int b = 0; b < BATCH; b++) {
-            if (token + b * step >= end) break;
-            for (int h = 0; h < HEADS; h++) {
-                float dot = 0;
-                for (int i = 0; i < EACH; i++) dot = fmaf(q[h][i], k[b][i], dot);
-                see(r[h], warp_sum(dot) * scale, v[b]);
-            }
-        }
-    }
-}
 
 __device__ __forceinline__ float gate_of(const attention_args &a, int64_t row, int head, int d)
 {
     return __ldcg(a.qg.data + row * a.qg.stride + (int64_t)(2 * head + 1) * a.kv.head_dim + d);
 }
 
-/* A value of a head put together, and gated. */
-__device__ __forceinline__ void put_out(const attention_args &a, int64_t row, int head, int d, float x, float total, float gate)
+/* A value of a head put together, and gated. inverse: 1 / total. */
+__device__ __forceinline__ void put_out(const attention_args &a, int64_t row, int head, int d, float x, float total,
+                                        float inverse, float gate)
 {
-    a.y.data[row * a.y.stride + (int64_t)head * a.kv.head_dim + d] = x / total * sigmoid(gate);
+    a.y.data[row * a.y.stride + (int64_t)head * a.kv.head_dim + d] = divided(x, total, inverse) * sigmoid(gate);
 }
 
-/* Where warps leave their running values: [warp][N heads][dim values, maximum, sum]. */
-template <int N>
-__device__ __forceinline__ float *meeting_at(float *meeting, int warp, int head, int dim)
+/* What `warps` warps have left of a head of DIM (0: any), warp w at left(w), put together in their order by this one: the row's
+ * output where the part is the only one, else the part's. */
+template <int DIM, class LEFT_BY>
+__device__ __forceinline__ void join_warps(const attention_args &a, LEFT_BY &&left, int warps, int64_t row, int head,
+                                           const row_part &part, const float (&gate)[EACH])
 {
-    return meeting + (warp * N + head) * (dim + 2);
-}
-
-template <bool WIDE>
-__device__ __forceinline__ void leave(const running (&r)[HEADS], float *meeting, int n, int dim)
-{
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        float *to = meeting_at<HEADS>(meeting, warp, h, dim);
-        if (h >= n) continue;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int d = WIDE ? lane * EACH + i : lane + LANES * i;
-            if (d < dim) to[d] = r[h].value[i];
-        }
-        if (lane == 0) to[dim] = r[h].top, to[dim + 1] = r[h].sum;
-    }
-}
-
-/* What warps [first, first + warps) have left of n heads from `head` on, put together in their order by these
- * warps. The only part of a row is its whole. */
-template <int N>
-__device__ __forceinline__ void join_warps(const attention_args &a, float *meeting, int64_t row, int head, int n, int first,
-                                           int warps, bool only)
-{
-    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, step = N * (dim + 2);
+    int dim = DIM ? DIM : a.kv.head_dim, lane = threadIdx.x % LANES;
+    float top = -INFINITY, sum = 0, x[EACH] = {};
 #pragma unroll 1
-    for (int h = threadIdx.x / LANES - first; h < n; h += warps) {
-        const float *from = meeting_at<N>(meeting, first, h, dim);
-        float top = -INFINITY, sum = 0, share[WARPS], x[EACH], gate[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int d = lane + i * LANES;
-            gate[i] = only && d < dim ? gate_of(a, row, head + h, d) : 0;
-        }
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-            if (w < warps) top = fmaxf(top, from[w * step + dim]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            share[w] = w < warps ? expf(from[w * step + dim] - top) : 0;
-            if (w < warps) sum += from[w * step + dim + 1] * share[w];
-        }
-        float *out = a.parts + ((row * a.n_heads + head + h) * a.splits + blockIdx.x) * (dim + 2);
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            x[i] = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                if (w < warps && lane + i * LANES < dim) x[i] += from[w * step + lane + i * LANES] * share[w];
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int d = lane + i * LANES;
-            if (d >= dim) continue;
-            if (only)
-                put_out(a, row, head + h, d, x[i], sum, gate[i]);
-            else
-                out[d] = x[i];
-        }
-        if (!only && lane == 0) out[dim] = top, out[dim + 1] = sum;
-    }
-}
-
-/* The parts of a kv head's query heads, a warp a head; share: room for a warp's. */
-__device__ __forceinline__ void join_parts(const attention_args &a, int64_t row, int first_head, int group, int parts,
-                                           float *share)
-{
-    int dim = a.kv.head_dim, size = dim + 2, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    share += warp * SPLITS;
+    for (int w = 0; w < warps; w++) top = fmaxf(top, left(w)[dim]);
 #pragma unroll 1
-    for (int h = warp; h < group; h += WARPS) {
-        const float *from = a.parts + (row * a.n_heads + first_head + h) * a.splits * size;
-        float top = -INFINITY, sum = 0;
-        for (int s = lane; s < parts; s += LANES) top = fmaxf(top, __ldcg(from + s * size + dim));
-        top = warp_max(top);
-        for (int s = lane; s < parts; s += LANES) {
-            share[s] = expf(__ldcg(from + s * size + dim) - top);
-            sum += share[s] * __ldcg(from + s * size + dim + 1);
-        }
-        sum = warp_sum(sum);
-        __syncwarp();
-        float x[EACH] = {}, gate[EACH];
+    for (int w = 0; w < warps; w++) {
+        const float *from = left(w);
+        float share = expf(from[dim] - top);
+        sum += from[dim + 1] * share;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            gate[i] = lane + i * LANES < dim ? gate_of(a, row, first_head + h, lane + i * LANES) : 0;
-#pragma unroll 4
-        for (int s = 0; s < parts; s++)
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-                if (lane + i * LANES < dim) x[i] = fmaf(__ldcg(from + s * size + lane + i * LANES), share[s], x[i]);
+            if (lane + i * LANES < dim) x[i] += from[lane + i * LANES] * share;
+    }
+    if (part.parts == 1) {
+        float inverse = 1 / sum;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (lane + i * LANES < dim) put_out(a, row, first_head + h, lane + i * LANES, x[i], sum, gate[i]);
-        __syncwarp();
+            if (lane + i * LANES < dim) put_out(a, row, head, lane + i * LANES, x[i], sum, inverse, gate[i]);
+        return;
     }
+    float *out = a.parts + ((row * a.n_heads + head) * a.splits + blockIdx.x) * (dim + 2);
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (lane + i * LANES < dim) out[lane + i * LANES] = x[i];
+    if (lane == 0) out[dim] = top, out[dim + 1] = sum;
+}
+
+/* N columns a lane, from `first` on, of the parts of a head, by a warp. share: [SPLITS_ROOM], its own. The same sums for any N. */
+constexpr int SPLITS_ROOM = (SPLITS + LANES - 1) / LANES * LANES;
+template <int N>
+__device__ __forceinline__ void join_parts(const attention_args &a, int64_t row, int head, int first, int parts, float *share)
+{
+    constexpr int AHEAD = 24 / N;
+    int dim = a.kv.head_dim, size = dim + 2, lane = threadIdx.x % LANES;
+    const float *from = a.parts + (row * a.n_heads + head) * a.splits * size;
+    float tops[SPLITS_ROOM / LANES], sums[SPLITS_ROOM / LANES], gate[N], top = -INFINITY, sum = 0, x[N] = {};
+#pragma unroll
+    for (int i = 0; i < SPLITS_ROOM / LANES; i++) {
+        int s = lane + i * LANES;
+        tops[i] = s < parts ? __ldcg(from + s * size + dim) : -INFINITY;
+        sums[i] = s < parts ? __ldcg(from + s * size + dim + 1) : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int d = first + lane + n * LANES;
+        gate[n] = d < dim ? gate_of(a, row, head, d) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < SPLITS_ROOM / LANES; i++) top = fmaxf(top, tops[i]);
+    top = warp_max(top);
+#pragma unroll
+    for (int i = 0; i < SPLITS_ROOM / LANES; i++) {
+        float s = expf(tops[i] - top);
+        share[lane + i * LANES] = s;
+        sum += s * sums[i];
+    }
+    sum = warp_sum(sum);
+    float inverse = 1 / sum;
+    __syncwarp();
+#pragma unroll 1
+    for (int s = 0; s < parts; s += AHEAD) {
+        float v[AHEAD][N];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                int d = first + lane + n * LANES;
+                v[i][n] = s + i < parts && d < dim ? __ldcg(from + (s + i) * size + d) : 0;
+            }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                if (s + i < parts) x[n] = fmaf(v[i][n], share[s + i], x[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int d = first + lane + n * LANES;
+        if (d < dim) put_out(a, row, head, d, x[n], sum, inverse, gate[n]);
+    }
+    __syncwarp();
 }
 
 /* Whether this block is the last of its row and kv head to be done with its part. */
@@ -323,122 +261,372 @@ __device__ __forceinline__ bool is_last(const attention_args &a, int64_t row, in
     return last;
 }
 
+/* Waits until all blocks of the row and kv head have done their parts. */
+__device__ __forceinline__ void meet(const attention_args &a, int parts)
+{
+    unsigned *arrived = a.arrived + blockIdx.y, *met = arrived + (ROWS_EXACT - 1) * KV_HEADS_MAX;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        atomicAdd(arrived, 1u);
+        while (*(volatile unsigned *)arrived < (unsigned)parts) {
+        }
+        if (atomicAdd(met, 1u) == (unsigned)parts - 1) *arrived = *met = 0;
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+/* The parts of a kv head's query heads together. shared: room for SPLITS_ROOM floats a warp. */
+__device__ __forceinline__ void finish(const attention_args &a, int64_t row, int first_head, int group, int parts, float *shared)
+{
+    int warp = threadIdx.x / LANES, columns = (a.kv.head_dim + LANES - 1) / LANES;
+    shared += warp * SPLITS_ROOM;
+    if (a.meet) {
+        meet(a, parts);
+#pragma unroll 1
+        for (int i = warp * parts + blockIdx.x; i < group * columns; i += WARPS * parts)
+            join_parts<1>(a, row, first_head + i / columns, i % columns * LANES, parts, shared);
+    } else if (is_last(a, row, parts)) {
+#pragma unroll 1
+        for (int i = warp; i < group * 2; i += WARPS)
+            join_parts<EACH / 2>(a, row, first_head + i / 2, i % 2 * (HEAD_MAX / 2), parts, shared);
+    }
+}
+
+/* ---- heads of 256 ---- */
+
+__device__ __noinline__ void turn_in_place(float *head, const rope &rope, const int *position)
+{
+    __syncwarp();
+    for (int j = threadIdx.x % LANES; j < rope.n; j += LANES) turn_pair(head, rope.n, j, rope_turn(rope, position, j));
+    __syncwarp();
+}
+
+/* What a warp brings to the queries: a head with its norm and rotation. Columns are every 32nd, so that where 32 pairs are
+ * turned, a pair is a lane's own. */
+__device__ __forceinline__ void norm_and_turn(head_values &x, const attention_args &a, const float *gains, float2 turn,
+                                              const int position[3], float *place)
+{
+    int lane = threadIdx.x % LANES;
+    float gain[EACH];
+    if (!a.q_gain) return;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) gain[i] = gains[lane + i * LANES];
+    float by = x.scale(TILE_DIM, a.eps);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) x.v[i] = x.v[i] * by * gain[i];
+    if (a.rope.n == LANES) {
+        turn_two(x.v[0], x.v[1], turn);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) place[lane + i * LANES] = x.v[i];
+    turn_in_place(place, a.rope, position);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) x.v[i] = place[lane + i * LANES];
+    __syncwarp();
+}
+
+/* A row of keys or values into the cache, and into the ring. */
+template <int DTYPE>
+__device__ __forceinline__ void append(void *cache, int64_t line, uint8_t *pieces, int row, const float (&v)[EACH])
+{
+    int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int d = lane + i * LANES;
+        kv_store(cache, DTYPE, line + d, v[i]);
+        kv_store(pieces + own_byte<DTYPE>(row, d), DTYPE, 0, v[i]);
+    }
+}
+
+/* Grid: parts, kv heads, rows. Shared memory: operands, then rings. */
+template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wide(const __grid_constant__ attention_args a)
+{
+    using kind = tile_kind<DTYPE>;
+    extern __shared__ __align__(128) uint8_t shared_bytes[];
+    __shared__ uint64_t barriers[2][kind::CREW * kind::DEPTH]; /* pieces that are full, and empty */
+    uint32_t *operands = (uint32_t *)shared_bytes;
+    uint8_t *rings = shared_bytes + OPERANDS_BYTES;
+    int group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int64_t row = a.row0 + blockIdx.z;
+    bool appends = a.k_gain; /* else the kernel before may have written keys and values */
+    let_next_start();
+    const cuda_row &r = a.rows.rows[row];
+    cuda_span span = a.rows.spans[r.span];
+    row_part part(span.past + (int)row - span.first, a.splits);
+    if (!part.is_any()) return;
+    bool owner = appends && part.has_end(); /* of the row's own key and value */
+    int64_t head_bytes = (int64_t)kv_head * TILE_DIM * kind::BYTES;
+    kv_tiles from = { (const uint8_t *)a.kv.keys + head_bytes,
+                      (const uint8_t *)a.kv.values + head_bytes,
+                      a.rows.pages + (int64_t)r.span * a.rows.pages_each,
+                      a.kv.n_kv_heads * TILE_DIM * kind::BYTES,
+                      part.first,
+                      part.last,
+                      part.end(),
+                      part.end() - owner };
+#if __CUDA_ARCH__ >= 900
+    if ((int)threadIdx.x < 2 * kind::CREW * kind::DEPTH) barrier_init(barriers[0] + threadIdx.x, 1);
+    if (warp < 2) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
+#endif
+    kv_ring<DTYPE> ring(rings, barriers);
+    if (appends) ring.start(from);
+    if (part.has_end()) place_padding<DTYPE>(rings, from.end);
+    bool has_key = owner && warp == WARPS - 1, has_value = owner && warp == WARPS - 2;
+    if (appends && threadIdx.x < 2 * TILE_DIM * 4 / 128) /* gains will be near */
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((lane / 8 ? a.k_gain : a.q_gain) + lane % 8 * LANES));
+    float2 turn = a.q_gain && a.rope.n == LANES ? rope_turn(a.rope, r.position, lane) : float2{};
+    int64_t line = kv_line(a.kv, a.rows, r.span, part.token) + (int64_t)kv_head * TILE_DIM;
+    wait_for_previous();
+    if (!appends) ring.start(from);
+#pragma unroll 1
+    for (int head = 0; head < group; head += TILE_HEADS) {
+        int n = group - head < TILE_HEADS ? group - head : TILE_HEADS, mine = kv_head * group + head + warp;
+        head_values q = {}, own = {};
+        if (warp < n) q.load(a.qg.data + row * a.qg.stride + (int64_t)mine * 2 * TILE_DIM, TILE_DIM);
+        if (head == 0 && has_key) own.load(a.k.data + row * a.k.stride + (int64_t)kv_head * TILE_DIM, TILE_DIM);
+        if (head == 0 && has_value) own.load(a.v.data + row * a.v.stride + (int64_t)kv_head * TILE_DIM, TILE_DIM);
+        norm_and_turn(q, a, a.q_gain, turn, r.position, (float *)shared_bytes + warp * TILE_DIM);
+        if (head == 0 && has_key) {
+            norm_and_turn(own, a, a.k_gain, turn, r.position, (float *)shared_bytes + warp * TILE_DIM);
+            append<DTYPE>(a.kv.keys, line, rings, part.token % TILE_TOKENS, own.v);
+        }
+        if (head == 0 && has_value)
+            append<DTYPE>(a.kv.values, line, rings + kind::PIECES * kind::PIECE, part.token % TILE_TOKENS, own.v);
+        if (a.q_gain && a.rope.n != LANES) __syncthreads(); /* they were turned where operands go */
+        place_query<DTYPE>(operands, q.v, warp);
+        let_copies_follow(); /* the own row, and padding */
+        __syncthreads();
+        int warps = part.last - part.first < kind::CREW ? part.last - part.first : kind::CREW;
+        float gate[EACH];
+        tile_running running;
+        if (warp < warps)
+            attend_tiles(running, ring, (const uint2 *)operands, from);
+        else if (ring.fills)
+            ring.fill(from);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) gate[i] = warp < n && part.parts == 1 ? gate_of(a, row, mine, lane + i * LANES) : 0;
+        __syncwarp();
+        if (warp < warps) running.leave<DTYPE>((float *)(rings + kind::begin(warp)));
+        __syncthreads();
+        if (warp < n)
+            join_warps<TILE_DIM>(a, [&](int w) { return (const float *)(rings + kind::begin(w)) + warp * TILE_SIZE; }, warps, row,
+                                 mine, part, gate);
+        if (head + TILE_HEADS < group) { /* once more for the other heads; the own row is in the cache now */
+            let_copies_see();
+            __syncthreads();
+            from.copied = from.end;
+            if (part.has_end()) place_padding<DTYPE>(rings, from.end);
+            ring.start(from);
+        }
+    }
+    if (part.parts > 1) finish(a, row, kv_head * group, group, part.parts, (float *)operands);
+}
+
+/* ---- others ---- */
+
+/* This lane's share of one key or value. */
+template <int DTYPE> __device__ void load_head(float (&out)[EACH], const void *from, int64_t at, int dim)
+{
+    for (int i = 0; i < EACH; i++) {
+        int d = threadIdx.x % LANES + LANES * i;
+        out[i] = 0;
+        if (d >= dim) continue;
+        if (DTYPE == KV_F32)
+            out[i] = ((const float *)from)[at + d];
+        else if (DTYPE == KV_BF16)
+            out[i] = __bfloat162float(((const __nv_bfloat16 *)from)[at + d]);
+        else
+            out[i] = e4m3_value(((const uint8_t *)from)[at + d]);
+    }
+}
+
+/* Of one query head over the tokens seen so far, this lane's share of the values. */
+struct running {
+    float top, sum, value[EACH];
+};
+
+__device__ void see(running &r, float score, const float (&v)[EACH])
+{
+    float top = fmaxf(r.top, score), keep = expf(r.top - top), p = expf(score - top);
+    r.top = top;
+    r.sum = fmaf(r.sum, keep, p);
+    for (int i = 0; i < EACH; i++) r.value[i] = fmaf(p, v[i], r.value[i] * keep);
+}
+
+/* Tokens begin + w, begin + w + step, ... below end, for heads [head, head + n). */
+template <int DTYPE>
+__device__ void attend(running (&r)[HEADS], const float *queries, int n, const attention_args &a, int span, int kv_head,
+                       int begin, int end, int step)
+{
+    int dim = a.kv.head_dim, lane = threadIdx.x % LANES;
+    float q[HEADS][EACH], scale = 1.0f / sqrtf((float)dim);
+    for (int h = 0; h < HEADS; h++) {
+        r[h].top = -INFINITY;
+        r[h].sum = 0;
+        for (int i = 0; i < EACH; i++) {
+            int d = lane + LANES * i;
+            q[h][i] = h < n && d < dim ? queries[h * dim + d] : 0;
+            r[h].value[i] = 0;
+        }
+    }
+    for (int token = begin; token < end; token += step * BATCH) {
+        float k[BATCH][EACH], v[BATCH][EACH];
+        for (int b = 0; b < BATCH; b++) {
+            int at = token + b * step < end ? token + b * step : token;
+            int64_t line = kv_line(a.kv, a.rows, span, at) + (int64_t)kv_head * dim;
+            load_head<DTYPE>(k[b], a.kv.keys, line, dim);
+            load_head<DTYPE>(v[b], a.kv.values, line, dim);
+        }
+        for (int b = 0; b < BATCH; b++) {
+            if (token + b * step >= end) break;
+            for (int h = 0; h < HEADS; h++) {
+                float dot = 0;
+                for (int i = 0; i < EACH; i++) dot = fmaf(q[h][i], k[b][i], dot);
+                see(r[h], warp_sum(dot) * scale, v[b]);
+            }
+        }
+    }
+}
+
+/* To [HEADS][dim values, maximum, sum]. */
+__device__ __forceinline__ void leave(const running (&r)[HEADS], float *to, int n, int dim)
+{
+    int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++, to += dim + 2) {
+        if (h >= n) continue;
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (lane + i * LANES < dim) to[lane + i * LANES] = r[h].value[i];
+        if (lane == 0) to[dim] = r[h].top, to[dim + 1] = r[h].sum;
+    }
+}
+
 /* Queries of a kv head, and its own key behind them, into shared memory: normed and rotated where that has not been done. */
 __device__ __forceinline__ void place_heads(const attention_args &a, float *queries, const float2 *turns, const float *k,
                                             int64_t row, int kv_head, int group, bool owner)
 {
-    constexpr int AT_ONCE = 2;
     int dim = a.kv.head_dim;
 #pragma unroll 1
-    for (int h = threadIdx.x / LANES; h < group + owner; h += AT_ONCE * WARPS) {
-        head_values values[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            int head = h + i * WARPS;
-            if (head < group + owner)
-                values[i].load(head == group ? k : a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + head) * 2 * dim,
-                               dim);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            int head = h + i * WARPS;
-            float *to = queries + head * dim;
-            if (head >= group + owner) continue;
-            values[i].store(to, dim, head == group ? a.k_gain : a.q_gain, a.eps);
-            for (int j = threadIdx.x % LANES; a.q_gain && j < a.rope.n; j += LANES) turn_pair(to, a.rope.n, j, turns[j]);
-        }
+    for (int h = threadIdx.x / LANES; h < group + owner; h += WARPS) {
+        head_values values;
+        float *to = queries + h * dim;
+        values.load(h == group ? k : a.qg.data + row * a.qg.stride + (int64_t)(kv_head * group + h) * 2 * dim, dim);
+        values.store(to, dim, h == group ? a.k_gain : a.q_gain, a.eps);
+        for (int j = threadIdx.x % LANES; a.q_gain && j < a.rope.n; j += LANES) turn_pair(to, a.rope.n, j, turns[j]);
     }
 }
 
 /* Grid: parts, kv heads, rows. Shared memory: queries [heads of the kv head][dim], own key [dim], turns
- * [rope.n][2] (room for dim), then what warps leave, or before that what attention_tiles.cuh wants. */
-template <int DTYPE, bool WIDE>
-__global__ void __launch_bounds__(THREADS, 2) attention_parts(const __grid_constant__ attention_args a)
+ * [rope.n][2] (room for dim), then what warps leave. */
+template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_narrow(const __grid_constant__ attention_args a)
 {
     extern __shared__ __align__(128) float shared_f[];
     int dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES;
-    int64_t row = blockIdx.z;
+    int64_t row = a.row0 + blockIdx.z;
     float *queries = shared_f, *own = queries + group * dim, *meeting = own + 2 * dim;
     float2 *turns = (float2 *)(own + dim);
     let_next_start();
-    int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
-    int length = part_length(token + 1, a.splits), begin = blockIdx.x * length, parts = (token + length) / length;
-    int end = begin + length < token + 1 ? begin + length : token + 1;
-    bool owner = a.q_gain && end == token + 1; /* of the row's own key and value */
-    if (begin >= end) return;
+    int span = a.rows.rows[row].span;
+    row_part part(a.rows.spans[span].past + (int)row - a.rows.spans[span].first, a.splits);
+    bool owner = a.k_gain && part.has_end(); /* of the row's own key and value */
+    if (!part.is_any()) return;
     for (int j = threadIdx.x; a.q_gain && j < a.rope.n; j += THREADS)
         turns[j] = rope_turn(a.rope, a.rows.rows[row].position, j);
     __syncthreads();
-    int64_t line = kv_line(a.kv, a.rows, span, token) + (int64_t)kv_head * dim;
-    const float *k = a.k.data + row * a.k.stride + (int64_t)kv_head * dim;
-    const float *v = a.v.data + row * a.v.stride + (int64_t)kv_head * dim;
+    int64_t line = kv_line(a.kv, a.rows, span, part.token) + (int64_t)kv_head * dim;
     bool mine = owner && (int)threadIdx.x < dim;
     wait_for_previous();
-    float value = mine ? __ldcg(v + threadIdx.x) : 0;
-    place_heads(a, queries, turns, k, row, kv_head, group, owner);
+    float value = mine ? __ldcg(a.v.data + row * a.v.stride + (int64_t)kv_head * dim + threadIdx.x) : 0;
+    place_heads(a, queries, turns, a.k.data + row * a.k.stride + (int64_t)kv_head * dim, row, kv_head, group, owner);
     __syncthreads();
     if (mine) {
-        kv_store(a.kv.keys, a.kv.dtype, line + threadIdx.x, own[threadIdx.x]);
-        kv_store(a.kv.values, a.kv.dtype, line + threadIdx.x, value);
+        kv_store(a.kv.keys, DTYPE, line + threadIdx.x, own[threadIdx.x]);
+        kv_store(a.kv.values, DTYPE, line + threadIdx.x, value);
     }
     if (owner) __syncthreads();
-    if constexpr (DTYPE == KV_BF16 && WIDE) {
 #pragma unroll 1
-        for (int head = 0; head < group; head += TILE_HEADS) {
-            int n = group - head < TILE_HEADS ? group - head : TILE_HEADS;
-            const kv_tiles from = { (const __nv_bfloat16 *)a.kv.keys, (const __nv_bfloat16 *)a.kv.values,
-                                    a.rows.pages + (int64_t)span * a.rows.pages_each, a.kv.n_kv_heads, kv_head };
-            tile_running r;
-            attend_tiles(r, (uint8_t *)meeting, queries + head * dim, n, from, begin, end);
-            __syncthreads();
-            r.leave(meeting);
-            __syncthreads();
-            join_warps<TILE_HEADS>(a, meeting, row, kv_head * group + head, n, 0, WARPS, parts == 1);
-            __syncthreads();
+    for (int head = 0; head < group; head += 2 * HEADS) {
+        int sides = group - head > HEADS ? 2 : 1, warps = WARPS / sides, side = warp / warps, member = warp % warps;
+        int first = head + side * HEADS, n = group - first < HEADS ? group - first : HEADS, size = HEADS * (dim + 2);
+        running r[HEADS];
+        attend<DTYPE>(r, queries + first * dim, n, a, span, kv_head, part.first * TILE_TOKENS + member, part.end(), warps);
+        leave(r, meeting + warp * size, n, dim);
+        __syncthreads();
+        for (int h = member; h < n; h += warps) {
+            int at = kv_head * group + first + h;
+            float gate[EACH];
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int d = threadIdx.x % LANES + i * LANES;
+                gate[i] = part.parts == 1 && d < dim ? gate_of(a, row, at, d) : 0;
+            }
+            const float *from = meeting + side * warps * size + h * (dim + 2);
+            join_warps<0>(a, [&](int w) { return from + w * size; }, warps, row, at, part, gate);
         }
-    } else {
-#pragma unroll 1
-        for (int head = 0; head < group; head += 2 * HEADS) {
-            int sides = group - head > HEADS ? 2 : 1, warps = WARPS / sides, side = warp / warps;
-            int mine = head + side * HEADS, n = group - mine < HEADS ? group - mine : HEADS;
-            running r[HEADS];
-            attend<DTYPE, WIDE>(r, queries + mine * dim, n, a, span, kv_head, begin + warp % warps, end, warps);
-            leave<WIDE>(r, meeting, n, dim);
-            __syncthreads();
-            join_warps<HEADS>(a, meeting, row, kv_head * group + mine, n, side * warps, warps, parts == 1);
-            __syncthreads();
-        }
+        __syncthreads();
     }
-    if (parts > 1 && is_last(a, row, parts)) join_parts(a, row, kv_head * group, group, parts, meeting);
+    if (part.parts > 1) finish(a, row, kv_head * group, group, part.parts, shared_f);
 }
 
-template <int DTYPE> void start(struct queue *q, const attention_args &a, dim3 grid, size_t shared)
+/* Keys normed and rotated, they and values appended, before rows of a sequence look at one another's. Grid: kv heads, rows. */
+__global__ void __launch_bounds__(THREADS) append_heads(const __grid_constant__ attention_args a)
 {
-    bool wide = a.kv.head_dim == HEAD_MAX, one = grid.z == 1 && grid.x * grid.y <= (unsigned)q->sms;
-    launch_side<THREADS>(q, "attention", one ? RIGHT : ALONE,
-                         wide ? attention_parts<DTYPE, true> : attention_parts<DTYPE, false>, grid, shared, a);
+    __shared__ float key[HEAD_MAX];
+    int dim = a.kv.head_dim, lane = threadIdx.x % LANES, d = threadIdx.x;
+    int64_t row = blockIdx.y, head = (int64_t)blockIdx.x * dim;
+    let_next_start();
+    int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
+    int64_t line = kv_line(a.kv, a.rows, span, token) + head;
+    float2 turn = lane < a.rope.n ? rope_turn(a.rope, a.rows.rows[row].position, lane) : float2{};
+    wait_for_previous();
+    float value = d < dim ? __ldcg(a.v.data + row * a.v.stride + head + d) : 0;
+    if (threadIdx.x < LANES) {
+        head_values values;
+        values.load(a.k.data + row * a.k.stride + head, dim);
+        values.store(key, dim, a.k_gain, a.eps);
+        for (int j = lane; j < a.rope.n; j += LANES)
+            turn_pair(key, a.rope.n, j, j == lane ? turn : rope_turn(a.rope, a.rows.rows[row].position, j));
+    }
+    __syncthreads();
+    if (d >= dim) return;
+    kv_store(a.kv.keys, a.kv.dtype, line + d, key[d]);
+    kv_store(a.kv.values, a.kv.dtype, line + d, value);
 }
 
-void run(struct queue *q, mat y, attention_args a, int64_t n)
+template <int DTYPE> void start(struct queue *q, attention_args &a, int64_t n)
 {
     int group = a.n_heads / a.kv.n_kv_heads, dim = a.kv.head_dim;
-    size_t shared = (size_t)((group + 2) * dim + WARPS * HEADS * (dim + 2)) * sizeof(float);
-    if (a.kv.dtype == KV_BF16 && dim == HEAD_MAX) shared = (size_t)(group + 2) * dim * sizeof(float) + TILES_SHARED;
-    a.splits = n <= ROWS_EXACT ? SPLITS : 1;
-    a.parts = q->attended;
-    a.arrived = q->arrived;
-    a.y = y;
+    bool wide = dim == HEAD_MAX;
     dim3 grid((unsigned)a.splits, (unsigned)a.kv.n_kv_heads, (unsigned)n);
+    size_t shared = wide ? OPERANDS_BYTES + tile_kind<DTYPE>::RINGS
+                         : (size_t)((group + 2) * dim + WARPS * HEADS * (dim + 2)) * sizeof(float);
+    a.meet = n == 1 && grid.x * grid.y <= (unsigned)q->sms;
+    if (!wide && shared < WARPS * SPLITS_ROOM * sizeof(float)) shared = WARPS * SPLITS_ROOM * sizeof(float);
     if (dim > HEAD_MAX || a.kv.n_kv_heads > KV_HEADS_MAX || shared > (size_t)q->shared_max) {
         queue_refuse(q, "attention", "heads wider than 256, or so many, are not supported on a GPU");
         return;
     }
+    launch_side<THREADS>(q, "attention", a.meet ? RIGHT : ALONE, wide ? attention_wide<DTYPE> : attention_narrow<DTYPE>, grid,
+                         shared, a);
+}
+
+void run(struct queue *q, mat y, attention_args a, int64_t n)
+{
+    a.splits = queue_few(q, a.rows.n) ? SPLITS : 1;
+    a.parts = q->attended;
+    a.arrived = q->arrived;
+    a.y = y;
     if (a.kv.dtype == KV_F32)
-        start<KV_F32>(q, a, grid, shared);
+        start<KV_F32>(q, a, n);
     else if (a.kv.dtype == KV_BF16)
-        start<KV_BF16>(q, a, grid, shared);
+        start<KV_BF16>(q, a, n);
     else
-        start<KV_FP8>(q, a, grid, shared);
+        start<KV_FP8>(q, a, n);
 }
 
 } /* namespace */
@@ -460,20 +648,26 @@ void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, st
     if (rows) launch(q, "kv_append", false, kv_append_rows, dim3(blocks(k.cols), (unsigned)step->n), 0, *kv, k, v, *rows);
 }
 
+void cuda_attention_some(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                         const struct cuda_rows *rows, int64_t first, int64_t n)
+{
+    attention_args a = {};
+    a.qg = qg;
+    a.n_heads = n_heads;
+    a.row0 = (int)first;
+    a.kv = *kv;
+    a.rows = *rows;
+    run(q, y, a, n);
+}
+
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                     const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
-    attention_args a = {};
-    if (!rows) return;
-    a.qg = qg;
-    a.n_heads = n_heads;
-    a.kv = *kv;
-    a.rows = *rows;
-    run(q, y, a, step->n);
+    if (rows) cuda_attention_some(q, y, qg, n_heads, kv, rows, 0, step->n);
 }
 
-void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+static attention_args args_of(const struct attention_run *r, const struct cuda_rows *rows)
 {
     attention_args a = {};
     a.qg = r->qg;
@@ -486,5 +680,19 @@ void cuda_attention_decode(struct queue *q, const struct attention_run *r, const
     a.k_gain = r->k_gain;
     a.eps = r->eps;
     a.rope = *r->rope;
+    return a;
+}
+
+void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    run(q, r->att, args_of(r, rows), rows->n);
+}
+
+void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    attention_args a = args_of(r, rows);
+    if (r->kv->head_dim <= HEAD_MAX)
+        launch(q, "attention", true, append_heads, dim3((unsigned)r->kv->n_kv_heads, (unsigned)rows->n), 0, a);
+    a.k_gain = nullptr;
     run(q, r->att, a, rows->n);
 }

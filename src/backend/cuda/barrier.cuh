@@ -27,6 +27,21 @@ __device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
                  "@!done bra again;}" ::"r"(shared_at(b)), "r"(phase) : "memory");
 }
 
+/* Arrives when what this thread has asked for by copy_async16 lies there. */
+__device__ __forceinline__ void barrier_arrive_copied(uint64_t *b)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_at(b)) : "memory");
+}
+
+/* A place in a ring, and how often it has come round. */
+struct ring_place {
+    int slot, phase;
+    __device__ __forceinline__ void advance(int slots)
+    {
+        if (++slot == slots) slot = 0, phase ^= 1;
+    }
+};
+
 #if __CUDA_ARCH__ >= 900
 /* Arrives, and lets the barrier wait for bytes that are copied. */
 __device__ __forceinline__ void barrier_expect(uint64_t *b, int bytes)

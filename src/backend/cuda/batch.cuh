@@ -81,15 +81,6 @@ struct split_pair {
     }
 };
 
-/* A place in a ring, and how often it has come round. */
-struct ring_place {
-    int slot, phase;
-    __device__ __forceinline__ void advance(int slots)
-    {
-        if (++slot == slots) slot = 0, phase ^= 1;
-    }
-};
-
 /* ---- weights ---- */
 
 /* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane reads what it
@@ -185,13 +176,6 @@ template <int FORMAT> struct words16 {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* The compiler is to keep what an instruction under way reads. */
-__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
-{
-#pragma unroll
-    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
-}
-
 /* The two accumulators of 64 weight rows against N input rows and parts; not TWO: the first takes all. */
 template <int N, bool TWO> struct accumulators {
     float a[N / 8][4], b[TWO ? N / 8 : 1][4];

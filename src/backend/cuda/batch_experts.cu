@@ -425,6 +425,7 @@ bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
     const struct cuda_batch &b = q->batch;
     int64_t picked = n * r->picks->k, chunk = n > ROWS_EXACT ? CHUNK<false> : CHUNK<true>;
     int64_t chunks = picked / chunk + (picked < e.n ? picked : e.n);
+    if (cuda_experts_together(q, r)) return false;
     if (!q->has_wide || n <= ROWS_FEW || n > b.rows || (n > ROWS_EXACT && !q->rounded)) return false;
     if (e.n > EXPERTS_MAX || r->picks->k > PICKS_MAX) return false;
     for (int i = 0; i < 3; i++)

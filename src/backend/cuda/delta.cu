@@ -150,104 +150,132 @@ template <int EACH> __global__ void __launch_bounds__(THREADS) delta_heads(const
     }
 }
 
-/* A token of every sequence, its convolution too. What does not come from the kernel before is asked for first. */
-template <int EACH> __global__ void __launch_bounds__(THREADS, 2) delta_step(const __grid_constant__ delta_args p)
+/* Sums of squares of q and k, a lane's share each, become what q and k are multiplied by: as normalise(), half a warp each. */
+__device__ __forceinline__ void both_norms(float &q, float &k, float scale)
+{
+    bool upper = threadIdx.x & LANES / 2;
+    float sum = (upper ? k : q) + __shfl_xor_sync(ALL, upper ? q : k, LANES / 2);
+    for (int o = LANES / 4; o > 0; o /= 2) sum += __shfl_xor_sync(ALL, sum, o);
+    float r = (upper ? 1 : scale) / sqrtf(sum + 1e-6f);
+    q = __shfl_sync(ALL, r, 0);
+    k = __shfl_sync(ALL, r, LANES / 2);
+}
+
+/* A token of every sequence, its convolution too. Nothing since the last token has touched either state: all but the token's
+ * own inputs is asked for before the kernel that makes them is done. EXACT: heads of EACH * WARPS, a
+ * convolution of TAPS + 1. */
+template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) delta_step(const __grid_constant__ delta_args p)
 {
     constexpr int TAPS = 3, ITEMS = 2; /* of the convolution kept in registers; values of q, k and v a thread makes */
-    __shared__ token t;
-    __shared__ float sums[2][WARPS][COLUMNS];
-    int dk = p.shape.key_dim, dv = p.shape.value_dim, slices = (dv + COLUMNS - 1) / COLUMNS;
+    constexpr int PITCH = EACH + 4;    /* rows of a warp side by side, banks apart */
+    __shared__ __align__(16) float keys_of[2][WARPS][PITCH]; /* q, k, not normalised: row r at [r % WARPS][r / WARPS] */
+    __shared__ float values[COLUMNS], sums[2][WARPS][COLUMNS], gates[2];
+    int dk = EXACT ? EACH * WARPS : p.shape.key_dim, dv = EXACT ? dk : p.shape.value_dim, slices = (dv + COLUMNS - 1) / COLUMNS;
     int head = blockIdx.x / slices, first = blockIdx.x % slices * COLUMNS, key = head / (p.shape.value_heads / p.shape.key_heads);
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, column = first + lane, keys = p.shape.key_heads * dk;
-    int keep = p.conv.kernel - 1, channels = (int)p.conv.u.cols;
+    int keep = EXACT ? TAPS : p.conv.kernel - 1, channels = (int)p.conv.u.cols;
     let_next_start();
     cuda_span span = p.rows.spans[blockIdx.y];
     float *S = p.matrix + ((int64_t)span.slot * p.shape.value_heads + head) * dk * dv + (int64_t)warp * dv + column;
     const float *past = p.conv.state + (int64_t)span.slot * keep * channels;
-    const float *u = p.conv.u.data + span.first * p.conv.u.stride;
     float s[EACH], w[ITEMS][TAPS + 1], old[ITEMS][TAPS];
     int at[ITEMS];
+    bool inside = EXACT || column < dv;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) s[i] = warp + WARPS * i < dk && column < dv ? S[i * WARPS * dv] : 0;
+    for (int i = 0; i < EACH; i++) s[i] = (EXACT || warp + WARPS * i < dk) && inside ? S[i * WARPS * dv] : 0;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
         int i = threadIdx.x + n * THREADS;
         at[n] = i < dk ? key * dk + i : i < 2 * dk ? keys + key * dk + i - dk : 2 * keys + head * dv + first + i - 2 * dk;
-        if (i >= 2 * dk + COLUMNS || (i >= 2 * dk && first + i - 2 * dk >= dv)) at[n] = -1;
+        if (i >= 2 * dk + COLUMNS || (!EXACT && i >= 2 * dk && first + i - 2 * dk >= dv)) at[n] = -1;
 #pragma unroll
         for (int j = 0; j <= TAPS; j++) {
             int tap = keep - TAPS + j;
             w[n][j] = at[n] >= 0 && tap >= 0 ? p.conv.weight[tap * channels + at[n]] : 0;
+            if (j < TAPS) old[n][j] = at[n] >= 0 && tap >= 0 ? __ldcg(past + tap * channels + at[n]) : 0;
         }
     }
+    const float *u[ITEMS], *ab = (lane == 0 ? p.a.data + span.first * p.a.stride : p.b.data + span.first * p.b.stride) + head;
+#pragma unroll
+    for (int n = 0; n < ITEMS; n++) u[n] = p.conv.u.data + span.first * p.conv.u.stride + at[n];
     float dt = p.dt_bias[head], rate = -expf(p.A_log[head]);
     wait_for_previous();
-    float x[ITEMS];
+    float x[ITEMS], gate = warp == WARPS - 1 && lane < 2 ? __ldcg(ab) : 0;
+#pragma unroll
+    for (int n = 0; n < ITEMS; n++) x[n] = at[n] >= 0 ? __ldcg(u[n]) : 0;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
-        x[n] = at[n] >= 0 ? __ldcg(u + at[n]) : 0;
-#pragma unroll
-        for (int j = 0; j < TAPS; j++)
-            old[n][j] = at[n] >= 0 && keep - TAPS + j >= 0 ? __ldcg(past + (keep - TAPS + j) * channels + at[n]) : 0;
-    }
-    float a = __ldcg(p.a.data + span.first * p.a.stride + head) + dt;
-    float beta = sigmoid(__ldcg(p.b.data + span.first * p.b.stride + head));
-    float decay = expf(rate * (a > 20 ? a : log1pf(expf(a))));
-#pragma unroll
-    for (int n = 0; n < ITEMS; n++) {
-        int i = threadIdx.x + n * THREADS;
+        int i = threadIdx.x + n * THREADS, r = i < dk ? i : i - dk;
         if (at[n] < 0) continue;
         x[n] *= w[n][TAPS];
         for (int j = 0; j < keep - TAPS; j++) x[n] = fmaf(p.conv.weight[j * channels + at[n]], past[j * channels + at[n]], x[n]);
 #pragma unroll
         for (int j = 0; j < TAPS; j++) x[n] = fmaf(w[n][j], old[n][j], x[n]);
-        (i < dk ? t.q : i < 2 * dk ? t.k - dk : t.v - 2 * dk)[i] = silu(x[n]);
+        *(i < 2 * dk ? &keys_of[i >= dk][r % WARPS][r / WARPS] : values + i - 2 * dk) = silu(x[n]);
+    }
+    if (warp == WARPS - 1 && lane < 2) { /* decay, and beta */
+        float a = gate + dt;
+        gates[lane] = lane ? sigmoid(gate) : expf(rate * (a > 20 ? a : log1pf(expf(a))));
     }
     __syncthreads();
-    if (warp < 2) normalise(warp == 0 ? t.q : t.k, dk, warp == 0 ? 1.0f / sqrtf((float)dk) : 1);
-    __syncthreads();
-    float read = 0, out = 0;
+    float of_q = 0, of_k = 0, k[EACH], read = 0, out = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i += LANES / WARPS) { /* every warp the norms of all, row lane first */
+        if (!EXACT && lane + WARPS * i >= dk) continue;
+        float x_q = keys_of[0][lane % WARPS][lane / WARPS + i], x_k = keys_of[1][lane % WARPS][lane / WARPS + i];
+        of_q = fmaf(x_q, x_q, of_q);
+        of_k = fmaf(x_k, x_k, of_k);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4) {
+        float4 four = *(const float4 *)&keys_of[1][warp][i];
+        k[i] = four.x, k[i + 1] = four.y, k[i + 2] = four.z, k[i + 3] = four.w;
+    }
+    both_norms(of_q, of_k, 1.0f / sqrtf((float)dk));
+    float decay = gates[0];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         s[i] *= decay;
-        if (warp + WARPS * i < dk) read = fmaf(s[i], t.k[warp + WARPS * i], read);
+        k[i] *= of_k;
+        if (EXACT || warp + WARPS * i < dk) read = fmaf(s[i], k[i], read);
     }
     sums[0][warp][lane] = read;
     __syncthreads();
     read = 0;
 #pragma unroll
     for (int n = 0; n < WARPS; n++) read += sums[0][n][lane];
-    float d = beta * (t.v[lane] - read);
+    float d = gates[1] * (values[lane] - read);
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        int r = warp + WARPS * i;
-        if (r >= dk) continue;
-        s[i] = fmaf(t.k[r], d, s[i]);
-        out = fmaf(s[i], t.q[r], out);
+    for (int i = 0; i < EACH; i += 4) {
+        float4 four = *(const float4 *)&keys_of[0][warp][i];
+        float q[4] = { four.x, four.y, four.z, four.w };
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (!EXACT && warp + WARPS * (i + j) >= dk) continue;
+            s[i + j] = fmaf(k[i + j], d, s[i + j]);
+            out = fmaf(s[i + j], q[j] * of_q, out);
+            if (inside) S[(i + j) * WARPS * dv] = s[i + j];
+        }
     }
     sums[1][warp][lane] = out;
     __syncthreads();
-    if (column >= dv) return;
-    if (warp == 0) {
-        out = 0;
+    if (warp > 0 || !inside) return;
+    out = 0;
 #pragma unroll
-        for (int n = 0; n < WARPS; n++) out += sums[1][n][lane];
-        p.o.data[span.first * p.o.stride + (int64_t)head * dv + column] = out;
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-        if (warp + WARPS * i < dk) S[i * WARPS * dv] = s[i];
+    for (int n = 0; n < WARPS; n++) out += sums[1][n][lane];
+    p.o.data[span.first * p.o.stride + (int64_t)head * dv + column] = out;
 }
 
 void start(struct queue *q, const delta_args &p, bool step)
 {
     dim3 grid((unsigned)(p.shape.value_heads * ((p.shape.value_dim + COLUMNS - 1) / COLUMNS)), (unsigned)p.rows.n_spans);
     bool narrow = p.shape.key_dim <= 128;
+    bool exact = p.shape.key_dim == 128 && p.shape.value_dim == 128 && p.conv.kernel == 4;
     if (p.shape.key_dim > HEAD_MAX)
         queue_refuse(q, "delta", "key heads wider than 256 are not supported on a GPU");
     else if (step)
-        launch_side<THREADS>(q, "delta", RIGHT, narrow ? delta_step<16> : delta_step<HEAD_MAX / WARPS>, grid,
-                             0, p);
+        launch_side<THREADS>(q, "delta", RIGHT, exact ? delta_step<16, true> : narrow ? delta_step<16, false>
+                                                    : delta_step<HEAD_MAX / WARPS, false>, grid, 0, p);
     else
         launch(q, "delta", false, narrow ? delta_heads<16> : delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
 }

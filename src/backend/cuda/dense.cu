@@ -14,8 +14,12 @@ struct input_args {
     float eps;
     int head;
     __nv_bfloat16 *plain, *straight, *quantized; /* NULL: not wanted; straight: columns in their own order */
+    uint8_t *codes;                              /* E4M3, likewise */
     float *scale;
     int parts;
+    bool narrow;               /* as in cuda_products */
+    const __nv_bfloat16 *one;  /* a matrix of one row, whose product with the inputs goes to one_out; NULL: none */
+    mat one_out;
 };
 
 __device__ __forceinline__ void load4(float (&v)[4], const float *from)
@@ -26,6 +30,13 @@ __device__ __forceinline__ void load4(float (&v)[4], const float *from)
     } else {
         for (int i = 0; i < 4; i++) v[i] = from[i];
     }
+}
+
+__device__ __forceinline__ void load4(float (&v)[4], const __nv_bfloat16 *from)
+{
+    uint2 w = *(const uint2 *)from;
+    v[0] = __uint_as_float(w.x << 16), v[1] = __uint_as_float(w.x & 0xffff0000u);
+    v[2] = __uint_as_float(w.y << 16), v[3] = __uint_as_float(w.y & 0xffff0000u);
 }
 
 /* Four columns from c on, a multiple of 4, in the order of tiles. */
@@ -40,7 +51,7 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
 {
     wait_for_previous();
     let_next_start();
-    __shared__ float part[2 * WARPS];
+    __shared__ float part[3 * WARPS];
     int64_t r = blockIdx.x;
     int n = (int)a.x.cols;
     const float *x = a.x.data + r * a.x.stride, *up = a.up.data + r * a.up.stride;
@@ -50,7 +61,10 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         int c = 4 * (threadIdx.x + i * THREADS);
         float z[4] = {}, own = 0;
         for (int k = 0; k < 4; k++) v[i][k] = 0;
-        if (c < n) load4(v[i], x + c);
+        if (c < n && a.narrow)
+            load4(v[i], (const __nv_bfloat16 *)x + c);
+        else if (c < n)
+            load4(v[i], x + c);
         if (c < n && a.up.data) load4(z, up + c);
         for (int k = 0; k < 4; k++) own = fmaf(v[i][k], v[i][k], own);
         if (a.head) {
@@ -69,8 +83,20 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
             for (int k = 0; k < 4 && c < n; k++) v[i][k] = v[i][k] * scale * a.gain[c + k];
         }
     }
+    if (a.one) {
+        float dot = 0, w[4];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int c = 4 * (threadIdx.x + i * THREADS);
+            if (c >= n) break;
+            load4(w, a.one + c);
+            for (int k = 0; k < 4; k++) dot = fmaf(v[i][k], w[k], dot);
+        }
+        dot = block_sum(dot, part + 2 * WARPS);
+        if (threadIdx.x == 0) a.one_out.data[r * a.one_out.stride] = dot;
+    }
     float unit = 1;
-    if (a.quantized) {
+    if (a.quantized || a.codes) {
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             for (int k = 0; k < 4; k++) top = fmaxf(top, fabsf(v[i][k]));
@@ -90,10 +116,13 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         }
         if (a.straight)
             *(uint2 *)(a.straight + r * n + c) = make_uint2(pair_of(v[i][0], v[i][1]), pair_of(v[i][2], v[i][3]));
-        if (a.quantized) {
-            float code[4];
-            for (int k = 0; k < 4; k++) code[k] = e4m3_value(e4m3_code(v[i][k] / unit));
-            store4(a.quantized + r * n, c, code);
+        if (a.quantized || a.codes) {
+            uint8_t code[4];
+            float value[4];
+            for (int k = 0; k < 4; k++) code[k] = e4m3_code(v[i][k] / unit);
+            for (int k = 0; k < 4; k++) value[k] = e4m3_value(code[k]);
+            if (a.codes) *(uint32_t *)(a.codes + r * n + c) = code[0] | code[1] << 8 | code[2] << 16 | (uint32_t)code[3] << 24;
+            if (a.quantized) store4(a.quantized + r * n, c, value);
         }
         for (int p = 0; a.plain && p < a.parts; p++) {
             store4(a.plain + (r * a.parts + p) * n, c, v[i]);
@@ -120,6 +149,7 @@ struct dense_args {
     mat out[NORM_PRODUCTS_MAX], add;
     int first[NORM_PRODUCTS_MAX + 1]; /* tile of weight rows at which a matrix begins */
     int n, cols, parts, tokens;
+    bool lean; /* as in cuda_products */
     const __nv_bfloat16 *plain, *quantized;
     const float *scale;
 };
@@ -155,7 +185,9 @@ template <int FORMAT, int TOKENS> __device__ __forceinline__ void dense_tile(con
         float *sum = adds ? a.add.data + (int64_t)(token0 + i) * a.add.stride + row0 + 4 * lane : nullptr;
         for (int j = 0; j < 4; j++) f[j] = f[j] * in * unit[j];
         bool whole = row0 + 4 * lane + 3 < m.rows;
-        if (whole && (uintptr_t)to % 16 == 0)
+        if (adds && a.lean)
+            ;
+        else if (whole && (uintptr_t)to % 16 == 0)
             *(float4 *)to = make_float4(f[0], f[1], f[2], f[3]);
         else
             for (int j = 0; j < 4 && row0 + 4 * lane + j < m.rows; j++) to[j] = f[j];
@@ -201,31 +233,53 @@ bool takes(const struct queue *q, const cuda_matrix &m)
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
+/* Of FP8 only what is worth the library's own launch. */
+/* FP8 only where it is worth it; for prompts as if they had 512 rows, see is_library. */
 bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
-    return q->blas && m.format == WEIGHT_BF16 && y.stride % 4 == 0 && (uintptr_t)y.data % 16 == 0;
+    constexpr int64_t WORTH = (int64_t)1 << 31; /* products of two numbers */
+    if (!q->blas || y.stride % 4 != 0 || (uintptr_t)y.data % 16 != 0) return false;
+    if (m.format == WEIGHT_FP8)
+        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * (queue_prompts(q) ? 512 : y.rows) * m.cols > WORTH &&
+               (uintptr_t)m.scale % 16 == 0;
+    return m.format == WEIGHT_BF16;
 }
 
-/* Few weight rows cost less as tiles beside others than as a call of the library. */
+/* A row of BF16 weights is multiplied where the inputs are made. */
+bool is_one(const struct cuda_products *p, int i)
+{
+    const cuda_matrix &m = p->m[i];
+    return m.rows == 1 && m.format == WEIGHT_BF16 && m.cols % 4 == 0 && (uintptr_t)m.data % 8 == 0 && !(i == 0 && p->add.data);
+}
+
+/* Few weight rows cost less as tiles beside others than as a call of the library. Who computes a product must not depend on
+ * how many rows there are: tiles and the library add up in other orders, and a row has the same bits in all steps. */
 bool is_library(const struct queue *q, const struct cuda_products *p, int i)
 {
-    constexpr int FEW_ROWS = 256, FEW_TOKENS = 1024;
+    constexpr int FEW_ROWS = 256;
     bool tiles = false;
     for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
-    bool few = tiles && p->m[i].rows <= FEW_ROWS && p->x.rows <= FEW_TOKENS;
+    if (is_one(p, i)) return false;
+    bool few = tiles && p->m[i].rows <= FEW_ROWS;
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
-/* False: the library refused. */
-bool by_library(struct queue *q, const struct cuda_products *p)
+/* Matrix i. False: the library refused. */
+bool by_library(struct queue *q, const struct cuda_products *p, int i)
 {
     size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
-    for (int i = 0; i < p->n; i++)
-        if (is_library(q, p, i) && !queue_failed(q) &&
-            !blas_product(q->blas, q->stream, p->out[i], q->prefill.straight, p->m[i].data, p->m[i].cols, q->quantized,
-                          bytes))
-            return false;
-    if (p->add.data && is_library(q, p, 0)) cuda_add(q, p->add, p->out[0]);
+    const cuda_matrix &m = p->m[i];
+    bool fp8 = m.format == WEIGHT_FP8, adds = i == 0 && p->add.data, at_once = adds && p->lean && library_takes(q, m, p->add);
+    struct blas_product r = {};
+    r.y = at_once ? p->add : p->out[i];
+    r.add = at_once;
+    r.x = fp8 ? q->prefill.codes : q->prefill.straight;
+    r.x_scale = fp8 ? q->prefill.scale : nullptr;
+    r.w = m.data;
+    r.w_scale = fp8 ? m.scale : nullptr;
+    r.cols = m.cols;
+    if (!queue_failed(q) && !blas_product(q->blas, q->stream, &r, q->quantized, bytes)) return false;
+    if (adds && !at_once) cuda_add(q, p->add, p->out[0]);
     return true;
 }
 
@@ -235,7 +289,15 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
         if (is_library(q, p, i)) {
-            in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            if (m.format == WEIGHT_FP8)
+                in.codes = (uint8_t *)q->prefill.codes;
+            else
+                in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            continue;
+        }
+        if (is_one(p, i) && !in.one) {
+            in.one = (const __nv_bfloat16 *)m.data;
+            in.one_out = p->out[i];
             continue;
         }
         if (i == 0) a.add = p->add;
@@ -263,17 +325,23 @@ void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, st
     prepare(q, a);
 }
 
+bool cuda_dense_takes(const struct queue *q, const struct cuda_products *p)
+{
+    if (queue_few(q, p->x.rows) || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD)) return false;
+    for (int i = 0; i < p->n; i++)
+        if (!takes(q, p->m[i])) return false;
+    return true;
+}
+
 bool cuda_dense(struct queue *q, const struct cuda_products *p)
 {
     dense_args a = {};
     input_args in = {};
-    if (p->x.rows <= ROWS_EXACT || p->x.rows > q->prefill.rows || p->n == 0 || (p->head && p->head != HEAD))
-        return false;
-    for (int i = 0; i < p->n; i++)
-        if (!takes(q, p->m[i])) return false;
+    if (!cuda_dense_takes(q, p)) return false;
     a.cols = (int)p->x.cols;
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
+    a.lean = p->lean;
     divide(q, p, a, in);
     in.x = p->x;
     in.up = p->up;
@@ -282,13 +350,15 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     in.eps = p->eps;
     in.head = p->head;
     in.scale = q->prefill.scale;
+    in.narrow = p->narrow;
     bool normed = p->gain && !p->head && p->h.data; /* experts may read it next */
     if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;
     prepare(q, in);
-    if (in.straight && !by_library(q, p)) {
+    for (int i = 0; i < p->n; i++) {
+        if (!is_library(q, p, i) || by_library(q, p, i)) continue;
         struct blas *library = q->blas;
-        q->blas = nullptr;
+        if (p->m[i].format != WEIGHT_FP8) q->blas = nullptr; /* FP8 has been given up for good */
         bool done = cuda_dense(q, p);
         q->blas = library;
         return done;

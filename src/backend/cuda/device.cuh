@@ -58,7 +58,8 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     c.attrs = attribute;
     c.numAttrs = overlap && q->has_pdl ? 1 : 0;
-    if (shared > 48 * 1024 &&
+    /* 48 KiB need no leave, with what the kernel has besides */
+    if (shared > 40 * 1024 &&
         !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
                      operation))
         return;
@@ -79,7 +80,8 @@ template <int SIZE, class... P, class... A>
 void launch_side(struct queue *q, const char *operation, enum side side, void (*kernel)(P...), dim3 grid, size_t shared,
                  A... arguments)
 {
-    bool alone = !q->has_pdl || grid.y > 1 || shared > LEFT_SHARED || (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
+    bool alone = !q->has_pdl || grid.x * grid.y > (unsigned)q->sms || shared > LEFT_SHARED ||
+                 (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
     launch<SIZE>(q, operation, true, kernel, grid, side == LEFT && !alone ? LEFT_SHARED : shared, arguments...);
     q->side = alone ? ALONE : side;
 }

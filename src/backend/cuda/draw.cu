@@ -1,37 +1,38 @@
-/* Draws of tokens (num/draw.h) and what comes before them. A row is cut into parts, a block each. Passes go down
- * the digits of places: the blocks of a row count tokens or weights by digit, and the last one to finish finds the
- * digit in which the sum is reached. Sums are of integers, so who comes first changes nothing. */
+/* Draws of tokens (num/draw.h) and what comes before them. A row is cut into parts, a block each; what concerns a row as a
+ * whole is done by the last of its blocks to finish. Three kernels: the largest logit, which is all that a greedy row needs;
+ * a count of the tokens, or of their weights, by the first digit of their places, which tells the few digits that all the
+ * rest is about; a list of the tokens that have them, from which the last block draws. Sums are of integers, so who comes
+ * first changes nothing. A draw leaves its counters at zero. */
 #include "backend/cuda/device.cuh"
 
 namespace {
 
-/* In this order. TOP_K for rows with a top_k, SHARE for those with a top_p; greedy rows are through after LARGEST.
- * Answers go straight into host memory. */
-enum pass { LARGEST, TOP_K_0, TOP_K_1, WEIGH, SHARE_1, MARK_1, CHOOSE, PASSES };
-
-constexpr int ROWS = 64;                        /* of one launch */
+constexpr int ROWS = 64, LIST = 8192;           /* rows of a launch; tokens listed of a row */
 constexpr int EACH = DRAW_BINS / THREADS;       /* bins a thread looks at */
 constexpr int EDITS = 65536, MASK_WORDS = 8192; /* in device memory at a time */
 
 struct row_state {
-    unsigned long long best; /* of LARGEST */
-    uint32_t limit;          /* places behind it are out */
-    uint32_t found;          /* the first digit of the place that is looked for, in the end the place */
-    unsigned long long left; /* see draw.c: of the sum that is looked for */
-    unsigned long long share;
-    unsigned arrived[PASSES];
-    int is_cut; /* top_k leaves some out */
+    unsigned long long best;              /* 0: no token */
+    unsigned long long share, share_left; /* of top_p: the sum of weights, what is left of it in bin share_digit */
+    unsigned long long cut_left;          /* of top_k, in bin `last` */
+    uint32_t first, last, share_digit;    /* digits of the tokens that are listed: first .. last and share_digit */
+    unsigned is_cut;                      /* top_k leaves some out */
+    unsigned arrived[3], listed;
+};
+
+struct token_place {
+    uint32_t place, id;
 };
 
 struct scratch {
     row_state *rows;          /* [ROWS] */
-    unsigned long long *bins; /* [ROWS][PASSES][DRAW_BINS] */
+    unsigned long long *bins; /* [ROWS][DRAW_BINS] */
+    token_place *lists;       /* [ROWS][LIST] */
 };
 
-__device__ constexpr int level_of(pass p)
-{
-    return p == TOP_K_1 || p == SHARE_1 || p == MARK_1;
-}
+struct draw_list {
+    draw d[ROWS];
+};
 
 __device__ __forceinline__ bool allows(const uint32_t *allowed, int64_t c)
 {
@@ -64,100 +65,36 @@ template <class T> __device__ T fresh(const T *from)
     return u.value;
 }
 
-/* Bins of a row, each thread its own, with what comes before them. */
-struct sums {
-    unsigned long long each[EACH], before, total;
+/* A row as its blocks see it. */
+struct part {
+    const float *x;
+    const uint32_t *allowed;
+    int64_t first, end, cols; /* the block's columns, all */
+
+    /* f(column, logit) for columns [from, to), several asked for at a time. */
+    template <class F> __device__ __forceinline__ void each(int64_t from, int64_t to, F f) const
+    {
+        constexpr int AHEAD = 8;
+        for (int64_t c = from + threadIdx.x; c < to; c += AHEAD * THREADS) {
+            float v[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) v[i] = c + i * THREADS < to ? __ldcg(x + c + i * THREADS) : 0;
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (c + i * THREADS < to) f(c + i * THREADS, v[i]);
+        }
+    }
+    __device__ __forceinline__ uint32_t place(int64_t c, float v, float top, const draw &d) const
+    {
+        uint32_t p = draw_place(top, v, d.scale, d.reach);
+        return p != DRAW_OUT && allows(allowed, c) ? p : DRAW_OUT;
+    }
 };
 
-__device__ sums scan(const unsigned long long *bins, unsigned long long *part)
+__device__ part part_of(const mat &x, const uint32_t *allowed, int64_t each)
 {
-    sums s;
-    unsigned long long own = 0, up;
-    for (int i = 0; i < EACH; i++) own += s.each[i] = __ldcg(bins + threadIdx.x * EACH + i);
-    up = own;
-    for (int o = 1; o < LANES; o *= 2) {
-        unsigned long long other = __shfl_up_sync(ALL, up, o);
-        if (threadIdx.x % LANES >= o) up += other;
-    }
-    if (threadIdx.x % LANES == LANES - 1) part[threadIdx.x / LANES] = up;
-    __syncthreads();
-    s.before = up - own;
-    s.total = 0;
-    for (int w = 0; w < WARPS; w++) {
-        if (w < (int)threadIdx.x / LANES) s.before += part[w];
-        s.total += part[w];
-    }
-    __syncthreads();
-    return s;
-}
-
-struct reached {
-    uint32_t digit;
-    unsigned long long left;
-};
-
-/* For all threads: the bin in which the sum reaches `left`, which is 1 or more and no more than the total. */
-__device__ reached find(const sums &s, unsigned long long left, reached *shared)
-{
-    unsigned long long before = s.before;
-    for (int i = 0; i < EACH; i++) {
-        if (before < left && left <= before + s.each[i]) *shared = { threadIdx.x * EACH + i, left - before };
-        before += s.each[i];
-    }
-    __syncthreads();
-    reached r = *shared;
-    __syncthreads();
-    return r;
-}
-
-/* What a block of a row's last pass has to itself. */
-struct room {
-    unsigned long long part[WARPS];
-    reached found;
-};
-
-/* Down to the next digit of the token that is to be drawn, from the bins of WEIGH. */
-__device__ void mark(row_state *r, const unsigned long long *weighed, const draw &d, unsigned long long kept, room *m)
-{
-    reached at = find(scan(weighed, m->part), draw_mark(d.uniform, kept), &m->found);
-    if (threadIdx.x == 0) {
-        r->found = at.digit;
-        r->left = at.left;
-    }
-}
-
-/* By the last block of a row, when all bins of pass P are full. */
-template <pass P>
-__device__ void settle(row_state *r, const row_state &was, const unsigned long long *bins, const draw &d, room *m)
-{
-    const unsigned long long *weighed = bins + WEIGH * DRAW_BINS;
-    sums s = scan(bins + P * DRAW_BINS, m->part);
-    if (P == TOP_K_0 && s.total <= (unsigned long long)d.top_k) return;
-    if (P == WEIGH && !(d.top_p > 0 && d.top_p < 1)) {
-        mark(r, weighed, d, s.total, m);
-        return;
-    }
-    unsigned long long share = P == WEIGH ? draw_share(d.top_p, s.total) : was.share;
-    unsigned long long left = P == TOP_K_0 ? (unsigned long long)d.top_k : P == WEIGH ? share : was.left;
-    reached at = find(s, left, &m->found);
-    uint32_t place = level_of(P) ? was.found << DRAW_DIGIT | at.digit : at.digit;
-    if (P == SHARE_1) {
-        mark(r, weighed, d, draw_kept(share, at.left, place), m);
-    } else if (threadIdx.x == 0) {
-        r->found = place;
-        r->left = at.left;
-        r->share = share;
-        if (P == TOP_K_0) r->is_cut = 1;
-        if (P == TOP_K_1) r->limit = place;
-    }
-}
-
-__device__ bool takes_part(pass p, const row_state *r, const draw &d)
-{
-    if (r->best == 0 || d.scale == 0) return false;
-    if (p == TOP_K_0) return d.top_k > 0;
-    if (p == TOP_K_1) return r->is_cut;
-    return p != SHARE_1 || (d.top_p > 0 && d.top_p < 1);
+    int64_t first = blockIdx.x * each, end = first + each < x.cols ? first + each : x.cols;
+    return { x.data + blockIdx.y * x.stride, allowed, first, end, x.cols };
 }
 
 /* Whether this block is the last of its row; then what the others wrote can be read past the first cache. */
@@ -172,105 +109,278 @@ __device__ bool is_last(unsigned *arrived)
     return last;
 }
 
-/* Grid: parts of a row, rows. */
-__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, int64_t each, bool is_all)
+/* ---- sums over bins, by a block ---- */
+
+struct reached {
+    uint32_t digit;
+    unsigned long long left, inside; /* see draw.c: of the sum that is looked for; the bin's own */
+};
+
+struct room {
+    unsigned long long part[WARPS];
+    reached found;
+};
+
+/* Bins of a row, each thread its own, with what comes before them. */
+struct sums {
+    unsigned long long each[EACH], before, total;
+};
+
+__device__ sums scan(const unsigned long long *bins, room *m)
+{
+    sums s;
+    unsigned long long own = 0, up;
+    for (int i = 0; i < EACH; i++) own += s.each[i] = bins[threadIdx.x * EACH + i];
+    up = own;
+    for (int o = 1; o < LANES; o *= 2) {
+        unsigned long long other = __shfl_up_sync(ALL, up, o);
+        if (threadIdx.x % LANES >= o) up += other;
+    }
+    if (threadIdx.x % LANES == LANES - 1) m->part[threadIdx.x / LANES] = up;
+    __syncthreads();
+    s.before = up - own;
+    s.total = 0;
+    for (int w = 0; w < WARPS; w++) {
+        if (w < (int)threadIdx.x / LANES) s.before += m->part[w];
+        s.total += m->part[w];
+    }
+    __syncthreads();
+    return s;
+}
+
+/* For all threads: the bin in which the sum reaches `left`, which is 1 or more and no more than the total. */
+__device__ reached find(const sums &s, unsigned long long left, room *m)
+{
+    unsigned long long before = s.before;
+    for (int i = 0; i < EACH; i++) {
+        if (before < left && left <= before + s.each[i]) m->found = { threadIdx.x * EACH + i, left - before, s.each[i] };
+        before += s.each[i];
+    }
+    __syncthreads();
+    reached r = m->found;
+    __syncthreads();
+    return r;
+}
+
+__device__ void clear(unsigned long long *bins)
+{
+    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) bins[i] = 0;
+    __syncthreads();
+}
+
+/* ---- the largest ---- */
+
+/* Grid of this and the others: parts of a row, rows. */
+__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, const __grid_constant__ draw_list draws, int64_t each)
 {
     wait_for_previous();
+    let_next_start();
     row_state *r = s.rows + blockIdx.y;
-    const float *row = x.data + blockIdx.y * x.stride;
-    int64_t first = blockIdx.x * each, end = first + each < x.cols ? first + each : x.cols;
+    part p = part_of(x, allowed, each);
     unsigned long long best = 0;
-    for (int64_t c = first + threadIdx.x; c < end; c += THREADS) {
-        unsigned long long key = key_of(__ldcg(row + c), c);
+    p.each(p.first, p.end, [&](int64_t c, float v) {
+        unsigned long long key = key_of(v, c);
         if (key > best && allows(allowed, c)) best = key;
-    }
+    });
     for (int o = LANES / 2; o > 0; o /= 2) {
         unsigned long long other = __shfl_xor_sync(ALL, best, o);
         best = other > best ? other : best;
     }
     if (threadIdx.x % LANES == 0) atomicMax(&r->best, best);
-    if (!is_last(&r->arrived[LARGEST]) || threadIdx.x > 0) return;
+    if (!is_last(&r->arrived[0]) || threadIdx.x > 0) return;
     best = atomicMax(&r->best, 0ull);
     out[blockIdx.y] = best ? (int)~(uint32_t)best : -1;
-    r->limit = DRAW_OUT - 1;
-    if (!is_all) return;
-    r->best = 0; /* for the next call */
-    r->arrived[LARGEST] = 0;
+    r->arrived[0] = 0;
+    if (draws.d[blockIdx.y].scale == 0) r->best = 0;
 }
 
-__device__ __forceinline__ uint32_t place_of(const float *row, int64_t c, float top, const row_state &r, const draw &d,
-                                             const uint32_t *allowed)
+/* ---- what the rest is about ---- */
+
+/* Of counts by first digits: those up to the one in which the k-th token is. */
+__device__ void choose_cut(row_state *r, const sums &s, const draw &d, room *m)
 {
-    uint32_t place = draw_place(top, __ldcg(row + c), d.scale, d.reach);
-    return place <= r.limit && allows(allowed, c) ? place : DRAW_OUT;
+    bool is_cut = s.total > (unsigned long long)d.top_k;
+    reached at = { DRAW_BINS - 1, 0, 0 };
+    if (is_cut) at = find(s, (unsigned long long)d.top_k, m);
+    if (threadIdx.x > 0) return;
+    r->is_cut = is_cut;
+    r->cut_left = at.left;
+    r->first = 0;
+    r->last = r->share_digit = at.digit;
 }
 
-template <pass P>
-__global__ void draw_pass(scratch s, mat x, const uint32_t *allowed, const draw *draws, int64_t each)
+/* Of weights by first digits: the one in which top_p ends, and those that the token may have that is drawn. Where top_p ends
+ * within its digit is not known yet, so the draw's mark lies between two. */
+__device__ void choose_mark(row_state *r, const sums &s, const draw &d, room *m)
+{
+    unsigned long long share = s.total, least = s.total, most = s.total;
+    reached at = {};
+    bool has_share = d.top_p > 0 && d.top_p < 1;
+    if (has_share) {
+        share = draw_share(d.top_p, s.total);
+        at = find(s, share, m);
+        least = share - at.left + 1;
+        most = share - at.left + at.inside;
+    }
+    reached low = find(s, draw_mark(d.uniform, least), m), high = find(s, draw_mark(d.uniform, most), m);
+    if (threadIdx.x > 0) return;
+    r->share = share;
+    r->share_left = at.left;
+    r->first = low.digit;
+    r->last = high.digit;
+    r->share_digit = has_share ? at.digit : low.digit;
+}
+
+__global__ void draw_count(scratch s, mat x, const uint32_t *allowed, const __grid_constant__ draw_list draws, int64_t each)
+{
+    __shared__ unsigned long long own[DRAW_BINS];
+    __shared__ room m;
+    clear(own);
+    wait_for_previous();
+    let_next_start();
+    row_state *state = s.rows + blockIdx.y;
+    const draw &d = draws.d[blockIdx.y];
+    unsigned long long best = __ldcg(&state->best), *bins = s.bins + (int64_t)blockIdx.y * DRAW_BINS;
+    if (d.scale == 0 || best == 0) return;
+    part p = part_of(x, allowed, each);
+    float top = value_of(best);
+    bool counts = d.top_k > 0;
+    p.each(p.first, p.end, [&](int64_t c, float v) {
+        uint32_t place = p.place(c, v, top, d);
+        if (place != DRAW_OUT)
+            atomicAdd(own + draw_digit(place, 0), counts ? 1ull : (unsigned long long)draw_weight(place));
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS)
+        if (own[i]) atomicAdd(bins + i, own[i]);
+    if (!is_last(&state->arrived[1])) return;
+    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) own[i] = __ldcg(bins + i);
+    __syncthreads();
+    if (counts)
+        choose_cut(state, scan(own, &m), d, &m);
+    else
+        choose_mark(state, scan(own, &m), d, &m);
+}
+
+/* ---- the draw ---- */
+
+__device__ __forceinline__ bool is_listed(const row_state &r, uint32_t place)
+{
+    uint32_t digit = draw_digit(place, 0);
+    return place != DRAW_OUT && ((r.first <= digit && digit <= r.last) || digit == r.share_digit);
+}
+
+/* The tokens that are listed, to a row's last block: where they are too many for the list, the row is gone through anew. */
+struct tokens {
+    const part &p;
+    const token_place *list;
+    const row_state &r;
+    const draw &d;
+    unsigned n;
+    float top;
+
+    template <class F> __device__ __forceinline__ void each(F f) const
+    {
+        if (n <= LIST) {
+            for (unsigned i = threadIdx.x; i < n; i += THREADS) f(__ldcg(&list[i].place), __ldcg(&list[i].id));
+            return;
+        }
+        p.each(0, p.cols, [&](int64_t c, float v) {
+            uint32_t place = p.place(c, v, top, d);
+            if (is_listed(r, place)) f(place, (uint32_t)c);
+        });
+    }
+    /* Weights (or 1) by the second digit of the places that begin with `digit`, and where they reach `left`. */
+    template <bool WEIGHTS> __device__ reached find_second(uint32_t digit, unsigned long long left, unsigned long long *own, room *m) const
+    {
+        clear(own);
+        each([&](uint32_t place, uint32_t) {
+            if (draw_digit(place, 0) == digit)
+                atomicAdd(own + draw_digit(place, 1), WEIGHTS ? (unsigned long long)draw_weight(place) : 1ull);
+        });
+        __syncthreads();
+        return find(scan(own, m), left, m);
+    }
+    /* The id number k, from 1, of the tokens at a place. */
+    __device__ uint32_t find_id(uint32_t place, unsigned long long k, unsigned long long *own, room *m) const
+    {
+        uint32_t high = 0;
+        for (int level = 0; level < 2; level++) {
+            clear(own);
+            each([&](uint32_t other, uint32_t id) {
+                if (other == place && (level == 0 || id >> DRAW_DIGIT == high))
+                    atomicAdd(own + (level ? id & (DRAW_BINS - 1u) : id >> DRAW_DIGIT), 1ull);
+            });
+            __syncthreads();
+            reached at = find(scan(own, m), k, m);
+            if (level) return high << DRAW_DIGIT | at.digit;
+            high = at.digit;
+            k = at.left;
+        }
+        return 0;
+    }
+};
+
+/* The weights by first digits, into own: of all tokens as they were counted, or of those that top_k leaves. */
+__device__ sums weigh(const tokens &t, const unsigned long long *bins, uint32_t limit, unsigned long long *own, room *m)
+{
+    clear(own);
+    if (t.d.top_k > 0)
+        t.each([&](uint32_t place, uint32_t) {
+            if (place <= limit) atomicAdd(own + draw_digit(place, 0), (unsigned long long)draw_weight(place));
+        });
+    else
+        for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) own[i] = __ldcg(bins + i);
+    __syncthreads();
+    return scan(own, m);
+}
+
+/* Tokens behind `limit` are listed only where top_k cuts within a digit; their weights come after all others' there. */
+__device__ uint32_t draw_from(const tokens &t, const unsigned long long *bins, unsigned long long *own, room *m)
+{
+    const row_state &r = t.r;
+    uint32_t limit = DRAW_OUT - 1;
+    if (t.d.top_k > 0 && r.is_cut)
+        limit = r.last << DRAW_DIGIT | t.find_second<false>(r.last, r.cut_left, own, m).digit;
+    sums weighed = weigh(t, bins, limit, own, m);
+    unsigned long long kept = weighed.total;
+    if (t.d.top_p > 0 && t.d.top_p < 1) {
+        unsigned long long share = draw_share(t.d.top_p, kept);
+        reached at = find(weighed, share, m), then = t.find_second<true>(at.digit, at.left, own, m);
+        kept = draw_kept(share, then.left, at.digit << DRAW_DIGIT | then.digit);
+    }
+    reached at = find(weighed, draw_mark(t.d.uniform, kept), m), then = t.find_second<true>(at.digit, at.left, own, m);
+    uint32_t place = at.digit << DRAW_DIGIT | then.digit;
+    return t.find_id(place, (then.left - 1) / draw_weight(place) + 1, own, m);
+}
+
+__global__ void draw_token_of(scratch s, int *out, mat x, const uint32_t *allowed, const __grid_constant__ draw_list draws, int64_t each)
 {
     __shared__ unsigned long long own[DRAW_BINS];
     __shared__ room m;
     wait_for_previous();
     row_state *state = s.rows + blockIdx.y;
+    const draw &d = draws.d[blockIdx.y];
+    if (d.scale == 0) return;
     const row_state r = fresh(state);
-    const draw d = fresh(draws + blockIdx.y);
-    if (!takes_part(P, &r, d)) return;
-    const float *row = x.data + blockIdx.y * x.stride;
-    unsigned long long *bins = s.bins + (int64_t)blockIdx.y * PASSES * DRAW_BINS;
-    int64_t first = blockIdx.x * each, end = first + each < x.cols ? first + each : x.cols;
+    if (r.best == 0) return;
+    part p = part_of(x, allowed, each);
     float top = value_of(r.best);
-    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) own[i] = 0;
-    __syncthreads();
-    for (int64_t c = first + threadIdx.x; c < end; c += THREADS) {
-        uint32_t place = place_of(row, c, top, r, d, allowed);
-        if (place != DRAW_OUT && draw_begins(place, level_of(P), r.found))
-            atomicAdd(own + draw_digit(place, level_of(P)), P <= TOP_K_1 ? 1ull : (unsigned long long)draw_weight(place));
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS)
-        if (own[i]) atomicAdd(bins + P * DRAW_BINS + i, own[i]);
-    if (is_last(&state->arrived[P])) settle<P>(state, r, bins, d, &m);
-}
-
-/* Of the tokens at the place that was found, the one that is meant. Bins: how many each part has. */
-__global__ void draw_choose(scratch s, int *out, mat x, const uint32_t *allowed, const draw *draws, int64_t each)
-{
-    __shared__ room m;
-    __shared__ int before[WARPS];
-    wait_for_previous();
-    row_state *state = s.rows + blockIdx.y;
-    const row_state r = fresh(state);
-    const draw d = fresh(draws + blockIdx.y);
-    if (!takes_part(CHOOSE, &r, d)) return;
-    const float *row = x.data + blockIdx.y * x.stride;
-    unsigned long long *bins = s.bins + ((int64_t)blockIdx.y * PASSES + CHOOSE) * DRAW_BINS;
-    int64_t first = blockIdx.x * each, end = first + each < x.cols ? first + each : x.cols;
-    float top = value_of(r.best);
-    int own = 0;
-    for (int64_t from = first; from < end; from += THREADS) {
-        int64_t c = from + threadIdx.x;
-        own += __syncthreads_count(c < end && place_of(row, c, top, r, d, allowed) == r.found);
-    }
-    if (threadIdx.x == 0) bins[blockIdx.x] = (unsigned long long)own;
-    if (!is_last(&state->arrived[CHOOSE])) return;
-    reached at = find(scan(bins, m.part), (r.left - 1) / draw_weight(r.found) + 1, &m.found);
-    first = at.digit * each;
-    end = first + each < x.cols ? first + each : x.cols;
-    for (int64_t from = first, left = (int64_t)at.left; from < end && left > 0; from += THREADS) {
-        int64_t c = from + threadIdx.x;
-        bool here = c < end && place_of(row, c, top, r, d, allowed) == r.found;
-        unsigned lanes = __ballot_sync(ALL, here);
-        if (threadIdx.x % LANES == 0) before[threadIdx.x / LANES] = __popc(lanes);
-        __syncthreads();
-        int rank = __popc(lanes & ((1u << threadIdx.x % LANES) - 1)), all = 0;
-        for (int w = 0; w < WARPS; w++) {
-            if (w < (int)threadIdx.x / LANES) rank += before[w];
-            all += before[w];
-        }
-        if (here && rank + 1 == left) out[blockIdx.y] = (int)c;
-        left -= all;
-        __syncthreads();
-    }
+    unsigned long long *bins = s.bins + (int64_t)blockIdx.y * DRAW_BINS;
+    token_place *list = s.lists + (int64_t)blockIdx.y * LIST;
+    p.each(p.first, p.end, [&](int64_t c, float v) {
+        uint32_t place = p.place(c, v, top, d);
+        if (!is_listed(r, place)) return;
+        unsigned at = atomicAdd(&state->listed, 1);
+        if (at < LIST) list[at] = { place, (uint32_t)c };
+    });
+    if (!is_last(&state->arrived[2])) return;
+    tokens t = { p, list, r, d, __ldcg(&state->listed), top };
+    uint32_t id = draw_from(t, bins, own, &m);
+    for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) bins[i] = 0;
+    if (threadIdx.x > 0) return;
+    out[blockIdx.y] = (int)id;
+    *state = row_state{};
 }
 
 __global__ void mask_rows(mat x, const uint32_t *allowed, int64_t first, int64_t end)
@@ -287,13 +397,6 @@ __global__ void edit_elements(mat x, const logit_edit *edits, int64_t n)
     *at = edit_apply(*at, edits + i);
 }
 
-template <pass P>
-void run(struct queue *q, const scratch &s, mat x, const uint32_t *allowed, dim3 grid, int64_t each, bool wanted)
-{
-    if (wanted)
-        launch(q, "draw", true, draw_pass<P>, grid, 0, s, x, allowed, (const draw *)q->draw.draws, each);
-}
-
 } /* namespace */
 
 /* Small arrays from the host: staged by the driver before the call returns. */
@@ -305,8 +408,8 @@ static bool upload_to(struct queue *q, void *to, const void *host, size_t bytes,
 
 void cuda_draw_sizes(struct cuda_draw *d)
 {
-    d->state_bytes = ROWS * (sizeof(row_state) + PASSES * DRAW_BINS * sizeof(unsigned long long));
-    d->draws_bytes = ROWS * sizeof(draw);
+    d->state_bytes = ROWS * (sizeof(row_state) + DRAW_BINS * sizeof(unsigned long long));
+    d->draws_bytes = ROWS * LIST * sizeof(token_place);
     d->edits_bytes = EDITS * sizeof(logit_edit);
     d->mask_bytes = MASK_WORDS * sizeof(uint32_t);
     d->answers_bytes = ROWS * sizeof(int);
@@ -314,33 +417,25 @@ void cuda_draw_sizes(struct cuda_draw *d)
 
 static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allowed, const draw *draws)
 {
-    scratch s = { (row_state *)q->draw.state, nullptr };
+    scratch s = { (row_state *)q->draw.state, nullptr, (token_place *)q->draw.draws };
     s.bins = (unsigned long long *)(s.rows + ROWS);
     int64_t each = x.rows < 8 ? 2048 : 8192;
-    while (each * DRAW_BINS < x.cols) each *= 2;
     dim3 grid(blocks(x.cols, each), (unsigned)x.rows);
-    bool any = false, any_k = false, any_p = false;
+    draw_list list = {};
+    bool any = false;
     for (int64_t i = 0; i < x.rows; i++) {
+        list.d[i] = draws[i];
         any |= draws[i].scale > 0;
-        any_k |= draws[i].scale > 0 && draws[i].top_k > 0;
-        any_p |= draws[i].scale > 0 && draws[i].top_p > 0 && draws[i].top_p < 1;
     }
-    size_t states = ROWS * sizeof(row_state), rows = (size_t)x.rows * PASSES * DRAW_BINS * sizeof *s.bins;
-    int *answers = q->draw.answers;
-    bool clears = any || q->draw.is_used;
-    q->draw.is_used = any;
-    if (clears && !queue_check(q, cudaMemsetAsync(s.rows, 0, any ? states + rows : states, q->stream), "draw")) return;
-    if (any && !upload_to(q, q->draw.draws, draws, (size_t)x.rows * sizeof *draws, "draw")) return;
-    launch(q, "draw", false, draw_largest, grid, 0, s, answers, x, allowed, each, !any);
-    run<TOP_K_0>(q, s, x, allowed, grid, each, any_k);
-    run<TOP_K_1>(q, s, x, allowed, grid, each, any_k);
-    run<WEIGH>(q, s, x, allowed, grid, each, any);
-    run<SHARE_1>(q, s, x, allowed, grid, each, any_p);
-    run<MARK_1>(q, s, x, allowed, grid, each, any);
-    if (any)
-        launch(q, "draw", true, draw_choose, grid, 0, s, answers, x, allowed, (const draw *)q->draw.draws, each);
+    if (q->draw.is_used && !queue_check(q, cudaMemsetAsync(s.rows, 0, q->draw.state_bytes, q->stream), "draw")) return;
+    q->draw.is_used = false;
+    launch(q, "draw", true, draw_largest, grid, 0, s, q->draw.answers, x, allowed, list, each);
+    if (any) {
+        launch(q, "draw", true, draw_count, grid, 0, s, x, allowed, list, each);
+        launch(q, "draw", true, draw_token_of, grid, 0, s, q->draw.answers, x, allowed, list, each);
+    }
     if (!queue_failed(q) && queue_check(q, cudaStreamSynchronize(q->stream), "draw"))
-        for (int64_t i = 0; i < x.rows; i++) out[i] = answers[i];
+        for (int64_t i = 0; i < x.rows; i++) out[i] = q->draw.answers[i];
 }
 
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws)

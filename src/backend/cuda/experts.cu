@@ -46,10 +46,13 @@ constexpr int UP_SUMS = CREW * UP_ITEMS * 8; /* floats */
 __global__ void route_rows(picks p, mat logits)
 {
     __shared__ uint32_t keys[WARPS][EXPERTS_MAX];
-    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / LANES;
+    __shared__ int expert[WARPS][PICKS_MAX];
+    int warp = threadIdx.x / LANES;
+    int64_t row = (int64_t)blockIdx.x * WARPS + warp;
     if (row >= logits.rows) return;
-    choose(p.expert + row * p.k, p.weight + row * p.k, keys[threadIdx.x / LANES],
-           logits.data + row * logits.stride, (int)logits.cols, p.k);
+    choose(expert[warp], p.weight + row * p.k, keys[warp], logits.data + row * logits.stride, (int)logits.cols,
+           p.k);
+    for (int j = threadIdx.x % LANES; j < p.k; j += LANES) p.expert[row * p.k + j] = expert[warp][j];
 }
 
 /* N pairs of columns of a row into slots, pairs first, first + step, ...; returns the largest magnitude. */
@@ -507,6 +510,7 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
     up_args u = {};
     down_args d = {};
     int limit = q->shared_max;
+    if (cuda_experts_rows(q, y, x, p, e, run) || cuda_experts_near(q, y, x, p, e, run)) return true;
     u.e = d.e = *e;
     u.x = x;
     u.p = d.p = *p;

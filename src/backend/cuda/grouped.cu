@@ -278,8 +278,8 @@ __device__ __forceinline__ void store_columns(float *to, const float (&x)[SUMMED
         if (i < n) to[i] = x[i];
 }
 
-/* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. Grid:
- * columns by eights, rows. */
+/* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. y.data NULL: only
+ * that. Grid: columns by eights, rows. */
 template <bool ROUNDED>
 __global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
 {
@@ -313,7 +313,7 @@ __global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, 
         if (shared.data) sum[i] += open * other[i];
         before[i] += sum[i];
     }
-    store_columns(y.data + row * y.stride + c, sum, n);
+    if (y.data) store_columns(y.data + row * y.stride + c, sum, n);
     if (add.data) store_columns(add.data + row * add.stride + c, before, n);
 }
 
@@ -356,7 +356,7 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 {
     const cuda_prefill &s = q->prefill;
     const cuda_matrix &up = e.m[GATE], &down = e.m[DOWN];
-    if (n <= ROWS_EXACT || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
+    if (queue_few(q, n) || n > s.rows || n * k > s.picked || e.n > EXPERTS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != up.format || !tile_takes(e.m[i], i == DOWN ? s.intermediate : s.cols))
             return false;
@@ -410,6 +410,7 @@ bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct pick
         a.hidden_f32 = q->hidden;
     a.parts = quantized ? 1 : parts;
     if (quantized || !cuda_grouped_wide(q, e, p, x.rows)) run_format(q, a, up.format, x.rows, *p);
+    if (run && run->lean) y.data = nullptr;
     launch(q, "experts", true, q->rounded ? sum_picks<true> : sum_picks<false>,
            dim3(blocks(y.cols, SUMMED * THREADS), (unsigned)x.rows), 0, y, run ? run->x : none,
            run ? run->shared : none, run ? run->shared_gate : none, q->prefill, *p);

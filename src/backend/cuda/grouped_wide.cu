@@ -6,9 +6,10 @@
  * products take turns, so that one is under way while the other's weights are decoded. For tiles of few slots, which take
  * fewer registers, four groups of 64 rows, of each eight rows of either half a warp: what decodes while another multiplies
  * is another group. A warp has its rows of weights copied into a ring of its own, units ahead, across items. Four more warps
- * gather the slots' inputs, 64 columns at a time: a panel. */
+ * gather the slots' inputs, 64 columns at a time: a panel; those of down a thread has copied. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/tensor_map.cuh"
 
 namespace {
 
@@ -18,7 +19,6 @@ constexpr int GATHERERS = 4 * LANES, ITEM_ROWS = 256; /* threads; rows */
 struct wide_args {
     cuda_experts e;
     cuda_prefill s;
-    const __nv_bfloat16 *x; /* inputs of gate and up, by row; of down, by slot */
 };
 
 /* MOST: slots of a tile. Shared memory: panels, rings of weights, the block's items. */
@@ -46,9 +46,9 @@ template <int MOST> struct wide_barriers {
     using form = wide_form<MOST>;
     uint64_t full[form::PANELS_AHEAD], empty[form::PANELS_AHEAD], weights[form::MULTIPLIERS][form::UNITS_AHEAD];
 
-    __device__ __forceinline__ void init()
+    __device__ __forceinline__ void init(int tellers)
     {
-        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], GATHERERS), barrier_init(&empty[i], form::MULTIPLIERS);
+        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], tellers), barrier_init(&empty[i], form::MULTIPLIERS);
         for (int w = 0; w < form::MULTIPLIERS; w++)
             for (int i = 0; i < form::UNITS_AHEAD; i++) barrier_init(&weights[w][i], 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -152,17 +152,6 @@ struct wide_words {
             }
     }
 };
-
-/* The registers of this group of four warps from now on. */
-template <int N> __device__ __forceinline__ void fewer_registers()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-
-template <int N> __device__ __forceinline__ void more_registers()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
 
 /* Panels as a multiplying warp meets them. */
 template <int MOST> struct wide_panels {
@@ -340,29 +329,28 @@ __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w,
     }
 }
 
-/* The warps that gather. A panel is announced when LAG more have been asked for. */
-template <int MOST, bool DOWN_ROWS>
+/* The warps that gather rows. A panel is announced when LAG more have been asked for. */
+template <int MOST>
 __device__ __forceinline__ void gather_panels(const wide_args &p, const wide_work *work, int n, uint32_t to, uint64_t *full,
                                               uint64_t *empty)
 {
     using form = wide_form<MOST>;
     constexpr int STEP = GATHERERS / 8, LAG = form::PANELS_AHEAD / 2;
-    int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[DOWN_ROWS ? DOWN : GATE].cols;
+    int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const wide_work &w = work[item];
         const int *rows = p.s.slot_row + w.first + row;
-        const __nv_bfloat16 *x = p.x + piece * 8 + (DOWN_ROWS ? (int64_t)(w.first + row) * cols : 0);
+        const __nv_bfloat16 *x = (const __nv_bfloat16 *)p.s.inputs + piece * 8;
         int left = w.tokens - row;
 #pragma unroll 1
         for (int c = 0; c < cols; c += PANEL) {
             barrier_wait(empty + ask.slot, ask.phase);
             uint32_t panel = to + ask.slot * form::PANEL_SIZE + row * 128 + (piece ^ row % 8) * 16;
 #pragma unroll 4
-            for (int i = 0; i < left; i += STEP)
-                copy_async16(panel + i * 128, x + (unsigned)(DOWN_ROWS ? i : rows[i]) * (unsigned)cols, true);
+            for (int i = 0; i < left; i += STEP) copy_async16(panel + i * 128, x + (unsigned)rows[i] * (unsigned)cols, true);
             x += PANEL;
             copy_commit();
             ask.advance(form::PANELS_AHEAD);
@@ -383,10 +371,31 @@ __device__ __forceinline__ void gather_panels(const wide_args &p, const wide_wor
         tell.advance(form::PANELS_AHEAD);
     }
 }
+
+/* The same of down, whose slots lie one after the other, by one thread. */
+template <int MOST>
+__device__ __forceinline__ void copy_panels(const CUtensorMap &x, const wide_work *work, int n, int cols, uint32_t to, uint64_t *full,
+                                            uint64_t *empty)
+{
+    using form = wide_form<MOST>;
+    ring_place ask = { 0, 1 };
+#pragma unroll 1
+    for (int item = 0; item < n; item++) {
+        const wide_work &w = work[item];
+#pragma unroll 1
+        for (int c = 0; c < cols; c += PANEL) {
+            uint32_t panel = to + ask.slot * form::PANEL_SIZE;
+            barrier_wait(empty + ask.slot, ask.phase);
+            barrier_expect(full + ask.slot, (w.tokens + form::STEP - 1) / form::STEP * form::STEP * 128);
+            for (int i = 0; i < w.tokens; i += form::STEP) copy_box(panel + i * 128, x, c, w.first + i, full + ask.slot);
+            ask.advance(form::PANELS_AHEAD);
+        }
+    }
+}
 #endif
 
 template <int MOST, bool DOWN_ROWS>
-__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p)
+__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p, const __grid_constant__ CUtensorMap hidden)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using form = wide_form<MOST>;
@@ -395,7 +404,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const 
     wide_work *work = (wide_work *)(shared + form::ITEMS_AT);
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
     int each = p.e.m[DOWN_ROWS ? DOWN : GATE].rows / (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2);
-    if (threadIdx.x == 0) barriers.init();
+    if (threadIdx.x == 0) barriers.init(DOWN_ROWS ? 1 : GATHERERS);
     if (!DOWN_ROWS) wait_for_previous();
     let_next_start(); /* which may count on the tiles */
     int items = __ldcg(p.s.tiles) * each, n = ((int)gridDim.x - 1 - (int)blockIdx.x + items) / (int)gridDim.x;
@@ -409,7 +418,10 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const 
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
         if (DOWN_ROWS) wait_for_previous();
-        gather_panels<MOST, DOWN_ROWS>(p, work, n, at, barriers.full, barriers.empty);
+        if (!DOWN_ROWS)
+            gather_panels<MOST>(p, work, n, at, barriers.full, barriers.empty);
+        else if (threadIdx.x % GATHERERS == 0)
+            copy_panels<MOST>(hidden, work, n, p.e.m[DOWN].cols, at, barriers.full, barriers.empty);
     } else {
         more_registers<form::MORE>();
         wide_weights<MOST, DOWN_ROWS> weights(p, work, n, shared + form::RINGS_AT + warp * form::RING, barriers.weights[warp]);
@@ -444,11 +456,13 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
     int up = (int)(tiles * (e.m[GATE].rows / (ITEM_ROWS / 2)) / blocks + 1), down = (int)(tiles * (e.m[DOWN].rows / ITEM_ROWS) / blocks + 1);
     size_t most = (size_t)q->shared_max - 2048;
     if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most) return false;
+    int inner = e.m[DOWN].cols;
+    CUtensorMap hidden;
+    if (!tensor_map(q->map_maker, &hidden, q->prefill.hidden, picked, inner, inner, wide_form<MOST>::STEP)) return false;
     cuda_sort_picks(q, p, rows, MOST);
-    wide_args a = { e, q->prefill, (const __nv_bfloat16 *)q->prefill.inputs };
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a);
-    a.x = (const __nv_bfloat16 *)q->prefill.hidden;
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a);
+    wide_args a = { e, q->prefill };
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a, hidden);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a, hidden);
     return true;
 }
 

@@ -9,7 +9,7 @@ extern "C" {
 #include <cuda_runtime_api.h>
 
 enum {
-    SPLITS = 64,        /* parts of a sequence that attention of few rows looks at side by side */
+    SPLITS = 66,        /* parts of a sequence that attention of few rows looks at side by side */
     GRAPHS = 8,         /* recorded steps kept */
     PICKS_MAX = 64,     /* experts a token */
     EXPERTS_MAX = 1024, /* of a layer */
@@ -85,6 +85,7 @@ struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
     void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
     void *quantized; /* BF16 [rows][cols], E4M3 values */
+    void *codes;     /* E4M3 [rows][cols]; NULL: queue.blas is */
     float *scale;    /* [rows * picks] */
     void *hidden;    /* BF16 [rows * picks][parts][intermediate] */
     float *down;   /* [rows * picks][width]: what each pick's expert gives; BF16 where the queue may round */
@@ -133,6 +134,7 @@ struct queue {
     enum side side;      /* of the kernel that was started last */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
+    void *map_maker;     /* of tensor_map.h; NULL: none */
     bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
@@ -146,12 +148,13 @@ struct queue {
     float *input_scale; /* [rows * picks] */
     float *hidden;      /* [rows * picks][intermediate] */
     float *attended;    /* [ROWS_EXACT][heads][SPLITS][head_dim + 2] */
-    unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: parts of attention that are done, 0 between kernels */
+    unsigned *arrived;  /* [ROWS_EXACT][KV_HEADS_MAX]: blocks of attention or logged.cu that are done, 0
+                           between kernels */
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct cuda_draw draw;
     struct loader *loader; /* load.c; NULL until something was loaded */
-    struct blas *blas;     /* dense BF16 products of many rows, where they may round; NULL: ours */
+    struct blas *blas;     /* dense BF16 and FP8 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;
     long long *index;                     /* [rows] */
     double *answers;                      /* [rows] */
@@ -166,6 +169,7 @@ struct queue {
     int next_graph;
     struct cuda_graph last; /* key and rows of the last step that could have been recorded */
     bool recording;
+    int64_t room; /* bytes at prefill.down */
 };
 
 static inline bool queue_failed(const struct queue *q)
@@ -177,7 +181,16 @@ bool queue_check(struct queue *q, cudaError_t status, const char *operation);
 void queue_refuse(struct queue *q, const char *operation, const char *why);
 /* The step's rows in device memory: uploaded if they differ from what lies there. NULL: failed. */
 const struct cuda_rows *queue_rows(struct queue *q, const struct step_rows *rows);
-/* Every span is one row, and no log is written or read. */
+/* Whether rows are computed as those of a prompt, and whether as those of a short step. */
+static inline bool queue_prompts(const struct queue *q)
+{
+    return q->current && q->current->prompts;
+}
+static inline bool queue_few(const struct queue *q, int64_t rows)
+{
+    return rows <= ROWS_EXACT && !queue_prompts(q);
+}
+/* Every span is one row, not of a prompt, and no log is written or read. */
 bool queue_decodes(const struct step_rows *rows);
 bool queue_logs(const struct step_rows *rows);
 bool queue_take(struct queue *q, void **out, uint64_t bytes, const char *what,
@@ -223,6 +236,14 @@ bool cuda_fp4_experts(struct queue *q, struct mat y, struct mat x, const struct 
  * shapes */
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                          const struct cuda_experts *experts, const struct moe_run *run);
+/* experts_fp4.cu: the same, faster, for NVFP4 experts that fit it */
+bool cuda_experts_near(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                       const struct cuda_experts *experts, const struct moe_run *run);
+/* experts_rows.cu: the same of 2 to ROWS_TOGETHER rows; together: whether it is for them */
+enum { ROWS_TOGETHER = 8 };
+bool cuda_experts_together(const struct queue *q, const struct moe_run *r);
+bool cuda_experts_rows(struct queue *q, struct mat y, struct mat x, const struct picks *p,
+                       const struct cuda_experts *e, const struct moe_run *run);
 void cuda_route(struct queue *q, const struct picks *picks, struct mat logits);
 /* plain.cu: what a kernel that only reads reaches, of 2 GiB, the median of seven; 0: failed */
 double cuda_read_speed(struct queue *q);
@@ -239,6 +260,10 @@ void cuda_log_softmax(struct queue *q, struct mat x);
 void cuda_divergence(struct queue *q, double *out, struct mat p, struct mat other);
 void cuda_pick(struct queue *q, float *out, struct mat x, const int32_t *column);
 void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
+/* calibrate.cu */
+void cuda_absmax(struct queue *q, uint32_t *top, struct mat x);
+void cuda_moments(struct queue *q, float *h, struct mat x);
+void cuda_observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
@@ -258,8 +283,13 @@ void cuda_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, st
                     const struct step_rows *rows);
 void cuda_attention(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
                     const struct step_rows *rows);
+/* rows [first, first + n) of the step */
+void cuda_attention_some(struct queue *q, struct mat y, struct mat qg, int n_heads, const struct kv_cache *kv,
+                         const struct cuda_rows *rows, int64_t first, int64_t n);
 /* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
 void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
+/* of one of up to ROWS_EXACT rows, several of a sequence; r->k stays as it is */
+void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* delta.cu */
 void cuda_conv(struct queue *q, struct mat y, struct mat u, const float *weight,
                const struct delta_state *state, const struct delta_shape *shape,
@@ -276,6 +306,8 @@ void cuda_conv_logged(struct queue *q, struct mat y, struct mat u, const float *
 void cuda_delta_logged(struct queue *q, struct mat o, struct mat qkv, struct mat a, struct mat b,
                        const float *A_log, const float *dt_bias, const struct delta_state *state,
                        const struct delta_shape *shape, const struct step_rows *rows);
+/* both at once; false: not for these shapes */
+bool cuda_delta_run_logged(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
 /* prefill.c */
 struct arena;
 void cuda_prefill_layout(struct queue *q, struct arena *a);

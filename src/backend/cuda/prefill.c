@@ -3,7 +3,8 @@
 #include "backend/cuda/batch.h"
 #include "base/arena.h"
 
-enum { BF16_BYTES = 2, UNIT = 64 };
+/* SCAN_BYTES: of a row and channel, scan.cu */
+enum { BF16_BYTES = 2, UNIT = 64, SCAN_BYTES = 8 };
 
 static int64_t whole(int64_t n)
 {
@@ -23,10 +24,16 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->width = l->hidden ? l->hidden : l->cols;
     p->inputs = arena_take(a, p->rows * p->cols, parts * BF16_BYTES, 64);
     p->straight = q->blas ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
+    p->codes = q->blas ? arena_take(a, p->rows * p->cols, 1, 64) : NULL;
     p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
     p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
     p->hidden = arena_take(a, p->picked * p->intermediate, parts * BF16_BYTES, 64);
-    p->down = arena_take(a, p->picked * p->width, sizeof *p->down, 64);
+    /* or what the scan of spans takes, and a copy of the cache; spans of whole chunks together may have a
+     * chunk more rows than the step */
+    int64_t scan = (p->rows + DELTA_CHUNK) * l->cols * SCAN_BYTES;
+    q->room = p->picked * p->width * (int64_t)sizeof *p->down;
+    if (q->room < scan) q->room = scan;
+    p->down = arena_take(a, q->room, 1, 64);
     p->slot_row = arena_take(a, p->picked, sizeof *p->slot_row, 64);
     p->slot_of = arena_take(a, p->picked, sizeof *p->slot_of, 64);
     p->tiles = arena_take(a, p->picked + l->n_experts + 1, 4 * sizeof *p->tiles, 64);
@@ -35,7 +42,8 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
 
 bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
 {
-    struct cuda_products p = { .x = r->x, .h = r->h, .gain = r->gain, .eps = r->eps, .n = r->n };
+    struct cuda_products p = { .x = r->x, .gain = r->gain, .eps = r->eps, .n = r->n };
+    if (!r->lean) p.h = r->h;
     for (int i = 0; i < r->n; i++) {
         p.out[i] = r->out[i];
         p.m[i] = cuda_matrix_of(r->w[i]);
@@ -47,24 +55,32 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
 {
     struct cuda_products out = { .x = r->raw,
                                  .up = r->z,
-                                 .h = r->o,
                                  .add = r->x,
                                  .gain = r->gain,
                                  .eps = r->eps,
                                  .head = r->shape->value_dim,
+                                 .lean = r->lean,
                                  .n = 1,
                                  .out = { r->y },
                                  .m = { cuda_matrix_of(r->out) } };
     const struct cuda_rows *device_rows = queue_rows(q, rows);
     if (!device_rows) return;
+    if (!r->lean) out.h = r->o;
     bool logs = queue_logs(rows);
-    bool decoded = !logs && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
-    if (!decoded && (logs || !cuda_scan(q, r, rows))) {
+    bool decoded =
+        logs ? cuda_delta_run_logged(q, r, device_rows)
+             : !rows->prompts && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows, true);
+    /* by nothing but cuda_dense */
+    bool narrow = r->raw.stride % 2 == 0 && (uintptr_t)r->raw.data % 8 == 0 &&
+                  (rows->prompts || r->x.rows > ROWS_BATCH) && cuda_dense_takes(q, &out);
+    bool scanned = !decoded && !logs && cuda_scan(q, r, rows, narrow);
+    out.narrow = scanned && narrow;
+    if (!decoded && !scanned) {
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
-    if (cuda_batch_delta_out(q, r, device_rows, false) || cuda_dense(q, &out)) return;
-    if (r->x.rows <= ROWS_EXACT && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
+    if ((!rows->prompts && cuda_batch_delta_out(q, r, device_rows, false)) || cuda_dense(q, &out)) return;
+    if (queue_few(q, r->x.rows) && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
         cuda_delta_out(q, r, device_rows, false);
         return;
     }
@@ -78,8 +94,12 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
     int dim = r->kv->head_dim;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
-    if (step->n_spans == step->n && step->n <= ROWS_BATCH) {
+    if (step->n_spans == step->n && step->n <= ROWS_BATCH && !step->prompts) {
         cuda_attention_decode(q, r, rows);
+        return;
+    }
+    if (queue_few(q, step->n)) {
+        cuda_attention_rows(q, r, rows);
         return;
     }
     cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, step);
@@ -92,12 +112,12 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
 void cuda_attention_many(struct queue *q, const struct attention_run *r, const struct step_rows *rows)
 {
     attend(q, r, rows);
-    if (cuda_batch_attention_out(q, r)) return;
+    if (!rows->prompts && cuda_batch_attention_out(q, r)) return;
     struct cuda_products o = {
-        .x = r->att, .add = r->x, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
+        .x = r->att, .add = r->x, .lean = r->lean, .n = 1, .out = { r->y }, .m = { cuda_matrix_of(r->o) }
     };
     if (cuda_dense(q, &o)) return;
-    if (r->x.rows <= ROWS_EXACT && cuda_streams(q, &o.m[0])) {
+    if (queue_few(q, r->x.rows) && cuda_streams(q, &o.m[0])) {
         cuda_attention_out(q, r);
         return;
     }
@@ -107,13 +127,11 @@ void cuda_attention_many(struct queue *q, const struct attention_run *r, const s
 
 bool cuda_moe_many(struct queue *q, const struct moe_run *r)
 {
-    if (r->h.rows <= ROWS_EXACT) return false;
-    struct cuda_products out = { .x = r->gate,
-                                 .up = r->up,
-                                 .h = r->hidden,
-                                 .n = 1,
-                                 .out = { r->shared },
-                                 .m = { cuda_matrix_of(r->w_down) } };
+    if (queue_few(q, r->h.rows)) return false;
+    struct cuda_products out = {
+        .x = r->gate, .up = r->up, .n = 1, .out = { r->shared }, .m = { cuda_matrix_of(r->w_down) }
+    };
+    if (!r->lean) out.h = r->hidden;
     cuda_ops.route(q, r->picks, r->logits);
     return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
 }

@@ -243,6 +243,142 @@ __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 
         place_row(p, slots, stride, row, gain, part, input_scale);
 }
 
+/* N rows at a time, with the sums and maxima of place_row and place_heads: what a row waits for, it waits for with the
+ * others. part: of each row, [2][CREW]. */
+template <int N, int ROWS>
+__device__ __forceinline__ void place_rows(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
+                                           const float2 (&gain)[GAINS], float (*part)[2 * CREW], float (&top)[ROWS])
+{
+    constexpr int STEP = 2 * BLOCK;
+    float2 v[N][EACH];
+    float scale[N];
+    int c0 = 2 * threadIdx.x, at0 = slot_place(c0), warp = threadIdx.x / LANES;
+#pragma unroll
+    for (int a = 0; a < N; a++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            v[a][i] = float2{};
+            if (a < rows && i * STEP < p.cols && c0 + i * STEP < p.cols)
+                v[a][i] = load_pair(p.x.data + (row0 + a) * p.x.stride, c0 + i * STEP);
+        }
+    if (p.kind == INPUT_NORMED) {
+#pragma unroll
+        for (int a = 0; a < N; a++) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (i * STEP < p.cols) sum = fmaf(v[a][i].x, v[a][i].x, fmaf(v[a][i].y, v[a][i].y, sum));
+            sum = warp_sum(sum);
+            if (threadIdx.x % LANES == 0) part[a][warp] = sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int a = 0; a < N; a++) {
+            float sum = part[a][0];
+#pragma unroll
+            for (int w = 1; w < CREW; w++) sum += part[a][w];
+            scale[a] = rsqrtf(sum / (float)p.cols + p.eps);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int c = c0 + i * STEP;
+        if (i * STEP >= p.cols || c >= p.cols) continue;
+        float2 g = p.kind != INPUT_NORMED ? float2{} : i < GAINS ? gain[i] : make_float2(p.gain[c], p.gain[c + 1]);
+#pragma unroll
+        for (int a = 0; a < N; a++) {
+            if (a >= rows) continue;
+            float2 y = v[a][i];
+            if (p.kind == INPUT_NORMED) y = make_float2(y.x * scale[a] * g.x, y.y * scale[a] * g.y);
+            top[a] = fmaxf(top[a], place(p, slots + a * SLOTS * stride, stride, row0 + a, c, at0 + i * STEP, y));
+        }
+    }
+}
+
+template <int ROWS>
+__device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
+                                            const float2 (&gain)[GAINS], float (&top)[ROWS])
+{
+    constexpr int HEADS = 2, TWO = 2; /* heads of so many rows at once */
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int a = 0; a < ROWS; a += TWO)
+#pragma unroll 1
+        for (int first = warp; a < rows && first * p.dim < p.cols; first += HEADS * CREW) {
+            float2 v[TWO][HEADS][GAINS], gate[TWO][HEADS][GAINS];
+#pragma unroll
+            for (int b = 0; b < TWO; b++)
+#pragma unroll
+                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                    for (int i = 0; i < GAINS; i++) {
+                        int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
+                        bool in = a + b < rows && c < p.cols && d < p.dim;
+                        v[b][h][i] = in ? load_pair(p.x.data + (row0 + a + b) * p.x.stride, c) : float2{};
+                        gate[b][h][i] = in ? load_pair(p.z.data + (row0 + a + b) * p.z.stride, c) : float2{};
+                    }
+#pragma unroll
+            for (int b = 0; b < TWO; b++)
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    float sum = 0;
+                    if (a + b >= rows) continue;
+#pragma unroll
+                    for (int i = 0; i < GAINS; i++)
+                        sum = fmaf(v[b][h][i].x, v[b][h][i].x, fmaf(v[b][h][i].y, v[b][h][i].y, sum));
+                    float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
+#pragma unroll
+                    for (int i = 0; i < GAINS; i++) {
+                        int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
+                        if (c >= p.cols || d >= p.dim) continue;
+                        float2 y = make_float2(v[b][h][i].x * scale * gain[i].x * silu(gate[b][h][i].x),
+                                               v[b][h][i].y * scale * gain[i].y * silu(gate[b][h][i].y));
+                        top[a + b] = fmaxf(top[a + b], place(p, slots + (a + b) * SLOTS * stride, stride, row0 + a + b, c,
+                                                             slot_place(c), y));
+                    }
+                }
+        }
+}
+
+/* Rows row0 .. row0 + rows - 1, each into four slots. */
+template <int ROWS>
+__device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
+                                            const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
+{
+    float top[ROWS] = {};
+    if (ROWS == 1 || p.cols > EACH * 2 * BLOCK) {
+#pragma unroll 1
+        for (int a = 0; a < rows; a++)
+            make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
+        return;
+    }
+    if (p.kind == INPUT_GATED)
+        place_heads<ROWS>(p, slots, stride, row0, rows, gain, top);
+    else if (rows <= 2)
+        place_rows<ROWS < 2 ? ROWS : 2, ROWS>(p, slots, stride, row0, rows, gain, part, top);
+    else
+        place_rows<ROWS, ROWS>(p, slots, stride, row0, rows, gain, part, top);
+    if (!p.quantize) return;
+#pragma unroll
+    for (int a = 0; a < ROWS; a++) {
+        if (a >= rows) continue;
+        float most = warp_max(top[a]);
+        if (threadIdx.x % LANES == 0) part[a][CREW + threadIdx.x / LANES] = most;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int a = 0; a < rows; a++) {
+        float most = part[a][CREW];
+        for (int w = 1; w < CREW; w++) most = fmaxf(most, part[a][CREW + w]);
+        float by = fp8_input_scale(most), inverse = 1.0f / by;
+        __nv_bfloat16 *to = slots + a * SLOTS * stride;
+#pragma unroll 4
+        for (int c = 2 * threadIdx.x; c < p.cols; c += 2 * BLOCK)
+            put_quantized(to, stride, c, parts_sum(to, stride, c), by, inverse);
+        if (threadIdx.x == 0) input_scale[a] = by;
+    }
+}
+
 /* By the last blocks first: they have the fewest tiles. */
 __device__ void advance_conv(const product_args &p)
 {
@@ -317,9 +453,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) str
         slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     wait_for_previous();
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
-#pragma unroll 1
-    for (int a = 0; a < rows; a++)
-        make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, scratch[a], &input_scale[a]);
+    make_inputs<ROWS>(p, slots, stride, row0, rows, gain, scratch, input_scale);
     __syncthreads();
     int number = blockIdx.x, end = 0, format = 0;
     bool quantized = false;
@@ -390,7 +524,7 @@ void run(struct queue *q, const char *operation, product_args a)
     a.extra = a.tiles % grid;
     if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
-    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES &&
+    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES && a.cols >= 1024 &&
              product_shared(1, a.cols, false, LONG_RING) <= (size_t)q->shared_max)
         launch<BLOCK>(q, operation, true, stream_product<1, WHOLE, LONG_RING>, dim3((unsigned)grid),
                       product_shared(1, a.cols, false, LONG_RING), a);

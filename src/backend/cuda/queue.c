@@ -3,6 +3,7 @@
 #include "backend/cuda/blas.h"
 #include "backend/cuda/load.h"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/tensor_map.h"
 #include "backend/fused.h"
 #include <inttypes.h>
 #include <stdio.h>
@@ -43,6 +44,7 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
+    q->map_maker = p.major >= 9 ? tensor_map_maker() : NULL;
     q->has_wide = p.major == 9 && version == 90;
     if (q->rounded) q->blas = blas_open();
     snprintf(q->name, sizeof q->name, "cuda %.70s, sm_%d%d, kernels for sm_%d%s", p.name, p.major, p.minor,
@@ -195,7 +197,7 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
     struct cuda_matrix m = cuda_matrix_of(w);
     if (cuda_fp4_product(q, y, x, &m)) return;
     if (cuda_dense(q, &(struct cuda_products){ .x = x, .n = 1, .out = { y }, .m = { m } })) return;
-    if (cuda_batch_product(q, y, x, &m)) return;
+    if (!queue_prompts(q) && cuda_batch_product(q, y, x, &m)) return;
     if (cuda_streams(q, &m))
         cuda_product(q, y, x, &m);
     else
@@ -228,8 +230,9 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
 
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
-    bool streams = r->x.rows <= ROWS_EXACT;
-    if (cuda_batch_norm_products(q, r) || cuda_norm_products_many(q, r)) return;
+    bool streams = queue_few(q, r->x.rows);
+    q->batch.known = q->prefill.known = NULL; /* h will be another */
+    if ((!queue_prompts(q) && cuda_batch_norm_products(q, r)) || cuda_norm_products_many(q, r)) return;
     for (int i = 0; streams && i < r->n; i++) {
         struct cuda_matrix m = cuda_matrix_of(r->w[i]);
         streams = cuda_streams(q, &m);
@@ -268,8 +271,8 @@ static void attention_run(struct queue *q, const struct attention_run *r, const 
 
 static void moe_run(struct queue *q, const struct moe_run *r)
 {
-    if (cuda_batch_moe(q, r) || cuda_moe_many(q, r)) return;
-    if (r->h.rows > ROWS_EXACT || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
+    if ((!queue_prompts(q) && cuda_batch_moe(q, r)) || cuda_moe_many(q, r)) return;
+    if (!queue_few(q, r->h.rows) || !cuda_experts_stream(q, r->y, r->h, r->picks, r->experts->bound, r))
         fused_moe(&cuda_ops, q, r);
 }
 
@@ -311,6 +314,8 @@ const struct ops cuda_ops = {
     .attention_all = cuda_attention_all,
     .route = cuda_route,
     .experts = experts,
+    .absmax = cuda_absmax,
+    .moments = cuda_moments,
     .log_softmax = cuda_log_softmax,
     .divergence = cuda_divergence,
     .pick = cuda_pick,
@@ -322,4 +327,5 @@ const struct ops cuda_ops = {
     .delta_run = delta_run,
     .attention_run = attention_run,
     .moe_run = moe_run,
+    .observe = cuda_observe,
 };

@@ -4,27 +4,37 @@
  * conv_heads: convolution, SiLU and, of q and k, the norm, to BF16. A warp a head, one token after the other.
  * chunk_parts: what a chunk needs of itself, for all chunks and value heads at once. With c the running sum of the log
  *   decay, A = beta_i (K_i . K_j) e^(c_i - c_j) below the diagonal, it solves (I + A) U = beta V and
- *   (I + A) W = beta e^c K, a thread a column, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
+ *   (I + A) W = beta e^c K, a thread one or two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
  * chunk_scan: chunk after chunk, a block for 32 columns of one head's state S, which stays in registers:
  *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N. */
 #include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
+#include "backend/cuda/tensor_map.cuh"
 
 namespace {
 
 constexpr int CHUNK = DELTA_CHUNK, DIM = 128, SLICE = 32, TAPS = 4;
+constexpr int SCAN_THREADS = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int STAGES = 2; /* chunks in shared memory: all that some devices have room for */
+#else
+constexpr int STAGES = 3;
+#endif
 constexpr int BIG = CHUNK * DIM * 2, SQUARE = CHUNK * CHUNK * 2, NARROW = CHUNK * SLICE * 2; /* bytes */
 
 struct scan_args {
     mat u, a, b, o;
+    bool narrow; /* o is BF16, in the first half of each row's bytes */
     const float *conv_weight, *A_log, *dt_bias;
     float *conv, *matrix;
     delta_shape shape;
     cuda_rows rows;
     /* scratch; chunks of a span lie one after the other, those of its successor after them */
     __nv_bfloat16 *qk, *v;  /* [rows][2 * key heads][DIM], [rows][value heads][DIM] */
-    __nv_bfloat16 *U, *W;   /* [chunk][value head][CHUNK][DIM] */
-    __nv_bfloat16 *M;       /* [chunk][value head][CHUNK][CHUNK] */
+    /* as they are to lie in shared memory: */
+    uint8_t *U; /* [chunk][value head][DIM / SLICE]: at64 */
+    uint8_t *W; /* [chunk][value head]: at256 */
+    uint8_t *M; /* [chunk][value head]: at128 */
     float *sums;            /* [chunk][value head][CHUNK]: c */
 };
 
@@ -130,11 +140,11 @@ __global__ void conv_advance(const __grid_constant__ scan_args p)
     for (int j = 0; j < TAPS - 1; j++) past[j * channels] = last[j];
 }
 
-/* ---- matrices in shared memory: rows of 256, 128 or 64 bytes, their 16-byte pieces permuted by row ---- */
+/* ---- matrices of CHUNK rows in shared memory: of 256 bytes as two halves, of 128, of 64; their 16-byte pieces permuted by row ---- */
 
 __device__ __forceinline__ uint32_t at256(int row, int piece)
 {
-    return row * 256 + (piece ^ (row & 7)) * 16;
+    return piece / 8 * (CHUNK * 128) + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
 __device__ __forceinline__ uint32_t at128(int row, int piece)
@@ -152,33 +162,91 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     mma(d, a[0], a[1], a[2], a[3], b0, b1);
 }
 
-/* Rows of DIM BF16 numbers into shared memory, zeros past n. */
-__device__ __forceinline__ void copy_rows(uint32_t to, const __nv_bfloat16 *from, int64_t stride, int n)
+/* Until the copies at a barrier have come; or all but those of LEFT stages, of this thread. */
+template <int LEFT> __device__ __forceinline__ void await_copies(uint64_t *b, int phase)
 {
+#if __CUDA_ARCH__ >= 900
+    barrier_wait(b, phase);
+#else
+    copy_wait<LEFT>();
+#endif
+}
+
+/* 64 rows of DIM BF16 numbers from (row, column) of a matrix of `rows` rows. Rows past a chunk's
+ * last are another span's. One thread, or all. */
+template <int SIZE>
+__device__ __forceinline__ void copy_rows(uint32_t to, const CUtensorMap &map, const __nv_bfloat16 *matrix, int64_t stride, int rows,
+                                          int row, int column, uint64_t *b)
+{
+#if __CUDA_ARCH__ >= 900
+    copy_box(to, map, column, row, b);
+    copy_box(to + CHUNK * 128, map, column + 64, row, b);
+#else
 #pragma unroll
-    for (int i = 0; i < CHUNK * 16 / THREADS; i++) {
-        int row = threadIdx.x / 16 + i * (THREADS / 16), piece = threadIdx.x % 16;
-        copy_async16(to + at256(row, piece), row < n ? from + row * stride + piece * 8 : from, row < n);
+    for (int i = 0; i < CHUNK * 16 / SIZE; i++) {
+        int r = threadIdx.x / 16 + i * (SIZE / 16), piece = threadIdx.x % 16;
+        bool in = row + r < rows;
+        copy_async16(to + at256(r, piece), in ? matrix + (int64_t)(row + r) * stride + column + piece * 8 : matrix, in);
     }
+#endif
+}
+
+template <int SIZE> __device__ __forceinline__ void copy_bytes(uint32_t to, const void *from, int bytes, uint64_t *b)
+{
+#if __CUDA_ARCH__ >= 900
+    copy_bulk(to, from, bytes, b);
+#else
+    for (int i = threadIdx.x * 16; i < bytes; i += SIZE * 16) copy_async16(to + i, (const uint8_t *)from + i, true);
+#endif
+}
+
+/* Whether this thread is to ask, having said how much comes. */
+__device__ __forceinline__ bool begin_copies(uint64_t *b, int bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x != 0) return false;
+    barrier_expect(b, bytes);
+#endif
+    return true;
+}
+
+__device__ __forceinline__ void end_copies()
+{
+#if __CUDA_ARCH__ < 900
+    copy_commit();
+#endif
+}
+
+/* By thread 0, before a meeting. */
+__device__ __forceinline__ void init_copies(uint64_t *b, int n)
+{
+#if __CUDA_ARCH__ >= 900
+    for (int i = 0; i < n; i++) barrier_init(b + i, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 /* ---- chunks by themselves ---- */
 
 constexpr int A_STRIDE = CHUNK + 4, PARTS_SHARED = 3 * BIG + CHUNK * A_STRIDE * 4 + 3 * CHUNK * 4;
 
-/* Running sums of the log decay, their powers of e, and beta. By one warp. */
+/* Running sums of the log decay, beta, and beta times the powers of e of the former. By one warp. */
 __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums, float *powers, float *beta)
 {
+    constexpr int HALVES = CHUNK / LANES;
     int lane = threadIdx.x % LANES;
-    float before = 0;
-    for (int half = 0; half < CHUNK / LANES; half++) {
+    float before = 0, a[HALVES], b[HALVES], bias = p.dt_bias[head], rate = -expf(p.A_log[head]);
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
         int i = half * LANES + lane;
-        float g = 0, b = 0;
-        if (i < c.n) {
-            float x = p.a.data[(int64_t)(c.first + i) * p.a.stride + head] + p.dt_bias[head];
-            g = -expf(p.A_log[head]) * (x > 20 ? x : log1pf(expf(x)));
-            b = sigmoid(p.b.data[(int64_t)(c.first + i) * p.b.stride + head]);
-        }
+        a[half] = b[half] = 0;
+        if (i < c.n) a[half] = p.a.data[(int64_t)(c.first + i) * p.a.stride + head];
+        if (i < c.n) b[half] = p.b.data[(int64_t)(c.first + i) * p.b.stride + head];
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        int i = half * LANES + lane;
+        float x = a[half] + bias, g = i < c.n ? rate * (x > 20 ? x : log1pf(expf(x))) : 0;
         for (int o = 1; o < LANES; o *= 2) {
             float other = __shfl_up_sync(ALL, g, o);
             if (lane >= o) g += other;
@@ -186,17 +254,67 @@ __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums,
         g += before;
         before = __shfl_sync(ALL, g, LANES - 1);
         sums[i] = g;
-        powers[i] = expf(g);
-        beta[i] = b;
+        beta[i] = i < c.n ? sigmoid(b[half]) : 0;
+        powers[i] = beta[i] * expf(g);
     }
 }
 
-/* Grid: chunks, value heads. Shared memory: K, Q, V of the chunk, A, c, e^c, beta. */
-__global__ void __launch_bounds__(THREADS, 2) chunk_parts(const __grid_constant__ scan_args p)
+/* Of (I + A) X = scale R so many columns from `column` on. X goes to a matrix of rows of 64 bytes, as at64 has them, or of
+ * 128, as half of at256. */
+template <int COLUMNS>
+__device__ __forceinline__ void solve(uint8_t *to, bool by64, const float *A, const uint8_t *right, int column, const float *scale)
+{
+    float x[COLUMNS][CHUNK];
+    int piece = by64 ? column % SLICE / 8 : column / 8 % 8, row = by64 ? 64 : 128;
+    to += column % 8 * 2;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+        const __nv_bfloat16 *from = (const __nv_bfloat16 *)(right + at256(i, column / 8)) + column % 8;
+        uint8_t *at = to + i * row + (piece ^ (by64 ? i >> 1 & 3 : i & 7)) * 16;
+        float r[COLUMNS];
+        if constexpr (COLUMNS == 2) {
+            float2 both = __bfloat1622float2(*(const __nv_bfloat162 *)from);
+            r[0] = both.x * scale[i];
+            r[1] = both.y * scale[i];
+        } else {
+            r[0] = __bfloat162float(*from) * scale[i];
+        }
+#pragma unroll
+        for (int j = 0; j < i; j += 4) {
+            float4 a = *(const float4 *)(A + i * A_STRIDE + j);
+            const float above[4] = { a.x, a.y, a.z, a.w };
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+                    if (j + k < i) r[c] = fmaf(-above[k], x[c][j + k], r[c]);
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) x[c][i] = r[c];
+        if constexpr (COLUMNS == 2)
+            *(uint32_t *)at = pair_of(r[0], r[1]);
+        else
+            *(__nv_bfloat16 *)at = __float2bfloat16_rn(r[0]);
+    }
+}
+
+/* Rows from n on. */
+template <int SIZE> __device__ __forceinline__ void clear_rows(uint8_t *to, int n)
+{
+    for (int i = n * 16 + threadIdx.x; i < CHUNK * 16; i += SIZE) *(uint4 *)(to + at256(i / 16, i % 16)) = make_uint4(0, 0, 0, 0);
+}
+
+/* COLUMNS: of U or W a thread; two read A half as often, one is sooner done. Grid: chunks, value heads. Shared memory: K, Q, V of
+ * the chunk, A, c, beta e^c, beta. */
+template <int COLUMNS>
+__global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
+    chunk_parts(const __grid_constant__ scan_args p, const __grid_constant__ CUtensorMap qk, const __grid_constant__ CUtensorMap v)
 {
     wait_for_previous();
     let_next_start();
+    constexpr int SIZE = 2 * DIM / COLUMNS;
     extern __shared__ __align__(1024) uint8_t shared[];
+    __shared__ uint64_t full;
     float *A = (float *)(shared + 3 * BIG), *sums = A + CHUNK * A_STRIDE, *powers = sums + CHUNK, *beta = powers + CHUNK;
     chunk c = chunk_of(p.rows, blockIdx.x);
     int head = blockIdx.y, heads = p.shape.value_heads, keys = p.shape.key_heads, key = head / (heads / keys);
@@ -204,30 +322,49 @@ __global__ void __launch_bounds__(THREADS, 2) chunk_parts(const __grid_constant_
     int64_t number = (int64_t)blockIdx.x * heads + head;
     if (c.n == 0) return;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
-    const __nv_bfloat16 *q = p.qk + ((int64_t)c.first * 2 * keys + key) * DIM;
-    copy_rows(base, q + keys * DIM, 2 * keys * DIM, c.n);
-    copy_rows(base + BIG, q, 2 * keys * DIM, c.n);
-    copy_rows(base + 2 * BIG, p.v + ((int64_t)c.first * heads + head) * DIM, (int64_t)heads * DIM, c.n);
-    copy_commit();
-    if (warp == 0) gates(p, c, head, sums, powers, beta);
-    copy_wait<0>();
+    if (threadIdx.x == 0) init_copies(&full, 1);
+    if (begin_copies(&full, 3 * BIG)) {
+        copy_rows<SIZE>(base, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, (keys + key) * DIM, &full);
+        copy_rows<SIZE>(base + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, key * DIM, &full);
+        copy_rows<SIZE>(base + 2 * BIG, v, p.v, heads * DIM, p.rows.n, c.first, head * DIM, &full);
+    }
+    end_copies();
+    if (warp == 1) gates(p, c, head, sums, powers, beta);
+#if __CUDA_ARCH__ < 900
+    await_copies<0>(&full, 0);
+#endif
     __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    await_copies<0>(&full, 0);
+#endif
+    if (c.n < CHUNK) { /* what follows is another span's */
+        clear_rows<SIZE>(shared, c.n);
+        clear_rows<SIZE>(shared + 2 * BIG, c.n);
+        __syncthreads();
+    }
     if (threadIdx.x < CHUNK) p.sums[number * CHUNK + threadIdx.x] = sums[threadIdx.x];
-    /* warps 0..3: K K^T, 4..7: Q K^T; 16 rows each */
-    int row0 = warp % 4 * 16, quarter = lane / 8, eighth = lane % 8;
-    bool queries = warp >= 4;
-    float s[8][4] = {};
+    /* 16 rows a warp of K K^T and Q K^T, or of one */
+    bool of_k = COLUMNS == 2 || warp < 4, of_q = COLUMNS == 2 || warp >= 4;
+    int tile_row = warp % 4, row0 = tile_row * 16, quarter = lane / 8, eighth = lane % 8;
+    float kk[8][4] = {}, qq[8][4] = {};
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
-        uint32_t a[4];
-        matrices(a, base + (queries ? BIG : 0) + at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+        uint32_t a[4], q[4], from = at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2);
+        if (of_k) matrices(a, base + from);
+        if (of_q) matrices(q, base + BIG + from);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             uint32_t b[4];
-            if (n > warp % 4) break;
+            if (n > tile_row) break;
             matrices(b, base + at256(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
-            mma(s[2 * n], a, b[0], b[1]);
-            mma(s[2 * n + 1], a, b[2], b[3]);
+            if (of_k) {
+                mma(kk[2 * n], a, b[0], b[1]);
+                mma(kk[2 * n + 1], a, b[2], b[3]);
+            }
+            if (of_q) {
+                mma(qq[2 * n], q, b[0], b[1]);
+                mma(qq[2 * n + 1], q, b[2], b[3]);
+            }
         }
     }
 #pragma unroll
@@ -235,112 +372,107 @@ __global__ void __launch_bounds__(THREADS, 2) chunk_parts(const __grid_constant_
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int i = row0 + g + 8 * h, j = n * 8 + 2 * t;
-            float x[2];
+            float below[2], up_to[2];
             for (int k = 0; k < 2; k++) {
-                bool in = j + k < i || (queries && j + k == i);
-                x[k] = in ? s[n][2 * h + k] * expf(sums[i] - sums[j + k]) : 0;
+                float decay = j + k <= i ? expf(sums[i] - sums[j + k]) : 0;
+                below[k] = j + k < i ? kk[n][2 * h + k] * decay : 0;
+                up_to[k] = j + k <= i ? qq[n][2 * h + k] * decay : 0;
             }
-            if (queries)
-                *(__nv_bfloat162 *)(p.M + number * CHUNK * CHUNK + i * CHUNK + j) = __floats2bfloat162_rn(x[0], x[1]);
-            else
-                *(float2 *)(A + i * A_STRIDE + j) = make_float2(beta[i] * x[0], beta[i] * x[1]);
+            if (of_q) *(uint32_t *)(p.M + number * SQUARE + at128(i, n) + 4 * t) = pair_of(up_to[0], up_to[1]);
+            if (of_k) *(float2 *)(A + i * A_STRIDE + j) = make_float2(beta[i] * below[0], beta[i] * below[1]);
         }
     __syncthreads();
-    int column = threadIdx.x % DIM;
-    bool values = threadIdx.x < DIM;
-    const uint8_t *right = shared + (values ? 2 * BIG : 0);
-    __nv_bfloat16 *to = (values ? p.U : p.W) + number * CHUNK * DIM + column;
-    float x[CHUNK];
-#pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        float r = __bfloat162float(*(const __nv_bfloat16 *)(right + at256(i, column / 8) + column % 8 * 2)) * beta[i];
-        if (!values) r *= powers[i];
-#pragma unroll
-        for (int j = 0; j < i; j += 4) {
-            float4 a = *(const float4 *)(A + i * A_STRIDE + j);
-            r = fmaf(-a.x, x[j], r);
-            if (j + 1 < i) r = fmaf(-a.y, x[j + 1], r);
-            if (j + 2 < i) r = fmaf(-a.z, x[j + 2], r);
-            if (j + 3 < i) r = fmaf(-a.w, x[j + 3], r);
-        }
-        x[i] = r;
-        to[i * DIM] = __float2bfloat16_rn(r);
-    }
+    int column = COLUMNS * threadIdx.x % DIM;
+    bool values = threadIdx.x < DIM / COLUMNS;
+    uint8_t *to = values ? p.U + number * BIG + column / SLICE * NARROW : p.W + number * BIG + column / 64 * (CHUNK * 128);
+    solve<COLUMNS>(to, values, A, shared + (values ? 2 * BIG : 0), column, values ? beta : powers);
 }
 
 /* ---- chunk after chunk ---- */
 
-/* A stage: W, Q, K, M, 32 columns of U, c. Then S and twice N in BF16. */
+/* A stage: W, Q, K, M, 32 columns of U, c. After the stages S and twice N in BF16. */
 constexpr int STAGE_M = 3 * BIG, STAGE_U = STAGE_M + SQUARE, STAGE_C = STAGE_U + NARROW, STAGE = STAGE_C + 1024;
-constexpr int STATE = DIM * SLICE * 2, SCAN_SHARED = 2 * STAGE + STATE + 2 * NARROW;
+constexpr int STATE = DIM * SLICE * 2;
 
-__device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, const cuda_span &span, int64_t number, int chunk,
-                                           int key, int column)
+constexpr int scan_shared(int stages)
 {
-    int keys = p.shape.key_heads, first = span.first + chunk * CHUNK, left = span.n - chunk * CHUNK;
-    const __nv_bfloat16 *q = p.qk + ((int64_t)first * 2 * keys + key) * DIM, *U = p.U + number * CHUNK * DIM + column;
-    copy_rows(to, p.W + number * CHUNK * DIM, DIM, CHUNK);
-    copy_rows(to + BIG, q, 2 * keys * DIM, left);
-    copy_rows(to + 2 * BIG, q + keys * DIM, 2 * keys * DIM, left);
-#pragma unroll
-    for (int i = 0; i < SQUARE / 16 / THREADS; i++) {
-        int row = threadIdx.x / 8 + i * (THREADS / 8), piece = threadIdx.x % 8;
-        copy_async16(to + STAGE_M + at128(row, piece), p.M + (number * CHUNK + row) * CHUNK + piece * 8, true);
-    }
-    int row = threadIdx.x / 4, piece = threadIdx.x % 4;
-    copy_async16(to + STAGE_U + at64(row, piece), U + row * DIM + piece * 8, true);
-    if (threadIdx.x < CHUNK / 4)
-        copy_async16(to + STAGE_C + threadIdx.x * 16, p.sums + number * CHUNK + threadIdx.x * 4, true);
+    return stages * STAGE + STATE + 2 * NARROW;
 }
 
-/* Grid: heads by slices of columns, spans. */
-__global__ void __launch_bounds__(THREADS, 1) chunk_scan(const __grid_constant__ scan_args p)
+__device__ __forceinline__ void load_stage(uint32_t to, const scan_args &p, const CUtensorMap &qk, const cuda_span &span,
+                                           int64_t number, int chunk, int key, int slice, uint64_t *full)
+{
+    int keys = p.shape.key_heads, first = span.first + chunk * CHUNK;
+    if (begin_copies(full, 3 * BIG + SQUARE + NARROW + CHUNK * 4)) {
+        copy_bytes<SCAN_THREADS>(to, p.W + number * BIG, BIG, full);
+        copy_rows<SCAN_THREADS>(to + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, first, key * DIM, full);
+        copy_rows<SCAN_THREADS>(to + 2 * BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, first, (keys + key) * DIM, full);
+        copy_bytes<SCAN_THREADS>(to + STAGE_M, p.M + number * SQUARE, SQUARE, full);
+        copy_bytes<SCAN_THREADS>(to + STAGE_U, p.U + number * BIG + slice * NARROW, NARROW, full);
+        copy_bytes<SCAN_THREADS>(to + STAGE_C, p.sums + number * CHUNK, CHUNK * 4, full);
+    }
+}
+
+/* Grid: heads by slices of columns, spans. Of S a warp has 16 rows of 16 columns, of N and O 16 rows of 8. */
+__global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_constant__ scan_args p, const __grid_constant__ CUtensorMap qk)
 {
     wait_for_previous();
     let_next_start();
     extern __shared__ __align__(1024) uint8_t shared[];
+    __shared__ uint64_t full[STAGES];
     constexpr int SLICES = DIM / SLICE;
-    int head = blockIdx.x / SLICES, column = blockIdx.x % SLICES * SLICE, heads = p.shape.value_heads;
+    int head = blockIdx.x / SLICES, slice = blockIdx.x % SLICES, column = slice * SLICE, heads = p.shape.value_heads;
     int key = head / (heads / p.shape.key_heads);
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-    int quarter = lane / 8, eighth = lane % 8, row0 = warp % 4 * 16, side = warp / 4; /* of N and O: 16 x 16 */
+    int quarter = lane / 8, eighth = lane % 8, row0 = warp % 4 * 16, side = warp / 4, deep = warp % 8 * 16, half = warp / 8;
     cuda_span span = p.rows.spans[blockIdx.y];
     int64_t number = head;
     for (int s = 0; s < (int)blockIdx.y; s++) number += (int64_t)((p.rows.spans[s].n + CHUNK - 1) / CHUNK) * heads;
-    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), state = base + 2 * STAGE, news = state + STATE;
-    float *matrix = p.matrix + ((int64_t)span.slot * heads + head) * DIM * DIM + (int64_t)(warp * 16 + g) * DIM + column + 2 * t;
-    float S[4][4]; /* rows 16 warp + g, + 8 */
+    uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), state = base + STAGES * STAGE, news = state + STATE;
+    float *matrix = p.matrix + ((int64_t)span.slot * heads + head) * DIM * DIM + (int64_t)(deep + g) * DIM + column + half * 16 + 2 * t;
+    float S[2][4]; /* rows deep + g, + 8 */
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) S[n][i] = matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2];
     int chunks = (span.n + CHUNK - 1) / CHUNK;
-    load_stage(base, p, span, number, 0, key, column);
-    copy_commit();
+    if (threadIdx.x == 0) init_copies(full, STAGES);
+    for (int c = 0; c < STAGES - 1; c++) {
+        if (c < chunks) load_stage(base + c * STAGE, p, qk, span, number + (int64_t)c * heads, c, key, slice, full + c);
+        end_copies();
+    }
+    __syncthreads();
     for (int c = 0; c < chunks; c++) {
-        uint32_t stage = base + c % 2 * STAGE;
-        const uint8_t *at = shared + c % 2 * STAGE;
+        uint32_t stage = base + c % STAGES * STAGE;
+        uint8_t *at = shared + c % STAGES * STAGE, *own = shared + STAGES * STAGE;
         const float *sums = (const float *)(at + STAGE_C);
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                *(uint32_t *)(shared + 2 * STAGE + at64(warp * 16 + g + 8 * h, n) + 4 * t) = pair_of(S[n][2 * h], S[n][2 * h + 1]);
-        copy_wait<0>();
+                *(uint32_t *)(own + at64(deep + g + 8 * h, half * 2 + n) + 4 * t) = pair_of(S[n][2 * h], S[n][2 * h + 1]);
+        int left = span.n - c * CHUNK;
+        await_copies<STAGES - 2>(full + c % STAGES, c / STAGES % 2);
         __syncthreads();
-        if (c + 1 < chunks)
-            load_stage(base + (c + 1) % 2 * STAGE, p, span, number + (int64_t)(c + 1) * heads, c + 1, key, column);
-        copy_commit();
-        float ws[2][4] = {}, o[2][4] = {};
+        if (left < CHUNK) {
+            clear_rows<SCAN_THREADS>(at + 2 * BIG, left);
+            __syncthreads();
+        }
+        int ahead = c + STAGES - 1, slot = ahead % STAGES;
+        if (ahead < chunks) load_stage(base + slot * STAGE, p, qk, span, number + (int64_t)ahead * heads, ahead, key, slice, full + slot);
+        end_copies();
+        float ws[2][4] = {}, o[2][4] = {}; /* of even and odd steps */
 #pragma unroll
-        for (int k = 0; k < DIM / 16; k++) {
-            uint32_t w[4], q[4], b[4], from = at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2);
-            matrices(w, stage + from);
-            matrices(q, stage + BIG + from);
-            matrices_turned(b, state + at64(k * 16 + (quarter & 1) * 8 + eighth, side * 2 + quarter / 2));
-            for (int n = 0; n < 2; n++) {
-                mma(ws[n], w, b[2 * n], b[2 * n + 1]);
-                mma(o[n], q, b[2 * n], b[2 * n + 1]);
+        for (int k = 0; k < DIM / 16; k += 2) {
+            uint32_t b[4];
+            matrices_turned(b, state + at64(k * 16 + lane, side));
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                uint32_t w[4], q[4], from = at256(row0 + (quarter & 1) * 8 + eighth, 2 * (k + j) + quarter / 2);
+                matrices(w, stage + from);
+                matrices(q, stage + BIG + from);
+                mma(ws[j], w, b[2 * j], b[2 * j + 1]);
+                mma(o[j], q, b[2 * j], b[2 * j + 1]);
             }
         }
         float last = sums[CHUNK - 1];
@@ -348,55 +480,53 @@ __global__ void __launch_bounds__(THREADS, 1) chunk_scan(const __grid_constant__
         for (int h = 0; h < 2; h++) {
             int i = row0 + g + 8 * h;
             float power = expf(sums[i]), rest = expf(last - sums[i]);
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                uint32_t to = at64(i, side * 2 + n) + 4 * t;
-                __nv_bfloat162 u = *(const __nv_bfloat162 *)(at + STAGE_U + to);
-                float x = __bfloat162float(u.x) - ws[n][2 * h], y = __bfloat162float(u.y) - ws[n][2 * h + 1];
-                *(uint32_t *)(shared + 2 * STAGE + STATE + to) = pair_of(x, y);
-                *(uint32_t *)(shared + 2 * STAGE + STATE + NARROW + to) = pair_of(x * rest, y * rest);
-                o[n][2 * h] *= power;
-                o[n][2 * h + 1] *= power;
-            }
+            uint32_t to = at64(i, side) + 4 * t;
+            __nv_bfloat162 u = *(const __nv_bfloat162 *)(at + STAGE_U + to);
+            float x = __bfloat162float(u.x) - (ws[0][2 * h] + ws[1][2 * h]), y = __bfloat162float(u.y) - (ws[0][2 * h + 1] + ws[1][2 * h + 1]);
+            *(uint32_t *)(own + STATE + to) = pair_of(x, y);
+            *(uint32_t *)(own + STATE + NARROW + to) = pair_of(x * rest, y * rest);
+            for (int k = 0; k < 2; k++) o[0][2 * h + k] = (o[0][2 * h + k] + o[1][2 * h + k]) * power;
         }
         __syncthreads();
-#pragma unroll
-        for (int k = 0; k < CHUNK / 16; k++) {
-            uint32_t m[4], b[4];
-            if (k > warp % 4) break;
-            matrices(m, stage + STAGE_M + at128(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
-            matrices_turned(b, news + at64(k * 16 + (quarter & 1) * 8 + eighth, side * 2 + quarter / 2));
-            for (int n = 0; n < 2; n++) mma(o[n], m, b[2 * n], b[2 * n + 1]);
-        }
         float decay = expf(last);
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < 2; n++)
             for (int i = 0; i < 4; i++) S[n][i] *= decay;
 #pragma unroll
         for (int k = 0; k < CHUNK / 16; k++) {
             uint32_t a[4], b[4];
-            matrices_turned(a, stage + 2 * BIG + at256(k * 16 + quarter / 2 * 8 + eighth, warp * 2 + (quarter & 1)));
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                matrices_turned(b, news + NARROW + at64(k * 16 + (quarter & 1) * 8 + eighth, half * 2 + quarter / 2));
-                mma(S[2 * half], a, b[0], b[1]);
-                mma(S[2 * half + 1], a, b[2], b[3]);
-            }
+            matrices_turned(a, stage + 2 * BIG + at256(k * 16 + quarter / 2 * 8 + eighth, deep / 8 + (quarter & 1)));
+            matrices_turned(b, news + NARROW + at64(k * 16 + (quarter & 1) * 8 + eighth, half * 2 + quarter / 2));
+            mma(S[0], a, b[0], b[1]);
+            mma(S[1], a, b[2], b[3]);
         }
-        int left = span.n - c * CHUNK;
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k += 2) {
+            uint32_t m[4], b[4];
+            if (k > warp % 4) break;
+            matrices_turned(b, news + at64(k * 16 + lane, side));
+            matrices(m, stage + STAGE_M + at128(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+            mma(o[0], m, b[0], b[1]);
+            if (k + 1 > warp % 4) break;
+            matrices(m, stage + STAGE_M + at128(row0 + (quarter & 1) * 8 + eighth, 2 * k + 2 + quarter / 2));
+            mma(o[0], m, b[2], b[3]);
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int i = row0 + g + 8 * h;
             if (i >= left) continue;
-            float *to = p.o.data + (int64_t)(span.first + c * CHUNK + i) * p.o.stride + head * DIM + column + side * 16 + 2 * t;
-            for (int n = 0; n < 2; n++) {
-                to[n * 8] = o[n][2 * h];
-                to[n * 8 + 1] = o[n][2 * h + 1];
+            float *to = p.o.data + (int64_t)(span.first + c * CHUNK + i) * p.o.stride;
+            int at_column = head * DIM + column + side * 8 + 2 * t;
+            if (p.narrow) {
+                *(uint32_t *)((__nv_bfloat16 *)to + at_column) = pair_of(o[0][2 * h], o[0][2 * h + 1]);
+            } else {
+                to[at_column] = o[0][2 * h];
+                to[at_column + 1] = o[0][2 * h + 1];
             }
         }
     }
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2] = S[n][i];
 }
@@ -410,30 +540,36 @@ template <class P> void place(P *&p, uint8_t *&at, int64_t count)
 
 } /* namespace */
 
-bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *step)
+bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_rows *step, bool narrow)
 {
     const delta_shape *s = r->shape;
     int64_t chunks = 0;
-    if (!q->rounded || step->n <= ROWS_EXACT || step->n < 16 * step->n_spans || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM ||
-        s->kernel != TAPS || SCAN_SHARED > q->shared_max)
+    int shared = scan_shared(q->has_pdl ? 3 : 2);
+    bool many = step->prompts || (step->n > ROWS_EXACT && step->n >= 16 * step->n_spans);
+    if (!q->rounded || !many || step->n > q->prefill.rows || s->key_dim != DIM || s->value_dim != DIM || s->kernel != TAPS ||
+        shared + 1024 > q->shared_max)
         return false;
     for (int64_t i = 0; i < step->n_spans; i++) chunks += (step->spans[i].n + CHUNK - 1) / CHUNK;
     scan_args p = {};
     uint8_t *at = (uint8_t *)q->prefill.down;
-    int64_t heads = s->value_heads, room = q->prefill.picked * q->prefill.width * (int64_t)sizeof(float);
+    int64_t heads = s->value_heads;
     place(p.qk, at, step->n * 2 * s->key_heads * DIM);
     place(p.v, at, step->n * heads * DIM);
-    place(p.U, at, chunks * heads * CHUNK * DIM);
-    place(p.W, at, chunks * heads * CHUNK * DIM);
-    place(p.M, at, chunks * heads * CHUNK * CHUNK);
+    place(p.U, at, chunks * heads * BIG);
+    place(p.W, at, chunks * heads * BIG);
+    place(p.M, at, chunks * heads * SQUARE);
     place(p.sums, at, chunks * heads * CHUNK);
-    if (at - (uint8_t *)q->prefill.down > room) return false;
+    if (at - (uint8_t *)q->prefill.down > q->room) return false;
+    CUtensorMap qk = {}, v = {};
+    int64_t keys = 2 * s->key_heads * DIM, values = heads * DIM;
+    if (q->has_pdl && (!tensor_map(q->map_maker, &qk, p.qk, step->n, keys, keys, CHUNK) || !tensor_map(q->map_maker, &v, p.v, step->n, values, values, CHUNK))) return false;
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return true;
     p.u = r->u;
     p.a = r->a;
     p.b = r->b;
     p.o = r->raw;
+    p.narrow = narrow;
     p.conv_weight = r->conv_weight;
     p.A_log = r->A_log;
     p.dt_bias = r->dt_bias;
@@ -445,7 +581,10 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     int parts = n * by_heads < 4u * q->sms ? 4 : 1; /* so that all multiprocessors have some */
     launch(q, "conv", true, conv_heads, dim3(n * parts, by_heads), 0, p, parts);
     launch(q, "conv", true, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
-    launch(q, "delta", true, chunk_parts, dim3(n, (unsigned)heads), PARTS_SHARED, p);
-    launch(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), SCAN_SHARED, p);
+    if (n * heads < 6 * q->sms)
+        launch<2 * DIM>(q, "delta", true, chunk_parts<1>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+    else
+        launch<DIM>(q, "delta", true, chunk_parts<2>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+    launch<SCAN_THREADS>(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), (size_t)shared, p, qk);
     return true;
 }

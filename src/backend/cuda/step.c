@@ -176,7 +176,7 @@ bool queue_logs(const struct step_rows *step)
 
 bool queue_decodes(const struct step_rows *step)
 {
-    return step->n <= ROWS_EXACT && step->n_spans == step->n && !queue_logs(step);
+    return step->n <= ROWS_EXACT && step->n_spans == step->n && !step->prompts && !queue_logs(step);
 }
 
 /* Recorded steps. */
@@ -214,7 +214,8 @@ bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *s
     if (!queue_rows(q, step)) return false;
     q->current = step;
     struct cuda_graph kind = kind_of(key, step);
-    if (step->n > (kind.spans == step->n ? ROWS_BATCH : ROWS_EXACT) || has_embeddings(step)) return false;
+    if (step->prompts || step->n > (kind.spans == step->n ? ROWS_BATCH : ROWS_EXACT) || has_embeddings(step))
+        return false;
     for (int i = 0; i < GRAPHS; i++)
         if (q->graphs[i].exec && same_kind(&q->graphs[i], &kind))
             return queue_check(q, cudaGraphLaunch(q->graphs[i].exec, q->stream), "step");

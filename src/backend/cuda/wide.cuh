@@ -118,10 +118,10 @@ template <> __device__ __forceinline__ void wide_mma<128>(float (&d)[16][4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* Both from shared memory: d += a b, a of 64 rows, b of 64. */
-__device__ __forceinline__ void wide_mma_shared(float (&d)[8][4], uint64_t a, uint64_t b)
+/* Both from shared memory, a of 64 rows, b of 64: d += a b, or d = a b. */
+__device__ __forceinline__ void wide_mma_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool add)
 {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
                  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
                  "}, %32, %33, p, 1, 1, 0, 0;}"
@@ -131,7 +131,7 @@ __device__ __forceinline__ void wide_mma_shared(float (&d)[8][4], uint64_t a, ui
                    "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
                    "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
                    "+f"(d[7][2]), "+f"(d[7][3])
-                 : "l"(a), "l"(b));
+                 : "l"(a), "l"(b), "r"((int)add));
 }
 
 /* b turned: 16 rows of 256 columns, wide_turned. */
@@ -190,6 +190,24 @@ template <int N> __device__ __forceinline__ void wide_hold(float (&d)[N][4])
 {
 #pragma unroll
     for (int n = 0; n < N; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
+/* The compiler is to keep what an instruction under way reads. */
+__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
+}
+
+/* The registers of this group of four warps from now on. */
+template <int N> __device__ __forceinline__ void fewer_registers()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N> __device__ __forceinline__ void more_registers()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 /* Before the first wide_mma after registers it takes were written. */

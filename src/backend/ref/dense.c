@@ -143,3 +143,15 @@ void ref_divergence(struct queue *q, double *out, struct mat p, struct mat other
         }
     }
 }
+
+void ref_moments(struct queue *q, float *h, struct mat x)
+{
+    (void)q;
+    for (int64_t i = 0; i < x.cols; i++)
+        for (int64_t j = i; j < x.cols; j++) {
+            double sum = 0;
+            for (int64_t r = 0; r < x.rows; r++)
+                sum += (double)x.data[r * x.stride + i] * (double)x.data[r * x.stride + j];
+            h[i * x.cols + j] += (float)sum;
+        }
+}

@@ -138,6 +138,11 @@ static void moe_run(struct queue *q, const struct moe_run *r)
     fused_moe(&ref_ops, q, r);
 }
 
+static void observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts)
+{
+    fused_observe(&ref_ops, q, o, x, experts);
+}
+
 static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                            int *failed, struct err *e)
 {
@@ -182,6 +187,8 @@ const struct ops ref_ops = {
     .attention_all = ref_attention_all,
     .route = ref_route,
     .experts = ref_experts,
+    .absmax = host_absmax,
+    .moments = ref_moments,
     .log_softmax = ref_log_softmax,
     .divergence = ref_divergence,
     .pick = host_pick,
@@ -193,4 +200,5 @@ const struct ops ref_ops = {
     .delta_run = delta_run,
     .attention_run = attention_run,
     .moe_run = moe_run,
+    .observe = observe,
 };

@@ -58,6 +58,7 @@ void ref_attention_all(struct queue *q, struct mat y, struct mat qkv, int n_head
 void ref_route(struct queue *q, const struct picks *picks, struct mat logits);
 void ref_experts(struct queue *q, struct mat y, struct mat x, const struct picks *picks,
                  const struct experts *experts);
+void ref_moments(struct queue *q, float *h, struct mat x);
 void ref_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws);
 void ref_log_softmax(struct queue *q, struct mat x);
 void ref_divergence(struct queue *q, double *out, struct mat p, struct mat other);

@@ -1,0 +1,585 @@
+/* The mixture of experts for few rows, as in experts.cu and with its sums to the bit, of NVFP4 experts whose inputs are taken as they
+ * are, from compute capability 9.0 on. All weights of a block lie in its shared memory, where a few bulk copies put them.
+ *
+ * fp4_up: the choice, then the same eight rows of gate and up together, sixteen rows of a tensor-core instruction whose columns are
+ * the input's slots. fp4_down: the choice, the whole shared expert, and each warp's first unit of weights decoded, all of it while
+ * fp4_up works; then the picks' hidden rows. */
+#include "backend/cuda/barrier.cuh"
+#include "backend/cuda/route.cuh"
+#include "backend/cuda/stream.cuh"
+
+namespace {
+
+struct up_args {
+    cuda_experts e;
+    mat x;
+    picks p;
+    mat logits;       /* data NULL: the picks are given */
+    float *hidden;    /* [rows][k][intermediate] */
+    unsigned matrix;  /* bytes of gate, or up, of an expert */
+    int items, extra; /* of a block; blocks that have one more */
+};
+
+struct down_args {
+    cuda_experts e;
+    const float *hidden;
+    picks p;
+    mat logits;
+    mat y, add;                      /* add.data NULL: no residual */
+    cuda_matrix w;                   /* shared down; rows 0: none */
+    mat gate, up, made, shared_gate; /* the shared expert's products, and what becomes of the first two */
+    unsigned matrix;                 /* bytes of down of an expert */
+    float by_picks, by_eights;       /* 1 / k, and 1 / eights of columns of down */
+    int tiles, extra;                /* of a block; blocks that have one more */
+};
+
+constexpr int TEAM = CREW / 2, ITEMS = CREW / 2, PLACED = SLOTS - 1;
+/* Shared memory: what a block may ask for beside one that asks for LEFT_SHARED; what a kernel has besides. */
+constexpr size_t RIGHT_SHARED = 100 * 1024, OWN_SHARED = 8 * 1024;
+
+#if __CUDA_ARCH__ >= 900
+/* Worked out before the wait that follows, where the compiler would put it off. */
+template <class T> __device__ __forceinline__ void now(T &x)
+{
+    asm volatile("" : "+r"(x));
+}
+
+template <class T> __device__ __forceinline__ void now(T *&x)
+{
+    asm volatile("" : "+l"(x));
+}
+
+/* A bulk copy, whose bytes the barrier waits for; by one thread. */
+__device__ __forceinline__ void ask(uint32_t to, const uint8_t *from, int bytes, uint32_t barrier)
+{
+    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ int load_shared(uint32_t at)
+{
+    int x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
+
+struct eight {
+    float4 low, high;
+};
+
+/* Eight columns of a row that an earlier kernel wrote; whole: at a multiple of 16 bytes. */
+__device__ __forceinline__ eight load_whole(const float *x)
+{
+    return { __ldcg((const float4 *)x), __ldcg((const float4 *)x + 1) };
+}
+
+__device__ __forceinline__ eight load_eight(const float *x)
+{
+    if (((size_t)x & 15) == 0) return load_whole(x);
+    return { make_float4(__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)),
+             make_float4(__ldcg(x + 4), __ldcg(x + 5), __ldcg(x + 6), __ldcg(x + 7)) };
+}
+
+/* To PLACED slots, at an address in shared memory; TURNED: in the order of slot_place, which is that of the other operand. */
+template <bool TURNED> __device__ __forceinline__ void place_eight(uint32_t slots, int stride, eight x)
+{
+    float2 one = { x.low.z, x.low.w }, two = { x.high.x, x.high.y };
+    float2 v[4] = { { x.low.x, x.low.y }, TURNED ? two : one, TURNED ? one : two, { x.high.z, x.high.w } };
+#pragma unroll
+    for (int s = 0; s < PLACED; s++) {
+        uint32_t part[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            part[i] = pack(v[i].x, v[i].y);
+            float2 y = unpack(part[i]);
+            v[i] = make_float2(v[i].x - y.x, v[i].y - y.y);
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(slots + s * stride * 2), "r"(part[0]), "r"(part[1]),
+                     "r"(part[2]), "r"(part[3])
+                     : "memory");
+    }
+}
+
+/* Zeros in n slots, from column `cols` on as far as products read. */
+__device__ __forceinline__ void place_zeros(__nv_bfloat16 *slots, int n, int stride, int cols, int first, int step)
+{
+#pragma unroll 1
+    for (int c = cols + 2 * first; c < stride - SLOT_PAD; c += 2 * step)
+        for (int s = 0; s < n; s++) *(uint32_t *)(slots + s * stride + c) = 0;
+}
+
+/* n / d for small n, given 1 / d. */
+__device__ __forceinline__ int quotient(int n, float inverse)
+{
+    return (int)(((float)n + 0.5f) * inverse);
+}
+
+__device__ __forceinline__ void choose_or_take(const mat &logits, const picks &p, int n, int64_t row, int *expert, float *weight,
+                                               uint32_t *keys)
+{
+    if (logits.data)
+        choose(expert, weight, keys, logits.data + row * logits.stride, n, p.k);
+    else
+#pragma unroll 1
+        for (int j = threadIdx.x; j < p.k; j += LANES) {
+            expert[j] = __ldcg(p.expert + row * p.k + j);
+            if (weight) weight[j] = __ldcg(p.weight + row * p.k + j);
+        }
+}
+
+/* fp4_scale of the four bytes of a word: of bytes 0 and 2, and of 1 and 3. */
+struct four_scales {
+    __nv_bfloat162 even, odd;
+
+    __device__ __forceinline__ four_scales(uint32_t word)
+    {
+        uint32_t e = (word & 0x00ff00ffu) * 16 + 0x75807580u, o = (word >> 8 & 0x00ff00ffu) * 16 + 0x75807580u;
+        even = *reinterpret_cast<__nv_bfloat162 *>(&e);
+        odd = *reinterpret_cast<__nv_bfloat162 *>(&o);
+    }
+
+    __device__ __forceinline__ __nv_bfloat162 of(int i) const
+    {
+        __nv_bfloat162 two = i % 2 ? odd : even;
+        return i / 2 ? __high2bfloat162(two) : __low2bfloat162(two);
+    }
+};
+
+/* Pairs of columns of an FP4 word, decoded. */
+struct four_pairs {
+    uint32_t v[4];
+
+    __device__ __forceinline__ four_pairs(uint32_t word, __nv_bfloat162 s)
+    {
+        v[0] = bf16_pair_product(fp4_pair<0>(word), s);
+        v[1] = bf16_pair_product(fp4_pair<1>(word), s);
+        v[2] = bf16_pair_product(fp4_pair<2>(word), s);
+        v[3] = bf16_pair_product(fp4_pair<3>(word), s);
+    }
+};
+
+/* This lane's part of a unit. */
+struct fp4_unit {
+    uint4 code[2];
+    four_scales low, high;
+
+    __device__ __forceinline__ fp4_unit(const uint8_t *unit)
+        : code{ *(const uint4 *)(unit + threadIdx.x % LANES * 16), *(const uint4 *)(unit + 512 + threadIdx.x % LANES * 16) },
+          low(*(const uint32_t *)(unit + 1024 + threadIdx.x % LANES / 2 * 8)),
+          high(*(const uint32_t *)(unit + 1028 + threadIdx.x % LANES / 2 * 8))
+    {
+    }
+
+    __device__ __forceinline__ four_pairs pairs(int i) const
+    {
+        const uint4 &c = code[i / 4];
+        uint32_t word = i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
+        return four_pairs(word, (i / 4 ? high : low).of(i % 4));
+    }
+};
+
+/* Units s of two tiles. Lanes 4 g get the sums of row g of both; x: slots. */
+__device__ __forceinline__ void work_two(float (&sum)[2], const uint8_t *first, const uint8_t *second, share s,
+                                         const __nv_bfloat16 *slots, int stride)
+{
+    int lane = threadIdx.x % LANES, slot = min(lane / 4 % SLOTS, PLACED - 1), t = lane % 4;
+    const __nv_bfloat16 *x = slots + slot * stride + s.first * FP4_UNIT_COLS + t * 8;
+    float a[4] = {}, b[4] = {};
+    int at = s.first * FP4_UNIT_BYTES;
+#pragma unroll 1
+    for (int u = 0; u < s.n; u++, x += FP4_UNIT_COLS, at += FP4_UNIT_BYTES) {
+        fp4_unit v(first + at), w(second + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            uint4 in = *(const uint4 *)(x + i * 32);
+            four_pairs p = v.pairs(i), q = w.pairs(i);
+            mma(a, p.v[0], q.v[0], p.v[1], q.v[1], in.x, in.y);
+            mma(b, p.v[2], q.v[2], p.v[3], q.v[3], in.z, in.w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) { /* of t 0 slots 0 and 1, of t 1 slot 2 and nothing */
+        sum[i] = a[2 * i] + b[2 * i];
+        sum[i] += t == 0 ? a[2 * i + 1] + b[2 * i + 1] : 0;
+        sum[i] += __shfl_xor_sync(ALL, sum[i], 1);
+    }
+}
+
+#endif
+
+__host__ __device__ inline size_t up_shared(const cuda_matrix &gate, int items)
+{
+    return (size_t)items * (2 * tile_bytes(gate) + TEAM * 16 * sizeof(float)) + (size_t)PLACED * slot_stride(gate.cols) * 2;
+}
+
+/* Grid: blocks, rows. Shared memory: of each item a gate and an up tile; sums [item][TEAM][gate and up, 8 rows]; slots. An item is eight
+ * rows of a pick; those of a block follow one another. A tile's columns are shared out among a team of warps, the items among two. */
+__global__ void __launch_bounds__(BLOCK, 2) fp4_up(const __grid_constant__ up_args a)
+{
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ int expert[PICKS_MAX];
+    __shared__ uint32_t keys[EXPERTS_MAX];
+    __shared__ uint64_t come[ITEMS];
+    const cuda_matrix &gate = a.e.m[GATE];
+    int cols = gate.cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int each = tiles_of(gate.rows), bytes = (int)tile_bytes(gate), most = a.items + (a.extra > 0);
+    int items = a.items + ((int)blockIdx.x < a.extra);
+    int begin = blockIdx.x * a.items + ((int)blockIdx.x < a.extra ? (int)blockIdx.x : a.extra);
+    float *sums = (float *)(shared + most * 2 * bytes);
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + most * TEAM * 16);
+    int64_t row = blockIdx.y;
+    int units = units_of(WEIGHT_NVFP4, cols);
+    share s = share_at(units, share_of(units, TEAM), warp % TEAM);
+    /* the tile a warp asks for, of expert 0; and what a thread stores */
+    int asked_pick = (begin + warp / 2) / each, pick = (begin + (int)threadIdx.x / 8) / each;
+    const uint8_t *asked = tile_at(a.e.m[warp % 2], 0, begin + warp / 2 - asked_pick * each);
+    uint32_t asked_to = shared_at(shared + warp * bytes), barrier = shared_at(&come[warp / 2]),
+             asked_expert = shared_at(&expert[asked_pick]);
+    bool asks = warp < 2 * items && lane == 0;
+    now(asked);
+    now(asked_to);
+    now(barrier);
+    now(asked_expert);
+    int r = (begin + (int)threadIdx.x / 8 - pick * each) * 8 + threadIdx.x % 8;
+    bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
+    if ((int)threadIdx.x < items) barrier_init(&come[threadIdx.x], 2);
+    if (warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    place_zeros(slots, PLACED, stride, cols, threadIdx.x, BLOCK);
+    wait_for_previous();
+    let_next_start(); /* which counts on what the kernel before this one wrote, and on nobody else reading what it writes */
+    if (warp == 0) {
+        choose_or_take(a.logits, a.p, a.e.n, row, expert, nullptr, keys);
+    } else {
+        const float *x = a.x.data + row * a.x.stride;
+#pragma unroll 1
+        for (int c = 8 * (threadIdx.x - LANES); c < cols; c += 8 * (BLOCK - LANES))
+            place_eight<false>(shared_at(slots + c), stride, load_eight(x + c));
+    }
+    __syncthreads();
+    if (asks) ask(asked_to, asked + (uint64_t)load_shared(asked_expert) * a.matrix, bytes, barrier);
+    float unit[2] = { 1, 1 };
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (stores) unit[i] = FP4_UNIT / a.e.globals[i * a.e.n + expert[pick]];
+#pragma unroll 1
+    for (int i = warp / TEAM; i < items; i += 2) {
+        float sum[2];
+        barrier_wait(&come[i], 0);
+        work_two(sum, shared + 2 * i * bytes, shared + (2 * i + 1) * bytes, s, slots, stride);
+        float *to = sums + (i * TEAM + warp % TEAM) * 16 + lane / 4;
+        if (lane % 4 == 0) to[0] = sum[0], to[8] = sum[1];
+    }
+    __syncthreads();
+    if (!stores) return;
+    const float *from = sums + threadIdx.x / 8 * TEAM * 16 + threadIdx.x % 8;
+    float value[2] = { 0, 0 };
+#pragma unroll
+    for (int m = 0; m < TEAM; m++) value[0] += from[m * 16], value[1] += from[m * 16 + 8];
+    a.hidden[(row * a.p.k + pick) * gate.rows + r] = silu(value[0] * unit[0]) * (value[1] * unit[1]);
+#endif
+}
+
+/* ---- down ---- */
+
+#if __CUDA_ARCH__ >= 900
+/* The shared expert's hidden row as parts; returns its largest magnitude over this warp. By all warps but the first. */
+__device__ __forceinline__ float place_shared(const down_args &a, int64_t row, __nv_bfloat16 *slots, int stride)
+{
+    const float *gate = a.gate.data + row * a.gate.stride, *up = a.up.data + row * a.up.stride;
+    float top = 0;
+#pragma unroll 1
+    for (int c = 2 * (threadIdx.x - LANES); c < a.w.cols; c += 2 * (BLOCK - LANES)) {
+        float2 x = load_pair(gate, c), y = load_pair(up, c);
+        x = make_float2(silu(x.x) * y.x, silu(x.y) * y.y);
+        if (blockIdx.x == 0) {
+            float *made = a.made.data + row * a.made.stride + c;
+            made[0] = x.x;
+            made[1] = x.y;
+        }
+        top = fmaxf(top, put_parts(slots, stride, c, x));
+    }
+    return warp_max(top);
+}
+
+/* Units s of a tile of rows as stored. */
+template <int FORMAT>
+__device__ __forceinline__ void work_rows(float (&sum)[4], const uint8_t *tile, int row_bytes, share s, const __nv_bfloat16 *slots,
+                                          int stride, bool quantized)
+{
+    constexpr int COLS = unit_cols(FORMAT), LANE_COLS = FORMAT == WEIGHT_FP8 ? 16 : 8;
+    int lane = threadIdx.x % LANES, g = lane / 4, at = s.first * UNIT_BYTES + lane % 4 * 16;
+    const __nv_bfloat16 *x = slots + g % SLOTS * stride + s.first * COLS + lane % 4 * LANE_COLS;
+    float a[4] = {}, b[4] = {};
+    tile += g * row_bytes;
+#pragma unroll 1
+    for (int u = 0; u < s.n; u++, x += COLS, at += UNIT_BYTES) {
+        uint4 low = at < row_bytes ? *(const uint4 *)(tile + at) : uint4{};
+        uint4 high = at + PIECE < row_bytes ? *(const uint4 *)(tile + at + PIECE) : uint4{};
+        stream<WHOLE, 1>::template piece<1, FORMAT>(a, b, low, 0, x, 0);
+        stream<WHOLE, 1>::template piece<1, FORMAT>(a, b, high, 0, x + COLS / 2, 0);
+    }
+    for (int i = 0; i < 4; i++) sum[i] = a[i] + b[i ^ 2];
+    stream<WHOLE, 1>::template collect<1>(sum, quantized == (g % SLOTS == SLOTS - 1));
+}
+
+__device__ __forceinline__ void work_shared(float (&sum)[4], const cuda_matrix &w, const uint8_t *tile, share s,
+                                            const __nv_bfloat16 *slots, int stride)
+{
+    bool quantized = w.input == INPUT_FP8_ROW;
+    if (w.format == WEIGHT_NVFP4)
+        stream<TILED, 1>::work_tile(sum, tile, s, slots, stride, quantized);
+    else if (w.format == WEIGHT_FP8)
+        work_rows<WEIGHT_FP8>(sum, tile, row_bytes_of(w), s, slots, stride, quantized);
+    else
+        work_rows<WEIGHT_BF16>(sum, tile, row_bytes_of(w), s, slots, stride, quantized);
+}
+
+/* Units first.. of a tile of a pick; x: this lane's place in the first of its slots. */
+__device__ __forceinline__ void work_one(float (&a)[4], float (&b)[4], const uint8_t *tile, int first, int units,
+                                         const __nv_bfloat16 *x)
+{
+    x += first * FP4_UNIT_COLS;
+#pragma unroll 1
+    for (int u = first; u < units; u++, x += FP4_UNIT_COLS) {
+        fp4_unit unit(tile + u * FP4_UNIT_BYTES);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            four_pairs v = unit.pairs(i);
+            stream<TILED, 1>::template two<1>(a, b, x + i * 32, 0, v.v[0], v.v[1], v.v[2], v.v[3]);
+        }
+    }
+}
+
+__device__ __forceinline__ void store_one(float *to, const float (&a)[4], const float (&b)[4], bool counts)
+{
+    float sum[4] = { a[0] + b[2], a[1] + b[3] };
+    stream<TILED, 1>::template collect<1>(sum, counts);
+    if (threadIdx.x % LANES < 4) *(float2 *)to = make_float2(sum[0], sum[1]);
+}
+
+#endif
+
+__host__ __device__ inline size_t down_shared(const cuda_matrix &down, const cuda_matrix &w, int k, int tiles)
+{
+    size_t each = (size_t)k * tile_bytes(down) + (w.rows ? tile_bytes(w) : 0) + (size_t)(k + TEAM) * 8 * sizeof(float);
+    return tiles * each + 2 * ((size_t)PLACED * k * slot_stride(down.cols) + (w.rows ? (size_t)SLOTS * slot_stride(w.cols) : 0));
+}
+
+/* Grid: blocks, rows. Shared memory: of each pick the block's tiles, which follow one another; those of the shared expert; sums
+ * [tile][k picks, TEAM of the shared expert][8]; slots of picks [k]; slots of the shared expert. A warp has a tile of a pick, or several. */
+__global__ void __launch_bounds__(BLOCK, 2) fp4_down(const __grid_constant__ down_args a)
+{
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ int expert[PICKS_MAX];
+    __shared__ uint32_t keys[EXPERTS_MAX];
+    __shared__ float weight[PICKS_MAX], top[CREW];
+    __shared__ float factor[PICKS_MAX]; /* of a pick's sums: its weight, and what FP4 is multiplied by */
+    __shared__ uint64_t come[PICKS_MAX + 1];
+    const cuda_matrix &w = a.e.m[DOWN];
+    int k = a.p.k, stride = slot_stride(w.cols), shared_stride = slot_stride(a.w.cols);
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, bytes = (int)tile_bytes(w), most = a.tiles + (a.extra > 0);
+    int tiles = a.tiles + ((int)blockIdx.x < a.extra);
+    int begin = blockIdx.x * a.tiles + ((int)blockIdx.x < a.extra ? (int)blockIdx.x : a.extra);
+    int shared_bytes = a.w.rows ? (int)tile_bytes(a.w) : 0;
+    uint8_t *shared_tiles = shared + k * most * bytes;
+    float *sums = (float *)(shared_tiles + most * shared_bytes);
+    __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + most * (k + TEAM) * 8);
+    __nv_bfloat16 *shared_slots = slots + k * PLACED * stride;
+    int64_t row = blockIdx.y;
+    let_next_start();
+    /* what a thread stores; the first warps, which have the most to do, last */
+    int stored = threadIdx.x ^ 12 * LANES, tile = stored / 8, r = (begin + tile) * 8 + stored % 8;
+    bool stores = tile < tiles && r < w.rows;
+    float old = 0, gate = 0, shared_unit = 1;
+    if (stores && a.add.data) old = __ldcg(a.add.data + row * a.add.stride + r);
+    if (stores && a.w.rows) {
+        gate = __ldcg(a.shared_gate.data + row * a.shared_gate.stride);
+        shared_unit = unit_of(a.w, 0, r, a.w.global);
+    }
+    if (warp == 0) {
+        choose_or_take(a.logits, a.p, a.e.n, row, expert, weight, keys);
+        if (lane == 0) top[0] = 0;
+    } else {
+        if (warp == 1) {
+#pragma unroll 1
+            for (int j = lane; j <= k; j += LANES) barrier_init(&come[j], 1);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            __syncwarp();
+            if (lane == 0 && a.w.rows) {
+                int rows = min(tiles * 8, a.w.rows - begin * 8);
+                int n = a.w.format == WEIGHT_NVFP4 ? tiles * shared_bytes : rows * row_bytes_of(a.w);
+                ask(shared_at(shared_tiles), tile_at(a.w, 0, begin), n, shared_at(&come[k]));
+            }
+            __syncwarp();
+        }
+        if (a.w.rows) {
+            float x = place_shared(a, row, shared_slots, shared_stride);
+            if (lane == 0) top[warp] = x;
+        }
+    }
+    __syncthreads();
+    if (lane == 0)
+#pragma unroll 1
+        for (int j = warp; j < k; j += CREW)
+            ask(shared_at(shared + j * most * bytes), tile_at(w, 0, begin) + (uint64_t)expert[j] * a.matrix, tiles * bytes,
+                shared_at(&come[j]));
+    if (BLOCK - 1 - (int)threadIdx.x < k) {
+        int j = BLOCK - 1 - threadIdx.x;
+        factor[j] = weight[j] * (FP4_UNIT / a.e.globals[DOWN * a.e.n + expert[j]]);
+        if (a.logits.data && blockIdx.x == 0) {
+            a.p.expert[row * k + j] = expert[j];
+            a.p.weight[row * k + j] = weight[j];
+        }
+    }
+    float shared_scale = 1;
+    if (a.w.rows && a.w.input == INPUT_FP8_ROW) {
+        shared_scale = fp8_input_scale(__uint_as_float(__reduce_max_sync(ALL, __float_as_uint(top[lane % CREW]))));
+        float inverse = 1.0f / shared_scale;
+#pragma unroll 1
+        for (int c = 2 * threadIdx.x; c < a.w.cols; c += 2 * BLOCK)
+            put_quantized(shared_slots, shared_stride, c, parts_sum(shared_slots, shared_stride, c), shared_scale, inverse);
+    }
+    if (a.w.rows) place_zeros(shared_slots, SLOTS, shared_stride, a.w.cols, threadIdx.x, BLOCK);
+    place_zeros(slots, PLACED * k, stride, w.cols, threadIdx.x, BLOCK);
+    /* the eight columns a thread places: of the hidden rows, and an address in shared memory */
+    int eights = w.cols / 8, chunks = k * eights, chunk = threadIdx.x, chunk_pick = quotient(chunk, a.by_eights);
+    uint32_t place = shared_at(slots + chunk_pick * PLACED * stride + (chunk - chunk_pick * eights) * 8);
+    /* a warp's first job */
+    int units = units_of(WEIGHT_NVFP4, w.cols), jobs = tiles * k, job_tile = quotient(warp, a.by_picks), job_pick = warp - job_tile * k;
+    int lane_at = min(lane / 4 % SLOTS, PLACED - 1) * stride + lane % 4 * 8; /* of a pick's slots */
+    bool counts = lane / 4 % SLOTS != SLOTS - 1;
+    __syncthreads();
+    if (a.w.rows) {
+        int all = units_of(a.w.format, a.w.cols), each = share_of(all, TEAM);
+#pragma unroll 1
+        for (int at = warp / TEAM; at < tiles; at += 2) {
+            float sum[4] = {};
+            share s = share_at(all, each, warp % TEAM);
+            if (s.n) {
+                barrier_wait(&come[k], 0);
+                work_shared(sum, a.w, shared_tiles + at * shared_bytes, s, shared_slots, shared_stride);
+            }
+            if (lane < 4) *(float2 *)(sums + (at * (k + TEAM) + k + warp % TEAM) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
+        }
+    }
+    const uint8_t *from = shared + (job_pick * most + job_tile) * bytes;
+    const __nv_bfloat16 *x = slots + job_pick * PLACED * stride + lane_at;
+    float *to = sums + (job_tile * (k + TEAM) + job_pick) * 8 + lane * 2;
+    uint32_t ahead[8][4] = {};
+    if (warp < jobs) {
+        barrier_wait(&come[job_pick], 0);
+        fp4_unit unit(from);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            four_pairs p = unit.pairs(i);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                ahead[i][n] = p.v[n];
+                now(ahead[i][n]);
+            }
+        }
+    }
+    int at = (int)row * k * w.cols + chunk * 8;
+    bool places = chunk < chunks;
+    if (a.w.rows) shared_unit *= sigmoid(gate);
+    asm volatile("" : "+f"(shared_unit), "+f"(old));
+    now(place);
+    now(at);
+    wait_for_previous();
+    if (places) place_eight<true>(place, stride, load_whole(a.hidden + at));
+#pragma unroll 1
+    for (chunk += BLOCK; chunk < chunks; chunk += BLOCK) {
+        int j = chunk / eights;
+        place_eight<true>(shared_at(slots + j * PLACED * stride + (chunk - j * eights) * 8), stride,
+                          load_whole(a.hidden + (int)row * k * w.cols + chunk * 8));
+    }
+    __syncthreads();
+    if (warp < jobs) {
+        float p[4] = {}, q[4] = {};
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            stream<TILED, 1>::template two<1>(p, q, x + i * 32, 0, ahead[i][0], ahead[i][1], ahead[i][2], ahead[i][3]);
+        work_one(p, q, from, 1, units, x);
+        store_one(to, p, q, counts);
+    }
+#pragma unroll 1
+    for (int job = warp + CREW; job < jobs; job += CREW) {
+        float p[4] = {}, q[4] = {};
+        job_tile = job / k;
+        job_pick = job - job_tile * k;
+        barrier_wait(&come[job_pick], 0);
+        work_one(p, q, shared + (job_pick * most + job_tile) * bytes, 0, units, slots + job_pick * PLACED * stride + lane_at);
+        store_one(sums + (job_tile * (k + TEAM) + job_pick) * 8 + lane * 2, p, q, counts);
+    }
+    __syncthreads();
+    if (!stores) return;
+    const float *of = sums + tile * (k + TEAM) * 8 + stored % 8;
+    float y = 0, sum = 0;
+#pragma unroll 8
+    for (int j = 0; j < k; j++) y = fmaf(factor[j], of[j * 8], y);
+    if (a.w.rows) {
+#pragma unroll
+        for (int m = 0; m < TEAM; m++) sum += of[(k + m) * 8];
+        y = fmaf(shared_unit, sum * shared_scale, y);
+    }
+    a.y.data[row * a.y.stride + r] = y;
+    if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
+#endif
+}
+
+/* A share of n for each of at least `least` blocks, and of no more than `most`; blocks that have one more to *extra. */
+int shares(int n, int most, int least, unsigned *blocks_used, int *extra)
+{
+    *blocks_used = blocks(n, most);
+    if (*blocks_used < (unsigned)least) *blocks_used = (unsigned)(n < least ? n : least);
+    *extra = n % (int)*blocks_used;
+    return n / (int)*blocks_used;
+}
+
+} /* namespace */
+
+bool cuda_experts_near(struct queue *q, struct mat y, struct mat x, const struct picks *p, const struct cuda_experts *e,
+                       const struct moe_run *run)
+{
+    up_args u = {};
+    down_args d = {};
+    const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
+    if (!q->has_pdl || p->k > TEAM || e->n > EXPERTS_MAX || !run) return false;
+    for (int i = 0; i < 3; i++)
+        if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || e->m[i].cols % 16) return false;
+    if (run) {
+        d.w = cuda_matrix_of(run->w_down);
+        if (!cuda_streams(q, &d.w)) return false;
+        u.logits = d.logits = run->logits;
+        d.gate = run->gate;
+        d.up = run->up;
+        d.made = run->hidden;
+        d.shared_gate = run->shared_gate;
+        d.add = run->x;
+    }
+    u.e = d.e = *e;
+    u.p = d.p = *p;
+    u.x = x;
+    d.y = y;
+    d.hidden = u.hidden = q->hidden;
+    size_t limit = (size_t)q->shared_max - OWN_SHARED;
+    int items = ITEMS, tiles = BLOCK / 8;
+    while (items > 0 && up_shared(gate, items) > (limit < LEFT_SHARED ? limit : LEFT_SHARED)) items--;
+    while (tiles > 0 && down_shared(down, d.w, p->k, tiles) > (limit < RIGHT_SHARED ? limit : RIGHT_SHARED)) tiles--;
+    if (items == 0 || tiles == 0) return false;
+    u.matrix = (unsigned)tiles_of(gate.rows) * tile_bytes(gate);
+    d.by_picks = 1.0f / (float)p->k;
+    d.by_eights = 8.0f / (float)down.cols;
+    d.matrix = (unsigned)tiles_of(down.rows) * tile_bytes(down);
+    unsigned up_blocks, down_blocks;
+    u.items = shares(p->k * tiles_of(gate.rows), items, q->sms, &up_blocks, &u.extra);
+    d.tiles = shares(tiles_of(down.rows), tiles, q->sms, &down_blocks, &d.extra);
+    launch_side<BLOCK>(q, "experts", LEFT, fp4_up, dim3(up_blocks, (unsigned)x.rows), up_shared(gate, u.items + (u.extra > 0)), u);
+    launch_side<BLOCK>(q, "experts", RIGHT, fp4_down, dim3(down_blocks, (unsigned)x.rows),
+                       down_shared(down, d.w, p->k, d.tiles + (d.extra > 0)), d);
+    return true;
+}
