@@ -335,9 +335,10 @@ static inline void check_idle(const struct serving *s, int descriptors)
     int now = -1;
     while (clock_seconds() < until) {
         connections = metric(s, "quench:connections"); /* the one that asks */
+        bool runs_none = metric(s, "vllm:num_requests_running") == 0;
+        usleep(50000); /* until the server has closed those connections */
         now = serving_descriptors(s);
-        if (connections == 1 && metric(s, "vllm:num_requests_running") == 0 && now <= descriptors) break;
-        usleep(50000);
+        if (connections == 1 && runs_none && now <= descriptors) break;
     }
     assert_int_equal((int)connections, 1);
     assert_int_equal((int)metric(s, "quench:exchanges"), 0);
