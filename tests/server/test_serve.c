@@ -101,6 +101,18 @@ static void await_load(const struct serving *s, const char *text)
     fail_msg("not %s: %s", text, reply.body);
 }
 
+/* Until a stream has begun to answer; what it says stays to be read. */
+static void await_token(int fd)
+{
+    char text[4096];
+    for (double until = clock_seconds() + 20; clock_seconds() < until; usleep(10000)) {
+        ssize_t n = recv(fd, text, sizeof text - 1, MSG_PEEK | MSG_DONTWAIT);
+        text[n > 0 ? n : 0] = 0;
+        if (strstr(text, "data: ")) return;
+    }
+    fail_msg("no token: %s", text);
+}
+
 /* What one key has under way and in the queue is bounded, and of no concern to another key. */
 static void test_key_limits(void **state)
 {
@@ -121,6 +133,7 @@ static void test_key_limits(void **state)
         const char *text = post_text(COMPLETIONS, keys[0], LONG(100000) ",\"stream\":true}");
         send_bytes(fds[i], text, strlen(text));
     }
+    for (int i = 0; i < 2; i++) await_token(fds[i]); /* none of their prompts' tokens count any more */
     await_load(&s, "\"running\":2,\"waiting\":0");
     /* one may wait, however long it is; with it no other one */
     const char *waits = post_text(COMPLETIONS, keys[0], body);
@@ -135,6 +148,7 @@ static void test_key_limits(void **state)
     reply.n = reply.used = 0;
     assert_int_equal(receive(&reply, fds[2], 60), 200);
     close(fds[2]);
+    await_load(&s, "\"running\":1,\"waiting\":0"); /* so that two below are not those of before */
     fds[0] = dial(&s);
     const char *text = post_text(COMPLETIONS, keys[1], LONG(100000) ",\"stream\":true}");
     send_bytes(fds[0], text, strlen(text));
