@@ -53,7 +53,9 @@ HDR     := $(wildcard src/*/*.h src/*/*/*.h)
 ifneq ($(CUDA),1)
 HDR     := $(filter-out src/backend/cuda/%,$(HDR))
 endif
-TESTS   := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/*/test_*.c))
+# The longest first: no processor waits long for the last one.
+LONGEST := $(addprefix tests/,backend/test_kernels engine/test_speculation server/test_parameters server/test_serve server/test_faults quantize/test_resume engine/test_scheduler)
+TESTS   := $(addprefix $(BUILD)/,$(LONGEST) $(filter-out $(LONGEST),$(basename $(wildcard tests/*/test_*.c))))
 BENCHES := $(patsubst %.c,$(BUILD)/%,$(wildcard bench/*.c))
 ifneq ($(CUDA),1)
 BENCHES := $(filter-out %/bench_cuda,$(BENCHES))

@@ -10,6 +10,7 @@
 #include "base/file.h"
 #include "engine/sequence.h"
 #include "support/requests.h"
+#include "support/sanitized.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,11 +24,7 @@ enum {
 };
 
 static struct demo demo;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-static long histories = 16; /* without files, with them */
-#else
-static long histories = 24;
-#endif
+static long histories = SANITIZED ? 16 : 24; /* without files, with them */
 
 /* What conversations are made of. */
 enum part { SYSTEM, USER, PICTURE, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };

@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "checkpoint/temp.h"
 #include "image/big_png.h"
+#include "support/sanitized.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -15,12 +16,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-enum { SANITIZED = 1 };
-#else
-enum { SANITIZED = 0 };
-#endif
 
 static char program[PATH_MAX];
 static struct temp temp;

@@ -2,6 +2,7 @@
  * that was left alone. Children are this program again: sanitizers take no threads after a fork. */
 #include "quantize/fixture.h"
 #include "quantize/journal.h"
+#include "support/sanitized.h"
 #include <dirent.h>
 #include <errno.h>
 #include <sched.h>
@@ -12,13 +13,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
-/* Sanitizers make a run ten times as long. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { KILLS = 10 };
-#else
-enum { KILLS = 50 };
-#endif
-enum { SHARD_BYTES = 3000000, SYNC_BYTES = 1000000, SKIPPED = 77 };
+enum { KILLS = SANITIZED ? 10 : 50, SHARD_BYTES = 3000000, SYNC_BYTES = 1000000, SKIPPED = 77 };
 static const unsigned SEED = 20261123;
 
 static struct fixture fixture;

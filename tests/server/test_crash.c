@@ -2,17 +2,12 @@
  * noted, and in quench serve under load. */
 #include "server/crash.h"
 #include "server/serving.h"
+#include "support/sanitized.h"
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
 static struct temp temp;
-
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-enum { SANITIZED = 1 }; /* has handlers of its own, which come next and exit */
-#else
-enum { SANITIZED = 0 };
-#endif
 
 /* Faults. */
 
@@ -278,7 +273,7 @@ static void test_server(void **state)
         start_loaded(&s, "models/demo", path, fds);
         kill(s.pid, numbers[i]);
         int status = serving_wait(&s, 30);
-        /* SIGBUS has a sentence of its own about files */
+        /* SIGBUS has a sentence of its own about files; a sanitizer's handlers come next and exit */
         if (status != -numbers[i] && !(numbers[i] == SIGBUS && status == 1) && !SANITIZED)
             fail_msg("status %d of signal %d", status, numbers[i]);
         json_t *all = lines_of(path);

@@ -5,6 +5,7 @@
  * soak` sets them. */
 #include "server/serving.h"
 #include "num/random.h"
+#include "support/sanitized.h"
 #include <pthread.h>
 #include <sys/resource.h>
 
@@ -113,11 +114,7 @@ static void stop_traffic(const char *beside)
 }
 
 /* Memory does not grow with what was done: between the first fifth of it, when all is warm, and the end. */
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-enum { GROWTH_KIB_MAX = 1 << 20 }; /* they keep what was freed, for a while */
-#else
-enum { GROWTH_KIB_MAX = 16 << 10 };
-#endif
+enum { GROWTH_KIB_MAX = SANITIZED ? 1 << 20 : 16 << 10 }; /* sanitizers keep what was freed, for a while */
 static void check_growth(const char *of, long warm, const struct serving *s)
 {
     long now = serving_resident(s);

@@ -3,6 +3,7 @@
 #include "server/api.h"
 #include "server/json_at.h"
 #include "support/models.h"
+#include "support/sanitized.h"
 #include <unistd.h>
 
 enum { MOST_DRAFTS = 2, TOGETHER = 24, CONTEXT = 1024, CHOICES_MOST = 6 };
@@ -349,7 +350,7 @@ static void test_parameters(void **state)
     struct served *x = *state;
     static struct asked all[TOGETHER];
     const char *many = getenv("QUENCH_PARAMETERS");
-    int rounds = many ? (atoi(many) + TOGETHER - 1) / TOGETHER : 4;
+    int rounds = many ? (atoi(many) + TOGETHER - 1) / TOGETHER : SANITIZED ? 1 : 4;
     int64_t good = 0, drafted = 0;
     struct scheduler_stats stats;
     seed = getenv("QUENCH_SEED") ? strtoull(getenv("QUENCH_SEED"), NULL, 10) : 11;
@@ -376,7 +377,7 @@ static void test_parameters(void **state)
     drafted = stats.accepted;
     print_message("%d requests, %lld of them answered, the others refused; %lld drafts taken\n",
                   rounds * TOGETHER, (long long)good, (long long)drafted);
-    assert_true(good > rounds * TOGETHER / 2 && drafted > 50);
+    assert_true(good > rounds * TOGETHER / 2 && drafted > 12 * rounds);
 }
 
 int main(void)
