@@ -338,6 +338,21 @@ static bool read_yarn(struct config *c, struct scope rope, struct err *e)
     return true;
 }
 
+/* rope_scaling lies unread beside rope_parameters: it may not ask for what that does not. */
+static bool check_unread(struct scope rope, struct scope scaling, bool is_yarn, struct err *e)
+{
+    bool other = false;
+    if (rope.object == scaling.object || !scaling.object) return true;
+    if (!read_rope_type(&other, scaling, e)) return false;
+    const json_t *factor = json_object_get(scaling.object, "factor");
+    if (!other ||
+        (is_yarn && json_number_value(factor) == json_number_value(json_object_get(rope.object, "factor"))))
+        return true;
+    return err_set(e, ERR_FORMAT,
+                   "%s: asks for YaRN, and %s beside it does not ask for the same; remove one of the two",
+                   scaling.path, rope.path);
+}
+
 /* rope_parameters is the name since transformers 5, rope_scaling the one before; either may be missing. */
 static bool read_rope(struct config *c, struct scope text, struct err *e)
 {
@@ -350,7 +365,8 @@ static bool read_rope(struct config *c, struct scope text, struct err *e)
     if (!rope.object) rope = scaling;
     bool is_yarn;
     return read_rope_type(&is_yarn, rope, e) && read_rotary_dim(c, text, rope, e) &&
-           read_theta(c, text, rope, e) && read_mrope(c, rope, e) && (!is_yarn || read_yarn(c, rope, e));
+           read_theta(c, text, rope, e) && read_mrope(c, rope, e) && (!is_yarn || read_yarn(c, rope, e)) &&
+           check_unread(rope, scaling, is_yarn, e);
 }
 
 static bool has_layer(const struct config *c, enum layer_kind kind)

@@ -266,6 +266,33 @@ static void test_yarn(void **state)
     config_deinit(&c);
 }
 
+/* Qwen's older recipe, a rope_scaling added by hand, in a file that has rope_parameters. */
+static void test_two_places(void **state)
+{
+    (void)state;
+    static const char yarn[] = "{\"rope_type\":\"yarn\",\"factor\":4.0}";
+    struct config c;
+    struct err e = { 0 };
+    CHANGED(&c, "text_config.rope_scaling", "{\"type\":\"mrope\",\"mrope_section\":[11,11,10]}");
+    assert_true(c.yarn.factor == 0);
+    config_deinit(&c);
+    CHANGED(&c, YARN, "text_config.rope_scaling", yarn);
+    assert_int_equal(c.max_position_embeddings, 1048576);
+    config_deinit(&c);
+    for (int i = 0; i < 2; i++) {
+        json_t *root = must_load(REFERENCE);
+        json_change(root, "text_config.rope_scaling", yarn);
+        if (i == 1) json_change(root, ROPE "rope_type", "\"yarn\"");
+        if (i == 1) json_change(root, ROPE "factor", "2");
+        assert_false(config_parse(&c, root, &e));
+        assert_message(
+            &e, "",
+            "text_config.rope_scaling: asks for YaRN, and text_config.rope_parameters beside it does "
+            "not ask for the same; remove one of the two");
+        json_decref(root);
+    }
+}
+
 static void test_broken_yarn(void **state)
 {
     (void)state;
@@ -568,16 +595,27 @@ static void test_head_dim_message(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference),        cmocka_unit_test(test_reference_layers),
-        cmocka_unit_test(test_reference_vision), cmocka_unit_test(test_optional_fields),
-        cmocka_unit_test(test_tied_embeddings),  cmocka_unit_test(test_rope_spellings),
-        cmocka_unit_test(test_head_dim_absent),  cmocka_unit_test(test_layer_patterns),
-        cmocka_unit_test(test_text_only),        cmocka_unit_test(test_demo),
-        cmocka_unit_test(test_eos_list),         cmocka_unit_test(test_yarn),
-        cmocka_unit_test(test_broken_yarn),      cmocka_unit_test(test_unsupported),
-        cmocka_unit_test(test_required),         cmocka_unit_test(test_ranges),
-        cmocka_unit_test(test_products),         cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_layer_type_names), cmocka_unit_test(test_head_dim_message),
+        cmocka_unit_test(test_reference),
+        cmocka_unit_test(test_reference_layers),
+        cmocka_unit_test(test_reference_vision),
+        cmocka_unit_test(test_optional_fields),
+        cmocka_unit_test(test_tied_embeddings),
+        cmocka_unit_test(test_rope_spellings),
+        cmocka_unit_test(test_head_dim_absent),
+        cmocka_unit_test(test_layer_patterns),
+        cmocka_unit_test(test_text_only),
+        cmocka_unit_test(test_demo),
+        cmocka_unit_test(test_eos_list),
+        cmocka_unit_test(test_yarn),
+        cmocka_unit_test(test_broken_yarn),
+        cmocka_unit_test(test_two_places),
+        cmocka_unit_test(test_unsupported),
+        cmocka_unit_test(test_required),
+        cmocka_unit_test(test_ranges),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_layer_type_names),
+        cmocka_unit_test(test_head_dim_message),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
