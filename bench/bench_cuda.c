@@ -184,7 +184,7 @@ static void make_model(int n_layers)
     void *axis;
     struct err e = { 0 };
     check(backend.ops->memory_create(backend.queue, &axis, 32, &e), &e);
-    model.rope = (struct rope){ 32, vector(32, 0.01f), axis };
+    model.rope = (struct rope){ 32, 1, vector(32, 0.01f), axis };
     for (int i = 0; i < n_layers; i++) {
         config.layer_kinds[i] = model.layers[i].kind =
             i % 4 == 3 ? LAYER_FULL_ATTENTION : LAYER_LINEAR_ATTENTION;

@@ -158,6 +158,7 @@ static inline struct delta_log delta_log_at(const struct delta_state *state, con
 
 struct rope {
     int n;                /* frequencies: half the rotated dimensions */
+    float scale;          /* of cosine and sine: 1 unless positions are stretched */
     const float *inverse; /* [n] inverse frequency, f32 */
     const uint8_t *axis;  /* [n] which of the three positions */
 };
@@ -303,7 +304,7 @@ struct ops {
 
     /* In place, for each of n_heads heads at x[i][h * head_stride .. + head_dim): RMS norm with gain
      * [head_dim], then rotation of the pairs (j, j + rope->n) by position[axis[j]] * inverse[j], angle, cos
-     * and sin in f32. */
+     * and sin in f32, the latter two times rope->scale. */
     void (*norm_rope)(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
                       const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
     /* Writes the rows' keys and values, [n, kv heads * head_dim], into the cache, rounded to its dtype. */

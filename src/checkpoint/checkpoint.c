@@ -62,14 +62,16 @@ static bool load_modelopt(struct checkpoint *c, struct err *e)
     return ok || err_note(e, "%s/%s", c->path, MODELOPT_NAME);
 }
 
-static bool load_config(struct checkpoint *c, struct err *e)
+static bool load_config(struct checkpoint *c, const struct overrides *o, struct err *e)
 {
     if (!is_there(c, "config.json"))
         return err_set(e, ERR_IO, "%s: no config.json: not a checkpoint folder", c->path);
-    if (!load_json(&c->config_json, c, "config.json", CONFIG_BYTES_MAX, e)) return false;
+    if (!load_json(&c->config_json, c, "config.json", CONFIG_BYTES_MAX, e) ||
+        !overrides_apply(c->config_json, o, e))
+        return false;
     if (!config_parse(&c->config, c->config_json, e) ||
         !quantization_parse(&c->quantization, c->config_json, e))
-        return err_note(e, "%s/config.json", c->path);
+        return err_note(e, "%s/config.json%s", c->path, o ? " with what is overridden" : "");
     return c->quantization || load_modelopt(c, e);
 }
 
@@ -285,12 +287,18 @@ static bool open_tensors(struct checkpoint *c, struct err *e)
     return err_set(e, ERR_IO, "%s: neither %s nor %s", c->path, INDEX_NAME, SINGLE_NAME);
 }
 
-bool checkpoint_open(struct checkpoint *c, const char *path, struct err *e)
+bool checkpoint_open_overridden(struct checkpoint *c, const char *path, const struct overrides *o,
+                                struct err *e)
 {
     *c = (struct checkpoint){ 0 };
-    if (set_path(c, path, e) && load_config(c, e) && open_tensors(c, e)) return true;
+    if (set_path(c, path, e) && load_config(c, o, e) && open_tensors(c, e)) return true;
     checkpoint_close(c);
     return false;
+}
+
+bool checkpoint_open(struct checkpoint *c, const char *path, struct err *e)
+{
+    return checkpoint_open_overridden(c, path, NULL, e);
 }
 
 void checkpoint_close(struct checkpoint *c)

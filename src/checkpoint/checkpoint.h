@@ -7,6 +7,7 @@
 #include "base/doc.h"
 #include "base/err.h"
 #include "checkpoint/config.h"
+#include "checkpoint/overrides.h"
 #include "checkpoint/quantization.h"
 #include "checkpoint/safetensors.h"
 #include <stddef.h>
@@ -14,7 +15,7 @@
 
 struct checkpoint {
     char *path;
-    json_t *config_json; /* config.json as read */
+    json_t *config_json; /* config.json as read, with what was overridden */
     struct config config;
     struct quantization *quantization; /* NULL: not quantized */
     struct safetensors *shards;
@@ -26,6 +27,9 @@ struct checkpoint {
 };
 
 bool checkpoint_open(struct checkpoint *c, const char *path, struct err *e);
+/* The same with another config.json than the file says; o: NULL, none. */
+bool checkpoint_open_overridden(struct checkpoint *c, const char *path, const struct overrides *o,
+                                struct err *e);
 void checkpoint_close(struct checkpoint *c); /* accepts a zeroed one */
 
 const struct tensor *checkpoint_find(const struct checkpoint *c, const char *name); /* NULL: absent */

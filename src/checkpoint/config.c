@@ -264,6 +264,95 @@ static bool read_theta(struct config *c, struct scope text, struct scope rope, s
     return note_field(s, "rope_theta", e);
 }
 
+/* "type" is the older name; "mrope" under it says what mrope_section says. */
+static bool read_rope_type(bool *is_yarn, struct scope rope, struct err *e)
+{
+    static const char *const keys[] = { "rope_type", "type" };
+    const char *found, *first = NULL;
+    *is_yarn = false;
+    for (int i = 0; i < 2; i++) {
+        if (!is_given(rope, keys[i])) continue;
+        if (!doc_string(&found, rope.object, rope.path, keys[i], e)) return false;
+        bool yarn = strcmp(found, "yarn") == 0, mrope = i == 1 && strcmp(found, "mrope") == 0;
+        if (!yarn && !mrope && strcmp(found, "default") != 0) {
+            err_set(e, ERR_UNSUPPORTED, "'%s' is not supported, only 'default' and 'yarn' are", found);
+            return note_field(rope, keys[i], e);
+        }
+        if (first && !mrope && strcmp(first, found) != 0) {
+            err_set(e, ERR_FORMAT, "'%s' contradicts rope_type '%s'; one of the two is enough", found, first);
+            return note_field(rope, keys[i], e);
+        }
+        if (!first) *is_yarn = yarn;
+        first = found;
+    }
+    return true;
+}
+
+/* Other ways to say what attention_factor says, and to turn parts of it off. */
+static bool refuse_yarn_variants(struct scope rope, struct err *e)
+{
+    static const char *const keys[] = { "mscale", "mscale_all_dim", "attn_factor", "extrapolation_factor",
+                                        "apply_yarn_scaling" };
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (is_given(rope, keys[i])) {
+            err_set(e, ERR_UNSUPPORTED, "is not supported; attention_factor is");
+            return note_field(rope, keys[i], e);
+        }
+    return true;
+}
+
+static bool refuse_number(struct scope s, const char *key, double found, const char *want, struct err *e)
+{
+    err_set(e, ERR_FORMAT, "%g is not %s", found, want);
+    return note_field(s, key, e);
+}
+
+static bool check_yarn(const struct config *c, struct scope rope, struct err *e)
+{
+    double factor = c->yarn.factor, attention = c->yarn.attention_factor, fast = c->yarn.beta_fast,
+           slow = c->yarn.beta_slow;
+    return (factor >= 1 || refuse_number(rope, "factor", factor, "1 or more", e)) &&
+           (factor * (double)c->yarn.original < (double)DIMENSION_MAX ||
+            refuse_number(rope, "factor", factor, "small enough for 2^31 positions", e)) &&
+           (attention > 0 || !is_given(rope, "attention_factor") ||
+            refuse_number(rope, "attention_factor", attention, "above 0", e)) &&
+           (slow > 0 || refuse_number(rope, "beta_slow", slow, "above 0", e)) &&
+           (fast >= slow || refuse_number(rope, "beta_fast", fast, "beta_slow or more", e));
+}
+
+static bool read_yarn(struct config *c, struct scope rope, struct err *e)
+{
+    c->yarn.original = c->max_position_embeddings;
+    c->yarn.beta_fast = 32;
+    c->yarn.beta_slow = 1;
+    c->yarn.truncate = true;
+    if (!refuse_yarn_variants(rope, e) || !doc_number(&c->yarn.factor, rope.object, rope.path, "factor", e) ||
+        !doc_int_or(&c->yarn.original, rope.object, rope.path, "original_max_position_embeddings", 1,
+                    DIMENSION_MAX, e) ||
+        !doc_number_or(&c->yarn.attention_factor, rope.object, rope.path, "attention_factor", e) ||
+        !doc_number_or(&c->yarn.beta_fast, rope.object, rope.path, "beta_fast", e) ||
+        !doc_number_or(&c->yarn.beta_slow, rope.object, rope.path, "beta_slow", e) ||
+        !doc_bool_or(&c->yarn.truncate, rope.object, rope.path, "truncate", e) || !check_yarn(c, rope, e))
+        return false;
+    c->max_position_embeddings = (int64_t)(c->yarn.factor * (double)c->yarn.original);
+    return true;
+}
+
+/* rope_scaling lies unread beside rope_parameters: it may not ask for what that does not. */
+static bool check_unread(struct scope rope, struct scope scaling, bool is_yarn, struct err *e)
+{
+    bool other = false;
+    if (rope.object == scaling.object || !scaling.object) return true;
+    if (!read_rope_type(&other, scaling, e)) return false;
+    const json_t *factor = json_object_get(scaling.object, "factor");
+    if (!other ||
+        (is_yarn && json_number_value(factor) == json_number_value(json_object_get(rope.object, "factor"))))
+        return true;
+    return err_set(e, ERR_FORMAT,
+                   "%s: asks for YaRN, and %s beside it does not ask for the same; remove one of the two",
+                   scaling.path, rope.path);
+}
+
 /* rope_parameters is the name since transformers 5, rope_scaling the one before; either may be missing. */
 static bool read_rope(struct config *c, struct scope text, struct err *e)
 {
@@ -274,9 +363,10 @@ static bool read_rope(struct config *c, struct scope text, struct err *e)
         !get_scope(&scaling, text, "rope_scaling", nested ? "text_config.rope_scaling" : "rope_scaling", e))
         return false;
     if (!rope.object) rope = scaling;
-    return only_string(rope, "rope_type", "default", NULL, e) &&
-           only_string(rope, "type", "default", "mrope", e) && read_rotary_dim(c, text, rope, e) &&
-           read_theta(c, text, rope, e) && read_mrope(c, rope, e);
+    bool is_yarn;
+    return read_rope_type(&is_yarn, rope, e) && read_rotary_dim(c, text, rope, e) &&
+           read_theta(c, text, rope, e) && read_mrope(c, rope, e) && (!is_yarn || read_yarn(c, rope, e)) &&
+           check_unread(rope, scaling, is_yarn, e);
 }
 
 static bool has_layer(const struct config *c, enum layer_kind kind)

@@ -2,9 +2,9 @@
  * enters. Source: spec of the released config.json (docs/formats.md). Text fields are read from "text_config"
  * when present, else from the top level (text-only exports). Fields that select something not implemented are
  * errors that name it: hidden_act other than "silu", attention_bias true, attn_output_gate false, rope_type
- * other than "default", mrope_interleaved false, attention other than "linear_attention" / "full_attention"
- * in layer_types, a vision tower with deepstack. Numbers are positive and small enough that the elements of
- * every tensor they describe, and so its bytes, fit 63 bits. */
+ * other than "default" and "yarn", mrope_interleaved false, attention other than "linear_attention" /
+ * "full_attention" in layer_types, a vision tower with deepstack. Numbers are positive and small enough that
+ * the elements of every tensor they describe, and so its bytes, fit 63 bits. */
 #ifndef CHECKPOINT_CONFIG_H
 #define CHECKPOINT_CONFIG_H
 #include "base/doc.h"
@@ -19,13 +19,20 @@ struct config {
     int n_layers;
     enum layer_kind *layer_kinds; /* [n_layers], owned. From layer_types or full_attention_interval */
     double rms_norm_eps;
-    bool tie_word_embeddings; /* top level or text_config */
-    int64_t max_position_embeddings;
+    bool tie_word_embeddings;        /* top level or text_config */
+    int64_t max_position_embeddings; /* with YaRN factor x original, whatever the file says, as in vLLM */
     /* gated full attention */
     int n_heads, n_kv_heads, head_dim; /* head_dim absent: hidden_size / n_heads */
     int rotary_dim; /* head_dim * partial_rotary_factor, even; rope_parameters or the flat keys */
     double rope_theta;
     int mrope_section[3]; /* sums to rotary_dim / 2; absent: {rotary_dim / 2, 0, 0} */
+    struct {
+        double factor;               /* at least 1; 0: no YaRN, and the others mean nothing */
+        int64_t original;            /* positions it was trained on; absent: max_position_embeddings */
+        double attention_factor;     /* 0: 0.1 ln(factor) + 1 */
+        double beta_fast, beta_slow; /* turns within `original`; absent: 32 and 1 */
+        bool truncate;               /* the ramp's ends to whole dimensions; absent: true */
+    } yarn;
     /* Gated DeltaNet; all 0 when no layer uses it */
     int linear_key_heads, linear_value_heads, linear_key_dim, linear_value_dim, conv_kernel;
     /* mixture of experts */

@@ -89,6 +89,9 @@ static bool parse_all(struct matrix *m, const struct settings *s, struct err *e)
         return err_set(e, ERR_ARGUMENT, "-ub: expected 1 to 65536, found %lld", (long long)s->step_rows);
     if (s->synthetic && s->content)
         return err_set(e, ERR_ARGUMENT, "--content: a synthetic model has no tokenizer");
+    if (s->synthetic && (s->common.overrides || s->common.rope_yarn != 0))
+        return err_set(e, ERR_ARGUMENT,
+                       "--hf-overrides and --rope-yarn: of a checkpoint, not of --synthetic");
     return true;
 }
 
@@ -127,7 +130,7 @@ static bool open_source(struct source *o, const struct settings *s, struct err *
     *o = (struct source){ .checkpoint = &o->opened };
     if (s->synthetic) o->checkpoint = &o->synthetic.synth.checkpoint;
     return (s->synthetic ? synthetic_create(&o->synthetic, s->model, e)
-                         : checkpoint_open(&o->opened, s->model, e)) &&
+                         : common_checkpoint(&o->opened, &s->common, s->model, e)) &&
            load_content(o, s, e);
 }
 
@@ -322,6 +325,7 @@ int cli_bench(int argc, char **argv)
           NULL },
         COMMON_SPECULATIVE_FLAG(s.common),
         { "--profile", 0, FLAG_SWITCH, &s.profile, NULL, "time each operation in one more repetition", NULL },
+        COMMON_OVERRIDES_FLAGS(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         { "--device", 0, FLAG_CHOICE, &s.common.device, "auto|cpu|cuda|ref",

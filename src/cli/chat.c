@@ -507,6 +507,7 @@ int cli_chat(int argc, char **argv)
         { "--min-p", 0, FLAG_NUMBER, &s.min_p, "P", "drop tokens under P times the likeliest", NULL },
         { "--seed", 0, FLAG_INT, &s.seed, "N", "of the sampler (default 0): same seed, same text", NULL },
         COMMON_SPECULATIVE_FLAG(s.common),
+        COMMON_OVERRIDES_FLAGS(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

@@ -2,6 +2,7 @@
 #include "base/clock.h"
 #include "tokenizer/utf8.h"
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -166,10 +167,35 @@ bool common_drafts(int *drafts, const struct common *c, const char *model, struc
     return ok;
 }
 
-bool common_open_files(struct opened *o, const char *path, struct err *e)
+static bool read_overrides(json_t **out, const char *text, struct err *e)
+{
+    *out = NULL;
+    if (!text) return true;
+    bool ok = doc_parse(out, text, strlen(text), e) &&
+              (json_is_object(*out) || err_set(e, ERR_ARGUMENT, "expected an object"));
+    if (ok) return true;
+    if (e && e->code == ERR_FORMAT) e->code = ERR_ARGUMENT;
+    json_decref(*out);
+    return err_note(e, "--hf-overrides");
+}
+
+bool common_checkpoint(struct checkpoint *k, const struct common *c, const char *path, struct err *e)
+{
+    json_t *fields;
+    *k = (struct checkpoint){ 0 };
+    if (!c || (!c->overrides && c->rope_yarn == 0)) return checkpoint_open(k, path, e);
+    if (!(c->rope_yarn == 0 || (c->rope_yarn >= 1 && isfinite(c->rope_yarn))))
+        return err_set(e, ERR_ARGUMENT, "--rope-yarn: expected 1 or more, found %g", c->rope_yarn);
+    if (!read_overrides(&fields, c->overrides, e)) return false;
+    bool ok = checkpoint_open_overridden(k, path, &(struct overrides){ fields, c->rope_yarn }, e);
+    json_decref(fields);
+    return ok;
+}
+
+bool common_open_files(struct opened *o, const struct common *c, const char *path, struct err *e)
 {
     *o = (struct opened){ 0 };
-    if (checkpoint_open(&o->checkpoint, path, e) && tokenizer_load(&o->tokenizer, path, e)) return true;
+    if (common_checkpoint(&o->checkpoint, c, path, e) && tokenizer_load(&o->tokenizer, path, e)) return true;
     common_close(o);
     return false;
 }
@@ -181,15 +207,16 @@ bool common_bind(struct opened *o, struct backend *b, const struct report *repor
     return false;
 }
 
-bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
-                 struct err *e)
+bool common_open(struct opened *o, const struct common *c, const char *path, struct backend *b,
+                 const struct report *report, struct err *e)
 {
-    return common_open_files(o, path, e) && common_bind(o, b, report, e);
+    return common_open_files(o, c, path, e) && common_bind(o, b, report, e);
 }
 
 /* The files, opened by a thread of their own. */
 struct files {
     struct opened *o;
+    const struct common *common;
     const char *path;
     struct err error;
     bool ok;
@@ -198,14 +225,14 @@ struct files {
 static void *open_files(void *ctx)
 {
     struct files *f = ctx;
-    f->ok = common_open_files(f->o, f->path, &f->error);
+    f->ok = common_open_files(f->o, f->common, f->path, &f->error);
     return NULL;
 }
 
 bool common_start(struct backend *b, struct opened *o, const struct common *c, const char *path,
                   struct err *e)
 {
-    struct files f = { .o = o, .path = path };
+    struct files f = { .o = o, .common = c, .path = path };
     pthread_t thread;
     *b = (struct backend){ 0 };
     errno = pthread_create(&thread, NULL, open_files, &f);

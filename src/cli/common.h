@@ -16,6 +16,8 @@ struct common {
     int inputs; /* index into common_inputs */
     int64_t threads;
     const char *speculative; /* NULL: none */
+    const char *overrides;   /* NULL: none */
+    double rope_yarn;        /* 0: none */
     bool quiet, json;
 };
 extern const char *const common_devices[],
@@ -63,6 +65,20 @@ extern const char *const common_devices[],
             "perplexity)",                                                                                   \
             common_inputs                                                                                    \
     }
+#define COMMON_OVERRIDES_FLAGS(c)                                                                            \
+    { "--hf-overrides",                                                                                      \
+      0,                                                                                                     \
+      FLAG_TEXT,                                                                                             \
+      &(c).overrides,                                                                                        \
+      "JSON",                                                                                                \
+      "fields of config.json, merged into it: '{\"text_config\": {\"rope_parameters\": {...}}}'",            \
+      NULL },                                                                                                \
+    {                                                                                                        \
+        "--rope-yarn", 0, FLAG_NUMBER, &(c).rope_yarn, "FACTOR",                                             \
+            "YaRN: so many times the positions the model was trained on, 4 for a million; changes short "    \
+            "texts too (default 0: off)",                                                                    \
+            NULL                                                                                             \
+    }
 #define FLAGS_END                                                                                            \
     {                                                                                                        \
         NULL, 0, FLAG_SWITCH, NULL, NULL, NULL, NULL                                                         \
@@ -87,6 +103,9 @@ bool common_parse(const struct command *command, const struct flag *flags, int a
                   const char **arguments, int *status);
 int common_fail(const struct command *command, const struct err *e); /* prints; returns the exit status */
 
+/* With --hf-overrides and --rope-yarn; c: NULL, without. */
+bool common_checkpoint(struct checkpoint *k, const struct common *c, const char *path, struct err *e);
+
 /* A checkpoint opened, its weights bound, its tokenizer loaded. */
 struct opened {
     struct checkpoint checkpoint;
@@ -97,11 +116,11 @@ struct opened {
  * model than this path. */
 bool common_drafts(int *drafts, const struct common *c, const char *model, struct err *e);
 bool common_backend(struct backend *b, const struct common *c, struct err *e);
-/* Files, then weights; common_open does both. On failure nothing stays open. */
-bool common_open_files(struct opened *o, const char *path, struct err *e);
+/* Files, then weights; common_open does both. c: as for common_checkpoint. On failure nothing stays open. */
+bool common_open_files(struct opened *o, const struct common *c, const char *path, struct err *e);
 bool common_bind(struct opened *o, struct backend *b, const struct report *report, struct err *e);
-bool common_open(struct opened *o, const char *path, struct backend *b, const struct report *report,
-                 struct err *e);
+bool common_open(struct opened *o, const struct common *c, const char *path, struct backend *b,
+                 const struct report *report, struct err *e);
 /* common_backend and common_open_files at the same time: a GPU takes as long to wake as files to be read. On
  * failure nothing stays open. */
 bool common_start(struct backend *b, struct opened *o, const struct common *c, const char *path,

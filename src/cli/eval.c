@@ -42,7 +42,7 @@ static bool run_model(struct outcome *out, const char *path, const struct tasks 
     struct opened opened = { 0 }, *o = &opened;
     int32_t eos[16];
     int n_eos = 0;
-    bool ok = common_open(o, path, b, report, e) &&
+    bool ok = common_open(o, &s->common, path, b, report, e) &&
               checkpoint_eos_tokens(&o->checkpoint, eos, 16, &n_eos, e) &&
               chat_template_load(&template, path, e);
     out->results = ok ? calloc((size_t)t->n, sizeof *out->results) : NULL;
@@ -195,6 +195,7 @@ int cli_eval(int argc, char **argv)
         { "--batch", 'b', FLAG_INT, &s.batch, "N", "tasks at a time (default 8)", NULL },
         { "--think", 0, FLAG_CHOICE, &s.thinking, "template|off|on",
           "enable_thinking of the chat template (default: as the template does)", thinkings },
+        COMMON_OVERRIDES_FLAGS(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

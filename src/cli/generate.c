@@ -285,6 +285,7 @@ int cli_generate(int argc, char **argv)
         { "--keep-special", 0, FLAG_SWITCH, &s.keep_special, NULL, "print special tokens as their text",
           NULL },
         COMMON_SPECULATIVE_FLAG(s.common),
+        COMMON_OVERRIDES_FLAGS(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

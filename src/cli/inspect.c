@@ -121,6 +121,9 @@ static void print_config(const struct checkpoint *k)
            "%lld positions\n",
            c->n_heads, c->n_kv_heads, c->head_dim, c->rotary_dim, c->rope_theta,
            (long long)c->max_position_embeddings);
+    if (c->yarn.factor > 0)
+        printf("  YaRN: %g times the %lld positions it was trained on\n", c->yarn.factor,
+               (long long)c->yarn.original);
     if (full < c->n_layers)
         printf("  DeltaNet: %d key heads of %d, %d value heads of %d, convolution over %d\n",
                c->linear_key_heads, c->linear_key_dim, c->linear_value_heads, c->linear_value_dim,

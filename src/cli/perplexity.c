@@ -114,8 +114,8 @@ static bool open_planned(struct opened *o, const struct settings *s, const char 
                          const struct report *report, uint64_t *taken, struct err *e)
 {
     struct engine_options eo = perplexity_engine(s->ctx, common_kv_dtype(&s->common, b));
-    return common_open_files(o, path, e) && plan_device(&o->checkpoint, b, &eo, taken, s->common.quiet, e) &&
-           common_bind(o, b, report, e);
+    return common_open_files(o, &s->common, path, e) &&
+           plan_device(&o->checkpoint, b, &eo, taken, s->common.quiet, e) && common_bind(o, b, report, e);
 }
 
 static bool run(const struct settings *s, struct err *e)
@@ -160,6 +160,7 @@ int cli_perplexity(int argc, char **argv)
         { "--rule", 0, FLAG_CHOICE, &s.rule, "card", "how the text is cut and scored", rules },
         { "--ctx", 0, FLAG_INT, &s.ctx, "N", "tokens a chunk (default 512)", NULL },
         { "--max-chunks", 0, FLAG_INT, &s.max_chunks, "N", "score only the first N chunks", NULL },
+        COMMON_OVERRIDES_FLAGS(s.common),
         COMMON_KV_FLAG(s.common),
         COMMON_ACTIVATIONS_FLAGS(s.common),
         COMMON_FLAGS(s.common),

@@ -94,9 +94,9 @@ static bool compare(struct comparison *c, const struct evaluator *v, const char 
     struct perplexity_options o = { .ctx = CTX, .kv = KV_F32, .report = v->report };
     struct opened base = { 0 }, other = { 0 };
     struct token_list tokens = { 0 };
-    bool ok = common_open(&base, source, v->backend, v->report, e) &&
+    bool ok = common_open(&base, NULL, source, v->backend, v->report, e) &&
               evaluate_tokens(&tokens, base.tokenizer, text, e) &&
-              common_open(&other, folder, v->backend, v->report, e) &&
+              common_open(&other, NULL, folder, v->backend, v->report, e) &&
               evaluate_same_tokens(&tokens, other.tokenizer, text, source, folder, e) &&
               perplexity_compare(c, &base.model, &other.model, tokens.ids, (int64_t)tokens.n, &o, e);
     free(tokens.ids);

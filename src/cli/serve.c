@@ -613,6 +613,7 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "prefixes kept in files, found again after a restart (default size 16G)", NULL },
         { "--enable-prefix-caching", 0, FLAG_SWITCH, &s->prefix_caching, NULL,
           "prompts go on where known ones part (default; --no-... off)", NULL },
+        COMMON_OVERRIDES_FLAGS(s->common),
         COMMON_SPECULATIVE_FLAG(s->common),
         { "--mtp", 0, FLAG_INT, &s->mtp, "N", "short for --speculative-config with method mtp", NULL },
         { "--chat-template", 0, FLAG_TEXT, &s->template_file, "FILE", "in place of the checkpoint's", NULL },

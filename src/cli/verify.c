@@ -52,7 +52,8 @@ static bool score(struct perplexity_result *r, const char *path, const struct te
     struct opened o = { 0 };
     struct token_list tokens = { 0 };
     struct perplexity_options options = { .ctx = CHUNK, .max_chunks = 1, .report = report };
-    bool ok = common_open(&o, path, b, report, e) && read_tokens(&tokens, &o, text->data, text->bytes, e) &&
+    bool ok = common_open(&o, NULL, path, b, report, e) &&
+              read_tokens(&tokens, &o, text->data, text->bytes, e) &&
               perplexity_run(r, &o.model, tokens.ids, (int64_t)tokens.n, &options, e);
     free(tokens.ids);
     common_close(&o);

@@ -1,6 +1,7 @@
 /* Which tensors make up the network, and their life. */
 #include "model/bind.h"
 #include "model/mtp.h"
+#include "model/rope.h"
 #include "model/step.h"
 #include <math.h>
 #include <stdio.h>
@@ -167,10 +168,9 @@ static bool make_rope(struct model *m, struct err *e)
     bool ok = (inverse && axis) || err_memory(e, "rotary frequencies", (uint64_t)n * 5);
     struct backend *b = m->backend;
     void *memory[2] = { 0 };
-    for (int j = 0; ok && j < n; j++) {
-        inverse[j] = (float)pow(c->rope_theta, -2.0 * j / c->rotary_dim);
+    if (ok) rope_inverse(inverse, c);
+    for (int j = 0; ok && j < n; j++)
         axis[j] = j % 3 > 0 && j < 3 * c->mrope_section[j % 3] ? (uint8_t)(j % 3) : 0;
-    }
     ok = ok && b->ops->memory_create(b->queue, &memory[0], (uint64_t)n * sizeof *inverse, e) &&
          b->ops->memory_create(b->queue, &memory[1], (uint64_t)n, e);
     m->rope_inverse = memory[0];
@@ -178,7 +178,7 @@ static bool make_rope(struct model *m, struct err *e)
     if (ok) {
         b->ops->upload(b->queue, memory[0], inverse, (uint64_t)n * sizeof *inverse);
         b->ops->upload(b->queue, memory[1], axis, (uint64_t)n);
-        m->rope = (struct rope){ n, m->rope_inverse, m->rope_axis };
+        m->rope = (struct rope){ n, rope_scale(c), m->rope_inverse, m->rope_axis };
     }
     free(inverse);
     free(axis);

@@ -51,7 +51,7 @@ static void make_layer_case(struct layer_case *l, enum weight_format delta, enum
     uint8_t *axis = take(3);
     memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
     memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
-    l->rope = (struct rope){ 3, inverse, axis };
+    l->rope = (struct rope){ 3, 1.1386294f, inverse, axis };
 }
 
 static void drop_layer_case(struct layer_case *l)

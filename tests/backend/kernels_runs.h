@@ -122,7 +122,7 @@ static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const i
     uint8_t *axis = take(3);
     memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
     memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
-    struct rope rope = { 3, inverse, axis };
+    struct rope rope = { 3, 1.1386294f, inverse, axis };
     for (int i = 0; i < 4; i++) memory[i] = take(size * 4);
     for (int m = 0; m < 2; m++)
         for (size_t i = 0; i < size; i++) {

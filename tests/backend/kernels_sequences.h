@@ -56,7 +56,7 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
     uint8_t *axis = take(3);
     memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
     memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
-    struct rope rope = { dim >= 6 ? 3 : 0, inverse, axis };
+    struct rope rope = { dim >= 6 ? 3 : 0, 1.1386294f, inverse, axis };
     ref.ops->norm_rope(ref.queue, qr.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
     cpu.ops->norm_rope(cpu.queue, q.m, n_heads, 2 * dim, dim, gain.m.data, 1e-6f, &rope, &p.step);
     check_close(&q, &qr, 4e-6, 4e-6, "norm_rope");

@@ -228,6 +228,107 @@ static void test_eos_list(void **state)
     config_deinit(&c);
 }
 
+#define ROPE "text_config.rope_parameters."
+#define YARN ROPE "rope_type", "\"yarn\"", ROPE "factor", "4.0"
+
+static void test_yarn(void **state)
+{
+    (void)state;
+    struct config c;
+    CHANGED(&c, "tie_word_embeddings", "false");
+    assert_true(c.yarn.factor == 0);
+    config_deinit(&c);
+    CHANGED(&c, YARN);
+    assert_true(c.yarn.factor == 4 && c.yarn.beta_fast == 32 && c.yarn.beta_slow == 1);
+    assert_true(c.yarn.attention_factor == 0 && c.yarn.truncate);
+    assert_int_equal(c.yarn.original, 262144);
+    assert_int_equal(c.max_position_embeddings, 1048576);
+    config_deinit(&c);
+    /* the limit is the product whatever max_position_embeddings says */
+    CHANGED(&c, YARN, ROPE "original_max_position_embeddings", "32768", ROPE "factor", "1.5", ROPE "truncate",
+            "false", ROPE "attention_factor", "1.25", ROPE "beta_fast", "64", ROPE "beta_slow", "2",
+            "text_config.max_position_embeddings", "1010000");
+    assert_int_equal(c.yarn.original, 32768);
+    assert_int_equal(c.max_position_embeddings, 49152);
+    assert_false(c.yarn.truncate);
+    assert_true(c.yarn.attention_factor == 1.25 && c.yarn.beta_fast == 64 && c.yarn.beta_slow == 2);
+    config_deinit(&c);
+    /* the older names */
+    CHANGED(&c, YARN, ROPE "rope_type", NULL, ROPE "type", "\"yarn\"");
+    assert_int_equal(c.max_position_embeddings, 1048576);
+    config_deinit(&c);
+    CHANGED(&c, YARN, ROPE "type", "\"mrope\"");
+    assert_int_equal(c.max_position_embeddings, 1048576);
+    config_deinit(&c);
+    CHANGED(&c, "text_config.rope_theta", "1e7", "text_config.rope_parameters", "null",
+            "text_config.rope_scaling", "{\"type\":\"yarn\",\"factor\":2}");
+    assert_int_equal(c.max_position_embeddings, 524288);
+    config_deinit(&c);
+}
+
+/* Qwen's older recipe, a rope_scaling added by hand, in a file that has rope_parameters. */
+static void test_two_places(void **state)
+{
+    (void)state;
+    static const char yarn[] = "{\"rope_type\":\"yarn\",\"factor\":4.0}";
+    struct config c;
+    struct err e = { 0 };
+    CHANGED(&c, "text_config.rope_scaling", "{\"type\":\"mrope\",\"mrope_section\":[11,11,10]}");
+    assert_true(c.yarn.factor == 0);
+    config_deinit(&c);
+    CHANGED(&c, YARN, "text_config.rope_scaling", yarn);
+    assert_int_equal(c.max_position_embeddings, 1048576);
+    config_deinit(&c);
+    for (int i = 0; i < 2; i++) {
+        json_t *root = must_load(REFERENCE);
+        json_change(root, "text_config.rope_scaling", yarn);
+        if (i == 1) json_change(root, ROPE "rope_type", "\"yarn\"");
+        if (i == 1) json_change(root, ROPE "factor", "2");
+        assert_false(config_parse(&c, root, &e));
+        assert_message(
+            &e, "",
+            "text_config.rope_scaling: asks for YaRN, and text_config.rope_parameters beside it does "
+            "not ask for the same; remove one of the two");
+        json_decref(root);
+    }
+}
+
+static void test_broken_yarn(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *key, *value, *message;
+    } cases[] = {
+        { "factor", NULL, "factor: expected a number, found absent" },
+        { "factor", "\"4\"", "factor: expected a number, found a string" },
+        { "factor", "0.9", "factor: 0.9 is not 1 or more" },
+        { "factor", "8192", "factor: 8192 is not small enough for 2^31 positions" },
+        { "original_max_position_embeddings", "0", "original_max_position_embeddings: expected 1 to" },
+        { "original_max_position_embeddings", "1.5",
+          "original_max_position_embeddings: expected an integer" },
+        { "attention_factor", "0", "attention_factor: 0 is not above 0" },
+        { "beta_slow", "0", "beta_slow: 0 is not above 0" },
+        { "beta_slow", "33", "beta_fast: 32 is not beta_slow or more" },
+        { "truncate", "1", "truncate: expected true or false, found an integer" },
+        { "mscale", "1.0", "mscale: is not supported; attention_factor is" },
+        { "extrapolation_factor", "1.0", "extrapolation_factor: is not supported; attention_factor is" },
+        { "type", "\"default\"", "type: 'default' contradicts rope_type 'yarn'; one of the two is enough" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        json_t *root = must_load(REFERENCE);
+        char path[100];
+        struct config c;
+        struct err e = { 0 };
+        json_change(root, ROPE "rope_type", "\"yarn\"");
+        json_change(root, ROPE "factor", "4");
+        snprintf(path, sizeof path, ROPE "%s", cases[i].key);
+        json_change(root, path, cases[i].value);
+        if (config_parse(&c, root, &e)) fail_msg("accepted: %s = %s", path, cases[i].value);
+        assert_message(&e, ROPE, cases[i].message);
+        json_decref(root);
+    }
+}
+
 struct change {
     const char *path, *value, *message;
 };
@@ -271,10 +372,13 @@ static void test_unsupported(void **state)
         { "text_config.norm_topk_prob", "false", "text_config.norm_topk_prob: false is not supported" },
         { "text_config.mlp_only_layers", "[1]",
           "text_config.mlp_only_layers: only an empty list is supported" },
-        { "text_config.rope_parameters.rope_type", "\"yarn\"",
-          "text_config.rope_parameters.rope_type: 'yarn' is not supported, only 'default' is" },
+        { "text_config.rope_parameters.rope_type", "\"longrope\"",
+          "text_config.rope_parameters.rope_type: 'longrope' is not supported, only 'default' and 'yarn' "
+          "are" },
+        { "text_config.rope_parameters.rope_type", "\"mrope\"",
+          "text_config.rope_parameters.rope_type: 'mrope' is not supported, only 'default' and 'yarn' are" },
         { "text_config.rope_parameters.type", "\"linear\"",
-          "text_config.rope_parameters.type: 'linear' is not supported, only 'default' is" },
+          "text_config.rope_parameters.type: 'linear' is not supported, only 'default' and 'yarn' are" },
         { "text_config.rope_parameters.mrope_interleaved", "false",
           "text_config.rope_parameters.mrope_interleaved: false is not supported" },
         { "vision_config.hidden_act", "\"silu\"",
@@ -491,15 +595,27 @@ static void test_head_dim_message(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference),        cmocka_unit_test(test_reference_layers),
-        cmocka_unit_test(test_reference_vision), cmocka_unit_test(test_optional_fields),
-        cmocka_unit_test(test_tied_embeddings),  cmocka_unit_test(test_rope_spellings),
-        cmocka_unit_test(test_head_dim_absent),  cmocka_unit_test(test_layer_patterns),
-        cmocka_unit_test(test_text_only),        cmocka_unit_test(test_demo),
-        cmocka_unit_test(test_eos_list),         cmocka_unit_test(test_unsupported),
-        cmocka_unit_test(test_required),         cmocka_unit_test(test_ranges),
-        cmocka_unit_test(test_products),         cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_layer_type_names), cmocka_unit_test(test_head_dim_message),
+        cmocka_unit_test(test_reference),
+        cmocka_unit_test(test_reference_layers),
+        cmocka_unit_test(test_reference_vision),
+        cmocka_unit_test(test_optional_fields),
+        cmocka_unit_test(test_tied_embeddings),
+        cmocka_unit_test(test_rope_spellings),
+        cmocka_unit_test(test_head_dim_absent),
+        cmocka_unit_test(test_layer_patterns),
+        cmocka_unit_test(test_text_only),
+        cmocka_unit_test(test_demo),
+        cmocka_unit_test(test_eos_list),
+        cmocka_unit_test(test_yarn),
+        cmocka_unit_test(test_broken_yarn),
+        cmocka_unit_test(test_two_places),
+        cmocka_unit_test(test_unsupported),
+        cmocka_unit_test(test_required),
+        cmocka_unit_test(test_ranges),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_layer_type_names),
+        cmocka_unit_test(test_head_dim_message),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -680,6 +680,86 @@ static void drafts_are_checked(void **state)
 }
 
 /* Names that are not UTF-8 cannot stand in JSON as they are; the result must come out all the same. */
+static const char story[] = "The capital of Finland is Helsinki. The sea rises and falls twice a day, and "
+                            "the boats wait for it in every "
+                            "harbour from here to the north, where the tides are lower and the winters are "
+                            "longer than anywhere else.";
+
+/* A value of what a command prints as JSON, as text. */
+static char *value_of(const char *key, const char *const *words)
+{
+    succeed(words);
+    json_t *o = must_parse(f.out);
+    char *text = json_dumps(json_object_get(o, key), JSON_ENCODE_ANY);
+    assert_non_null(text);
+    json_decref(o);
+    return text;
+}
+
+static void overrides_are_an_edited_file(void **state)
+{
+    (void)state;
+    static const char recipe[] =
+        "{\"text_config\":{\"rope_parameters\":{\"mrope_interleaved\":true,\"mrope_section\":[11,11,10],"
+        "\"rope_type\":\"yarn\",\"rope_theta\":10000000,\"partial_rotary_factor\":0.25,\"factor\":4.0,"
+        "\"original_max_position_embeddings\":262144}}}";
+    const char *folder = variant("yarn"), *text = in("yarn-text");
+    replace(f.temp.path, "yarn-text", story, strlen(story));
+    change_json(folder, "config.json", "text_config.rope_parameters.rope_type", "\"yarn\"");
+    change_json(folder, "config.json", "text_config.rope_parameters.factor", "4.0");
+    const struct {
+        const char *model, *flag, *value;
+    } ways[] = { { demo, "--rope-yarn", "0" },
+                 { folder, "--rope-yarn", "0" },
+                 { demo, "--rope-yarn", "4" },
+                 { demo, "--hf-overrides", recipe } };
+    char *ids[4], *perplexity[4];
+    for (int i = 0; i < 4; i++) {
+        ids[i] =
+            value_of("token_ids", WORDS("generate", ways[i].model, "-p", story, "-n", "24", "--ignore-eos",
+                                        "--quiet", "--json", ways[i].flag, ways[i].value));
+        perplexity[i] = value_of("perplexity", WORDS("perplexity", ways[i].model, "--text", text, "--quiet",
+                                                     "--json", ways[i].flag, ways[i].value));
+        assert_int_equal(strcmp(ids[i], ids[0]) != 0, i > 0);
+        assert_int_equal(strcmp(perplexity[i], perplexity[0]) != 0, i > 0);
+        if (i > 1) assert_string_equal(ids[i], ids[1]);
+        if (i > 1) assert_string_equal(perplexity[i], perplexity[1]);
+    }
+    for (int i = 0; i < 4; i++) free(ids[i]), free(perplexity[i]);
+}
+
+static void overrides_are_checked(void **state)
+{
+    (void)state;
+    static const char *const commands[][4] = { { "generate", "-p", "x" },
+                                               { "chat", "--max-tokens", "1" },
+                                               { "perplexity", "--text", "data/calibration.jsonl" },
+                                               { "eval", "--tasks", "@/tasks" },
+                                               { "bench", "-r", "1" } };
+    char message[300], path[300];
+    replace(f.temp.path, "tasks", "{\"prompt\":\"a\",\"answer\":\"b\"}\n", 28);
+    snprintf(path, sizeof path, "%s", in("tasks"));
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        const char *const *c = commands[i], *value = *c[2] == '@' ? path : c[2];
+        snprintf(
+            message, sizeof message,
+            "quench %s: overrides of config.json: text_config.hidden_size: fixed by the weights, which were "
+            "made for 256; it cannot be overridden\n",
+            c[0]);
+        refuse(WORDS(c[0], demo, c[1], value, "--hf-overrides", "{\"text_config\":{\"hidden_size\":512}}"), 2,
+               message);
+        snprintf(message, sizeof message, "quench %s: --rope-yarn: expected 1 or more, found 0.5\n", c[0]);
+        refuse(WORDS(c[0], demo, c[1], value, "--rope-yarn", "0.5"), 2, message);
+    }
+    refuse(WORDS("generate", demo, "-p", "x", "--hf-overrides", "[]"), 2,
+           "quench generate: --hf-overrides: expected an object\n");
+    refuse(
+        WORDS("generate", demo, "-p", "x", "--hf-overrides", "{"), 2,
+        "quench generate: --hf-overrides: JSON: string or '}' expected near end of file (line 1, byte 1)\n");
+    refuse(WORDS("bench", "--synthetic", "35b-a3b:layers=4", "--rope-yarn", "4"), 2,
+           "quench bench: --hf-overrides and --rope-yarn: of a checkpoint, not of --synthetic\n");
+}
+
 static void json_of_an_odd_name(void **state)
 {
     (void)state;
@@ -870,6 +950,8 @@ int main(void)
         cmocka_unit_test(generate_about_images),
         cmocka_unit_test(drafts_as_json),
         cmocka_unit_test(drafts_are_checked),
+        cmocka_unit_test(overrides_are_an_edited_file),
+        cmocka_unit_test(overrides_are_checked),
         cmocka_unit_test(json_of_an_odd_name),
         cmocka_unit_test(the_answer_is_the_same_on_every_way),
         cmocka_unit_test(quantize_refuses_before_it_works),

@@ -141,6 +141,15 @@ static void test_refusals(void **state)
     expect(SERVE("models/demo", "--mtp", "9"), 2, "--mtp: expected 0 to 8, found 9");
     expect(SERVE("models/demo", "--max-model-len", "1m", "--port", "0"), 1,
            "--max-model-len: 1000000, the model allows 262144");
+    expect(SERVE("models/demo", "--max-model-len", "2m", "--rope-yarn", "4", "--port", "0"), 1,
+           "--max-model-len: 2000000, the model allows 1048576");
+    expect(SERVE("models/demo", "--rope-yarn", "0.5", "--port", "0"), 2,
+           "--rope-yarn: expected 1 or more, found 0.5");
+    expect(SERVE("models/demo", "--hf-overrides", "{\"text_config\":{\"head_dim\":64}}", "--port", "0"), 2,
+           "overrides of config.json: text_config.head_dim: fixed by the weights, which were made for 256");
+    expect(SERVE("models/demo", "--rope-scaling", "{}"), 2,
+           "--rope-scaling is a flag of llama.cpp and of older vLLMs; here it is --rope-yarn FACTOR, or "
+           "--hf-overrides");
     expect(SERVE("models/demo", "--memory", "70M", "--max-num-seqs", "64", "--max-model-len", "4k", "--port",
                  "0"),
            1, "64 sequences, one of them of 4000 tokens, need ");

@@ -332,6 +332,31 @@ static void test_reset(void **state)
     serving_stop(&s);
 }
 
+/* What a config.json led to is not found by a server with another one. */
+static void test_overrides(void **state)
+{
+    (void)state;
+    struct serving s;
+    const char *folder = temp_path(&temp, "overridden");
+    static const char yarn[] =
+        "{\"text_config\":{\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":4.0}}}";
+    static const struct {
+        const char *flag, *value;
+        bool finds;
+    } rounds[] = { { "--rope-yarn", "0", false },    { "--rope-yarn", "4", false },
+                   { "--hf-overrides", yarn, true }, { "--rope-yarn", "2", false },
+                   { "--rope-yarn", "0", true },     { "--rope-yarn", "4", true } };
+    for (size_t i = 0; i < sizeof rounds / sizeof *rounds; i++) {
+        START(&s, "--max-num-seqs", "2", "--disk-cache", folder, rounds[i].flag, rounds[i].value);
+        int before = files_in(folder);
+        assert_int_equal(cached_tokens(&s) > 0, rounds[i].finds);
+        for (double until = clock_seconds() + 10; !rounds[i].finds && files_in(folder) == before;
+             usleep(10000))
+            assert_true(clock_seconds() < until);
+        serving_stop(&s);
+    }
+}
+
 static void test_reload(void **state)
 {
     (void)state;
@@ -406,9 +431,9 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),        cmocka_unit_test(test_start), cmocka_unit_test(test_pause),
-        cmocka_unit_test(test_cancel),      cmocka_unit_test(test_reset), cmocka_unit_test(test_reload),
-        cmocka_unit_test(test_unix_socket),
+        cmocka_unit_test(test_keys),   cmocka_unit_test(test_start),       cmocka_unit_test(test_pause),
+        cmocka_unit_test(test_cancel), cmocka_unit_test(test_reset),       cmocka_unit_test(test_overrides),
+        cmocka_unit_test(test_reload), cmocka_unit_test(test_unix_socket),
     };
     signal(SIGPIPE, SIG_IGN);
     const char *only = getenv("QUENCH_ONLY");

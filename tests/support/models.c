@@ -9,14 +9,20 @@ void must(bool ok, const struct err *e)
     abort();
 }
 
-void load_model(struct loaded *l, const char *path, const struct backend_options *o)
+void load_model_overridden(struct loaded *l, const char *path, const struct overrides *overrides,
+                           const struct backend_options *o)
 {
     struct err e = { 0 };
     *l = (struct loaded){ 0 };
-    must(checkpoint_open(&l->checkpoint, path, &e), &e);
+    must(checkpoint_open_overridden(&l->checkpoint, path, overrides, &e), &e);
     must(backend_create(&l->backend, o, &e), &e);
     must(model_init(&l->model, &l->checkpoint, &l->backend, NULL, &e), &e);
     must(model_bind_all(&l->model, &e), &e);
+}
+
+void load_model(struct loaded *l, const char *path, const struct backend_options *o)
+{
+    load_model_overridden(l, path, NULL, o);
 }
 
 void unload_model(struct loaded *l)

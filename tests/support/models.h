@@ -12,6 +12,8 @@ struct loaded {
 
 /* Aborts the test with the error's text on failure. */
 void load_model(struct loaded *l, const char *path, const struct backend_options *o);
+void load_model_overridden(struct loaded *l, const char *path, const struct overrides *overrides,
+                           const struct backend_options *o);
 void unload_model(struct loaded *l);
 /* The folder with larger material ($QUENCH_SHARED: models/study, data/...), or NULL; says SKIP when unset. */
 const char *shared_folder(const char *what);

@@ -138,6 +138,8 @@ static void norm_rope_row(void *ctx, int64_t i, int thread)
     for (int f = 0; f < j->rope->n; f++) {
         float angle = (float)j->rows[i].position[j->rope->axis[f]] * j->rope->inverse[f], s, c;
         sincosf(angle, &s, &c);
+        s *= j->rope->scale;
+        c *= j->rope->scale;
         for (int h = 0; h < j->n_heads; h++) {
             float *pair = row + (int64_t)h * j->head_stride + f, a = pair[0], b = pair[j->rope->n];
             pair[0] = a * c - b * s;

@@ -70,11 +70,11 @@ struct head_values {
     }
 };
 
-/* Cosine and sine of pair j at a position. */
+/* Cosine and sine of pair j at a position, scaled. */
 __device__ __forceinline__ float2 rope_turn(const rope &rope, const int position[3], int j)
 {
     float angle = (float)position[rope.axis[j]] * rope.inverse[j];
-    return make_float2(cosf(angle), sinf(angle));
+    return make_float2(cosf(angle) * rope.scale, sinf(angle) * rope.scale);
 }
 
 __device__ __forceinline__ void turn_two(float &a, float &b, float2 turn)

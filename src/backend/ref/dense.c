@@ -101,7 +101,7 @@ static void rotate(float *x, const struct rope *rope, const int32_t position[3])
 {
     for (int j = 0; j < rope->n; j++) {
         float angle = (float)position[rope->axis[j]] * rope->inverse[j];
-        float c = cosf(angle), s = sinf(angle), a = x[j], b = x[j + rope->n];
+        float c = cosf(angle) * rope->scale, s = sinf(angle) * rope->scale, a = x[j], b = x[j + rope->n];
         x[j] = a * c - b * s;
         x[j + rope->n] = b * c + a * s;
     }
