@@ -56,7 +56,7 @@ struct settings {
     struct text_list names;
     const char *context_text, *step_text, *memory_text, *host_cache_text, *disk_cache_text;
     int64_t sequences, mtp, queued, stream_interval;
-    double utilization, decode_ms;
+    double utilization, decode_ms, encoder_cache_gb;
     int kv;
     bool prefix_caching, language_only, strict;
     const char *local_media;
@@ -153,6 +153,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--stream-interval", (double)s->stream_interval, 0, INT32_MAX },
         { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
+        { "--mm-processor-cache-gb", s->encoder_cache_gb, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
         { "--max-connections", (double)s->connections, 1, 1 << 20 },
         { "--max-header-bytes", (double)s->header_bytes, 256, 16 << 20 },
@@ -323,6 +324,16 @@ struct service {
     double seconds[STAGES];
 };
 
+static bool sees(const struct service *v, const struct settings *s)
+{
+    return v->opened.checkpoint.config.has_vision && !s->language_only;
+}
+
+static uint64_t encoder_cache(const struct service *v, const struct settings *s)
+{
+    return sees(v, s) ? (uint64_t)(s->encoder_cache_gb * (1 << 30)) : 0;
+}
+
 static bool make_plan(struct plan *p, const struct settings *s, const struct service *v, struct err *e)
 {
     struct plan_options o = { .checkpoint = &v->opened.checkpoint,
@@ -330,6 +341,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct ser
                               .kv = common_kv_dtype(&s->common, &v->backend),
                               .drafts = s->drafts,
                               .prefix_cache = s->prefix_caching,
+                              .encoder_cache = encoder_cache(v, s),
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
                               .step_rows = (int64_t)s->step_tokens,
@@ -389,6 +401,7 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
+                                   .encoder_cache_bytes = encoder_cache(v, s),
                                    .disk_folder = s->disk_folder,
                                    .disk_bytes = s->disk_bytes,
                                    .turn_end = v->turn_end.ids,
@@ -464,7 +477,7 @@ static void isolate_images(struct service *v, const struct settings *s)
 {
     static const char self[] = "/proc/self/exe";
     struct err e = { 0 };
-    if (s->language_only || !v->opened.checkpoint.config.has_vision) return;
+    if (!sees(v, s)) return;
     if (isolated_works(self, &e))
         v->images.program = self;
     else
@@ -630,6 +643,9 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           NULL },
         { "--allowed-local-media-path", 0, FLAG_TEXT, &s->local_media, "FOLDER",
           "images by file:// URL are read from below this folder (default none)", NULL },
+        { "--mm-processor-cache-gb", 0, FLAG_NUMBER, &s->encoder_cache_gb, "GB",
+          "of host memory for what the vision tower made of images, GiB (default 0.25; 0: nothing is kept)",
+          NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--verify", 0, FLAG_SWITCH, &s->verify, NULL, "check the checkpoint first, as quench verify does",
           NULL },
@@ -710,6 +726,7 @@ int cli_serve(int argc, char **argv)
     struct settings s = { .common.inputs = 1,
                           .port = 8000,
                           .decode_ms = 100,
+                          .encoder_cache_gb = 0.25,
                           .prefix_caching = true,
                           .headers = 100,
                           .header_bytes = 64 << 10,

@@ -1,5 +1,7 @@
 #include "engine/picture.h"
 #include "model/vision.h"
+#include <stdatomic.h>
+#include <stddef.h>
 #include <stdlib.h>
 
 struct picture_reader {
@@ -52,11 +54,31 @@ bool picture_open(const struct picture_reader *r, struct picture *out, struct pa
     return ok;
 }
 
+/* Rows lie behind the number of pictures that have them. */
+struct shared {
+    atomic_int holders;
+    _Alignas(64) float rows[];
+};
+
+static struct shared *shared_of(float *rows)
+{
+    return (struct shared *)(void *)((char *)rows - offsetof(struct shared, rows));
+}
+
+static bool make_rows(struct picture *p, struct err *e)
+{
+    uint64_t bytes = (uint64_t)(p->height * p->width * p->cols) * sizeof *p->rows,
+             each = sizeof(struct shared);
+    struct shared *s = aligned_alloc(each, sizeof *s + (bytes + each - 1) / each * each);
+    if (!s) return err_memory(e, "image", bytes);
+    atomic_init(&s->holders, 1);
+    p->rows = s->rows;
+    return true;
+}
+
 bool picture_see(struct picture_reader *r, struct picture *out, const struct patches *p, struct err *e)
 {
-    uint64_t bytes = (uint64_t)(out->height * out->width * out->cols) * sizeof *out->rows;
-    out->rows = malloc(bytes);
-    if (!out->rows) return err_memory(e, "image", bytes);
+    if (!make_rows(out, e)) return false;
     if (vision_run(r->vision, out->rows, p->values, p->height, p->width, e)) return true;
     picture_free(out);
     return false;
@@ -71,8 +93,14 @@ bool picture_read(struct picture_reader *r, struct picture *out, const char *sou
     return ok;
 }
 
+struct picture picture_share(const struct picture *p)
+{
+    if (p->rows) atomic_fetch_add(&shared_of(p->rows)->holders, 1);
+    return *p;
+}
+
 void picture_free(struct picture *p)
 {
-    free(p->rows);
+    if (p->rows && atomic_fetch_sub(&shared_of(p->rows)->holders, 1) == 1) free(shared_of(p->rows));
     *p = (struct picture){ 0 };
 }

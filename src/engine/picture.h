@@ -8,7 +8,7 @@
 struct picture {
     int64_t height, width; /* in rows of the language model */
     int64_t cols;          /* the model's hidden_size */
-    float *rows;           /* [height * width][cols], owned */
+    float *rows;           /* [height * width][cols], owned, with others that picture_share made */
 };
 
 /* The vision tower and how it wants its pictures. */
@@ -25,5 +25,7 @@ bool picture_read(struct picture_reader *r, struct picture *out, const char *sou
 bool picture_open(const struct picture_reader *r, struct picture *out, struct patches *patches,
                   const char *source, const struct image_limits *limits, struct err *e);
 bool picture_see(struct picture_reader *r, struct picture *out, const struct patches *patches, struct err *e);
-void picture_free(struct picture *p); /* accepts a zeroed one */
+/* The same picture and rows; these are freed with the last that has them. */
+struct picture picture_share(const struct picture *p);
+void picture_free(struct picture *p); /* on any thread; accepts a zeroed one */
 #endif

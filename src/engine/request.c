@@ -1,5 +1,6 @@
 #include "engine/request.h"
 #include "base/clock.h"
+#include "engine/encoder_cache.h"
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -181,7 +182,9 @@ static bool open_pictures(struct request *r, const struct request_options *o, co
         p->place.height = p->picture.height;
         p->place.width = p->picture.width;
         uint64_t values = (uint64_t)(p->patches.height * p->patches.width * p->patches.cols);
-        if (cuts_digest(p->place.digest, p->patches.values, values * sizeof(float), e)) continue;
+        if (cuts_digest(p->place.digest, p->patches.values, values * sizeof(float), e) &&
+            encoder_key(p->key, o->salt, &p->place, e))
+            continue;
         r->n_pictures++;
         return false;
     }

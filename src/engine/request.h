@@ -38,6 +38,7 @@ struct request_picture {
     struct picture picture; /* its rows come when they are wanted */
     struct patches patches;
     struct cut_picture place; /* among the rows of the prompt */
+    uint8_t key[32];          /* of the encoder cache */
 };
 
 struct request {

@@ -203,6 +203,7 @@ struct run {
     char folder[64], folders[2][80]; /* of files */
     bool has_files;
     int64_t blocks, turns, rows_asked, rows_found, rows_read, drafted, accepted, preempted;
+    int64_t pictures_asked, pictures_found;
 };
 
 static void no_warning(void *ctx, const char *text)
@@ -223,6 +224,7 @@ static void choose(struct run *r)
                                          .pages = 13 + random_below(40) };
     r->has_files = (r->blocks + 1) / 2 % 2;
     r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
+    r->scheduler.encoder_cache_bytes = (uint64_t)random_below(96) << 10;
     r->scheduler.disk_bytes = (uint64_t)(4 + random_below(60)) << 20;
     r->scheduler.warn = no_warning;
     r->blocks++;
@@ -238,7 +240,7 @@ static void start(struct run *r)
         if (i == COLD) {
             g = (struct engine_options){ .sequences = 1 };
             o.step_tokens = 0;
-            o.host_cache_bytes = 0;
+            o.host_cache_bytes = o.encoder_cache_bytes = 0;
         }
         o.disk_folder = r->has_files && i != COLD ? r->folders[i] : NULL;
         service_start(s, &demo, g, o);
@@ -258,6 +260,8 @@ static void stop(struct run *r)
         r->drafted += stats.drafted;
         r->accepted += stats.accepted;
         r->preempted += stats.preemptions;
+        r->pictures_asked += stats.encoder_queries;
+        r->pictures_found += stats.encoder_hits;
         service_stop(&r->services[i]);
     }
 }
@@ -361,10 +365,12 @@ static void from_a_to_b_and_back(void **state)
     must(file_remove_tree(r.folder, &e), &e);
     printf(
         "note: %ld histories, %lld prompts, 0 and 2 drafts: %lld of %lld rows found, %lld in files, %lld of "
-        "%lld drafts right, preempted %lld times; no bit differs\n",
+        "%lld drafts right, preempted %lld times, %lld of %lld pictures found; no bit differs\n",
         done, (long long)r.turns, (long long)r.rows_found, (long long)r.rows_asked, (long long)r.rows_read,
-        (long long)r.accepted, (long long)r.drafted, (long long)r.preempted);
+        (long long)r.accepted, (long long)r.drafted, (long long)r.preempted, (long long)r.pictures_found,
+        (long long)r.pictures_asked);
     assert_true(r.rows_read > 0);
+    assert_true(r.pictures_found > 0 && r.pictures_found < r.pictures_asked);
     assert_true(r.rows_found * 5 > r.rows_asked);
     assert_true(r.accepted * 3 > r.turns);
     for (int i = 0; i < SERVICES; i++) free(r.answers[i]);
