@@ -7,7 +7,7 @@
 struct picture_reader {
     struct model *model;
     struct vision *vision;
-    struct patch_rule rule;
+    struct patch_rule rule, video_rule;
 };
 
 static bool load_rule(struct picture_reader *r, struct err *e)
@@ -16,8 +16,10 @@ static bool load_rule(struct picture_reader *r, struct err *e)
     if (c->vision.channels != 3)
         return err_set(e, ERR_UNSUPPORTED, "vision_config.in_channels is %d, only 3 is supported",
                        c->vision.channels);
-    return patch_rule_load(&r->rule, r->model->checkpoint->path, c->vision.patch, c->vision.temporal_patch,
-                           c->vision.merge, e);
+    const char *dir = r->model->checkpoint->path;
+    return patch_rule_load(&r->rule, dir, c->vision.patch, c->vision.temporal_patch, c->vision.merge, e) &&
+           patch_rule_load_video(&r->video_rule, dir, c->vision.patch, c->vision.temporal_patch,
+                                 c->vision.merge, e);
 }
 
 bool picture_reader_create(struct picture_reader **out, struct model *m, struct err *e)
@@ -39,19 +41,36 @@ void picture_reader_free(struct picture_reader *r)
     free(r);
 }
 
+/* As large as the tower makes it of these patches. */
+static struct picture sized(const struct picture_reader *r, const struct patches *p)
+{
+    const struct config *c = r->model->config;
+    return (struct picture){ p->height / c->vision.merge, p->width / c->vision.merge, c->hidden_size, NULL };
+}
+
 bool picture_open(const struct picture_reader *r, struct picture *out, struct patches *patches,
                   const char *source, const struct image_limits *limits, struct err *e)
 {
     struct image image;
-    const struct config *c = r->model->config;
     *out = (struct picture){ 0 };
     *patches = (struct patches){ 0 };
     bool ok = image_load(&image, source, limits, e) && patches_make(patches, &image, &r->rule, e);
     image_free(&image);
-    if (ok)
-        *out = (struct picture){ patches->height / c->vision.merge, patches->width / c->vision.merge,
-                                 c->hidden_size, NULL };
+    if (ok) *out = sized(r, patches);
     return ok;
+}
+
+int64_t picture_count_video(const struct picture_reader *r, const char *source)
+{
+    return (frames_count(source) + r->video_rule.frames - 1) / r->video_rule.frames;
+}
+
+bool picture_open_video(const struct picture_reader *r, struct picture *out, struct patches *patches,
+                        const char *source, const struct image_limits *limits, struct err *e)
+{
+    if (!frames_patches(patches, source, &r->video_rule, limits, e)) return false;
+    for (int64_t i = 0, n = picture_count_video(r, source); i < n; i++) out[i] = sized(r, &patches[i]);
+    return true;
 }
 
 /* Rows lie behind the number of pictures that have them. */

@@ -63,9 +63,10 @@ struct logit_bias {
  * it lives until then. A zeroed one with a prompt scores it and no more: see max_tokens, top_logprobs,
  * prompt_logprobs, thinking_budget, and constraint_after where there is a constraint. */
 struct request_options {
-    const int32_t *prompt; /* one image token for each picture */
+    const int32_t *prompt; /* one image token for each image, one video token for each pair of frames */
     int64_t n_prompt;
-    const char *const *pictures; /* [n_pictures] sources as image_load takes them */
+    const char *const *pictures; /* [n_pictures] in the prompt's order: images as image_load takes them,
+                                  videos as frames_patches does */
     int n_pictures;
 
     struct sampling sampling;

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 #include "engine/encoder_cache.h"
 #include "support/requests.h"
+#include "support/videos.h"
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,8 +19,13 @@ static atomic_int layers; /* of the tower, run so far */
 
 static const char *const files[] = { "tests/golden/images/grey.png", "tests/golden/images/cmyk.jpg",
                                      "tests/golden/images/full_colour.jpg" };
-enum { FILES = 3, PICTURES_MOST = 3, TALKS = 6 };
+enum { FILES = 3, PICTURES_MOST = 3, TALKS = 8 };
 static uint64_t sizes[FILES]; /* of their rows */
+static const char *const frames[] = { "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png",
+                                      "tests/golden/demo/frames/2.png" };
+enum { FRAMES = 3, PAIRS = 2 };
+static uint64_t video_size;
+static char *video;
 
 static void count_layer(struct queue *q, struct mat y, struct mat qkv, int n_heads)
 {
@@ -37,14 +43,19 @@ struct talk {
     const char *text, *pictures[PICTURES_MOST];
     int n_pictures;
 };
-#define SEEN "<|vision_start|><|image_pad|><|vision_end|>"
-static const struct talk talks[TALKS] = {
+#define SEEN  "<|vision_start|><|image_pad|><|vision_end|>"
+#define MOVES "<|vision_start|><|video_pad|><|vision_end|>"
+static struct talk talks[TALKS] = {
     { "<|im_start|>user\n" SEEN "What is this?<|im_end|>\n<|im_start|>assistant\n", { files[0] }, 1 },
     { "A farmer has 17 sheep. " SEEN " How many are in the picture?", { files[0] }, 1 },
     { SEEN, { files[0] }, 1 },
     { SEEN "and" SEEN "and once more" SEEN, { files[1], files[0], files[1] }, 3 },
     { "<|im_start|>user\nCompare " SEEN SEEN "<|im_end|>\n", { files[2], files[1] }, 2 },
     { "No picture at all", { NULL }, 0 },
+    { "<0.5 seconds>" MOVES "<2.0 seconds>" MOVES "And" SEEN,
+      { NULL, files[0] },
+      2 }, /* a video of 3 frames */
+    { SEEN "<0.5 seconds>" MOVES "<2.0 seconds>" MOVES "What moves?", { files[2], NULL }, 2 },
 };
 
 static struct request_options options(const struct talk *t, struct token_list *tokens)
@@ -81,7 +92,7 @@ static struct answer *cold_answers(void)
     int before = towers();
     service_start(&s, &demo, (struct engine_options){ .sequences = 1 }, (struct scheduler_options){ 0 });
     for (int i = 0; i < TALKS; i++) ask_talk(&a[i], &s, &talks[i]);
-    assert_int_equal(towers() - before, 8);
+    assert_int_equal(towers() - before, 8 + 3 + 3);
     assert_int_equal(stats_of(&s).encoder_queries, 0);
     service_stop(&s);
     return a;
@@ -101,10 +112,10 @@ static void the_same_bits_with_and_without(void **state)
             answer_same(a, &cold[i], talks[i].text);
         }
     struct scheduler_stats stats = stats_of(&s);
-    assert_int_equal(towers() - before, FILES);
-    assert_int_equal(stats.encoder_queries, 16);
-    assert_int_equal(stats.encoder_hits, 16 - FILES);
-    assert_int_equal(stats.encoder_bytes, sizes[0] + sizes[1] + sizes[2]);
+    assert_int_equal(towers() - before, FILES + PAIRS);
+    assert_int_equal(stats.encoder_queries, 28);
+    assert_int_equal(stats.encoder_hits, 28 - FILES - PAIRS);
+    assert_int_equal(stats.encoder_bytes, sizes[0] + sizes[1] + sizes[2] + video_size);
     service_stop(&s);
     free(cold);
     free(a);
@@ -152,6 +163,34 @@ static void what_was_used_longest_ago_goes(void **state)
     service_stop(&s);
     free(cold);
     free(a);
+}
+
+/* What stands where something else was promised is refused, and nothing is held. */
+static void refuse(struct service *s, const char *text, const char *clip, const char *says)
+{
+    struct talk t = { text, { clip, files[0] }, 2 };
+    struct token_list tokens;
+    struct request_options o = options(&t, &tokens);
+    struct request *r;
+    struct err e = { 0 };
+    assert_false(scheduler_submit(s->scheduler, &r, &o, &e));
+    if (!strstr(e.text, says)) fail_msg("%s: %s", text, e.text);
+    free(tokens.ids);
+}
+
+static void places_are_for_their_kind(void **state)
+{
+    (void)state;
+    struct service s;
+    service_start(&s, &demo, (struct engine_options){ 0 }, (struct scheduler_options){ 0 });
+    refuse(&s, MOVES SEEN, video, "the prompt has places for 2 images, 3 given");
+    refuse(&s, MOVES MOVES MOVES SEEN, video, "the prompt has places for 4 images, 3 given");
+    refuse(&s, MOVES SEEN MOVES, video, "images and videos in another order than given");
+    refuse(&s, SEEN MOVES MOVES, video, "images and videos in another order than given");
+    refuse(&s, MOVES SEEN, "data:video/jpeg;base64,AAAA,BBBB",
+           "video 1: frame 1 of 2: not an image of a known format");
+    refuse(&s, MOVES SEEN, "data:video/jpeg;base64,AAAA", "video 1: a video has 2 to 768 frames, found 1");
+    service_stop(&s);
 }
 
 /* Other salts, requests that are to be computed anew, and what was forgotten find nothing. */
@@ -309,6 +348,15 @@ static int load(void **state)
         sizes[i] = (uint64_t)(p.height * p.width * p.cols) * sizeof *p.rows;
         picture_free(&p);
     }
+    struct picture pairs[PAIRS];
+    struct patches patches[PAIRS];
+    video = video_url(frames, FRAMES);
+    talks[6].pictures[0] = talks[7].pictures[1] = video;
+    must(picture_open_video(reader, pairs, patches, video, NULL, &e), &e);
+    for (int i = 0; i < PAIRS; i++) {
+        video_size += (uint64_t)(pairs[i].height * pairs[i].width * pairs[i].cols) * sizeof(float);
+        patches_free(&patches[i]);
+    }
     picture_reader_free(reader);
     return 0;
 }
@@ -317,6 +365,7 @@ static int unload(void **state)
 {
     (void)state;
     demo.loaded.backend.ops = plain;
+    free(video);
     demo_unload(&demo);
     return 0;
 }
@@ -325,9 +374,13 @@ int main(int argc, char **argv)
 {
     if (argc > 1) cmocka_set_test_filter(argv[1]); /* a pattern */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_same_bits_with_and_without), cmocka_unit_test(what_was_used_longest_ago_goes),
-        cmocka_unit_test(who_may_not_know_does_not),      cmocka_unit_test(several_at_a_time),
-        cmocka_unit_test(two_at_once_encode_once),        cmocka_unit_test(keys_differ),
+        cmocka_unit_test(the_same_bits_with_and_without),
+        cmocka_unit_test(what_was_used_longest_ago_goes),
+        cmocka_unit_test(places_are_for_their_kind),
+        cmocka_unit_test(who_may_not_know_does_not),
+        cmocka_unit_test(several_at_a_time),
+        cmocka_unit_test(two_at_once_encode_once),
+        cmocka_unit_test(keys_differ),
     };
     return cmocka_run_group_tests(tests, load, unload);
 }

@@ -10,6 +10,7 @@
 #include "base/file.h"
 #include "engine/sequence.h"
 #include "support/requests.h"
+#include "support/videos.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,7 +31,7 @@ static long histories = 24;
 #endif
 
 /* What conversations are made of. */
-enum part { SYSTEM, USER, PICTURE, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };
+enum part { SYSTEM, USER, PICTURE, VIDEO, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };
 static const char *const part_texts[PARTS] = {
     [SYSTEM] =
         "<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
@@ -38,6 +39,8 @@ static const char *const part_texts[PARTS] = {
         "\"object\", \"properties\": {\"city\": {\"type\": \"string\"}}}}}\n</tools><|im_end|>\n",
     [USER] = "<|im_start|>user\n",
     [PICTURE] = "<|vision_start|><|image_pad|><|vision_end|>",
+    [VIDEO] = "<0.5 seconds><|vision_start|><|video_pad|><|vision_end|>"
+              "<2.0 seconds><|vision_start|><|video_pad|><|vision_end|>",
     [REPLY] = "<|im_end|>\n<|im_start|>assistant\n",
     [THOUGHT] = "<think>\n\n</think>\n\n",
     [CALL] = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n"
@@ -57,6 +60,9 @@ static const char word_text[] =
     "it and count the letters of every word, and say which of them is longest.";
 static const char *const shapes[] = { "tests/golden/images/grey.png", "tests/golden/images/cmyk.jpg",
                                       "tests/golden/images/full_colour.jpg" };
+static const char *const frames[] = { "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png",
+                                      "tests/golden/demo/frames/2.png" };
+static char *video; /* of them */
 
 /* A conversation: its prompt, and where its turns begin. */
 struct talk {
@@ -102,8 +108,9 @@ static void say_user(struct talk *t)
     begin_turn(t);
     say_part(t, USER);
     if (t->n_pictures < PICTURES_MOST && random_below(4) == 0) {
-        t->pictures[t->n_pictures++] = shapes[random_below(3)];
-        say_part(t, PICTURE);
+        bool moves = random_below(4) == 0;
+        t->pictures[t->n_pictures++] = moves ? video : shapes[random_below(3)];
+        say_part(t, moves ? VIDEO : PICTURE);
     }
     say_words(t, 80);
     say_reply_begins(t);
@@ -389,6 +396,7 @@ static int load(void **state)
     demo.loaded.backend.ops = &watching;
     for (int i = 0; i < PARTS; i++) parts[i] = demo_encode(&demo, part_texts[i]);
     words = demo_encode(&demo, word_text);
+    video = video_url(frames, 3);
     return 0;
 }
 
@@ -397,6 +405,7 @@ static int unload(void **state)
     (void)state;
     for (int i = 0; i < PARTS; i++) free(parts[i].ids);
     free(words.ids);
+    free(video);
     demo_unload(&demo);
     return 0;
 }
