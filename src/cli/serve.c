@@ -72,7 +72,7 @@ struct settings {
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
     char *disk_folder;
-    int drafts, max_images;
+    int drafts, max_images, max_videos; /* as api_options has them */
     json_t *kwargs, *override;
 };
 
@@ -118,25 +118,32 @@ static bool read_json(json_t **out, const char *flag, const char *text, struct e
     return json_is_object(*out) || err_set(e, ERR_ARGUMENT, "%s: expected an object", flag);
 }
 
-/* {"image": 4}, or image=4 as vLLM once had it. */
+/* A count of `o`; what is not there counts as it did. */
+static bool read_count(long long *out, const json_t *o, const char *key)
+{
+    const json_t *v = json_object_get(o, key);
+    if (v) *out = json_is_integer(v) ? json_integer_value(v) : -1;
+    return *out >= 0 && *out <= 1000;
+}
+
+/* {"image": 4, "video": 1}, or image=4 as vLLM once had it. */
 static bool read_media(struct settings *s, struct err *e)
 {
     json_t *o = NULL;
-    long long n = -1;
+    long long images = -1, videos;
     if (!s->media) return true;
-    if (sscanf(s->media, "image=%lld", &n) != 1) {
-        if (!read_json(&o, "--limit-mm-per-prompt", s->media, e)) {
-            json_decref(o);
-            return false;
-        }
-        n = json_is_integer(json_object_get(o, "image")) ? json_integer_value(json_object_get(o, "image"))
-                                                         : -1;
-        json_decref(o);
-    }
-    if (n < 0 || n > 1000)
-        return err_set(e, ERR_ARGUMENT, "--limit-mm-per-prompt: expected '{\"image\": N}'");
-    s->max_images = (int)n;
-    s->language_only = s->language_only || n == 0;
+    bool ok =
+        sscanf(s->media, "image=%lld", &images) == 1 || read_json(&o, "--limit-mm-per-prompt", s->media, e);
+    if (json_object_get(o, "video")) images = 16;
+    bool counts = ok && read_count(&images, o, "image");
+    videos = images ? 4 : 0;
+    if (ok && !(counts && read_count(&videos, o, "video")))
+        ok = err_set(e, ERR_ARGUMENT, "--limit-mm-per-prompt: expected '{\"image\": N, \"video\": N}'");
+    json_decref(o);
+    if (!ok) return false;
+    s->max_images = images ? (int)images : -1;
+    s->max_videos = videos ? (int)videos : -1;
+    s->language_only = s->language_only || images + videos == 0;
     return true;
 }
 
@@ -426,6 +433,7 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .n_served_names = s->names.n,
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
+                             .max_videos = s->max_videos,
                              .stream_interval = s->stream_interval,
                              .media_hosts = s->media_hosts.items,
                              .n_media_hosts = s->media_hosts.n,
@@ -635,8 +643,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "sampling defaults: generation_config.json's, or neutral ones", generation_sources },
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
-        { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
-          NULL },
+        { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON",
+          "of a request: '{\"image\": 16, \"video\": 4}'", NULL },
         { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
           "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
           "scheme's)",

@@ -150,7 +150,9 @@ static void test_refusals(void **state)
            "more than the budget of");
     expect(SERVE("models/none", "--port", "0"), 1, "models/none");
     expect(SERVE("models/demo", "--limit-mm-per-prompt", "{}"), 2,
-           "--limit-mm-per-prompt: expected '{\"image\": N}'");
+           "--limit-mm-per-prompt: expected '{\"image\": N, \"video\": N}'");
+    expect(SERVE("models/demo", "--limit-mm-per-prompt", "{\"image\":2,\"video\":1.5}"), 2,
+           "--limit-mm-per-prompt: expected");
 }
 
 static int make_temp(void **state)
