@@ -152,7 +152,7 @@ soak: $(BUILD)/tests/server/test_serve $(BUILD)/tests/server/test_faults all
 	BUILD=$(BUILD) QUENCH_MALFORMED=10000 QUENCH_DISCONNECTS=2000 QUENCH_SLOW=1000 QUENCH_SIGTERMS=200 $(BUILD)/tests/server/test_faults
 
 # The tests that run threads, under TSan; the others hold none.
-THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_disk_cache tests/server/test_fetch tests/server/test_admin
+THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_encoder_cache tests/engine/test_disk_cache tests/server/test_fetch tests/server/test_admin
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread

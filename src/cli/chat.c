@@ -181,13 +181,12 @@ static bool generate_answer(struct chat *c, const char *text, size_t bytes, stru
     struct token_list tokens = { 0 };
     struct prompt prompt = { 0 };
     /* Typed into a message, the token stays an ordinary one where no pictures are. */
-    int64_t image_token = c->n_pictures ? c->o->checkpoint.config.image_token : -1;
+    struct place_tokens places = { c->n_pictures ? c->o->checkpoint.config.image_token : -1, -1 };
     begin_answer(&c->answer);
     bool ok = (c->answer.reasoning_to && c->answer.content_to) || err_errno(e, "an answer");
     ok = ok && tokenizer_encode(c->o->tokenizer, &tokens, text, bytes, 0, e) &&
          check_ids(&tokens, &c->o->checkpoint.config, e) &&
-         prompt_create(&prompt, tokens.ids, (int64_t)tokens.n, image_token, c->pictures, c->n_pictures, 0,
-                       e) &&
+         prompt_create(&prompt, tokens.ids, (int64_t)tokens.n, places, c->pictures, c->n_pictures, 0, e) &&
          reply_create(&c->reply, &ro, e);
     catch_interrupts(c, true);
     ok = ok && session_answer(c->session, &c->last, &prompt, &c->options, e) && reply_finish(c->reply, e);

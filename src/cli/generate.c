@@ -125,8 +125,8 @@ static bool lay_prompt(struct prompt *out, struct opened *o, const struct token_
         ok = picture_read(reader, &pictures[i], s->images.items[i], NULL, e);
     picture_reader_free(reader);
     /* typed into a prompt without --image, the token stays an ordinary one */
-    int64_t image_token = s->images.n ? o->checkpoint.config.image_token : -1;
-    if (!ok || !prompt_create(out, tokens->ids, (int64_t)tokens->n, image_token, pictures, s->images.n, 0, e))
+    struct place_tokens places = { s->images.n ? o->checkpoint.config.image_token : -1, -1 };
+    if (!ok || !prompt_create(out, tokens->ids, (int64_t)tokens->n, places, pictures, s->images.n, 0, e))
         return false;
     int64_t most = o->checkpoint.config.max_position_embeddings;
     return out->n < most ||

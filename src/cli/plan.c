@@ -65,10 +65,15 @@ static int64_t pages_for(int64_t tokens)
     return (tokens + KV_PAGE - 1) / KV_PAGE;
 }
 
+static uint64_t fixed_of(const struct plan *p)
+{
+    return p->weights + p->steps + p->reserve + p->encoder_cache;
+}
+
 /* What pages and states may take. */
 static uint64_t rest_of(const struct plan *p)
 {
-    uint64_t fixed = p->weights + p->steps + p->reserve;
+    uint64_t fixed = fixed_of(p);
     return p->budget > fixed ? p->budget - fixed : 0;
 }
 
@@ -81,7 +86,7 @@ static uint64_t least(const struct plan *p)
 static bool too_large(const struct plan *p, struct err *e)
 {
     char need[32], have[32], more[32];
-    uint64_t bytes = p->weights + p->steps + p->reserve + least(p);
+    uint64_t bytes = fixed_of(p) + least(p);
     return err_set(e, ERR_LIMIT,
                    "%lld sequences, one of them of %lld tokens, need %s with the weights, %s more than the "
                    "budget of %s; "
@@ -93,8 +98,7 @@ static bool too_large(const struct plan *p, struct err *e)
 
 static uint64_t plan_bytes(const struct plan *p)
 {
-    return p->weights + p->steps + p->reserve + (uint64_t)p->pages * p->page +
-           (uint64_t)p->sequences * p->state;
+    return fixed_of(p) + (uint64_t)p->pages * p->page + (uint64_t)p->sequences * p->state;
 }
 
 /* Every sequence in full. */
@@ -172,6 +176,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
                         .weights = weights_of(o),
                         .steps = steps_of(o),
                         .reserve = o->backend->memory ? RESERVE_DEVICE : RESERVE_HOST,
+                        .encoder_cache = o->backend->memory ? 0 : o->encoder_cache,
                         .page = page_of(o, full),
                         .state = state_of(o, linear, o->drafts),
                         .snapshot_state = state_of(o, linear, 0) };
@@ -207,6 +212,8 @@ void plan_print(const struct plan *p, const struct plan_options *o)
     print_row("recurrent state", text, (uint64_t)p->sequences * p->state);
     snprintf(text, sizeof text, "%lld snapshots", (long long)p->snapshots);
     if (!o->exact) print_row("prefix cache", text, (uint64_t)p->snapshots * p->snapshot_state);
+    if (o->encoder_cache)
+        print_row("encoder cache", p->encoder_cache ? "" : "in the host's memory", o->encoder_cache);
     if (p->steps) print_row("steps", "", p->steps);
     print_row(p->steps ? "others" : "steps", "kept free", p->reserve);
 }

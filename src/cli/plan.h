@@ -10,18 +10,20 @@ struct plan_options {
     enum kv_dtype kv;
     int drafts;
     bool prefix_cache;
-    int64_t context;    /* of a sequence; 0: what fits, up to the model's */
-    int64_t sequences;  /* 0: as many as fit, up to 32 */
-    int64_t step_rows;  /* of a step; 0: as the backend likes */
-    bool exact;         /* pages for all sequences in full and no more; context and sequences are given */
-    uint64_t budget;    /* 0: a share of what there is */
-    double utilization; /* that share; 0: 0.92 of a device's memory, half of what a host has left */
+    uint64_t encoder_cache; /* bytes, of the host's memory */
+    int64_t context;        /* of a sequence; 0: what fits, up to the model's */
+    int64_t sequences;      /* 0: as many as fit, up to 32 */
+    int64_t step_rows;      /* of a step; 0: as the backend likes */
+    bool exact;             /* pages for all sequences in full and no more; context and sequences are given */
+    uint64_t budget;        /* 0: a share of what there is */
+    double utilization;     /* that share; 0: 0.92 of a device's memory, half of what a host has left */
 };
 
 /* Sequences share the pages: each may take `context` tokens of them, all together what there is. */
 struct plan {
     int64_t context, sequences, pages, snapshots;
     uint64_t budget, weights, steps, reserve; /* bytes; steps: buffers of a step on a device */
+    uint64_t encoder_cache;                   /* of the budget: 0 where that is a device's */
     uint64_t page, state, snapshot_state; /* bytes of one; a sequence's state has a log of drafts besides */
 };
 

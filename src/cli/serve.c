@@ -56,7 +56,7 @@ struct settings {
     struct text_list names;
     const char *context_text, *step_text, *memory_text, *host_cache_text, *disk_cache_text;
     int64_t sequences, mtp, queued, stream_interval;
-    double utilization, decode_ms;
+    double utilization, decode_ms, encoder_cache_gb;
     int kv;
     bool prefix_caching, language_only, strict;
     const char *local_media;
@@ -72,7 +72,7 @@ struct settings {
     /* read from the above */
     uint64_t context, step_tokens, memory, host_cache, disk_bytes, header_bytes, body_bytes, store_bytes;
     char *disk_folder;
-    int drafts, max_images;
+    int drafts, max_images, max_videos; /* as api_options has them */
     json_t *kwargs, *override;
 };
 
@@ -118,25 +118,32 @@ static bool read_json(json_t **out, const char *flag, const char *text, struct e
     return json_is_object(*out) || err_set(e, ERR_ARGUMENT, "%s: expected an object", flag);
 }
 
-/* {"image": 4}, or image=4 as vLLM once had it. */
+/* A count of `o`; what is not there counts as it did. */
+static bool read_count(long long *out, const json_t *o, const char *key)
+{
+    const json_t *v = json_object_get(o, key);
+    if (v) *out = json_is_integer(v) ? json_integer_value(v) : -1;
+    return *out >= 0 && *out <= 1000;
+}
+
+/* {"image": 4, "video": 1}, or image=4 as vLLM once had it. */
 static bool read_media(struct settings *s, struct err *e)
 {
     json_t *o = NULL;
-    long long n = -1;
+    long long images = -1, videos;
     if (!s->media) return true;
-    if (sscanf(s->media, "image=%lld", &n) != 1) {
-        if (!read_json(&o, "--limit-mm-per-prompt", s->media, e)) {
-            json_decref(o);
-            return false;
-        }
-        n = json_is_integer(json_object_get(o, "image")) ? json_integer_value(json_object_get(o, "image"))
-                                                         : -1;
-        json_decref(o);
-    }
-    if (n < 0 || n > 1000)
-        return err_set(e, ERR_ARGUMENT, "--limit-mm-per-prompt: expected '{\"image\": N}'");
-    s->max_images = (int)n;
-    s->language_only = s->language_only || n == 0;
+    bool ok =
+        sscanf(s->media, "image=%lld", &images) == 1 || read_json(&o, "--limit-mm-per-prompt", s->media, e);
+    if (json_object_get(o, "video")) images = 16;
+    bool counts = ok && read_count(&images, o, "image");
+    videos = images ? 4 : 0;
+    if (ok && !(counts && read_count(&videos, o, "video")))
+        ok = err_set(e, ERR_ARGUMENT, "--limit-mm-per-prompt: expected '{\"image\": N, \"video\": N}'");
+    json_decref(o);
+    if (!ok) return false;
+    s->max_images = images ? (int)images : -1;
+    s->max_videos = videos ? (int)videos : -1;
+    s->language_only = s->language_only || images + videos == 0;
     return true;
 }
 
@@ -153,6 +160,7 @@ static bool check_ranges(const struct settings *s, struct err *e)
         { "--stream-interval", (double)s->stream_interval, 0, INT32_MAX },
         { "--gpu-memory-utilization", s->utilization, 0, 1 },
         { "--decode-target-ms", s->decode_ms, 0, 1e5 },
+        { "--mm-processor-cache-gb", s->encoder_cache_gb, 0, 1e5 },
         { "--max-headers", (double)s->headers, 1, HTTP_HEADERS_MAX },
         { "--max-connections", (double)s->connections, 1, 1 << 20 },
         { "--max-header-bytes", (double)s->header_bytes, 256, 16 << 20 },
@@ -323,6 +331,16 @@ struct service {
     double seconds[STAGES];
 };
 
+static bool sees(const struct service *v, const struct settings *s)
+{
+    return v->opened.checkpoint.config.has_vision && !s->language_only;
+}
+
+static uint64_t encoder_cache(const struct service *v, const struct settings *s)
+{
+    return sees(v, s) ? (uint64_t)(s->encoder_cache_gb * (1 << 30)) : 0;
+}
+
 static bool make_plan(struct plan *p, const struct settings *s, const struct service *v, struct err *e)
 {
     struct plan_options o = { .checkpoint = &v->opened.checkpoint,
@@ -330,6 +348,7 @@ static bool make_plan(struct plan *p, const struct settings *s, const struct ser
                               .kv = common_kv_dtype(&s->common, &v->backend),
                               .drafts = s->drafts,
                               .prefix_cache = s->prefix_caching,
+                              .encoder_cache = encoder_cache(v, s),
                               .context = (int64_t)s->context,
                               .sequences = s->sequences,
                               .step_rows = (int64_t)s->step_tokens,
@@ -389,6 +408,7 @@ static bool make_scheduler(struct service *v, const struct settings *s, struct s
                                    .no_pictures = s->language_only,
                                    .no_prefix_cache = !s->prefix_caching,
                                    .host_cache_bytes = s->host_cache,
+                                   .encoder_cache_bytes = encoder_cache(v, s),
                                    .disk_folder = s->disk_folder,
                                    .disk_bytes = s->disk_bytes,
                                    .turn_end = v->turn_end.ids,
@@ -413,6 +433,7 @@ static bool make_api(struct service *v, const struct settings *s, struct err *e)
                              .n_served_names = s->names.n,
                              .max_model_len = engine_context(v->engine),
                              .max_images = s->max_images,
+                             .max_videos = s->max_videos,
                              .stream_interval = s->stream_interval,
                              .media_hosts = s->media_hosts.items,
                              .n_media_hosts = s->media_hosts.n,
@@ -464,7 +485,7 @@ static void isolate_images(struct service *v, const struct settings *s)
 {
     static const char self[] = "/proc/self/exe";
     struct err e = { 0 };
-    if (s->language_only || !v->opened.checkpoint.config.has_vision) return;
+    if (!sees(v, s)) return;
     if (isolated_works(self, &e))
         v->images.program = self;
     else
@@ -623,14 +644,17 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "sampling defaults: generation_config.json's, or neutral ones", generation_sources },
         { "--override-generation-config", 0, FLAG_TEXT, &s->generation, "JSON",
           "sampling where a request says nothing", NULL },
-        { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON", "images of a request: '{\"image\": 16}'",
-          NULL },
+        { "--limit-mm-per-prompt", 0, FLAG_TEXT, &s->media, "JSON",
+          "of a request: '{\"image\": 16, \"video\": 4}'", NULL },
         { "--allowed-media-domains", 0, FLAG_WORDS, &s->media_hosts, "HOST...",
           "images by URL are fetched from these (default none; HOST:PORT where it is another than the "
           "scheme's)",
           NULL },
         { "--allowed-local-media-path", 0, FLAG_TEXT, &s->local_media, "FOLDER",
           "images by file:// URL are read from below this folder (default none)", NULL },
+        { "--mm-processor-cache-gb", 0, FLAG_NUMBER, &s->encoder_cache_gb, "GB",
+          "of host memory for what the vision tower made of images, GiB (default 0.25; 0: nothing is kept)",
+          NULL },
         { "--language-model-only", 0, FLAG_SWITCH, &s->language_only, NULL, "no images", NULL },
         { "--verify", 0, FLAG_SWITCH, &s->verify, NULL, "check the checkpoint first, as quench verify does",
           NULL },
@@ -711,6 +735,7 @@ int cli_serve(int argc, char **argv)
     struct settings s = { .common.inputs = 1,
                           .port = 8000,
                           .decode_ms = 100,
+                          .encoder_cache_gb = 0.25,
                           .prefix_caching = true,
                           .headers = 100,
                           .header_bytes = 64 << 10,

@@ -18,7 +18,6 @@ static const struct {
     { "--quantization", "NAME", NULL },
     { "--tokenizer-mode", "NAME", "auto|hf" },
     { "--mm-encoder-tp-mode", "NAME", NULL },
-    { "--mm-processor-cache-gb", "GB", NULL },
     { "--mm-processor-cache-type", "NAME", NULL },
     { "--mamba-cache-mode", "NAME", NULL },
     { "--mamba-block-size", "N", NULL },

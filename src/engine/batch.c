@@ -12,6 +12,7 @@ struct part {
 struct batch {
     struct engine *engine;
     struct picture_reader *reader;
+    struct encoder_cache *seen;
     const uint32_t *known;
     int64_t vocab, n_rows, n_logits;
     int n_runs;
@@ -29,14 +30,16 @@ struct batch {
     struct logits_edits edits[ROUNDS];
 };
 
-bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader, const uint32_t *known,
-                  struct err *e)
+bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader,
+                  struct encoder_cache *seen, const uint32_t *known, struct err *e)
 {
     struct batch *b = *out = calloc(1, sizeof *b);
     size_t rows = (size_t)engine_step_rows(g), n = (size_t)engine_sequences(g),
            vocab = (size_t)engine_vocab(g);
     if (!b) return err_memory(e, "scheduler", sizeof *b);
-    *b = (struct batch){ .engine = g, .reader = reader, .known = known, .vocab = (int64_t)vocab };
+    *b = (struct batch){
+        .engine = g, .reader = reader, .seen = seen, .known = known, .vocab = (int64_t)vocab
+    };
     b->rows = calloc(rows, sizeof *b->rows);
     b->runs = calloc(n, sizeof *b->runs);
     b->requests = calloc(n, sizeof *b->requests);
@@ -141,6 +144,14 @@ void batch_add_round(struct batch *b, struct request *r)
     b->answers = all_of(b);
 }
 
+static bool see(struct batch *b, struct request_picture *p, bool may_keep, struct err *e)
+{
+    if (may_keep && encoder_cache_find(b->seen, p->key, &p->picture)) return true;
+    if (!picture_see(b->reader, &p->picture, &p->patches, e)) return false;
+    if (may_keep) encoder_cache_add(b->seen, p->key, &p->picture);
+    return true;
+}
+
 /* The tower's rows of the pictures that rows [r->done, end) need. */
 static bool see_pictures(struct batch *b, struct request *r, int64_t end, struct err *e)
 {
@@ -148,7 +159,7 @@ static bool see_pictures(struct batch *b, struct request *r, int64_t end, struct
         struct request_picture *p = &r->pictures[i];
         int64_t first = p->place.first, n = p->place.height * p->place.width, cols = p->picture.cols;
         if (first >= end || first + n <= r->done || p->picture.rows) continue;
-        if (!picture_see(b->reader, &p->picture, &p->patches, e)) return err_note(e, "image %d", i + 1);
+        if (!see(b, p, !r->o.no_prefix_cache, e)) return err_note(e, "image %d", i + 1);
         for (int64_t k = 0; k < n; k++) r->prompt.rows[first + k].embedding = p->picture.rows + k * cols;
         patches_free(&p->patches);
     }
@@ -368,9 +379,7 @@ static void advance_prompt(struct request *r)
     r->done += r->n_rows;
     for (int i = 0; i < r->n_pictures; i++) {
         struct request_picture *p = &r->pictures[i];
-        if (p->place.first + p->place.height * p->place.width > r->done) continue;
-        free(p->picture.rows);
-        p->picture.rows = NULL;
+        if (p->place.first + p->place.height * p->place.width <= r->done) picture_free(&p->picture);
     }
     if (r->done == r->prompt.n && r->most == 0) end(r, FINISHED_LENGTH);
 }

@@ -2,12 +2,14 @@
  * them. What goes in is the scheduler's choice; what comes out for a request does not depend on it. */
 #ifndef ENGINE_BATCH_H
 #define ENGINE_BATCH_H
+#include "engine/encoder_cache.h"
 #include "engine/request.h"
 
 struct batch;
-/* Borrows all. reader: NULL where no pictures are seen. known: as in scheduler_options. */
-bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader, const uint32_t *known,
-                  struct err *e);
+/* Borrows all. reader: NULL where pictures are refused. seen: what it made of pictures. known: as in
+ * scheduler_options. */
+bool batch_create(struct batch **out, struct engine *g, struct picture_reader *reader,
+                  struct encoder_cache *seen, const uint32_t *known, struct err *e);
 void batch_free(struct batch *b); /* NULL is fine */
 
 void batch_clear(struct batch *b);

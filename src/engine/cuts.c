@@ -78,8 +78,8 @@ bool cuts_make(struct cuts *out, const struct cut_rules *rules, const struct pro
         no_digest(e);
     for (int64_t i = 0, last = 0; ok && i < prompt->n; i++) {
         struct row_identity id = identify(&prompt->rows[i], i, p < end ? p : NULL);
-        bool picture_ends = p < end && i + 1 == end_of(p);
-        p += picture_ends;
+        bool ends = p < end && i + 1 == end_of(p), picture_ends = ends && !p->goes_on;
+        p += ends;
         ok = EVP_DigestUpdate(sha, &id, sizeof id) == 1 || no_digest(e);
         int64_t length = i + 1 - last;
         bool cut = length == rules->interval ||

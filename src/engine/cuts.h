@@ -19,6 +19,7 @@ struct cut {
 struct cut_picture {
     int64_t first, height, width;
     uint8_t digest[32];
+    bool goes_on; /* with the next pair of a video's frames: no end to cut at */
 };
 
 struct cut_rules {

@@ -2,15 +2,20 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
-static bool count_rows(int64_t *out, const int32_t *tokens, int64_t n, int64_t image_token,
+bool place_tokens_have(struct place_tokens t, int32_t token)
+{
+    return token == t.image || token == t.video;
+}
+
+static bool count_rows(int64_t *out, const int32_t *tokens, int64_t n, struct place_tokens places,
                        const struct picture *pictures, int n_pictures, struct err *e)
 {
-    int64_t places = 0;
+    int64_t found = 0;
     *out = n;
-    for (int64_t i = 0; i < n; i++) places += tokens[i] == image_token;
+    for (int64_t i = 0; i < n; i++) found += place_tokens_have(places, tokens[i]);
     for (int i = 0; i < n_pictures; i++) *out += pictures[i].height * pictures[i].width - 1;
-    return places == n_pictures ||
-           err_set(e, ERR_ARGUMENT, "the prompt has places for %" PRId64 " images, %d given", places,
+    return found == n_pictures ||
+           err_set(e, ERR_ARGUMENT, "the prompt has places for %" PRId64 " images, %d given", found,
                    n_pictures);
 }
 
@@ -26,17 +31,17 @@ static int64_t place_picture(struct row *rows, const struct picture *p, int32_t 
     return first + (p->height > p->width ? p->height : p->width);
 }
 
-bool prompt_create(struct prompt *out, const int32_t *tokens, int64_t n, int64_t image_token,
+bool prompt_create(struct prompt *out, const int32_t *tokens, int64_t n, struct place_tokens places,
                    const struct picture *pictures, int n_pictures, int64_t first, struct err *e)
 {
     *out = (struct prompt){ 0 };
     int64_t total, position = first, at = 0;
-    if (!count_rows(&total, tokens, n, image_token, pictures, n_pictures, e)) return false;
+    if (!count_rows(&total, tokens, n, places, pictures, n_pictures, e)) return false;
     out->rows = malloc((size_t)total * sizeof *out->rows + 1);
     if (!out->rows) return err_memory(e, "prompt", (uint64_t)total * sizeof *out->rows);
     out->n = total;
     for (int64_t i = 0; i < n; i++) {
-        if (tokens[i] == image_token) {
+        if (place_tokens_have(places, tokens[i])) {
             position = place_picture(out->rows + at, pictures, tokens[i], position);
             at += pictures->height * pictures->width;
             pictures++;

@@ -1,5 +1,6 @@
 #include "engine/request.h"
 #include "base/clock.h"
+#include "engine/encoder_cache.h"
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -164,26 +165,96 @@ static bool check(const struct request_options *o, int64_t n_vocab, struct err *
     return true;
 }
 
+/* Pictures that a source becomes. */
+static int64_t pictures_of(const struct picture_reader *reader, const char *source)
+{
+    int64_t n = picture_count_video(reader, source);
+    return n ? n : 1;
+}
+
+static bool open_video(struct request_picture *to, int64_t n, const struct picture_reader *reader,
+                       const char *source, const struct image_limits *limits, struct err *e)
+{
+    struct picture *pictures = calloc((size_t)n, sizeof *pictures);
+    struct patches *patches = calloc((size_t)n, sizeof *patches);
+    bool ok = ((pictures && patches) || err_memory(e, "a video", (size_t)n * sizeof *patches)) &&
+              picture_open_video(reader, pictures, patches, source, limits, e);
+    for (int64_t i = 0; ok && i < n; i++)
+        to[i] = (struct request_picture){
+            .picture = pictures[i], .patches = patches[i], .is_video = true, .place.goes_on = i + 1 < n
+        };
+    free(pictures);
+    free(patches);
+    return ok;
+}
+
+static bool identify(struct request_picture *p, const uint8_t salt[32], struct err *e)
+{
+    uint64_t values = (uint64_t)(p->patches.height * p->patches.width * p->patches.cols);
+    p->place.height = p->picture.height;
+    p->place.width = p->picture.width;
+    return cuts_digest(p->place.digest, p->patches.values, values * sizeof(float), e) &&
+           encoder_key(p->key, salt, &p->place, e);
+}
+
+static bool open_all(struct request *r, const struct request_options *o, const struct picture_reader *reader,
+                     const struct image_limits *limits, struct err *e)
+{
+    struct request_picture *to = r->pictures;
+    for (int i = 0, seen[2] = { 0 }; i < o->n_pictures; i++) {
+        const char *source = o->pictures[i];
+        bool is_video = picture_count_video(reader, source) > 0;
+        int64_t n = pictures_of(reader, source);
+        seen[is_video]++;
+        if (!(is_video ? open_video(to, n, reader, source, limits, e)
+                       : picture_open(reader, &to->picture, &to->patches, source, limits, e)))
+            return err_note(e, "%s %d", is_video ? "video" : "image", seen[is_video]);
+        for (; n > 0; n--, to++)
+            if (!identify(to, o->salt, e)) return false;
+    }
+    return true;
+}
+
 static bool open_pictures(struct request *r, const struct request_options *o, const struct request_maker *m,
                           struct err *e)
 {
-    const struct picture_reader *reader = m->reader;
     struct image_limits limits = m->images ? *m->images : (struct image_limits){ 0 };
+    int64_t n = 0;
     limits.until = clock_seconds() + IMAGE_SECONDS; /* of all of them together */
     if (o->n_pictures == 0) return true;
-    if (!reader) return err_set(e, ERR_UNSUPPORTED, "images are not taken here");
-    r->pictures = calloc((size_t)o->n_pictures, sizeof *r->pictures);
-    if (!r->pictures) return err_memory(e, "images", (size_t)o->n_pictures * sizeof *r->pictures);
-    for (; r->n_pictures < o->n_pictures; r->n_pictures++) {
-        struct request_picture *p = &r->pictures[r->n_pictures];
-        if (!picture_open(reader, &p->picture, &p->patches, o->pictures[r->n_pictures], &limits, e))
-            return err_note(e, "image %d", r->n_pictures + 1);
-        p->place.height = p->picture.height;
-        p->place.width = p->picture.width;
-        uint64_t values = (uint64_t)(p->patches.height * p->patches.width * p->patches.cols);
-        if (cuts_digest(p->place.digest, p->patches.values, values * sizeof(float), e)) continue;
-        r->n_pictures++;
-        return false;
+    if (!m->reader) return err_set(e, ERR_UNSUPPORTED, "images are not taken here");
+    for (int i = 0; i < o->n_pictures; i++) n += pictures_of(m->reader, o->pictures[i]);
+    r->pictures = calloc((size_t)n, sizeof *r->pictures);
+    if (!r->pictures) return err_memory(e, "images", (size_t)n * sizeof *r->pictures);
+    r->n_pictures = (int)n;
+    return open_all(r, o, m->reader, &limits, e);
+}
+
+/* Typed into a prompt without such a picture, the token stays an ordinary one. */
+static struct place_tokens place_tokens_of(const struct request *r, const struct config *c)
+{
+    struct place_tokens t = { -1, -1 };
+    for (int i = 0; i < r->n_pictures; i++)
+        if (r->pictures[i].is_video)
+            t.video = c->video_token;
+        else
+            t.image = c->image_token;
+    return t;
+}
+
+/* Where the pictures stand among the rows. */
+static bool find_places(struct request *r, struct place_tokens tokens, struct err *e)
+{
+    int64_t row = 0;
+    for (int64_t i = 0, n = 0; n < r->n_pictures; i++, row++) {
+        struct request_picture *p = &r->pictures[n];
+        if (!place_tokens_have(tokens, r->o.prompt[i])) continue;
+        if (r->o.prompt[i] != (p->is_video ? tokens.video : tokens.image))
+            return err_set(e, ERR_ARGUMENT, "the prompt has images and videos in another order than given");
+        p->place.first = row;
+        row += p->place.height * p->place.width - 1;
+        r->usage.picture_tokens += p->place.height * p->place.width;
+        n++;
     }
     return true;
 }
@@ -191,23 +262,13 @@ static bool open_pictures(struct request *r, const struct request_options *o, co
 /* The rows, those of pictures without what the tower will make of them. */
 static bool make_rows(struct request *r, const struct model *m, struct err *e)
 {
-    int64_t token = m->config->image_token, row = 0;
+    struct place_tokens tokens = place_tokens_of(r, m->config);
     struct picture *all = calloc((size_t)r->n_pictures + 1, sizeof *all);
     if (!all) return err_memory(e, "images", (size_t)r->n_pictures * sizeof *all);
     for (int i = 0; i < r->n_pictures; i++) all[i] = r->pictures[i].picture;
-    bool ok = prompt_create(&r->prompt, r->o.prompt, r->o.n_prompt, r->n_pictures ? token : -1, all,
-                            r->n_pictures, 0, e);
+    bool ok = prompt_create(&r->prompt, r->o.prompt, r->o.n_prompt, tokens, all, r->n_pictures, 0, e) &&
+              find_places(r, tokens, e);
     free(all);
-    for (int64_t i = 0, n = 0; ok && n < r->n_pictures; i++) {
-        struct cut_picture *p = &r->pictures[n].place;
-        bool here = r->o.prompt[i] == token;
-        if (here) {
-            p->first = row;
-            r->usage.picture_tokens += p->height * p->width;
-            n++;
-        }
-        row += here ? p->height * p->width : 1;
-    }
     return ok;
 }
 

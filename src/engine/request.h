@@ -37,7 +37,9 @@ void inbox_count(struct inbox *b, int more); /* of those that wait */
 struct request_picture {
     struct picture picture; /* its rows come when they are wanted */
     struct patches patches;
+    bool is_video;            /* a pair of its frames */
     struct cut_picture place; /* among the rows of the prompt */
+    uint8_t key[32];          /* of the encoder cache */
 };
 
 struct request {

@@ -22,7 +22,7 @@ struct scheduler {
     bool has_lock, has_inbox;
     pthread_mutex_t lock; /* of published */
     struct scheduler_stats published;
-    atomic_bool forgets; /* what is known of prompts, before requests begin */
+    atomic_bool forgets; /* what is known of prompts and pictures, before requests begin */
 
     /* Of the thread. */
     struct waiting waiting;
@@ -34,7 +34,8 @@ struct scheduler {
     struct batch *batch;
     struct prefix_cache *prefixes; /* NULL: none are kept */
     struct disk_cache *disk;       /* or NULL */
-    const struct request *stuck;   /* found no pages while so many were free */
+    struct encoder_cache *seen;
+    const struct request *stuck; /* found no pages while so many were free */
     int64_t stuck_pages;
     struct scheduler_stats stats;
     double row_seconds, decode_seconds; /* of a prompt's row, and of a step without any, of late */
@@ -43,6 +44,7 @@ struct scheduler {
 static void publish(struct scheduler *s)
 {
     struct scheduler_stats *t = &s->stats;
+    struct encoder_stats seen = encoder_cache_stats(s->seen);
     t->running = s->n_running;
     t->waiting = s->waiting.n;
     t->waiting_tokens = s->waiting.tokens;
@@ -50,6 +52,9 @@ static void publish(struct scheduler *s)
     t->pages_used = t->pages - engine_pages_free(s->engine);
     t->states = engine_sequences(s->engine);
     t->states_used = s->n_running;
+    t->encoder_queries = seen.queries;
+    t->encoder_hits = seen.hits;
+    t->encoder_bytes = seen.bytes;
     pthread_mutex_lock(&s->lock);
     s->published = *t;
     pthread_mutex_unlock(&s->lock);
@@ -529,8 +534,9 @@ static void receive(struct scheduler *s, struct request *all)
     }
 }
 
-static void forget_prefixes(struct scheduler *s)
+static void forget(struct scheduler *s)
 {
+    encoder_cache_clear(s->seen);
     if (!s->prefixes) return;
     prefix_clear(s->prefixes);
     for (struct request *r = s->waiting.first; r; r = r->next) {
@@ -547,7 +553,7 @@ static void *run(void *ctx)
         struct err e = { 0 };
         bool stored = !worked && s->disk && prefix_store(s->prefixes);
         struct request *fresh = inbox_take(&s->inbox, !worked && !stored, &closed);
-        if (atomic_exchange(&s->forgets, false)) forget_prefixes(s);
+        if (atomic_exchange(&s->forgets, false)) forget(s);
         take_fetched(s);
         receive(s, fresh);
         bool news = sweep(s, closed) > 0;
@@ -603,6 +609,7 @@ static void destroy(struct scheduler *s)
     batch_free(s->batch);
     prefix_free(s->prefixes);
     disk_cache_free(s->disk);
+    encoder_cache_free(s->seen);
     picture_reader_free(s->reader);
     if (s->has_inbox) inbox_deinit(&s->inbox);
     if (s->has_lock) pthread_mutex_destroy(&s->lock);
@@ -646,7 +653,8 @@ bool scheduler_create(struct scheduler **out, const struct scheduler_options *o,
     s->maker.reader = s->reader;
     if (ok && engine_snapshots(s->engine) > 0 && !o->no_prefix_cache)
         ok = open_disk(s, e) && prefix_create(&s->prefixes, s->engine, o->host_cache_bytes, s->disk, e);
-    ok = ok && batch_create(&s->batch, s->engine, s->reader, o->known, e) && start(s, e);
+    ok = ok && encoder_cache_create(&s->seen, o->encoder_cache_bytes, e) &&
+         batch_create(&s->batch, s->engine, s->reader, s->seen, o->known, e) && start(s, e);
     if (ok)
         *out = s;
     else
@@ -665,7 +673,7 @@ void scheduler_free(struct scheduler *s)
     destroy(s);
 }
 
-void scheduler_forget_prefixes(struct scheduler *s)
+void scheduler_forget(struct scheduler *s)
 {
     atomic_store(&s->forgets, true);
     inbox_ring(&s->inbox);

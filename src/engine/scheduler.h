@@ -19,10 +19,11 @@ struct scheduler_options {
      * all are known. */
     const uint32_t *known;
     const struct image_limits
-        *images;               /* of requests' pictures, and who decodes them; borrow; NULL: defaults */
-    bool no_pictures;          /* the vision tower is not bound, pictures are refused */
-    bool no_prefix_cache;      /* as if the engine had no snapshots */
-    uint64_t host_cache_bytes; /* states and pages kept in host memory besides; 0: none */
+        *images;                  /* of requests' pictures, and who decodes them; borrow; NULL: defaults */
+    bool no_pictures;             /* the vision tower is not bound, pictures are refused */
+    bool no_prefix_cache;         /* as if the engine had no snapshots */
+    uint64_t host_cache_bytes;    /* states and pages kept in host memory besides; 0: none */
+    uint64_t encoder_cache_bytes; /* what the tower made of pictures, in host memory; 0: none is kept */
     /* They are kept in files of this folder too, up to so many bytes, for whoever has the same identity: see
      * engine/disk_cache.h. NULL: they are not */
     const char *disk_folder; /* borrow */
@@ -62,9 +63,10 @@ struct logit_bias {
  * it lives until then. A zeroed one with a prompt scores it and no more: see max_tokens, top_logprobs,
  * prompt_logprobs, thinking_budget, and constraint_after where there is a constraint. */
 struct request_options {
-    const int32_t *prompt; /* one image token for each picture */
+    const int32_t *prompt; /* one image token for each image, one video token for each pair of frames */
     int64_t n_prompt;
-    const char *const *pictures; /* [n_pictures] sources as image_load takes them */
+    const char *const *pictures; /* [n_pictures] in the prompt's order: images as image_load takes them,
+                                  videos as frames_patches does */
     int n_pictures;
 
     struct sampling sampling;
@@ -99,8 +101,8 @@ struct request_options {
 
     int priority;         /* lower first */
     uint64_t owner;       /* whose: requests of one priority take turns among owners */
-    uint8_t salt[32];     /* prefixes are shared by requests of the same salt only */
-    bool no_prefix_cache; /* neither reads nor writes it */
+    uint8_t salt[32];     /* prefixes and pictures are shared by requests of the same salt only */
+    bool no_prefix_cache; /* neither reads nor writes it, nor the encoder cache */
 };
 
 struct token_score {
@@ -150,14 +152,16 @@ struct scheduler_stats {
     int64_t running, waiting, waiting_tokens; /* now */
     int64_t pages, pages_used, states, states_used;
     int64_t preemptions, steps, step_rows;
-    int64_t prefix_queries, prefix_hits; /* tokens asked for, tokens found */
-    int64_t disk_hits;                   /* of these, by reading files */
+    int64_t prefix_queries, prefix_hits;   /* tokens asked for, tokens found */
+    int64_t disk_hits;                     /* of these, by reading files */
+    int64_t encoder_queries, encoder_hits; /* pictures whose rows were asked for, that were kept */
+    uint64_t encoder_bytes;                /* of rows kept now */
     int64_t drafts, drafted, accepted, accepted_at[DRAFTS_MAX];
     double last_step; /* clock_seconds of its end; for a watchdog */
     bool failed;      /* the backend is lost; every request ends in FINISHED_ERROR */
 };
 void scheduler_stats(struct scheduler *s, struct scheduler_stats *out);
-/* What is known of prompts is forgotten, in files too, before any request submitted from now on begins.
- * Requests that run leave theirs again. */
-void scheduler_forget_prefixes(struct scheduler *s);
+/* What is known of prompts, in files too, and of pictures is forgotten before any request submitted from now
+ * on begins. Requests that run leave theirs again. */
+void scheduler_forget(struct scheduler *s);
 #endif

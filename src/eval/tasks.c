@@ -241,11 +241,11 @@ static bool read_pictures(struct job *j, struct question *q, const struct task *
 static bool ask(struct job *j, struct question *q, const struct task *t, struct model *m, struct err *e)
 {
     struct token_list tokens = { 0 };
-    int64_t image_token = t->n_images ? m->config->image_token : -1;
-    bool ok = encode_task(q, &tokens, t, j->o, e) && check_tokens(&tokens, m->config, e) &&
-              read_pictures(j, q, t, m, e) &&
-              prompt_create(&q->prompt, tokens.ids, (int64_t)tokens.n, image_token, q->pictures,
-                            q->n_pictures, 0, e);
+    struct place_tokens places = { t->n_images ? m->config->image_token : -1, -1 };
+    bool ok =
+        encode_task(q, &tokens, t, j->o, e) && check_tokens(&tokens, m->config, e) &&
+        read_pictures(j, q, t, m, e) &&
+        prompt_create(&q->prompt, tokens.ids, (int64_t)tokens.n, places, q->pictures, q->n_pictures, 0, e);
     free(tokens.ids);
     return ok;
 }

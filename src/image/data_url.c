@@ -51,14 +51,21 @@ bool data_url_decode(uint8_t **data, size_t *bytes, const char *url, uint64_t by
     if (!comma || (size_t)(comma - url) < mark_bytes ||
         strncasecmp(comma - mark_bytes, mark, mark_bytes) != 0)
         return err_set(e, ERR_FORMAT, "expected data:TYPE;base64,DIGITS");
-    const char *text = comma + 1;
-    size_t n = strlen(text);
+    return data_url_digits(data, bytes, comma + 1, strlen(comma + 1), (size_t)(comma + 1 - url), bytes_max,
+                           e);
+}
+
+bool data_url_digits(uint8_t **data, size_t *bytes, const char *text, size_t n, size_t offset,
+                     uint64_t bytes_max, struct err *e)
+{
+    *data = NULL;
+    *bytes = 0;
     while (n > 0 && (text[n - 1] == '=' || is_space(text[n - 1]))) n--;
     if (n / 4 > bytes_max / 3)
         return err_set(e, ERR_LIMIT, "%zu base64 digits hold more than %" PRIu64 " bytes", n, bytes_max);
     *data = malloc(n / 4 * 3 + 3);
     if (!*data) return err_memory(e, "base64", n / 4 * 3 + 3);
-    return decode(*data, bytes, text, n, (size_t)(text - url), e);
+    return decode(*data, bytes, text, n, offset, e);
 }
 
 bool data_url_encode(char **url, const uint8_t *data, size_t bytes, struct err *e)

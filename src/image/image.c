@@ -12,7 +12,7 @@
 
 static const uint64_t BYTES_MAX = UINT64_C(256) << 20, PIXELS_MAX = UINT64_C(1) << 26;
 
-static struct image_limits with_defaults(const struct image_limits *l)
+struct image_limits image_limits_filled(const struct image_limits *l)
 {
     struct image_limits out = l ? *l : (struct image_limits){ 0 };
     if (out.bytes == 0) out.bytes = BYTES_MAX;
@@ -104,7 +104,7 @@ static bool to_image(struct image *out, struct raster *r, struct err *e)
 bool image_decode(struct image *out, const uint8_t *data, size_t bytes, const struct image_limits *limits,
                   struct err *e)
 {
-    struct image_limits l = with_defaults(limits);
+    struct image_limits l = image_limits_filled(limits);
     struct raster r = { 0 };
     *out = (struct image){ 0 };
     if (bytes > l.bytes)
@@ -140,7 +140,7 @@ static bool load_data(struct image *out, const char *url, const struct image_lim
 
 bool image_load(struct image *out, const char *source, const struct image_limits *limits, struct err *e)
 {
-    struct image_limits l = with_defaults(limits);
+    struct image_limits l = image_limits_filled(limits);
     *out = (struct image){ 0 };
     if (strncasecmp(source, "data:", 5) == 0) return load_data(out, source, &l, e);
     if (strncasecmp(source, "http://", 7) == 0 || strncasecmp(source, "https://", 8) == 0)

@@ -23,6 +23,9 @@ struct image_limits {
     const char *program; /* decodes in a process of its own, see isolated.h; NULL: this one does */
 };
 
+/* With the defaults in place of zeroes; NULL: all of them. */
+struct image_limits image_limits_filled(const struct image_limits *l);
+
 /* source: a path, or data:TYPE;base64,... limits: NULL for the defaults. ERR_LIMIT past them, ERR_UNSUPPORTED
  * for http URLs and formats not named above, ERR_FORMAT for damaged files. */
 bool image_load(struct image *out, const char *source, const struct image_limits *limits, struct err *e);

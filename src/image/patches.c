@@ -73,16 +73,17 @@ static bool read_rule(struct patch_rule *r, const json_t *root, struct err *e)
     return true;
 }
 
-bool patch_rule_load(struct patch_rule *out, const char *dir, int side, int frames, int merge, struct err *e)
+static bool load(struct patch_rule *out, const char *dir, const char *name, int64_t pixels_min,
+                 int64_t pixels_max, struct err *e)
 {
-    *out = (struct patch_rule){ .side = side,
-                                .frames = frames,
-                                .merge = merge,
-                                .pixels_min = 65536,
-                                .pixels_max = 16777216,
+    *out = (struct patch_rule){ .side = out->side,
+                                .frames = out->frames,
+                                .merge = out->merge,
+                                .pixels_min = pixels_min,
+                                .pixels_max = pixels_max,
                                 .mean = { 0.5f, 0.5f, 0.5f },
                                 .deviation = { 0.5f, 0.5f, 0.5f } };
-    char *path = file_join(dir, "preprocessor_config.json");
+    char *path = file_join(dir, name);
     json_t *root = NULL;
     if (!path) return err_memory(e, dir, 0);
     bool ok = !file_exists(path) || (doc_load(&root, path, CONFIG_BYTES_MAX, e) &&
@@ -92,8 +93,22 @@ bool patch_rule_load(struct patch_rule *out, const char *dir, int side, int fram
     return ok;
 }
 
-/* One channel's values of the patches of a resized picture. */
-static void lay_channel(struct patches *p, const uint8_t *rgb, const struct patch_rule *r, int channel)
+bool patch_rule_load(struct patch_rule *out, const char *dir, int side, int frames, int merge, struct err *e)
+{
+    *out = (struct patch_rule){ .side = side, .frames = frames, .merge = merge };
+    return load(out, dir, "preprocessor_config.json", 65536, 16777216, e);
+}
+
+bool patch_rule_load_video(struct patch_rule *out, const char *dir, int side, int frames, int merge,
+                           struct err *e)
+{
+    *out = (struct patch_rule){ .side = side, .frames = frames, .merge = merge };
+    return load(out, dir, "video_preprocessor_config.json", 4096, 25165824, e);
+}
+
+/* One channel's values of a frame, resized, in its place of the patches. */
+static void lay_channel(struct patches *p, const uint8_t *rgb, const struct patch_rule *r, int channel,
+                        int frame)
 {
     int64_t side = r->side, area = side * side, across = p->width / r->merge, unit = r->merge * r->merge;
     float value[256];
@@ -103,12 +118,34 @@ static void lay_channel(struct patches *p, const uint8_t *rgb, const struct patc
         int64_t block = i / unit, in = i % unit;
         int64_t top = (block / across * r->merge + in / r->merge) * side,
                 left = (block % across * r->merge + in % r->merge) * side;
-        float *to = p->values + i * p->cols + channel * r->frames * area;
+        float *to = p->values + i * p->cols + (channel * r->frames + frame) * area;
         for (int64_t y = 0; y < side; y++)
             for (int64_t x = 0; x < side; x++)
                 to[y * side + x] = value[rgb[((top + y) * p->width * side + left + x) * CHANNELS + channel]];
-        for (int f = 1; f < r->frames; f++) memcpy(to + f * area, to, (size_t)area * sizeof *to);
     }
+}
+
+static void repeat_first(struct patches *p, const struct patch_rule *r)
+{
+    int64_t area = (int64_t)r->side * r->side;
+    for (int64_t i = 0; i < p->height * p->width * CHANNELS; i++) {
+        float *first = p->values + i * r->frames * area;
+        for (int f = 1; f < r->frames; f++) memcpy(first + f * area, first, (size_t)area * sizeof *first);
+    }
+}
+
+/* Room for a picture of so many pixels. */
+static bool make_room(struct patches *out, int64_t height, int64_t width, const struct patch_rule *rule,
+                      struct err *e)
+{
+    *out = (struct patches){ .height = height / rule->side,
+                             .width = width / rule->side,
+                             .cols = (int64_t)CHANNELS * rule->frames * rule->side * rule->side };
+    uint64_t bytes = (uint64_t)(out->height * out->width * out->cols) * sizeof *out->values;
+    out->values = malloc(bytes);
+    if (out->values) return true;
+    *out = (struct patches){ 0 };
+    return err_memory(e, "patches", bytes);
 }
 
 bool patches_make(struct patches *out, const struct image *image, const struct patch_rule *rule,
@@ -118,19 +155,24 @@ bool patches_make(struct patches *out, const struct image *image, const struct p
     int64_t height, width;
     *out = (struct patches){ 0 };
     if (!resize_fit(&height, &width, image->height, image->width, &fit, e)) return false;
-    *out = (struct patches){ .height = height / rule->side,
-                             .width = width / rule->side,
-                             .cols = (int64_t)CHANNELS * rule->frames * rule->side * rule->side };
     uint64_t bytes = (uint64_t)height * (uint64_t)width * CHANNELS;
     uint8_t *rgb = malloc(bytes);
-    out->values = malloc(bytes * (unsigned)rule->frames * sizeof *out->values);
-    bool ok =
-        (rgb && out->values) || err_memory(e, "patches", bytes * (unsigned)rule->frames * sizeof(float));
-    ok = ok && resize_bicubic(rgb, height, width, image->rgb, image->height, image->width, e);
-    for (int c = 0; ok && c < CHANNELS; c++) lay_channel(out, rgb, rule, c);
+    bool ok = (rgb || err_memory(e, "patches", bytes)) &&
+              resize_bicubic(rgb, height, width, image->rgb, image->height, image->width, e) &&
+              make_room(out, height, width, rule, e);
+    for (int c = 0; ok && c < CHANNELS; c++) lay_channel(out, rgb, rule, c, 0);
+    if (ok) repeat_first(out, rule);
     free(rgb);
-    if (!ok) patches_free(out);
     return ok;
+}
+
+bool patches_of_frames(struct patches *out, const uint8_t *rgb, int64_t height, int64_t width,
+                       const struct patch_rule *rule, struct err *e)
+{
+    if (!make_room(out, height, width, rule, e)) return false;
+    for (int f = 0; f < rule->frames; f++)
+        for (int c = 0; c < CHANNELS; c++) lay_channel(out, rgb + f * height * width * CHANNELS, rule, c, f);
+    return true;
 }
 
 void patches_free(struct patches *p)

@@ -16,6 +16,10 @@ struct patch_rule {
  * says otherwise is an error. Without the file the released model's values are taken. */
 bool patch_rule_load(struct patch_rule *out, const char *dir, int side, int frames, int merge, struct err *e);
 
+/* Likewise of videos: dir/video_preprocessor_config.json, whose numbers of pixels are a clip's. */
+bool patch_rule_load_video(struct patch_rule *out, const char *dir, int side, int frames, int merge,
+                           struct err *e);
+
 struct patches {
     int64_t height, width; /* in patches; multiples of merge */
     int64_t cols;          /* 3 * frames * side * side */
@@ -27,5 +31,8 @@ struct patches {
  * deviation. */
 bool patches_make(struct patches *out, const struct image *image, const struct patch_rule *rule,
                   struct err *e);
+/* Of rule->frames frames in place of one repeated: rgb is [frames][height][width][3], the resized picture. */
+bool patches_of_frames(struct patches *out, const uint8_t *rgb, int64_t height, int64_t width,
+                       const struct patch_rule *rule, struct err *e);
 void patches_free(struct patches *p); /* accepts a zeroed one */
 #endif

@@ -11,27 +11,45 @@ static int64_t at_least(int64_t x, int64_t least)
     return x > least ? x : least;
 }
 
-bool resize_fit(int64_t *out_height, int64_t *out_width, int64_t height, int64_t width,
+/* counted: as how many the frames count once their sides are rounded. */
+static bool fit(int64_t *out_height, int64_t *out_width, double h, double w, double frames, double counted,
                 const struct resize_rule *rule, struct err *e)
 {
-    double f = (double)rule->factor, h = (double)height, w = (double)width;
+    double f = (double)rule->factor;
     if (fmax(h, w) / fmin(h, w) > RATIO_MAX)
-        return err_set(e, ERR_LIMIT,
-                       "%" PRId64 " x %" PRId64 " pixels: one side is more than %d times the other", width,
-                       height, RATIO_MAX);
+        return err_set(e, ERR_LIMIT, "%.0f x %.0f pixels: one side is more than %d times the other", w, h,
+                       RATIO_MAX);
     double rows = nearbyint(h / f) * f, cols = nearbyint(w / f) * f; /* halves to even */
-    if (rows * cols > (double)rule->pixels_max) {
-        double shrink = sqrt(h * w / (double)rule->pixels_max);
+    if (counted * rows * cols > (double)rule->pixels_max) {
+        double shrink = sqrt(frames * h * w / (double)rule->pixels_max);
         rows = fmax(f, floor(h / shrink / f) * f);
         cols = fmax(f, floor(w / shrink / f) * f);
-    } else if (rows * cols < (double)rule->pixels_min) {
-        double grow = sqrt((double)rule->pixels_min / (h * w));
+    } else if (counted * rows * cols < (double)rule->pixels_min) {
+        double grow = sqrt((double)rule->pixels_min / (frames * h * w));
         rows = ceil(h * grow / f) * f;
         cols = ceil(w * grow / f) * f;
     }
     *out_height = at_least((int64_t)rows, rule->factor);
     *out_width = at_least((int64_t)cols, rule->factor);
     return true;
+}
+
+bool resize_fit(int64_t *out_height, int64_t *out_width, int64_t height, int64_t width,
+                const struct resize_rule *rule, struct err *e)
+{
+    return fit(out_height, out_width, (double)height, (double)width, 1, 1, rule, e);
+}
+
+bool resize_fit_clip(int64_t *out_height, int64_t *out_width, int64_t height, int64_t width, int64_t frames,
+                     const struct resize_rule *rule, struct err *e)
+{
+    double f = (double)rule->factor, h = (double)height, w = (double)width;
+    if (h < f || w < f) {
+        double grow = fmax(f / h, f / w);
+        h = trunc(h * grow);
+        w = trunc(w * grow);
+    }
+    return fit(out_height, out_width, h, w, (double)frames, 2 * nearbyint((double)frames / 2), rule, e);
 }
 
 /* For each output place of one axis, where its inputs begin, how many there are, and their weights in units

@@ -141,7 +141,7 @@ static void reset(struct connection *c)
         connection_error(c, 503, "Retry-After: 2\r\n", "the model is still being loaded");
         return;
     }
-    scheduler_forget_prefixes(c->server->scheduler);
+    scheduler_forget(c->server->scheduler);
     answer_json(c, 200, json_pack("{s:b}", "reset", true));
 }
 

@@ -17,9 +17,9 @@ struct api_options {
     const char *const *served_names; /* [n_served_names] the first is what answers say */
     int n_served_names;
     int64_t max_model_len;
-    int max_n;               /* of `n`; 0: 16 */
-    int64_t stream_interval; /* tokens of an event of a stream; 0: as time goes */
-    int max_images;          /* of a request; 0: 16 */
+    int max_n;                  /* of `n`; 0: 16 */
+    int64_t stream_interval;    /* tokens of an event of a stream; 0: as time goes */
+    int max_images, max_videos; /* of a request; 0: 16 and 4; < 0: none */
     const char *const
         *media_hosts; /* [n_media_hosts] images come from there by URL, see fetch.h; 0: from nowhere */
     int n_media_hosts;

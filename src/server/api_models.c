@@ -1,5 +1,6 @@
 /* /v1/models, /v1/models/ID and /server_info. */
 #include "server/api_routes.h"
+#include "server/video.h"
 #include <string.h>
 
 static void write_defaults(struct exchange *x)
@@ -69,7 +70,8 @@ bool api_server_info(struct exchange *x)
     json_out_key_int(out, "max_model_len", o->max_model_len);
     json_out_key_int(out, "vocab_size", x->api->n_vocab);
     json_out_key_int(out, "max_n", o->max_n ? o->max_n : 16);
-    json_out_key_int(out, "max_images", o->config->has_vision ? o->max_images ? o->max_images : 16 : 0);
+    json_out_key_int(out, "max_images", o->config->has_vision ? conversation_images_most(x->api) : 0);
+    json_out_key_int(out, "max_videos", o->config->has_vision ? video_most(x->api) : 0);
     json_out_key_bool(out, "images_by_url", o->n_media_hosts > 0);
     json_out_key_bool(out, "strict_params", o->strict_params);
     json_out_key_int(out, "response_store_bytes", (int64_t)o->store_bytes);

@@ -100,7 +100,8 @@ static void write_rendered(struct exchange *x, const struct prompt_text *p)
     if (p->text) json_out_key_string(&x->out, "prompt", p->text, p->bytes);
     json_out_key_ids(&x->out, "token_ids", p->ids, 0, (size_t)p->n);
     json_out_key_int(&x->out, "count", p->n);
-    json_out_key_int(&x->out, "images", p->n_pictures);
+    json_out_key_int(&x->out, "images", p->n_pictures - p->n_videos);
+    json_out_key_int(&x->out, "videos", p->n_videos);
     json_out_key_int(&x->out, "max_model_len", x->api->o.max_model_len);
     json_out_close(&x->out, '}');
 }

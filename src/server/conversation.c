@@ -2,6 +2,7 @@
 #include "base/clock.h"
 #include "base/doc.h"
 #include "server/fetch.h"
+#include "server/video.h"
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
@@ -78,17 +79,24 @@ static bool fetch_picture(struct prompt_text *p, const struct api *a, const char
     return ok || fault_set(f, param, "%s: the image cannot be fetched: %s", param, e.text);
 }
 
+int conversation_images_most(const struct api *a)
+{
+    int most = a->o.max_images;
+    return most == 0 ? IMAGES_DEFAULT_MAX : most < 0 ? 0 : most;
+}
+
 /* Only data: URLs reach image_load, which would take anything else for a path. */
 static bool add_picture(struct prompt_text *p, const struct api *a, const char *url, const char *param,
                         struct fault *f)
 {
-    int max = a->o.max_images ? a->o.max_images : IMAGES_DEFAULT_MAX;
+    int max = conversation_images_most(a);
     if (!a->o.config->has_vision) return fault_set(f, param, "%s: the served model takes no images", param);
     bool is_file = strncasecmp(url, "file:", 5) == 0;
     bool by_url = is_file || strncasecmp(url, "http:", 5) == 0 || strncasecmp(url, "https:", 6) == 0;
     if (!by_url && strncmp(url, "data:", 5) != 0)
         return fault_set(f, param, "%s: expected a data: URL with base64 content", param);
-    if (p->n_pictures >= max) return fault_set(f, param, "%s: more than %d images in a request", param, max);
+    if (p->n_pictures - p->n_videos >= max)
+        return fault_set(f, param, "%s: more than %d images in a request", param, max);
     const char **grown = realloc(p->pictures, (size_t)(p->n_pictures + 1) * sizeof *grown);
     if (!grown) return fault_memory(f);
     p->pictures = grown;
@@ -126,7 +134,10 @@ static bool content_part(json_t *parts, struct prompt_text *p, const struct api 
     if (!json_is_object(part)) return fields_wrong(f, param, "an object with a type", part);
     const char *type = json_string_value(json_object_get(part, "type"));
     if (!type)
-        type = json_object_get(part, "text") ? "text" : json_object_get(part, "image_url") ? "image_url" : "";
+        type = json_object_get(part, "text")        ? "text"
+               : json_object_get(part, "image_url") ? "image_url"
+               : json_object_get(part, "video_url") ? "video_url"
+                                                    : "";
     if (strcmp(type, "text") == 0 || strcmp(type, "refusal") == 0) {
         const json_t *text = json_object_get(part, type);
         if (!json_is_string(text)) {
@@ -139,7 +150,11 @@ static bool content_part(json_t *parts, struct prompt_text *p, const struct api 
     if (strcmp(type, "image_url") == 0)
         return image_part(p, a, part, param, f) &&
                (json_array_append_new(parts, json_pack("{s:s}", "type", "image")) == 0 || fault_memory(f));
-    return fault_set(f, param, "%s: expected a part of type text or image_url, found \"%.40s\"", param, type);
+    if (strcmp(type, "video_url") == 0)
+        return video_part(p, a, part, param, f) &&
+               (json_array_append_new(parts, json_pack("{s:s}", "type", "video")) == 0 || fault_memory(f));
+    return fault_set(f, param, "%s: expected a part of type text, image_url or video_url, found \"%.40s\"",
+                     param, type);
 }
 
 static bool content_of(json_t *message, struct prompt_text *p, const struct api *a, const json_t *content,
@@ -408,7 +423,7 @@ bool conversation_prompt(struct prompt_text *out, const struct api *a, const jso
     bool ok = chat_render(&text, &bytes, a->o.chat_template, messages, tools, &o, &e) ||
               fault_from_err(f, "messages", &e);
     ok = ok && (!p->continue_final_message || cut_at_final_message(text, &bytes, messages, f)) &&
-         prompt_from_text(out, a, text, bytes, "messages", f);
+         video_places(&text, &bytes, out, a, body, f) && prompt_from_text(out, a, text, bytes, "messages", f);
     free(text);
     json_decref(messages);
     if (ok) out->in_reasoning = is_in_reasoning(a, out);

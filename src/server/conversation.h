@@ -8,8 +8,8 @@ struct prompt_text {
     int64_t n;
     char *text; /* owned, `bytes` long; NULL where the request has token ids */
     size_t bytes;
-    const char **pictures; /* owned, what it points to is the body's, or of `fetched` */
-    int n_pictures;
+    const char **pictures; /* owned, what it points to is the body's, or of `fetched`; images and videos */
+    int n_pictures, n_videos;
     char **fetched; /* data: URLs of images that came by URL, owned */
     int n_fetched;
     size_t fetched_bytes;
@@ -17,6 +17,8 @@ struct prompt_text {
     bool in_reasoning;  /* ends inside of <think> */
 };
 void prompt_text_deinit(struct prompt_text *p); /* accepts a zeroed one */
+
+int conversation_images_most(const struct api *a); /* of a request */
 
 /* Checks `messages` of the body and writes them as templates want them: parts of content in the template's
  * form, arguments of tool calls as objects, developer as system, system messages at the beginning as one. */

@@ -161,6 +161,11 @@ static void put_cache(const struct writer *w, const struct scheduler_stats *s)
         "Of these, tokens whose state was read from a file");
     put(w, "vllm:gpu_prefix_cache_queries_total", "counter", asked, "The same under its older name");
     put(w, "vllm:gpu_prefix_cache_hits_total", "counter", found, "The same under its older name");
+    put(w, "vllm:mm_cache_queries_total", "counter", (double)s->encoder_queries,
+        "Images looked up in the encoder cache");
+    put(w, "vllm:mm_cache_hits_total", "counter", (double)s->encoder_hits,
+        "Images found in the encoder cache");
+    put(w, "quench:mm_cache_bytes", "gauge", (double)s->encoder_bytes, "Size of the encoder cache now");
     char label[96];
     put_head(w, "vllm:cache_config_info", "gauge", "Tokens a page and pages in all");
     snprintf(label, sizeof label, "block_size=\"%d\",num_gpu_blocks=\"%" PRId64 "\"", KV_PAGE, s->pages);

@@ -29,7 +29,6 @@ static bool refuse(const struct fields *in)
         { "audio", "the model has no audio" },
         { "suffix", "the model continues a text, it does not fill gaps" },
         { "mm_processor_kwargs", "pictures are prepared as the checkpoint says" },
-        { "media_io_kwargs", "pictures are prepared as the checkpoint says" },
         { "length_penalty", "it belongs to beam search" },
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
@@ -426,6 +425,8 @@ bool params_read(struct params *p, const struct api *a, const json_t *body, bool
 {
     const struct fields in = { body, "", f };
     *p = (struct params){ 0 };
+    if (!is_chat && !fields_refuse(&in, "media_io_kwargs", "prompts of this route have no videos"))
+        return false;
     return refuse(&in) && read_sampling(p, a, &in) && read_lengths(p, a, &in, is_chat) &&
            read_counts(p, a, &in) && read_stops(p, &in) && read_stop_tokens(p, a, &in) &&
            read_bias(p, a, &in) && read_allowed(p, a, &in) && read_bad_words(p, a, &in) &&

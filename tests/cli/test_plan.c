@@ -154,12 +154,49 @@ static void a_server_fills_its_budget(void **state)
     demo.backend.memory = 0;
 }
 
+/* What is kept of images counts where the budget is the host's, to the byte; a device's is as large as ever.
+ */
+static void an_encoder_cache_is_the_hosts(void **state)
+{
+    (void)state;
+    for (int device = 0; device < 2; device++) {
+        struct plan_options o = for_engine(&(struct engine_options){ .context = 1000, .sequences = 2 });
+        struct err e = { 0 };
+        struct plan without, with;
+        demo.backend.memory = device ? 24ull << 30 : 0;
+        must(plan_make(&without, &o, &e), &e);
+        uint64_t need = without.weights + without.reserve + state_and_steps(&without), kept = 123456789;
+        o.encoder_cache = kept;
+        o.budget = need + (device ? 0 : kept);
+        must(plan_make(&with, &o, &e), &e);
+        assert_int_equal(with.encoder_cache, device ? 0 : kept);
+        assert_int_equal(with.pages, without.pages);
+        o.budget--;
+        assert_false(plan_make(&with, &o, &e));
+        assert_int_equal(e.code, ERR_LIMIT);
+        /* a server has the same pages in a budget larger by it */
+        o = (struct plan_options){ .checkpoint = &demo.checkpoint,
+                                   .backend = &demo.backend,
+                                   .prefix_cache = true,
+                                   .budget = 2ull << 30 };
+        must(plan_make(&without, &o, &e), &e);
+        o.encoder_cache = kept;
+        o.budget += device ? 0 : kept;
+        must(plan_make(&with, &o, &e), &e);
+        assert_int_equal(with.pages, without.pages);
+        assert_int_equal(with.snapshots, without.snapshots);
+        assert_int_equal(with.context, without.context);
+    }
+    demo.backend.memory = 0;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_engine_takes_what_was_planned),
         cmocka_unit_test(what_does_not_fit_is_refused_with_the_difference),
         cmocka_unit_test(a_server_fills_its_budget),
+        cmocka_unit_test(an_encoder_cache_is_the_hosts),
     };
     return cmocka_run_group_tests(tests, load, unload);
 }

@@ -153,9 +153,15 @@ static void test_refusals(void **state)
     expect(SERVE("models/demo", "--memory", "70M", "--max-num-seqs", "64", "--max-model-len", "4k", "--port",
                  "0"),
            1, "64 sequences, one of them of 4000 tokens, need ");
+    expect(SERVE("models/demo", "--mm-processor-cache-gb", "-1", "--port", "0"), 2,
+           "--mm-processor-cache-gb: expected 0 to 100000, found -1");
+    expect(SERVE("models/demo", "--memory", "300M", "--mm-processor-cache-gb", "1", "--port", "0"), 1,
+           "more than the budget of");
     expect(SERVE("models/none", "--port", "0"), 1, "models/none");
     expect(SERVE("models/demo", "--limit-mm-per-prompt", "{}"), 2,
-           "--limit-mm-per-prompt: expected '{\"image\": N}'");
+           "--limit-mm-per-prompt: expected '{\"image\": N, \"video\": N}'");
+    expect(SERVE("models/demo", "--limit-mm-per-prompt", "{\"image\":2,\"video\":1.5}"), 2,
+           "--limit-mm-per-prompt: expected");
 }
 
 static int make_temp(void **state)

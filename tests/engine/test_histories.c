@@ -11,6 +11,7 @@
 #include "engine/sequence.h"
 #include "support/requests.h"
 #include "support/sanitized.h"
+#include "support/videos.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +28,7 @@ static struct demo demo;
 static long histories = SANITIZED ? 16 : 24; /* without files, with them */
 
 /* What conversations are made of. */
-enum part { SYSTEM, USER, PICTURE, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };
+enum part { SYSTEM, USER, PICTURE, VIDEO, REPLY, THOUGHT, CALL, RESULT, RESULT_END, END, PARTS };
 static const char *const part_texts[PARTS] = {
     [SYSTEM] =
         "<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
@@ -35,6 +36,8 @@ static const char *const part_texts[PARTS] = {
         "\"object\", \"properties\": {\"city\": {\"type\": \"string\"}}}}}\n</tools><|im_end|>\n",
     [USER] = "<|im_start|>user\n",
     [PICTURE] = "<|vision_start|><|image_pad|><|vision_end|>",
+    [VIDEO] = "<0.5 seconds><|vision_start|><|video_pad|><|vision_end|>"
+              "<2.0 seconds><|vision_start|><|video_pad|><|vision_end|>",
     [REPLY] = "<|im_end|>\n<|im_start|>assistant\n",
     [THOUGHT] = "<think>\n\n</think>\n\n",
     [CALL] = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n"
@@ -54,6 +57,9 @@ static const char word_text[] =
     "it and count the letters of every word, and say which of them is longest.";
 static const char *const shapes[] = { "tests/golden/images/grey.png", "tests/golden/images/cmyk.jpg",
                                       "tests/golden/images/full_colour.jpg" };
+static const char *const frames[] = { "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png",
+                                      "tests/golden/demo/frames/2.png" };
+static char *video; /* of them */
 
 /* A conversation: its prompt, and where its turns begin. */
 struct talk {
@@ -99,8 +105,9 @@ static void say_user(struct talk *t)
     begin_turn(t);
     say_part(t, USER);
     if (t->n_pictures < PICTURES_MOST && random_below(4) == 0) {
-        t->pictures[t->n_pictures++] = shapes[random_below(3)];
-        say_part(t, PICTURE);
+        bool moves = random_below(4) == 0;
+        t->pictures[t->n_pictures++] = moves ? video : shapes[random_below(3)];
+        say_part(t, moves ? VIDEO : PICTURE);
     }
     say_words(t, 80);
     say_reply_begins(t);
@@ -200,6 +207,7 @@ struct run {
     char folder[64], folders[2][80]; /* of files */
     bool has_files;
     int64_t blocks, turns, rows_asked, rows_found, rows_read, drafted, accepted, preempted;
+    int64_t pictures_asked, pictures_found;
 };
 
 static void no_warning(void *ctx, const char *text)
@@ -220,6 +228,7 @@ static void choose(struct run *r)
                                          .pages = 13 + random_below(40) };
     r->has_files = (r->blocks + 1) / 2 % 2;
     r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
+    r->scheduler.encoder_cache_bytes = (uint64_t)random_below(96) << 10;
     r->scheduler.disk_bytes = (uint64_t)(4 + random_below(60)) << 20;
     r->scheduler.warn = no_warning;
     r->blocks++;
@@ -235,7 +244,7 @@ static void start(struct run *r)
         if (i == COLD) {
             g = (struct engine_options){ .sequences = 1 };
             o.step_tokens = 0;
-            o.host_cache_bytes = 0;
+            o.host_cache_bytes = o.encoder_cache_bytes = 0;
         }
         o.disk_folder = r->has_files && i != COLD ? r->folders[i] : NULL;
         service_start(s, &demo, g, o);
@@ -255,6 +264,8 @@ static void stop(struct run *r)
         r->drafted += stats.drafted;
         r->accepted += stats.accepted;
         r->preempted += stats.preemptions;
+        r->pictures_asked += stats.encoder_queries;
+        r->pictures_found += stats.encoder_hits;
         service_stop(&r->services[i]);
     }
 }
@@ -358,10 +369,12 @@ static void from_a_to_b_and_back(void **state)
     must(file_remove_tree(r.folder, &e), &e);
     printf(
         "note: %ld histories, %lld prompts, 0 and 2 drafts: %lld of %lld rows found, %lld in files, %lld of "
-        "%lld drafts right, preempted %lld times; no bit differs\n",
+        "%lld drafts right, preempted %lld times, %lld of %lld pictures found; no bit differs\n",
         done, (long long)r.turns, (long long)r.rows_found, (long long)r.rows_asked, (long long)r.rows_read,
-        (long long)r.accepted, (long long)r.drafted, (long long)r.preempted);
+        (long long)r.accepted, (long long)r.drafted, (long long)r.preempted, (long long)r.pictures_found,
+        (long long)r.pictures_asked);
     assert_true(r.rows_read > 0);
+    assert_true(r.pictures_found > 0 && r.pictures_found < r.pictures_asked);
     assert_true(r.rows_found * 5 > r.rows_asked);
     assert_true(r.accepted * 3 > r.turns);
     for (int i = 0; i < SERVICES; i++) free(r.answers[i]);
@@ -380,6 +393,7 @@ static int load(void **state)
     demo.loaded.backend.ops = &watching;
     for (int i = 0; i < PARTS; i++) parts[i] = demo_encode(&demo, part_texts[i]);
     words = demo_encode(&demo, word_text);
+    video = video_url(frames, 3);
     return 0;
 }
 
@@ -388,6 +402,7 @@ static int unload(void **state)
     (void)state;
     for (int i = 0; i < PARTS; i++) free(parts[i].ids);
     free(words.ids);
+    free(video);
     demo_unload(&demo);
     return 0;
 }

@@ -6,10 +6,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
-#include "engine/cuts.h"
+#include "engine/encoder_cache.h"
 #include "engine/generate.h"
 #include "engine/scheduler.h"
 #include "support/models.h"
+#include "support/videos.h"
 #include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -163,12 +164,72 @@ static bool schedule(struct fixture *f, struct err *e)
     return ok;
 }
 
+/* A picture whose rows cannot be kept is the caller's all the same. */
+static struct picture_reader *reader;
+static struct patches patches;
+static struct picture seen_at; /* its size, no rows */
+
+static bool see_and_keep(struct fixture *f, struct err *e)
+{
+    (void)f;
+    static const uint8_t salt[32];
+    uint8_t key[32];
+    struct cut_picture place = { .height = seen_at.height, .width = seen_at.width };
+    struct encoder_cache *c = NULL;
+    struct picture p = seen_at, kept = { 0 };
+    bool ok = encoder_cache_create(&c, 1 << 24, e) && encoder_key(key, salt, &place, e) &&
+              picture_see(reader, &p, &patches, e);
+    if (ok) {
+        encoder_cache_add(c, key, &p);
+        ok = encoder_cache_find(c, key, &kept) || err_set(e, ERR_MEMORY, "no memory for an entry");
+        assert_true(p.rows && (!ok || kept.rows == p.rows));
+    }
+    encoder_cache_free(c);
+    float first = p.rows ? p.rows[0] : 0;
+    picture_free(&p);
+    if (kept.rows) assert_true(kept.rows[0] == first); /* now it alone has them */
+    picture_free(&kept);
+    return ok;
+}
+
+/* Libraries have sentences of their own for it, so only that nothing is left is asked for. */
+static void check_video(void)
+{
+    static const char *const frames[] = { "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png",
+                                          "tests/golden/demo/frames/2.png" };
+    char *url = video_url(frames, 3);
+    bool ok = false;
+    for (int n = 0; !ok; n++) {
+        struct picture pairs[2];
+        struct patches made[2];
+        struct err e = { 0 };
+        atomic_store(&allowed, n);
+        ok = picture_open_video(reader, pairs, made, url, NULL, &e);
+        atomic_store(&allowed, -1);
+        for (int i = 0; i < 2; i++) {
+            assert_int_equal(made[i].values != NULL, ok);
+            patches_free(&made[i]);
+        }
+        if (ok) assert_true(n >= 9);
+    }
+    free(url);
+}
+
+static void check_encoder_cache(struct fixture *f)
+{
+    struct err e = { 0 };
+    must(picture_reader_create(&reader, &f->loaded.model, &e), &e);
+    must(picture_open(reader, &seen_at, &patches, "tests/golden/images/grey.png", NULL, &e), &e);
+    int failed = fail_each(see_and_keep, f, 1 << 20, 1);
+    printf("note: %d allocations of a picture and its place in a cache\n", failed);
+    assert_true(failed >= 6);
+    check_video();
+    patches_free(&patches);
+    picture_reader_free(reader);
+}
+
 static void check_scheduler(struct fixture *f)
 {
-    uint8_t digest[32];
-    struct err e = { 0 };
-    /* libcrypto does not survive a refusal while it sets itself up */
-    must(cuts_digest(digest, "", 0, &e), &e);
     int scheduled = fail_each(schedule, f, 1 << 20, 1);
     printf("note: %d allocations of a scheduler and a request\n", scheduled);
     assert_true(scheduled >= 30);
@@ -178,6 +239,7 @@ static void check_device(enum device device)
 {
     struct fixture f = { 0 };
     struct err e = { 0 };
+    uint8_t digest[32];
     struct backend_options o = { .device = device, .threads = 1 };
     if (!CAN_REFUSE) {
         printf("SKIP: failing allocations: not under TSan\n");
@@ -188,6 +250,9 @@ static void check_device(enum device device)
     assert_true(fail_each(create_engine, &f, 1 << 20, 1) >= 15);
     assert_true(fail_each(generate_text, &f, 1 << 20, 1) >= 20);
     assert_true(fail_each(bind_all, &f, 60, 23) >= 70);
+    /* libcrypto does not survive a refusal while it sets itself up */
+    must(cuts_digest(digest, "", 0, &e), &e);
+    check_encoder_cache(&f);
     if (CAN_REFUSE_THREADS)
         check_scheduler(&f);
     else

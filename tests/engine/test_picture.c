@@ -5,9 +5,12 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include "engine/cuts.h"
 #include "engine/prompt.h"
 #include "image/patches.h"
 #include "support/models.h"
+#include "support/videos.h"
+#include "tokenizer/tokenizer.h"
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -33,11 +36,11 @@ static int64_t argmax(const float *x, int64_t n)
 }
 
 /* The golden's token list has the placeholder once a row; a prompt before pictures has it once a picture. */
-static int64_t collapse(int32_t *out, const int32_t *ids, int64_t n, int64_t image_token)
+static int64_t collapse(int32_t *out, const int32_t *ids, int64_t n, int64_t place)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i++)
-        if (ids[i] != image_token || i == 0 || ids[i - 1] != image_token) out[kept++] = ids[i];
+        if (ids[i] != place || i == 0 || ids[i - 1] != place) out[kept++] = ids[i];
     return kept;
 }
 
@@ -199,7 +202,8 @@ static void check_model(const char *model, const char *golden, const char *image
     must(picture_read(reader, &picture, image, NULL, &e), &e);
     const int32_t *ids = values(&f, "ids", &n), *positions = values(&f, "position_ids", NULL);
     int64_t image_token = l.model.config->image_token;
-    must(prompt_create(&p, tokens, collapse(tokens, ids, n, image_token), image_token, &picture, 1, 0, &e),
+    must(prompt_create(&p, tokens, collapse(tokens, ids, n, image_token),
+                       (struct place_tokens){ image_token, -1 }, &picture, 1, 0, &e),
          &e);
     assert_int_equal(p.n, n);
     for (int64_t i = 0; i < n; i++) {
@@ -224,6 +228,120 @@ static void check_model(const char *model, const char *golden, const char *image
     picture_reader_free(reader);
     unload_model(&l);
     safetensors_close(&f);
+}
+
+/* Five frames: the third pair has its frame twice. */
+enum { FRAMES = 5, PAIRS = 3 };
+struct clip {
+    struct loaded l;
+    struct safetensors golden;
+    struct picture_reader *reader;
+    struct picture pairs[PAIRS];
+    struct patches patches[PAIRS];
+    char *url;
+};
+
+static void open_clip(struct clip *c)
+{
+    static const char *const files[FRAMES] = {
+        "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png", "tests/golden/demo/frames/2.png",
+        "tests/golden/demo/frames/3.png", "tests/golden/demo/frames/4.png"
+    };
+    struct err e = { 0 };
+    c->url = video_url(files, FRAMES);
+    must(safetensors_open(&c->golden, "tests/golden/demo/golden_video.safetensors", &e), &e);
+    load_model(&c->l, "models/demo", &tested);
+    must(picture_reader_create(&c->reader, &c->l.model, &e), &e);
+    assert_int_equal(picture_count_video(c->reader, c->url), PAIRS);
+    must(picture_open_video(c->reader, c->pairs, c->patches, c->url, NULL, &e), &e);
+}
+
+static void close_clip(struct clip *c)
+{
+    for (int i = 0; i < PAIRS; i++) {
+        picture_free(&c->pairs[i]);
+        patches_free(&c->patches[i]);
+    }
+    free(c->url);
+    picture_reader_free(c->reader);
+    unload_model(&c->l);
+    safetensors_close(&c->golden);
+}
+
+/* Of each pair what goes into the tower, and what comes out. */
+static void check_pairs(struct clip *c)
+{
+    const float *pixels = values(&c->golden, "pixel_values", NULL),
+                *want = values(&c->golden, "vision_out", NULL);
+    const int32_t *grid = values(&c->golden, "grid_thw", NULL);
+    struct err e = { 0 };
+    float worst = 0;
+    double off = 0, all = 0;
+    assert_int_equal(grid[0], PAIRS);
+    for (int i = 0; i < PAIRS; i++) {
+        struct patches *p = &c->patches[i];
+        struct picture *seen = &c->pairs[i];
+        assert_int_equal(p->height, grid[1]);
+        assert_int_equal(p->width, grid[2]);
+        for (int64_t k = 0; k < p->height * p->width * p->cols; k++)
+            worst = fmaxf(worst, fabsf(p->values[k] - *pixels++));
+        must(picture_see(c->reader, seen, p, &e), &e);
+        for (int64_t k = 0; k < seen->height * seen->width * seen->cols; k++, want++) {
+            off += ((double)seen->rows[k] - *want) * ((double)seen->rows[k] - *want);
+            all += (double)*want * *want;
+        }
+    }
+    assert_true(worst <= 1e-6f);
+    assert_true(sqrt(off / all) <= 1e-5);
+}
+
+/* The golden's text as tokens, these as rows. */
+static void lay_clip(struct prompt *p, struct clip *c)
+{
+    struct tokenizer *tokenizer;
+    struct token_list text = { 0 };
+    struct err e = { 0 };
+    int32_t tokens[128];
+    int64_t n, bytes, rows = 0, video = c->l.model.config->video_token;
+    const int32_t *ids = values(&c->golden, "ids", &n), *positions = values(&c->golden, "position_ids", NULL);
+    const char *prompt = values(&c->golden, "prompt", &bytes);
+    int64_t kept = collapse(tokens, ids, n, video);
+    must(tokenizer_load(&tokenizer, "models/demo", &e), &e);
+    must(tokenizer_encode(tokenizer, &text, prompt, (size_t)bytes, 0, &e), &e);
+    assert_int_equal(text.n, kept);
+    assert_memory_equal(text.ids, tokens, (size_t)kept * sizeof *tokens);
+    must(prompt_create(p, tokens, kept, (struct place_tokens){ -1, video }, c->pairs, PAIRS, 0, &e), &e);
+    assert_int_equal(p->n, n);
+    for (int64_t i = 0; i < n; i++) {
+        assert_int_equal(p->rows[i].token, ids[i]);
+        rows += p->rows[i].embedding != NULL;
+        for (int k = 0; k < 3; k++) assert_int_equal(p->rows[i].position[k], positions[k * n + i]);
+    }
+    assert_int_equal(rows, PAIRS * c->pairs[0].height * c->pairs[0].width);
+    free(text.ids);
+    tokenizer_free(tokenizer);
+}
+
+static void a_video_matches_its_golden(void **state)
+{
+    (void)state;
+    static const int64_t steps[] = { 128, 7 };
+    struct clip c = { 0 };
+    struct prompt p;
+    open_clip(&c);
+    check_pairs(&c);
+    lay_clip(&p, &c);
+    for (int i = 0; i < 2; i++) {
+        struct logits_check l = { .want = values(&c.golden, "logits", NULL),
+                                  .vocab = c.l.model.config->vocab_size };
+        check_split(&c.l.model, &p, steps[i], &l);
+        printf("note: demo on %s, %d rows a step: logits of a video's prompt %.1e\n", c.l.backend.name,
+               (int)steps[i], l.worst);
+        assert_true(l.worst <= 3e-5);
+        assert_int_equal(l.differ, 0);
+    }
+    prompt_free(&p);
+    close_clip(&c);
 }
 
 static void demo_matches_its_golden(void **state)
@@ -259,7 +377,7 @@ static void positions_follow_the_vectors(void **state)
     json_t *root = json_load_file("tests/golden/model_vectors.json", JSON_DECODE_INT_AS_REAL, NULL);
     assert_non_null(root);
     const json_t *want = json_object_get(json_object_get(root, "mrope"), "positions_case");
-    must(prompt_create(&p, tokens, 6, IMAGE, &picture, 1, 0, &e), &e);
+    must(prompt_create(&p, tokens, 6, (struct place_tokens){ IMAGE, -1 }, &picture, 1, 0, &e), &e);
     assert_int_equal(p.n, 11);
     for (int64_t i = 0; i < p.n; i++)
         for (int k = 0; k < 3; k++)
@@ -279,7 +397,7 @@ static void several_pictures_and_what_is_refused(void **state)
     struct picture pictures[] = { { 1, 1, 1, rows }, { 3, 1, 1, rows + 1 }, { 2, 2, 1, rows + 4 } };
     struct prompt p;
     struct err e = { 0 };
-    must(prompt_create(&p, tokens, 4, IMAGE, pictures, 3, 10, &e), &e);
+    must(prompt_create(&p, tokens, 4, (struct place_tokens){ IMAGE, -1 }, pictures, 3, 10, &e), &e);
     static const int32_t want[][3] = { { 10, 10, 10 }, { 11, 11, 11 }, { 12, 12, 12 },
                                        { 12, 13, 12 }, { 12, 14, 12 }, { 15, 15, 15 },
                                        { 15, 15, 16 }, { 15, 16, 15 }, { 15, 16, 16 } };
@@ -287,9 +405,33 @@ static void several_pictures_and_what_is_refused(void **state)
     for (int i = 0; i < 9; i++) assert_memory_equal(p.rows[i].position, want[i], sizeof want[i]);
     assert_ptr_equal(p.rows[8].embedding, rows + 7);
     prompt_free(&p);
-    assert_false(prompt_create(&p, tokens, 4, IMAGE, pictures, 2, 0, &e));
+    assert_false(prompt_create(&p, tokens, 4, (struct place_tokens){ IMAGE, -1 }, pictures, 2, 0, &e));
     assert_int_equal(e.code, ERR_ARGUMENT);
     assert_string_equal(e.text, "the prompt has places for 3 images, 2 given");
+}
+
+/* What is known is kept behind a picture, and behind a video, not behind each pair of its frames. */
+static void a_video_is_not_cut_inside(void **state)
+{
+    (void)state;
+    enum { VIDEO = 98 };
+    static const int32_t tokens[] = { VIDEO, VIDEO, 1 };
+    static const uint8_t salt[32];
+    struct picture pairs[] = { { 8, 10, 1, NULL }, { 8, 10, 1, NULL } };
+    struct cut_rules rules = { .interval = 4096 };
+    struct prompt p;
+    struct cuts cuts;
+    struct err e = { 0 };
+    must(prompt_create(&p, tokens, 3, (struct place_tokens){ -1, VIDEO }, pairs, 2, 0, &e), &e);
+    for (int goes_on = 0; goes_on < 2; goes_on++) {
+        struct cut_picture places[] = { { .height = 8, .width = 10, .goes_on = goes_on },
+                                        { .first = 80, .height = 8, .width = 10 } };
+        must(cuts_make(&cuts, &rules, &p, places, 2, salt, &e), &e);
+        assert_int_equal(cuts.n, 2 - goes_on);
+        assert_int_equal(cuts.items[0].at, goes_on ? 160 : 80);
+        cuts_free(&cuts);
+    }
+    prompt_free(&p);
 }
 
 /* Two pictures see nothing of each other before the language model: the second's rows are those it has alone.
@@ -322,8 +464,10 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(demo_matches_its_golden),
         cmocka_unit_test(study_matches_its_golden),
+        cmocka_unit_test(a_video_matches_its_golden),
         cmocka_unit_test(positions_follow_the_vectors),
         cmocka_unit_test(several_pictures_and_what_is_refused),
+        cmocka_unit_test(a_video_is_not_cut_inside),
         cmocka_unit_test(a_picture_after_another),
     };
     if (device && strcmp(device, "cuda") == 0)

@@ -77,7 +77,8 @@ static bool answer(struct session *session, struct session_result *r, struct see
                                  .text = take,
                                  .cancelled = is_stopped };
     must(tokenizer_encode(f->tokenizer, &tokens, text, strlen(text), 0, e) &&
-             prompt_create(&prompt, tokens.ids, (int64_t)tokens.n, -1, NULL, 0, 0, e),
+             prompt_create(&prompt, tokens.ids, (int64_t)tokens.n, (struct place_tokens){ -1, -1 }, NULL, 0,
+                           0, e),
          e);
     bool ok = session_answer(session, r, &prompt, &o, e);
     prompt_free(&prompt);

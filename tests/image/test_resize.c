@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 #include "base/file.h"
+#include "checkpoint/safetensors.h"
 #include "image/patches.h"
 #include "support/models.h"
 #include <jansson.h>
@@ -71,6 +72,31 @@ static void resampling_is_near_pil(void **state)
     free(data);
     printf("note: %d of %d resampled samples are one off PIL's\n", (int)off, (int)all);
     assert_true(off * 50 < all);
+}
+
+/* 400 clips; 0 x 0 where transformers refuses. */
+static void clips_are_sized_as_transformers_does(void **state)
+{
+    (void)state;
+    static const struct resize_rule rule = { 32, 4096, 25165824 };
+    struct safetensors f;
+    struct err e = { 0 };
+    int refused = 0;
+    must(safetensors_open(&f, "tests/golden/demo/golden_video.safetensors", &e), &e);
+    const struct tensor *t = safetensors_find(&f, "sizes");
+    assert_non_null(t);
+    assert_int_equal(t->shape[0], 400);
+    for (int64_t i = 0; i < t->shape[0]; i++) {
+        const int32_t *c = (const int32_t *)(const void *)t->data + 5 * i;
+        int64_t height = 0, width = 0;
+        bool ok = resize_fit_clip(&height, &width, c[1], c[2], c[0], &rule, &e);
+        if (ok != (c[3] > 0) || (ok && (height != c[3] || width != c[4])))
+            fail_msg("%d frames of %d x %d: %d x %d, transformers has %d x %d", c[0], c[1], c[2], (int)height,
+                     (int)width, c[3], c[4]);
+        refused += !ok;
+    }
+    assert_true(refused > 10 && refused < 200);
+    safetensors_close(&f);
 }
 
 static void a_flat_picture_stays_flat(void **state)
@@ -168,8 +194,11 @@ static void preprocessor_files(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(sizes_match_the_vectors),   cmocka_unit_test(resampling_is_near_pil),
-        cmocka_unit_test(a_flat_picture_stays_flat), cmocka_unit_test(patches_lie_in_blocks),
+        cmocka_unit_test(sizes_match_the_vectors),
+        cmocka_unit_test(resampling_is_near_pil),
+        cmocka_unit_test(clips_are_sized_as_transformers_does),
+        cmocka_unit_test(a_flat_picture_stays_flat),
+        cmocka_unit_test(patches_lie_in_blocks),
         cmocka_unit_test(preprocessor_files),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

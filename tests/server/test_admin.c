@@ -357,6 +357,39 @@ static void test_overrides(void **state)
     }
 }
 
+/* A picture behind words that nobody has said before. */
+static void show_picture(const struct serving *s, const char *folder, int i)
+{
+    char body[PATH_MAX + 512];
+    snprintf(body, sizeof body,
+             "{\"max_tokens\":4,\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":"
+             "\"%d\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"file://%s/rgb.png\"}}]}]}",
+             i, folder);
+    assert_int_equal(post(s, &reply, CHAT, body), 200);
+}
+
+static void test_reset_pictures(void **state)
+{
+    (void)state;
+    struct serving s;
+    char folder[PATH_MAX];
+    assert_non_null(realpath("tests/golden/images", folder));
+    for (int cached = 0; cached < 2; cached++) {
+        START(&s, "--admin-listen", "0", "--admin-key", "operator-key", "--max-num-seqs", "2",
+              "--allowed-local-media-path", folder, "--mm-processor-cache-gb", cached ? "0.001" : "0");
+        struct serving a = admin_of(&s);
+        assert_true((strstr(s.said, "encoder cache") != NULL) == cached);
+        for (int i = 0; i < 6; i++) {
+            show_picture(&s, folder, i);
+            assert_int_equal((int)metric(&s, "vllm:mm_cache_queries_total"), cached ? i + 1 : 0);
+            assert_int_equal((int)metric(&s, "vllm:mm_cache_hits_total"), cached ? i - i / 3 : 0);
+            assert_true((metric(&s, "quench:mm_cache_bytes") > 0) == cached);
+            if (i % 3 == 2) assert_int_equal(say(&a, "POST", "/reset_prefix_cache", KEY), 200);
+        }
+        serving_stop(&s);
+    }
+}
+
 static void test_reload(void **state)
 {
     (void)state;
@@ -431,9 +464,11 @@ static int remove_temp(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),   cmocka_unit_test(test_start),       cmocka_unit_test(test_pause),
-        cmocka_unit_test(test_cancel), cmocka_unit_test(test_reset),       cmocka_unit_test(test_overrides),
-        cmocka_unit_test(test_reload), cmocka_unit_test(test_unix_socket),
+        cmocka_unit_test(test_keys),           cmocka_unit_test(test_start),
+        cmocka_unit_test(test_pause),          cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_overrides),      cmocka_unit_test(test_reset),
+        cmocka_unit_test(test_reset_pictures), cmocka_unit_test(test_reload),
+        cmocka_unit_test(test_unix_socket),
     };
     signal(SIGPIPE, SIG_IGN);
     const char *only = getenv("QUENCH_ONLY");

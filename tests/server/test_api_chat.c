@@ -563,6 +563,122 @@ static void test_images(void **state)
     json_decref(r);
 }
 
+#define CLIP(url) "{\"type\":\"video_url\",\"video_url\":{\"url\":\"" url "\"}}"
+#define JPEGS(f)  "data:video/jpeg;base64," f
+#define PLACE     "<|vision_start|><|video_pad|><|vision_end|>"
+#define CHATTED   "<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+/* What is asked of the model for videos: two of them and an image between, each with its frames' times. */
+static void test_videos(void **state)
+{
+    struct fixture *x = *state;
+    static const char image[] = "{\"type\":\"image_url\",\"image_url\":\"data:image/png;base64,AA\"}";
+    static const struct {
+        const char *fields, *content, *prompt;
+        int n_pictures;
+    } cases[] = {
+        { "", CLIP(JPEGS("AA,BB")), "<0.5 seconds>" PLACE, 1 },
+        { "", CLIP(JPEGS("AA,BB,CC")), "<0.5 seconds>" PLACE "<2.0 seconds>" PLACE, 1 },
+        { "", "{\"video_url\":\"" JPEGS("AA,BB") "\"}", "<0.5 seconds>" PLACE, 1 },
+        { "\"media_io_kwargs\":{\"video\":{\"fps\":2,\"num_frames\":-1,\"do_sample_frames\":false}},",
+          CLIP(JPEGS("AA,BB,CC,DD")), "<0.2 seconds>" PLACE "<1.2 seconds>" PLACE, 1 },
+        { "\"media_io_kwargs\":{\"video\":{\"fps\":24,\"frames_indices\":[0,12,240],\"duration\":60}},",
+          CLIP(JPEGS("AA,BB,CC")), "<0.2 seconds>" PLACE "<10.0 seconds>" PLACE, 1 },
+        { "", NULL,
+          "<0.5 seconds>" PLACE "<|vision_start|><|image_pad|><|vision_end|><0.5 seconds>" PLACE
+          "<2.5 seconds>" PLACE,
+          3 },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char body[1024], content[512], want[512];
+        snprintf(content, sizeof content, "%s,%s,%s", CLIP(JPEGS("AA,BB")), image, CLIP(JPEGS("A,B,C,D")));
+        snprintf(body, sizeof body,
+                 "{%s\"messages\":[{\"role\":\"user\",\"content\":[%s,{\"type\":\"text\",\"text\":\"so?\"}"
+                 "]}]}",
+                 cases[i].fields, cases[i].content ? cases[i].content : content);
+        snprintf(want, sizeof want, "<|im_start|>user\n%sso?" CHATTED, cases[i].prompt);
+        fixture_script(x, "</think>a");
+        json_decref(fixture_ask(x, API_CHAT_COMPLETIONS, body));
+        if (x->status != 200) fail_msg("%s: %d", body, x->status);
+        assert_int_equal(x->scheduler.last.n_pictures, cases[i].n_pictures);
+        assert_memory_equal(x->scheduler.last_picture, "data:video/jpeg;base64,A", 24);
+        fixture_prompt(x, want);
+        json_t *r = fixture_ask(x, API_CHAT_RENDER, body);
+        assert_int_equal(json_integer_value(at(r, "videos")), (cases[i].n_pictures + 1) / 2);
+        assert_int_equal(json_integer_value(at(r, "images")), cases[i].n_pictures / 2);
+        json_decref(r);
+    }
+}
+
+static void test_video_errors(void **state)
+{
+    struct fixture *x = *state;
+#define WITH(fields, url) "{" fields "\"messages\":[{\"role\":\"user\",\"content\":[" CLIP(url) "]}]}"
+#define URL               "messages[0].content[0].video_url.url"
+#define TIMES(fields)     WITH("\"media_io_kwargs\":{\"video\":{" fields "}},", JPEGS("AA,BB"))
+#define IS_VIDEO          "media_io_kwargs.video"
+    static const struct wrong cases[] = {
+        { WITH("", "data:video/mp4;base64,AAAA"), 400, URL,
+          "taken as its frames and in no other form: expected data:video/jpeg;base64,FRAME,FRAME,..." },
+        { WITH("", "https://a/b.mp4"), 400, URL, "in no other form" },
+        { WITH("", "file:///etc/passwd"), 400, URL, "in no other form" },
+        { WITH("", "data:image/jpeg;base64,AA,BB"), 400, URL, "in no other form" },
+        { WITH("", JPEGS("AA")), 400, URL, "2 to 768 frames, found 1" },
+        { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"video_url\",\"video_url\":3}]}]}", 400,
+          URL, "expected a data: URL" },
+        { "{\"messages\":[{\"role\":\"system\",\"content\":[" CLIP(JPEGS("AA,BB")) "]},{\"role\":\"user\","
+                                                                                   "\"content\":\"\"}]}",
+          400, "messages", "System message cannot contain videos" },
+        { TIMES("\"fps\":0"), 400, IS_VIDEO ".fps", "expected 0.001 to" },
+        { TIMES("\"fps\":\"2\""), 400, IS_VIDEO ".fps", "a number" },
+        { TIMES("\"frames_indices\":[1,2,3]"), 400, IS_VIDEO, "3 of them, the video has 2 frames" },
+        { TIMES("\"frames_indices\":[2,1]"), 400, IS_VIDEO, "integers from 0 on that ascend" },
+        { TIMES("\"frames_indices\":[-1,1]"), 400, IS_VIDEO, "integers from 0 on that ascend" },
+        { TIMES("\"frames_indices\":[0,1.5]"), 400, IS_VIDEO, "integers from 0 on that ascend" },
+        { TIMES("\"do_sample_frames\":true"), 400, IS_VIDEO, "send those wanted" },
+        { TIMES("\"num_frames\":1"), 400, IS_VIDEO, "the video has 2; send those wanted" },
+        { WITH("\"media_io_kwargs\":{\"image\":{\"a\":1}},", JPEGS("AA,BB")), 400, "media_io_kwargs.image",
+          "as the checkpoint says" },
+        { WITH("\"media_io_kwargs\":3,", JPEGS("AA,BB")), 400, "media_io_kwargs", "an object" },
+        { WITH("\"prompt_logprobs\":1,", JPEGS("AA,BB")), 400, "prompt_logprobs", "not with images" },
+    };
+    check_wrong(x, API_CHAT_COMPLETIONS, cases, sizeof cases / sizeof *cases);
+    static const struct wrong completion = { "{\"prompt\":\"a\",\"media_io_kwargs\":{\"video\":{\"fps\":2}}}",
+                                             400, "media_io_kwargs", "no videos" };
+    check_wrong(x, API_COMPLETIONS, &completion, 1);
+}
+
+/* As many as the server allows, of each kind by itself. */
+static void test_video_limits(void **state)
+{
+    struct fixture *x = *state;
+    static const char two[] = "{\"messages\":[{\"role\":\"user\",\"content\":[" CLIP(JPEGS("AA,BB")) "," CLIP(
+        JPEGS("AA,BB")) ",{\"type\":\"image_url\",\"image_url\":\"data:image/png;base64,AA\"}]}]}";
+    static const struct {
+        int images, videos;
+        const char *says; /* NULL: it is taken */
+    } cases[] = { { 0, 0, NULL },
+                  { 1, 2, NULL },
+                  { 0, 1, "more than 1 videos" },
+                  { 0, -1, "more than 0 videos" },
+                  { -1, 2, "more than 0 images" } };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        x->options.max_images = cases[i].images;
+        x->options.max_videos = cases[i].videos;
+        fixture_api(x);
+        fixture_script(x, "</think>a");
+        json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, two);
+        assert_int_equal(x->status, cases[i].says ? 400 : 200);
+        if (cases[i].says) assert_non_null(strstr(text_at(r, "error.message"), cases[i].says));
+        json_decref(r);
+    }
+    x->config.video_token = -1;
+    json_t *r = fixture_ask(x, API_CHAT_COMPLETIONS, two);
+    assert_int_equal(x->status, 400);
+    assert_non_null(strstr(text_at(r, "error.message"), "the served model takes no videos"));
+    json_decref(r);
+}
+
 static void test_errors(void **state)
 {
     struct fixture *x = *state;
@@ -579,7 +695,7 @@ static void test_errors(void **state)
         { "{\"messages\":[{\"role\":\"user\",\"content\":{}}]}", 400, "messages[0].content",
           "found an object" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"video_url\"}]}]}", 400,
-          "messages[0].content[0]", "video_url" },
+          "messages[0].content[0].video_url.url", "found nothing" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":"
           "\"/etc/passwd\"}}]}]}",
           400, "messages[0].content[0].image_url.url", "data: URL" },
@@ -859,20 +975,37 @@ static void test_tool_choice(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_whole),        TEST(test_stream),
-        TEST(test_stream_usage), TEST(test_cut_character),
-        TEST(test_eaten_budget), TEST(test_thinking_switches),
-        TEST(test_tool_calls),   TEST(test_no_tools),
-        TEST(test_stop_strings), TEST(test_stop_tokens),
-        TEST(test_logprobs),     TEST(test_logprob_token_ids),
-        TEST(test_repeats),      TEST(test_prompt_logprobs),
-        TEST(test_several),      TEST(test_parameters),
-        TEST(test_request_id),   TEST(test_defaults),
-        TEST(test_messages),     TEST(test_documents),
-        TEST(test_images),       TEST(test_errors),
-        TEST(test_strict),       TEST(test_busy),
-        TEST(test_forms),        TEST(test_tool_choice),
-        TEST(test_failure),      TEST(test_failure_of_silent_stream),
+        TEST(test_whole),
+        TEST(test_stream),
+        TEST(test_stream_usage),
+        TEST(test_cut_character),
+        TEST(test_eaten_budget),
+        TEST(test_thinking_switches),
+        TEST(test_tool_calls),
+        TEST(test_no_tools),
+        TEST(test_stop_strings),
+        TEST(test_stop_tokens),
+        TEST(test_logprobs),
+        TEST(test_logprob_token_ids),
+        TEST(test_repeats),
+        TEST(test_prompt_logprobs),
+        TEST(test_several),
+        TEST(test_parameters),
+        TEST(test_request_id),
+        TEST(test_defaults),
+        TEST(test_messages),
+        TEST(test_documents),
+        TEST(test_images),
+        TEST(test_errors),
+        TEST(test_videos),
+        TEST(test_video_errors),
+        TEST(test_video_limits),
+        TEST(test_strict),
+        TEST(test_busy),
+        TEST(test_forms),
+        TEST(test_tool_choice),
+        TEST(test_failure),
+        TEST(test_failure_of_silent_stream),
         TEST(test_leaving),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

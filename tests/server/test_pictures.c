@@ -2,6 +2,7 @@
  */
 #include "image/big_png.h"
 #include "server/serving.h"
+#include "support/videos.h"
 #include <pthread.h>
 
 static struct temp temp;
@@ -86,6 +87,39 @@ static void test_decoder_dies(void **state)
     serving_stop(&s);
 }
 
+/* Frames go the same way as images; what one of them is spoils that request alone. */
+static void test_video(void **state)
+{
+    (void)state;
+    static const char *const good[] = { "tests/golden/demo/frames/0.png", "tests/golden/demo/frames/1.png" },
+                             *const bad[] = { "tests/golden/demo/frames/0.png",
+                                              "tests/golden/images/rgb.png" };
+    static struct reply reply;
+    struct serving s;
+    START(&s, "--max-num-seqs", "2", "--limit-mm-per-prompt", "{\"video\":1}");
+    int descriptors = serving_descriptors(&s);
+    for (int i = 0; i < 4; i++) {
+        char body[6000], *url = video_url(i % 2 ? bad : good, 2);
+        snprintf(
+            body, sizeof body,
+            "{\"temperature\":0,\"max_tokens\":8,\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":"
+            "\"video_url\",\"video_url\":{\"url\":\"%s\"}},{\"type\":\"text\",\"text\":\"What? %d\"}]}]}",
+            url, i);
+        free(url);
+        assert_int_equal(post(&s, &reply, CHAT, body), i % 2 ? 400 : 200);
+        if (i % 2)
+            assert_non_null(strstr(reply.body, "video 1: frame 2 of 2: 23 x 14 pixels, the first frame has"));
+        else
+            assert_non_null(strstr(reply.body, "\"image_tokens\":6"));
+    }
+    assert_int_equal((int)metric(&s, "vllm:mm_cache_queries_total"), 2);
+    assert_int_equal((int)metric(&s, "vllm:mm_cache_hits_total"), 1);
+    assert_int_equal(get(&s, &reply, "/server_info"), 200);
+    assert_non_null(strstr(reply.body, "\"max_images\":16,\"max_videos\":1"));
+    check_idle(&s, descriptors);
+    serving_stop(&s);
+}
+
 static int make_temp(void **state)
 {
     (void)state;
@@ -102,7 +136,7 @@ static int remove_temp(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_decoder_dies) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_decoder_dies), cmocka_unit_test(test_video) };
     signal(SIGPIPE, SIG_IGN);
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
     printf("SKIP: a sanitizer calls what it likes, so nothing is filtered\n");
