@@ -399,6 +399,8 @@ struct backend {
                         ones: step_rows.prompts matters */
     uint64_t memory,
         memory_free; /* bytes of the device's own, in all and when it was opened; 0: the host's */
+    /* What ends `queue`, whatever table of operations is used with it meanwhile; NULL: it is another's. */
+    void (*queue_free)(struct queue *q);
 };
 
 enum device { DEVICE_AUTO, DEVICE_REF, DEVICE_CPU, DEVICE_CUDA }; /* AUTO: a GPU where there is one */

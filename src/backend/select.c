@@ -13,6 +13,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
 #ifdef QUENCH_CUDA
     b->ops = &cuda_ops;
     if (cuda_queue_create(&b->queue, options, e)) {
+        b->queue_free = cuda_queue_free;
         snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
         b->step_rows = 4096;
         b->few_differ = true;
@@ -32,12 +33,14 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
     *b = (struct backend){ .fp4_activations = options->fp4_activations, .step_rows = 512 };
     if (options->device == DEVICE_REF) {
         b->ops = &ref_ops;
+        b->queue_free = ref_queue_free;
         snprintf(b->name, sizeof b->name, "ref, 1 thread");
         return ref_queue_create(&b->queue, options->rounded, e);
     }
     if (options->device == DEVICE_CUDA) return create_cuda(b, options, e);
     if (options->device == DEVICE_AUTO && create_cuda(b, options, NULL)) return true;
     b->ops = &cpu_ops;
+    b->queue_free = cpu_queue_free;
     if (!cpu_queue_create(&b->queue, options, e)) return false;
     int n = cpu_queue_threads(b->queue);
     snprintf(b->name, sizeof b->name, "cpu %s, %d thread%s", cpu_queue_isa(b->queue), n, n == 1 ? "" : "s");
@@ -46,12 +49,6 @@ bool backend_create(struct backend *b, const struct backend_options *options, st
 
 void backend_destroy(struct backend *b)
 {
-    if (b->ops == &ref_ops) ref_queue_free(b->queue);
-#ifdef QUENCH_CUDA
-    else if (b->ops == &cuda_ops)
-        cuda_queue_free(b->queue);
-#endif
-    else if (b->ops)
-        cpu_queue_free(b->queue);
+    if (b->queue_free) b->queue_free(b->queue);
     *b = (struct backend){ 0 };
 }

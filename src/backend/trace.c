@@ -679,6 +679,7 @@ bool trace_create(struct backend *out, const struct backend *inner, struct err *
     *out = *inner;
     out->ops = &trace_ops;
     out->queue = (struct queue *)(void *)t;
+    out->queue_free = NULL;
     return true;
 }
 

@@ -247,6 +247,11 @@ static void moe_runs(void)
         moe_run_case(formats[f], 1 + random_below(3), 16 * (1 + random_below(20)),
                      16 * (1 + random_below(16)), 4, f != 1);
     }
+    if (!on_device()) return;
+    reserve(8, 2816, 256, 4, 8); /* so wide that shared memory holds few tiles of experts */
+    for (int i = 0; i < 3; i++)
+        moe_run_case(WEIGHT_NVFP4, 2 + random_below(7), 256 * (9 + i) - 16 * random_below(16),
+                     16 * (1 + random_below(16)), 4, i == 1);
 }
 
 static void delta_runs(void)

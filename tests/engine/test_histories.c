@@ -24,7 +24,11 @@ enum {
     PICTURES_MOST = 2
 };
 
-static struct demo demo;
+/* The three: without drafts, with two a round, and cold. Each has a model and a backend of its own, since a
+ * scheduler's thread keeps and stores what it knows while the next one's is at work already. */
+enum { PLAIN, DRAFTING, COLD, SERVICES };
+static const char *const names[] = { "no drafts", "2 drafts" };
+static struct demo demos[SERVICES];
 static long histories = SANITIZED ? 16 : 24; /* without files, with them */
 
 /* What conversations are made of. */
@@ -168,7 +172,7 @@ static struct {
     const float *first, *end;
     uint64_t sum;
     int64_t n;
-} seen[3];
+} seen[SERVICES];
 static void (*real_download)(struct queue *q, void *to, const void *from, uint64_t bytes);
 
 static uint64_t hash(const float *row, int64_t n)
@@ -185,19 +189,15 @@ static uint64_t hash(const float *row, int64_t n)
 static void watching_download(struct queue *q, void *to, const void *from, uint64_t bytes)
 {
     real_download(q, to, from, bytes);
-    int64_t vocab = demo.loaded.checkpoint.config.vocab_size;
+    int64_t vocab = demos[0].loaded.checkpoint.config.vocab_size;
     const float *at = to;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < SERVICES; i++) {
         if (at < seen[i].first || at >= seen[i].end) continue;
         assert_int_equal(bytes, (uint64_t)vocab * sizeof *at);
         seen[i].sum += hash(at, vocab);
         seen[i].n++;
     }
 }
-
-/* The three: without drafts, with two a round, and cold. */
-enum { PLAIN, DRAFTING, COLD, SERVICES };
-static const char *const names[] = { "no drafts", "2 drafts" };
 
 struct run {
     struct service services[SERVICES];
@@ -247,7 +247,7 @@ static void start(struct run *r)
             o.host_cache_bytes = o.encoder_cache_bytes = 0;
         }
         o.disk_folder = r->has_files && i != COLD ? r->folders[i] : NULL;
-        service_start(s, &demo, g, o);
+        service_start(s, &demos[i], g, o);
         seen[i].first = s->engine->host_logits;
         seen[i].end = seen[i].first + s->engine->logits_rows * engine_vocab(s->engine);
     }
@@ -386,13 +386,13 @@ static int load(void **state)
 {
     (void)state;
     static struct ops watching;
-    demo_load(&demo);
-    watching = *demo.loaded.backend.ops;
+    for (int i = 0; i < SERVICES; i++) demo_load(&demos[i]);
+    watching = *demos[0].loaded.backend.ops;
     real_download = watching.download;
     watching.download = watching_download;
-    demo.loaded.backend.ops = &watching;
-    for (int i = 0; i < PARTS; i++) parts[i] = demo_encode(&demo, part_texts[i]);
-    words = demo_encode(&demo, word_text);
+    for (int i = 0; i < SERVICES; i++) demos[i].loaded.backend.ops = &watching;
+    for (int i = 0; i < PARTS; i++) parts[i] = demo_encode(&demos[0], part_texts[i]);
+    words = demo_encode(&demos[0], word_text);
     video = video_url(frames, 3);
     return 0;
 }
@@ -403,7 +403,7 @@ static int unload(void **state)
     for (int i = 0; i < PARTS; i++) free(parts[i].ids);
     free(words.ids);
     free(video);
-    demo_unload(&demo);
+    for (int i = 0; i < SERVICES; i++) demo_unload(&demos[i]);
     return 0;
 }
 

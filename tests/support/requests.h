@@ -17,7 +17,8 @@ void demo_load(struct demo *d);
 void demo_unload(struct demo *d);
 struct token_list demo_encode(const struct demo *d, const char *text);
 
-/* A scheduler and who waits for its news. Several may live over one model if no two have work at a time. */
+/* A scheduler and who waits for its news. One at a time over a model: its thread goes on using the backend
+ * when requests have got their last event, to keep and store what is known of them. */
 struct service {
     struct engine *engine;
     struct scheduler *scheduler;

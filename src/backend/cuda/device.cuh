@@ -58,8 +58,8 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     c.attrs = attribute;
     c.numAttrs = overlap && q->has_pdl ? 1 : 0;
-    /* 48 KiB need no leave, with what the kernel has besides */
-    if (shared > 40 * 1024 &&
+    /* 48 KiB need no leave, with what the kernel has besides: 13 KiB at most where it asks for any */
+    if (shared > 32 * 1024 &&
         !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
                      operation))
         return;

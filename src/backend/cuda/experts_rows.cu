@@ -33,6 +33,7 @@ struct down_rows_args {
 };
 
 constexpr int TOGETHER = CREW, RING_MOST = CREW / 2;                         /* items between meetings, and ahead at most */
+static_assert(RING_MOST % 2 == 0 && TOGETHER % 2 == 0, "a place in the ring is one team's");
 constexpr int DEPTH = 2, PAIR_BYTES = 2 * FP4_UNIT_BYTES, PARTS = SLOTS - 1; /* DEPTH: of a warp's ring, units of two tiles */
 constexpr int TEAM = CREW / 2;
 constexpr int SUMS = CREW / 2 * TOGETHER * 16; /* floats of a set */
@@ -428,13 +429,14 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
 #endif
 }
 
-/* Items ahead; 0: not even two. */
+/* Items ahead; 0: not even two. An even number: so a place in the ring is always one team's. Were it the other's in turn, a team
+ * that is ahead could find the parity it waits for in a place that has not been filled once, and arrive there uncounted. */
 int ring_of(const struct queue *q, const cuda_matrix &gate)
 {
     size_t limit = (size_t)q->shared_max < LEFT_SHARED ? (size_t)q->shared_max : LEFT_SHARED;
     int ring = RING_MOST;
-    while (ring > 0 && up_rows_shared(gate, ring) > limit) ring--;
-    return ring < 2 ? 0 : ring;
+    while (ring > 0 && up_rows_shared(gate, ring) > limit) ring -= 2;
+    return ring;
 }
 
 /* The arguments of both kernels; false: not for these shapes. */

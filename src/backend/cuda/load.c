@@ -71,13 +71,9 @@ static void load_piece(void *ctx, int64_t item, int thread)
     if (status != cudaSuccess) atomic_store(&l->status, (int)status);
 }
 
-static bool begin(struct queue *q, struct err *e)
+static bool make(struct queue *q, struct loader *l, int threads, struct err *e)
 {
-    if (q->loader) return true;
-    int threads = pool_default_threads() < THREADS_MOST ? pool_default_threads() : THREADS_MOST;
     size_t bytes = (size_t)threads * BUFFERS * PIECE;
-    struct loader *l = q->loader = calloc(1, sizeof *l);
-    if (!l) return err_memory(e, "loading", sizeof *l);
     if (!pool_create(&l->pool, threads, e)) return false;
     if (cudaHostAlloc((void **)&l->pinned, bytes, cudaHostAllocDefault) != cudaSuccess) {
         cudaGetLastError();
@@ -85,9 +81,10 @@ static bool begin(struct queue *q, struct err *e)
         return err_memory(e, "loading", bytes);
     }
     for (int i = 0; i < threads * BUFFERS; i++)
-        queue_check(
-            q, cudaEventCreateWithFlags(&l->turn[i / BUFFERS].taken[i % BUFFERS], cudaEventDisableTiming),
-            "loading");
+        if (!queue_check(
+                q, cudaEventCreateWithFlags(&l->turn[i / BUFFERS].taken[i % BUFFERS], cudaEventDisableTiming),
+                "loading"))
+            return err_set(e, ERR_IO, "GPU: %s: %s", q->failed, q->failure);
     return true;
 }
 
@@ -103,6 +100,17 @@ void cuda_load_end(struct queue *q)
     pool_free(l->pool);
     free(l);
     q->loader = NULL;
+}
+
+static bool begin(struct queue *q, struct err *e)
+{
+    int threads = pool_default_threads() < THREADS_MOST ? pool_default_threads() : THREADS_MOST;
+    if (q->loader) return true;
+    q->loader = calloc(1, sizeof *q->loader);
+    if (!q->loader) return err_memory(e, "loading", sizeof *q->loader);
+    if (make(q, q->loader, threads, e)) return true;
+    cuda_load_end(q); /* half of one would be taken for a whole one by the next load */
+    return false;
 }
 
 static int64_t count_pieces(const struct load *list, int n)

@@ -204,30 +204,38 @@ static bool all_alike(struct weight **list, int n, struct err *e)
     return true;
 }
 
-/* One of the parts of every weight of the list, below one another in *block. */
-static bool move_part(struct queue *q, struct weight **list, int n, size_t part, uint64_t each, void **block,
-                      struct err *e)
+/* Room for one of the parts of every weight of the list; NULL where they have none. */
+static bool take_block(struct queue *q, struct weight **list, int n, uint64_t each, void **block,
+                       struct err *e)
 {
     *block = NULL;
-    if (each == 0) return true;
-    if (!queue_take(q, block, each * (uint64_t)n + tile_slack(list[0]), "experts", e)) return false;
-    for (int i = 0; i < n; i++) {
-        void **at = (void **)((char *)list[i] + part), *to = (char *)*block + (uint64_t)i * each;
+    return each == 0 || queue_take(q, block, each * (uint64_t)n + tile_slack(list[0]), "experts", e);
+}
+
+/* These parts, below one another in the block. */
+static void move_part(struct queue *q, struct weight **list, int n, size_t part, uint64_t each, void *block)
+{
+    for (int i = 0; block && i < n; i++) {
+        void **at = (void **)((char *)list[i] + part), *to = (char *)block + (uint64_t)i * each;
         queue_check(q, cudaMemcpyAsync(to, *at, each, cudaMemcpyDeviceToDevice, q->stream), "experts");
         queue_give(q, *at);
         *at = to;
     }
-    return true;
 }
 
+/* Both parts or, where there is no room for one of them, neither. */
 static bool move_all(struct queue *q, struct cuda_matrix *m, struct weight **list, int n, struct err *e)
 {
-    void *data, *scale;
+    void *data = NULL, *scale = NULL;
     const struct weight *w = list[0];
-    bool ok = all_alike(list, n, e) &&
-              move_part(q, list, n, offsetof(struct cuda_weight, data), data_bytes(w), &data, e) &&
-              move_part(q, list, n, offsetof(struct cuda_weight, scale), scale_bytes(w), &scale, e);
-    if (!ok) return false;
+    bool ok = all_alike(list, n, e) && take_block(q, list, n, data_bytes(w), &data, e) &&
+              take_block(q, list, n, scale_bytes(w), &scale, e);
+    if (!ok) {
+        queue_give(q, data);
+        return false;
+    }
+    move_part(q, list, n, offsetof(struct cuda_weight, data), data_bytes(w), data);
+    move_part(q, list, n, offsetof(struct cuda_weight, scale), scale_bytes(w), scale);
     for (int i = 0; i < n; i++) ((struct cuda_weight *)list[i])->moved = true;
     *m = cuda_matrix_of(w);
     return true;
