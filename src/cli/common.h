@@ -46,8 +46,9 @@ extern const char *const common_devices[],
     }
 #define COMMON_KV_FLAG(c)                                                                                    \
     {                                                                                                        \
-        "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
-            "how keys and values are kept (auto: f32, on a GPU bf16)", common_kv                             \
+        "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8|int8_per_token_head",                \
+            "how keys and values are kept (auto: f32, on a GPU bf16; int8 for short: not on a GPU)",         \
+            common_kv                                                                                        \
     }
 #define COMMON_ACTIVATIONS_FLAGS(c)                                                                          \
     { "--nvfp4-activations",                                                                                 \

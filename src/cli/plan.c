@@ -34,9 +34,8 @@ static uint64_t weights_of(const struct plan_options *o)
 static uint64_t page_of(const struct plan_options *o, uint64_t full_layers)
 {
     const struct config *c = &o->checkpoint->config;
-    uint64_t each = o->kv == KV_F32 ? 4 : o->kv == KV_BF16 ? 2 : 1;
-    return KV_PAGE * 2 * (full_layers + (o->drafts > 0)) * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim *
-           each;
+    uint64_t line = (uint64_t)kv_line_bytes(o->kv, c->n_kv_heads, c->head_dim);
+    return KV_PAGE * 2 * (full_layers + (o->drafts > 0)) * line;
 }
 
 /* The recurrent state and the convolution's; with drafts a log of the rows that may be taken back. */
@@ -189,7 +188,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
 static void print_row(const char *what, const char *count, uint64_t bytes)
 {
     char text[32];
-    fprintf(stderr, "            %-18s %-28s %12s\n", what, count, common_bytes(text, sizeof text, bytes));
+    fprintf(stderr, "            %-18s %-36s %12s\n", what, count, common_bytes(text, sizeof text, bytes));
 }
 
 void plan_print(const struct plan *p, const struct plan_options *o)
