@@ -99,7 +99,7 @@ bool common_parse(const struct command *command, const struct flag *flags, int a
     return false;
 }
 
-static bool check_kv(const struct common *c, const struct backend *b, struct err *e)
+bool common_check_kv(const struct common *c, const struct backend *b, struct err *e)
 {
     return common_kv_dtype(c, b) != KV_INT8 || b->kv_int8 ||
            err_set(
@@ -120,7 +120,7 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
                                  .rounded = c->inputs,
                                  .fp4_activations = c->fp4 };
     if (!backend_create(b, &o, e)) return false;
-    if (!check_kv(c, b, e)) {
+    if (!common_check_kv(c, b, e)) {
         backend_destroy(b);
         return false;
     }

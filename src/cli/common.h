@@ -79,6 +79,8 @@ extern const char *const common_devices[],
 
 /* auto: as activations are held, on a GPU BF16 where inputs of products are rounded, else f32. */
 enum kv_dtype common_kv_dtype(const struct common *c, const struct backend *b);
+/* ERR_ARGUMENT where the backend knows no such cache; common_backend asks. */
+bool common_check_kv(const struct common *c, const struct backend *b, struct err *e);
 const char *common_kv_name(enum kv_dtype d); /* "f32" */
 
 /* Progress on a terminal, warnings on stderr; a zeroed struct when quiet. */
