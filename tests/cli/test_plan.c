@@ -168,6 +168,7 @@ static void a_server_fills_its_budget(void **state)
         if (!plan_make(&p, &o, &e)) {
             assert_int_equal(e.code, ERR_LIMIT);
             assert_non_null(strstr(e.text, "more than the budget of"));
+            assert_non_null(strstr(e.text, "take --kv-cache-dtype int8, or"));
             assert_true(size < 700ull << 20);
             continue;
         }
