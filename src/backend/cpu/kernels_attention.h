@@ -40,11 +40,16 @@ INLINE int64_t kv_at(const struct kv_cache *kv, const int32_t *pages, int64_t t,
     return pages[t / KV_PAGE] * kv_page_stride(kv) + t % KV_PAGE * kv->n_kv_heads * kv->head_dim + column;
 }
 
-/* What `first` and the n - 1 tokens after it, in one page, are to be multiplied by. */
-INLINE void kv_factors(float *factors, const struct attend_group *g, void *side, int64_t first, int64_t n)
+/* scores[h * n + t - first] times the scale of token t's key or value, of tokens [first, end), which lie in
+ * one page. */
+INLINE void scale_page(float *scores, int64_t n, const struct attend_group *g, void *side, int64_t first,
+                       int64_t end)
 {
+    float factors[KV_PAGE];
     const float *scales = kv_scales(g->kv, side, g->pages[first / KV_PAGE]) + g->kv_head;
-    for (int64_t t = 0; t < n; t++) factors[t] = scales[(first % KV_PAGE + t) * g->kv->n_kv_heads];
+    for (int64_t t = first; t < end; t++) factors[t - first] = scales[t % KV_PAGE * g->kv->n_kv_heads];
+    for (int h = 0; h < g->n_heads; h++)
+        for (int64_t t = 0; t < end - first; t++) scores[h * n + t] *= factors[t];
 }
 
 /* out[i] = sum of a[i]'s lanes: halves, quarters, .. are added, whatever the other vectors hold. */
@@ -71,11 +76,10 @@ INLINE void sums_across(float out[TILE], vec a[TILE])
 #endif
 }
 
-/* scores[h * n + t] of up to TILE_HEADS heads and TILE_TOKENS tokens; at: where their keys begin; factors:
- * what their products are multiplied by. A tile is always computed whole, so a score has the same bits
- * wherever it stands. */
+/* scores[h * n + t] of up to TILE_HEADS heads and TILE_TOKENS tokens; at: where their keys begin. A tile is
+ * always computed whole, so a score has the same bits wherever it stands. */
 INLINE void score_tile(float *scores, int64_t n, const float *qg, const void *keys, const enum kv_dtype dtype,
-                       const int64_t at[TILE_TOKENS], int dim, const float *factors, int heads, int tokens)
+                       const int64_t at[TILE_TOKENS], int dim, float scale, int heads, int tokens)
 {
     vec sum[TILE];
     const float *query[TILE_HEADS];
@@ -101,7 +105,7 @@ INLINE void score_tile(float *scores, int64_t n, const float *qg, const void *ke
         for (int t = 0; t < tokens; t++) {
             float dot = dots[h * TILE_TOKENS + t];
             for (int i = d; i < dim; i++) dot += query[h][i] * kv_one(keys, dtype, at[t] + i);
-            scores[h * n + t] = dot * factors[t];
+            scores[h * n + t] = dot * scale;
         }
 }
 
@@ -112,12 +116,7 @@ INLINE void score_page(float *scores, int64_t n, const struct attend_group *g, c
     const struct kv_cache *kv = g->kv;
     int dim = kv->head_dim;
     int64_t column = (int64_t)g->kv_head * dim;
-    float scale = 1 / sqrtf((float)dim), factors[KV_PAGE];
-    for (int64_t t = 0; t < end - first; t++) factors[t] = scale;
-    if (dtype == KV_INT8) {
-        kv_factors(factors, g, kv->keys, first, end - first);
-        for (int64_t t = 0; t < end - first; t++) factors[t] *= scale;
-    }
+    float scale = 1 / sqrtf((float)dim);
     for (int64_t t = first; t < end; t += TILE_TOKENS) {
         int tokens = end - t < TILE_TOKENS ? (int)(end - t) : TILE_TOKENS;
         int64_t at[TILE_TOKENS];
@@ -127,9 +126,9 @@ INLINE void score_page(float *scores, int64_t n, const struct attend_group *g, c
             if (ahead + i < end) kv_fetch(kv->keys, dtype, kv_at(kv, g->pages, ahead + i, column), dim);
         for (int h = 0; h < g->n_heads; h += TILE_HEADS)
             score_tile(scores + h * n + t - first, n, g->qg + (int64_t)2 * dim * h, kv->keys, dtype, at, dim,
-                       factors + t - first, g->n_heads - h < TILE_HEADS ? g->n_heads - h : TILE_HEADS,
-                       tokens);
+                       scale, g->n_heads - h < TILE_HEADS ? g->n_heads - h : TILE_HEADS, tokens);
     }
+    if (dtype == KV_INT8) scale_page(scores, n, g, kv->keys, first, end);
 }
 
 /* scores[t] = e^(scores[t] - top), their largest; returns their sum. */
@@ -196,15 +195,6 @@ INLINE void mix_heads(float *y, const float *scores, int64_t n, const struct kv_
                 y[h * stride + i] += scores[h * n + t] * kv_one(kv->values, dtype, at + t * line + i);
 }
 
-/* Scores of values that have scales are multiplied by them, [n_heads][n]. */
-INLINE void weigh_page(float *scores, int64_t n, const struct attend_group *g, int64_t first, int64_t end)
-{
-    float factors[KV_PAGE];
-    kv_factors(factors, g, g->kv->values, first, end - first);
-    for (int h = 0; h < g->n_heads; h++)
-        for (int64_t t = 0; t < end - first; t++) scores[h * n + t] *= factors[t];
-}
-
 INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype, int64_t first, int64_t end,
                          float *out, float *scores)
 {
@@ -224,7 +214,7 @@ INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype
         stop = end - t < KV_PAGE ? end : t + KV_PAGE;
         int64_t at = kv_at(kv, g->pages, t, column),
                 ahead = stop < end ? kv_at(kv, g->pages, stop, column) : -1;
-        if (dtype == KV_INT8) weigh_page(scores + t - first, n, g, t, stop);
+        if (dtype == KV_INT8) scale_page(scores + t - first, n, g, kv->values, t, stop);
         int h = 0;
         for (; h + TILE_HEADS <= g->n_heads; h += TILE_HEADS)
             mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at,
