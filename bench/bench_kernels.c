@@ -3,7 +3,9 @@
  * CSV: operation, format, inputs as they are or rounded, rows, MB of weights, microseconds (best of 9: the
  * machine is shared), GB/s, share of the read bandwidth measured just before, GFLOP/s. The weights of several
  * products rotate, so that none is found in the caches. First a line for what a loop of the
- * thread pool costs beyond its work, one item of 5 microseconds a thread: rows is the number of threads. */
+ * thread pool costs beyond its work, one item of 5 microseconds a thread: rows is the number of threads. Then
+ * attention of one row and of a round of drafts over 4096 tokens, by dtype of the cache: one layer of 16
+ * heads, 2 of keys and values, 256 wide. */
 #include "backend/ops.h"
 #include "base/clock.h"
 #include "base/pool.h"
@@ -130,6 +132,79 @@ static double product_seconds(struct backend *b, struct weight **w, int copies, 
     return least;
 }
 
+/* Layers rotate as weights do. */
+enum { DEPTH = 4096, HEADS = 16, KV_HEADS = 2, DIM = 256, ATTEND_MOST = 4 };
+
+struct layers {
+    struct kv_cache kv[COPIES_MAX];
+    int n;
+    double bytes; /* of one */
+};
+
+static void make_layers(struct layers *l, struct backend *b, enum kv_dtype dtype,
+                        const struct step_rows *rows, struct mat k)
+{
+    struct err e = { 0 };
+    uint64_t side = (uint64_t)(DEPTH * kv_line_bytes(dtype, KV_HEADS, DIM));
+    l->bytes = 2 * (double)side;
+    l->n = COLD_BYTES / l->bytes < COPIES_MAX ? (int)(COLD_BYTES / l->bytes) : COPIES_MAX;
+    for (int i = 0; i < l->n; i++) {
+        l->kv[i] = (struct kv_cache){ NULL, NULL, dtype, KV_HEADS, DIM };
+        if (!b->ops->memory_create(b->queue, &l->kv[i].keys, side, &e) ||
+            !b->ops->memory_create(b->queue, &l->kv[i].values, side, &e)) {
+            fprintf(stderr, "bench_kernels: %s\n", e.text);
+            exit(1);
+        }
+        b->ops->kv_append(b->queue, &l->kv[i], k, k, rows);
+    }
+}
+
+static double attention_seconds(struct backend *b, const struct layers *l, const struct step_rows *rows,
+                                struct mat y, struct mat qg)
+{
+    double least = INFINITY;
+    for (int i = 0; i < RUNS * l->n; i++) {
+        double begin = clock_seconds();
+        b->ops->attention(b->queue, y, qg, HEADS, &l->kv[i % l->n], rows);
+        least = fmin(least, clock_seconds() - begin);
+    }
+    return least;
+}
+
+static void bench_attention(struct backend *b, struct pool *pool, const uint64_t *memory, struct mat y,
+                            const float *x)
+{
+    static const char *const dtypes[] = { "f32", "bf16", "fp8", "int8_per_token_head" };
+    int32_t pages[DEPTH / KV_PAGE];
+    for (int i = 0; i < DEPTH / KV_PAGE; i++) pages[i] = i;
+    struct span fill = { .n = DEPTH, .pages = pages };
+    float *k = malloc((size_t)DEPTH * KV_HEADS * DIM * sizeof *k),
+          *qg = malloc(ATTEND_MOST * HEADS * 2 * DIM * 4);
+    if (!k || !qg) exit(1);
+    for (int64_t i = 0; i < (int64_t)DEPTH * KV_HEADS * DIM; i++) k[i] = 0.1f * x[i % 1021];
+    for (int64_t i = 0; i < ATTEND_MOST * HEADS * 2 * DIM; i++) qg[i] = 0.1f * x[i % 1009];
+    for (int d = 0; d < KV_DTYPES; d++) {
+        struct layers l;
+        make_layers(&l, b, (enum kv_dtype)d, &(struct step_rows){ NULL, DEPTH, &fill, 1, false },
+                    mat_of(k, DEPTH, KV_HEADS * DIM));
+        for (int n = 1; n <= ATTEND_MOST; n += ATTEND_MOST - 1) {
+            struct span span = { .n = n, .past = DEPTH - n, .pages = pages };
+            double bandwidth = read_bandwidth(pool, memory),
+                   s = attention_seconds(b, &l, &(struct step_rows){ NULL, n, &span, 1, false },
+                                         mat_of(y.data, n, HEADS * DIM), mat_of(qg, n, HEADS * 2 * DIM));
+            printf("attention,%s,f32,%d,%.2f,%.1f,%.2f,%.3f,%.1f\n", dtypes[d], n, l.bytes * 1e-6, s * 1e6,
+                   l.bytes / s * 1e-9, l.bytes / s / bandwidth, 4.0 * n * DEPTH * HEADS * DIM / s * 1e-9);
+            fflush(stdout);
+        }
+        for (int i = 0; i < l.n; i++) {
+            b->ops->memory_free(b->queue, l.kv[i].keys);
+            b->ops->memory_free(b->queue, l.kv[i].values);
+        }
+    }
+    free(k);
+    free(qg);
+}
+
 static const char *const names[] = { "BF16", "F16", "F32", "FP8", "NVFP4" };
 static const double bytes_each[] = { 2, 4, 4, 1, 0.5625 };
 
@@ -169,7 +244,7 @@ int main(int argc, char **argv)
     struct pool *pool;
     struct err e = { 0 };
     struct step_limits limits = {
-        .rows = 512, .cols = OUT, .context = 64, .intermediate = 64, .picks = 1, .n_experts = 1
+        .rows = 512, .cols = OUT, .context = DEPTH, .intermediate = 64, .picks = 1, .n_experts = 1
     };
     float *x = aligned_alloc(64, 512 * IN * sizeof *x), *y = aligned_alloc(64, 512 * OUT * sizeof *y);
     uint64_t *memory = reading_memory();
@@ -191,6 +266,7 @@ int main(int argc, char **argv)
                 "GFLOP_per_s\n",
                 b.name, read_bandwidth(pool, memory) * 1e-9);
         if (!rounded) bench_pool(pool);
+        if (!rounded) bench_attention(&b, pool, memory, mat_of(y, 512, OUT), x);
         for (size_t f = 0; f < sizeof formats / sizeof *formats; f++)
             if (!rounded || formats[f] != WEIGHT_F32)
                 bench_format(&b, pool, memory, formats[f], rounded ? "rounded" : "f32", mat_of(y, 512, OUT),

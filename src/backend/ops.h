@@ -114,14 +114,43 @@ struct step_rows {
 
 /* State of sequences. */
 
-enum kv_dtype { KV_F32, KV_BF16, KV_FP8 }; /* FP8: e4m3, scale 1, saturating */
+/* FP8: e4m3, scale 1, saturating. INT8: codes that a scale multiplies, one for each token, kv head and side
+ * (int8_quantize_row). */
+enum kv_dtype { KV_F32, KV_BF16, KV_FP8, KV_INT8 };
+enum { KV_DTYPES = KV_INT8 + 1 };
 
-/* Keys (normalised, rotated) and values of one attention layer: [page][line][kv head][head_dim]. */
+/* Keys (normalised, rotated) and values of one attention layer: [page][line][kv head][head_dim]. Each page of
+ * INT8 ends with its scales, f32 [line][kv head]. */
 struct kv_cache {
     void *keys, *values;
     enum kv_dtype dtype;
     int n_kv_heads, head_dim;
 };
+
+static inline int64_t kv_element_bytes(enum kv_dtype d)
+{
+    return d == KV_F32 ? 4 : d == KV_BF16 ? 2 : 1;
+}
+static inline int64_t kv_scale_bytes(enum kv_dtype d)
+{
+    return d == KV_INT8 ? 4 : 0;
+}
+/* What one token takes of the keys of a layer, or of its values. */
+static inline int64_t kv_line_bytes(enum kv_dtype d, int n_kv_heads, int head_dim)
+{
+    return n_kv_heads * (head_dim * kv_element_bytes(d) + kv_scale_bytes(d));
+}
+/* From one page to the next, in elements. */
+static inline int64_t kv_page_stride(const struct kv_cache *kv)
+{
+    return (int64_t)KV_PAGE * kv->n_kv_heads * (kv->head_dim + kv_scale_bytes(kv->dtype));
+}
+/* side: kv->keys or kv->values, of INT8. */
+static inline float *kv_scales(const struct kv_cache *kv, void *side, int32_t page)
+{
+    int64_t end = (page + (int64_t)1) * kv_page_stride(kv);
+    return (float *)(void *)((uint8_t *)side + end) - (int64_t)KV_PAGE * kv->n_kv_heads;
+}
 
 /* Of one DeltaNet layer. matrix: [slot][value head][key dim][value dim]. conv: [slot][kernel - 1][channels],
  * the raw projections of the last tokens, oldest first. Zero at the start of a sequence. log:
@@ -307,7 +336,8 @@ struct ops {
      * and sin in f32, the latter two times rope->scale. */
     void (*norm_rope)(struct queue *q, struct mat x, int n_heads, int head_stride, int head_dim,
                       const float *gain, float eps, const struct rope *rope, const struct step_rows *rows);
-    /* Writes the rows' keys and values, [n, kv heads * head_dim], into the cache, rounded to its dtype. */
+    /* Writes the rows' keys and values, [n, kv heads * head_dim], into the cache, rounded to its dtype; not
+     * finite ones make the head's row NaN where it is INT8. */
     void (*kv_append)(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
                       const struct step_rows *rows);
     /* Causal attention of each row over its sequence, the row included, then the output gate. qg: per head h
@@ -395,6 +425,7 @@ struct backend {
     char name[128];       /* "cpu avx512, 2 threads" */
     bool fp4_activations; /* see backend_options; for who binds weights */
     int64_t step_rows;    /* of a prompt at once, enough to keep it busy */
+    bool kv_int8;         /* KV_INT8 is known */
     bool few_differ; /* rows of steps of up to ROWS_EXACT rows are computed otherwise than those of longer
                         ones: step_rows.prompts matters */
     uint64_t memory,

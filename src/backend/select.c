@@ -17,6 +17,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
         snprintf(b->name, sizeof b->name, "%s", cuda_queue_name(b->queue));
         b->step_rows = 4096;
         b->few_differ = true;
+        b->kv_int8 = false;
         cuda_queue_memory(&b->memory, &b->memory_free);
         return true;
     }
@@ -30,7 +31,7 @@ static bool create_cuda(struct backend *b, const struct backend_options *options
 
 bool backend_create(struct backend *b, const struct backend_options *options, struct err *e)
 {
-    *b = (struct backend){ .fp4_activations = options->fp4_activations, .step_rows = 512 };
+    *b = (struct backend){ .fp4_activations = options->fp4_activations, .step_rows = 512, .kv_int8 = true };
     if (options->device == DEVICE_REF) {
         b->ops = &ref_ops;
         b->queue_free = ref_queue_free;

@@ -358,8 +358,7 @@ static void norm_rope(struct queue *q, struct mat x, int n_heads, int head_strid
 /* Keys and values of one token. */
 static uint64_t line_bytes(const struct kv_cache *kv)
 {
-    uint64_t each = kv->dtype == KV_F32 ? 4 : kv->dtype == KV_BF16 ? 2 : 1;
-    return 2 * each * (uint64_t)kv->n_kv_heads * (uint64_t)kv->head_dim;
+    return 2 * (uint64_t)kv_line_bytes(kv->dtype, kv->n_kv_heads, kv->head_dim);
 }
 
 static void kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,

@@ -11,7 +11,7 @@
 
 const char *const common_devices[] = { "auto", "cpu", "cuda", "ref", NULL };
 const char *const common_masks[] = { "best", "generic", "avx2", "avx512", "avx512bf16", "amx", NULL };
-const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", NULL };
+const char *const common_kv[] = { "auto", "f32", "bf16", "fp8", "int8_per_token_head", "int8", NULL };
 const char *const common_activations[] = { "bf16", "fp4", NULL };
 const char *const common_inputs[] = { "f32", "int8", NULL };
 
@@ -22,13 +22,16 @@ static bool is_gpu(const struct backend *b)
 
 enum kv_dtype common_kv_dtype(const struct common *c, const struct backend *b)
 {
-    static const enum kv_dtype of[] = { KV_F32, KV_F32, KV_BF16, KV_FP8 };
+    static const enum kv_dtype of[] = { KV_F32, KV_F32, KV_BF16, KV_FP8, KV_INT8, KV_INT8 };
     return c->kv == 0 && c->inputs && is_gpu(b) ? KV_BF16 : of[c->kv];
 }
 
 const char *common_kv_name(enum kv_dtype d)
 {
-    return d == KV_F32 ? "f32" : d == KV_BF16 ? "bf16" : "fp8";
+    static const char *const names[] = {
+        [KV_F32] = "f32", [KV_BF16] = "bf16", [KV_FP8] = "fp8", [KV_INT8] = "int8_per_token_head"
+    };
+    return names[d];
 }
 
 /* One bar at a time; the only state of this file that changes, and only for display. */
@@ -97,6 +100,16 @@ bool common_parse(const struct command *command, const struct flag *flags, int a
     return false;
 }
 
+bool common_check_kv(const struct common *c, const struct backend *b, struct err *e)
+{
+    return common_kv_dtype(c, b) != KV_INT8 || b->kv_int8 ||
+           err_set(
+               e, ERR_ARGUMENT,
+               "--kv-cache-dtype: %s: expected auto, f32, bf16 or fp8 on a GPU; take fp8, which is as small, "
+               "or --device cpu",
+               common_kv_name(KV_INT8));
+}
+
 bool common_backend(struct backend *b, const struct common *c, struct err *e)
 {
     if (c->threads < 0 || c->threads > 1024)
@@ -108,6 +121,10 @@ bool common_backend(struct backend *b, const struct common *c, struct err *e)
                                  .rounded = c->inputs,
                                  .fp4_activations = c->fp4 };
     if (!backend_create(b, &o, e)) return false;
+    if (!common_check_kv(c, b, e)) {
+        backend_destroy(b);
+        return false;
+    }
     if (!c->quiet && is_gpu(b)) fprintf(stderr, "quench: device: %s\n", b->name);
     return true;
 }

@@ -48,8 +48,9 @@ extern const char *const common_devices[],
     }
 #define COMMON_KV_FLAG(c)                                                                                    \
     {                                                                                                        \
-        "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8",                                    \
-            "how keys and values are kept (auto: f32, on a GPU bf16)", common_kv                             \
+        "--kv-cache-dtype", 0, FLAG_CHOICE, &(c).kv, "auto|f32|bf16|fp8|int8_per_token_head",                \
+            "how keys and values are kept (auto: f32, on a GPU bf16; int8 for short: not on a GPU)",         \
+            common_kv                                                                                        \
     }
 #define COMMON_ACTIVATIONS_FLAGS(c)                                                                          \
     { "--nvfp4-activations",                                                                                 \
@@ -94,6 +95,8 @@ extern const char *const common_devices[],
 
 /* auto: as activations are held, on a GPU BF16 where inputs of products are rounded, else f32. */
 enum kv_dtype common_kv_dtype(const struct common *c, const struct backend *b);
+/* ERR_ARGUMENT where the backend knows no such cache; common_backend asks. */
+bool common_check_kv(const struct common *c, const struct backend *b, struct err *e);
 const char *common_kv_name(enum kv_dtype d); /* "f32" */
 
 /* Progress on a terminal, warnings on stderr; a zeroed struct when quiet. */

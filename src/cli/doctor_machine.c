@@ -183,7 +183,8 @@ static void say_gpu(struct doctor *d)
                    common_bytes(free, sizeof free, d->backend.memory_free), *driver ? "; " : "", driver);
     else if (*driver || d->common->device == 2)
         doctor_say(d, d->common->device == 2 ? DOCTOR_FAIL : DOCTOR_WARN, "GPU",
-                   strstr(e.text, "without CUDA kernels")
+                   e.code == ERR_ARGUMENT ? NULL
+                   : strstr(e.text, "without CUDA kernels")
                        ? "build where nvcc is (make CUDA=1)"
                        : "check nvidia-smi, /dev/nvidia* and the container's devices",
                    "not used: %s%s%s", e.text, *driver ? "; driver: " : "", driver);

@@ -94,8 +94,11 @@ static void say_fit(struct doctor *d, const struct checkpoint *c)
     o.context = one.context < 32768 ? one.context : 32768;
     bool many = plan_make(&all, &o, &e);
     bool whole = one.context == c->config.max_position_embeddings;
-    doctor_say(d, whole ? DOCTOR_OK : DOCTOR_WARN, "fits",
-               whole ? NULL : "--kv-cache-dtype fp8 takes half of bf16; or serve a shorter --max-model-len",
+    const char *less =
+        d->backend.kv_int8
+            ? "--kv-cache-dtype int8 takes a quarter of f32; or serve a shorter --max-model-len"
+            : "--kv-cache-dtype fp8 takes half of bf16; or serve a shorter --max-model-len";
+    doctor_say(d, whole ? DOCTOR_OK : DOCTOR_WARN, "fits", whole ? NULL : less,
                "weights %s of %s; one sequence of %lld tokens%s, or %lld of %lld",
                common_bytes(weights, sizeof weights, one.weights),
                common_bytes(budget, sizeof budget, one.budget), (long long)one.context,

@@ -79,7 +79,7 @@ static void take_census(struct census *s, const struct checkpoint *c)
 }
 
 struct needs {
-    uint64_t text, vision, mtp, kv_token[3],
+    uint64_t text, vision, mtp, kv_token[KV_DTYPES],
         state; /* weights by part; KV bytes a token by dtype; state a sequence */
 };
 
@@ -93,8 +93,9 @@ static struct needs needs_of(const struct census *s, const struct config *c)
     n.text = s->total.bytes - n.mtp - n.vision;
     uint64_t linear = 0, values = (uint64_t)c->linear_value_heads * (uint64_t)c->linear_value_dim;
     for (int i = 0; i < c->n_layers; i++) linear += c->layer_kinds[i] == LAYER_LINEAR_ATTENTION;
-    uint64_t line = 2 * ((uint64_t)c->n_layers - linear) * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
-    for (int i = 0; i < 3; i++) n.kv_token[i] = line * (i == 0 ? 4 : i == 1 ? 2 : 1);
+    for (int i = 0; i < KV_DTYPES; i++)
+        n.kv_token[i] = 2 * ((uint64_t)c->n_layers - linear) *
+                        (uint64_t)kv_line_bytes((enum kv_dtype)i, c->n_kv_heads, c->head_dim);
     uint64_t channels = 2 * (uint64_t)c->linear_key_heads * (uint64_t)c->linear_key_dim + values;
     uint64_t keep = c->conv_kernel > 0 ? (uint64_t)c->conv_kernel - 1 : 0;
     n.state = linear * 4 * (values * (uint64_t)c->linear_key_dim + keep * channels);
@@ -158,12 +159,12 @@ static void print_table(const struct census *s)
 
 static void print_needs(const struct needs *n)
 {
-    char a[32], b[32], c[32];
+    char a[32], b[32], c[32], d[32];
     printf("memory: language model %s, vision tower %s, MTP head %s\n", common_bytes(a, sizeof a, n->text),
            common_bytes(b, sizeof b, n->vision), common_bytes(c, sizeof c, n->mtp));
-    printf("        per token of context %s in bf16 (f32 %s, fp8 %s)\n",
-           common_bytes(a, sizeof a, n->kv_token[1]), common_bytes(b, sizeof b, n->kv_token[0]),
-           common_bytes(c, sizeof c, n->kv_token[2]));
+    printf("        per token of context %s in bf16 (f32 %s, fp8 %s, int8 %s)\n",
+           common_bytes(a, sizeof a, n->kv_token[KV_BF16]), common_bytes(b, sizeof b, n->kv_token[KV_F32]),
+           common_bytes(c, sizeof c, n->kv_token[KV_FP8]), common_bytes(d, sizeof d, n->kv_token[KV_INT8]));
     printf("        per sequence %s of recurrent state\n", common_bytes(a, sizeof a, n->state));
 }
 
@@ -186,7 +187,7 @@ static void print_json(const struct checkpoint *k, const struct census *s, const
                           (json_int_t)s->total.parameters, "bytes", (json_int_t)s->total.bytes, "groups",
                           groups, "language_model_bytes", (json_int_t)n->text, "vision_bytes",
                           (json_int_t)n->vision, "mtp_bytes", (json_int_t)n->mtp, "kv_bytes_per_token_bf16",
-                          (json_int_t)n->kv_token[1], "state_bytes_per_sequence", (json_int_t)n->state);
+                          (json_int_t)n->kv_token[KV_BF16], "state_bytes_per_sequence", (json_int_t)n->state);
     json_dumpf(o, stdout, JSON_COMPACT);
     putchar('\n');
     json_decref(o);

@@ -34,9 +34,8 @@ static uint64_t weights_of(const struct plan_options *o)
 static uint64_t page_of(const struct plan_options *o, uint64_t full_layers)
 {
     const struct config *c = &o->checkpoint->config;
-    uint64_t each = o->kv == KV_F32 ? 4 : o->kv == KV_BF16 ? 2 : 1;
-    return KV_PAGE * 2 * (full_layers + (o->drafts > 0)) * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim *
-           each;
+    uint64_t line = (uint64_t)kv_line_bytes(o->kv, c->n_kv_heads, c->head_dim);
+    return KV_PAGE * 2 * (full_layers + (o->drafts > 0)) * line;
 }
 
 /* The recurrent state and the convolution's; with drafts a log of the rows that may be taken back. */
@@ -83,17 +82,17 @@ static uint64_t least(const struct plan *p)
     return (uint64_t)p->sequences * p->state + (uint64_t)(pages_for(p->context) + p->sequences - 1) * p->page;
 }
 
-static bool too_large(const struct plan *p, struct err *e)
+static bool too_large(const struct plan *p, const struct plan_options *o, struct err *e)
 {
     char need[32], have[32], more[32];
     uint64_t bytes = fixed_of(p) + least(p);
     return err_set(e, ERR_LIMIT,
                    "%lld sequences, one of them of %lld tokens, need %s with the weights, %s more than the "
                    "budget of %s; "
-                   "lower --max-model-len or --max-num-seqs, take --kv-cache-dtype fp8, or raise --memory",
+                   "lower --max-model-len or --max-num-seqs, take --kv-cache-dtype %s, or raise --memory",
                    (long long)p->sequences, (long long)p->context, common_bytes(need, sizeof need, bytes),
                    common_bytes(more, sizeof more, bytes - p->budget),
-                   common_bytes(have, sizeof have, p->budget));
+                   common_bytes(have, sizeof have, p->budget), o->backend->kv_int8 ? "int8" : "fp8");
 }
 
 static uint64_t plan_bytes(const struct plan *p)
@@ -186,7 +185,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
     if (p->page == 0) return err_set(e, ERR_UNSUPPORTED, "a model without attention layers cannot be served");
     if (o->exact) return fill_exactly(p, e);
     choose_size(p, c->max_position_embeddings, o->prefix_cache);
-    if (least(p) > rest_of(p)) return too_large(p, e);
+    if (least(p) > rest_of(p)) return too_large(p, o, e);
     share_rest(p, o->prefix_cache);
     return true;
 }
@@ -194,7 +193,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
 static void print_row(const char *what, const char *count, uint64_t bytes)
 {
     char text[32];
-    fprintf(stderr, "            %-18s %-28s %12s\n", what, count, common_bytes(text, sizeof text, bytes));
+    fprintf(stderr, "            %-18s %-36s %12s\n", what, count, common_bytes(text, sizeof text, bytes));
 }
 
 void plan_print(const struct plan *p, const struct plan_options *o)

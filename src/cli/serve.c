@@ -31,10 +31,10 @@ static const struct command command = {
 };
 
 /* vLLM's names of KV dtypes, and what they are here. */
-static const char *const kv_names[] = {
-    "auto", "f32", "float32", "bf16", "bfloat16", "fp8", "fp8_e4m3", NULL
-};
-static const int kv_of[] = { 0, 1, 1, 2, 2, 3, 3 };
+static const char *const kv_names[] = { "auto",     "f32", "float32",  "bf16",
+                                        "bfloat16", "fp8", "fp8_e4m3", "int8_per_token_head",
+                                        "int8",     NULL };
+static const int kv_of[] = { 0, 1, 1, 2, 2, 3, 3, 4, 4 };
 
 static const char *const generation_sources[] = { "auto", "vllm", NULL };
 
@@ -623,8 +623,8 @@ static void make_flags(struct flag *out, struct settings *s, struct compat *comp
           "tokens of a stream's event (default 0: what comes in 0.6 ms for each stream there is, 40 ms at "
           "most)",
           NULL },
-        { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32",
-          "how keys and values are kept (auto: f32, on a GPU bf16)", kv_names },
+        { "--kv-cache-dtype", 0, FLAG_CHOICE, &s->kv, "auto|bf16|fp8|f32|int8_per_token_head",
+          "how keys and values are kept (auto: f32, on a GPU bf16; int8 for short: not on a GPU)", kv_names },
         { "--gpu-memory-utilization", 0, FLAG_NUMBER, &s->utilization, "SHARE",
           "of the device's memory (default 0.92; on a CPU 0.5 of what is available)", NULL },
         { "--memory", 0, FLAG_TEXT, &s->memory_text, "BYTES", "the same as an amount: 20G", NULL },

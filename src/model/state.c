@@ -2,13 +2,9 @@
 #include "base/checked.h"
 #include "model/step.h"
 #include "num/e4m3.h"
+#include "num/int8.h"
 #include <stdlib.h>
 #include <string.h>
-
-static uint64_t kv_bytes(enum kv_dtype dtype)
-{
-    return dtype == KV_F32 ? 4 : dtype == KV_BF16 ? 2 : 1;
-}
 
 /* Elements of one sequence's state of each kind. */
 static uint64_t matrix_elements(const struct delta_shape *s)
@@ -26,8 +22,8 @@ static uint64_t conv_elements(const struct delta_shape *s)
 /* Of keys or values of one layer. */
 static uint64_t page_bytes(const struct model *m, enum kv_dtype dtype)
 {
-    return (uint64_t)KV_PAGE * (uint64_t)m->config->n_kv_heads * (uint64_t)m->config->head_dim *
-           kv_bytes(dtype);
+    const struct config *c = m->config;
+    return KV_PAGE * (uint64_t)kv_line_bytes(dtype, c->n_kv_heads, c->head_dim);
 }
 
 static bool create(void **out, const struct model *m, uint64_t each, int64_t count, struct err *e)
@@ -45,6 +41,8 @@ bool layer_state_create(struct layer_state *state, const struct model *m, int la
     void *a = NULL, *b = NULL;
     *state = (struct layer_state){ 0 };
     bool ok;
+    if (dtype == KV_INT8 && !m->backend->kv_int8)
+        return err_set(e, ERR_UNSUPPORTED, "%s keeps no keys and values in INT8", m->backend->name);
     if (layer_kind_of(m, layer) == LAYER_FULL_ATTENTION) {
         uint64_t page = page_bytes(m, dtype);
         ok = create(&a, m, page, pages, e) && create(&b, m, page, pages, e);
@@ -107,44 +105,56 @@ void layer_state_reset(struct layer_state *state, const struct model *m, int lay
         if (p[i].bytes) m->backend->ops->zero(m->backend->queue, p[i].data, p[i].bytes);
 }
 
-/* Uniform in -1 .. 1, the same each time. malloc'd. */
-static void *noise(uint64_t n, enum kv_dtype dtype)
+/* Uniform in -1 .. 1. */
+static void noise(float *out, uint64_t n, uint32_t *seed)
 {
-    uint8_t *out = malloc(n * kv_bytes(dtype) + 1);
-    uint32_t seed = 1;
-    for (uint64_t i = 0; out && i < n; i++) {
-        seed = seed * 1664525 + 1013904223;
-        float x = (float)(seed >> 8) * 0x1p-23f - 1;
-        bf16 half = bf16_from_f32(x);
-        e4m3 byte = e4m3_from_f32(x);
-        const void *from = dtype == KV_F32    ? (const void *)&x
-                           : dtype == KV_BF16 ? (const void *)&half
-                                              : &byte;
-        memcpy(out + i * kv_bytes(dtype), from, kv_bytes(dtype));
+    for (uint64_t i = 0; i < n; i++) {
+        *seed = *seed * 1664525 + 1013904223;
+        out[i] = (float)(*seed >> 8) * 0x1p-23f - 1;
     }
-    return out;
+}
+
+/* row: scratch, [head_dim]. */
+static void noise_page(void *page, const struct kv_cache *kv, float *row)
+{
+    int64_t dim = kv->head_dim;
+    uint32_t seed = 1;
+    for (int64_t r = 0; r < (int64_t)KV_PAGE * kv->n_kv_heads; r++) {
+        noise(row, (uint64_t)dim, &seed);
+        if (kv->dtype == KV_F32) memcpy((float *)page + r * dim, row, (size_t)dim * sizeof *row);
+        if (kv->dtype == KV_INT8)
+            kv_scales(kv, page, 0)[r] = int8_quantize_row((int8_t *)page + r * dim, row, dim);
+        for (int64_t i = 0; i < dim && kv->dtype == KV_BF16; i++)
+            ((bf16 *)page)[r * dim + i] = bf16_from_f32(row[i]);
+        for (int64_t i = 0; i < dim && kv->dtype == KV_FP8; i++)
+            ((e4m3 *)page)[r * dim + i] = e4m3_from_f32(row[i]);
+    }
 }
 
 bool layer_state_noise(struct layer_state *state, const struct model *m, int layer, const int32_t *pages,
                        int64_t n_pages, int32_t slot, struct err *e)
 {
-    const struct config *c = m->config;
     const struct ops *op = m->backend->ops;
     struct queue *q = m->backend->queue;
+    struct state_piece p[STATE_PIECES];
     bool full = layer_kind_of(m, layer) == LAYER_FULL_ATTENTION;
-    uint64_t line = (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
     uint64_t matrix = matrix_elements(&m->delta_shape), conv = conv_elements(&m->delta_shape);
-    uint64_t n = full ? KV_PAGE * line : matrix > conv ? matrix : conv;
-    uint64_t page = n * kv_bytes(state->kv.dtype);
-    void *values = noise(n, full ? state->kv.dtype : KV_F32);
-    if (!values) return err_memory(e, "noise", n * sizeof(float));
-    for (int64_t i = 0; full && i < n_pages; i++) {
-        op->upload(q, (uint8_t *)state->kv.keys + (uint64_t)pages[i] * page, values, page);
-        op->upload(q, (uint8_t *)state->kv.values + (uint64_t)pages[i] * page, values, page);
-    }
-    if (!full) {
-        op->upload(q, state->delta.matrix + (uint64_t)slot * matrix, values, matrix * sizeof(float));
-        op->upload(q, state->delta.conv + (uint64_t)slot * conv, values, conv * sizeof(float));
+    uint64_t row = full ? (uint64_t)m->config->head_dim : matrix > conv ? matrix : conv;
+    uint64_t page = full ? page_bytes(m, state->kv.dtype) : 0;
+    uint32_t seed = 1;
+    uint8_t *values = malloc(page + row * sizeof(float)); /* a page, a multiple of 64 bytes, and a row */
+    float *numbers = (float *)(void *)(values + page);
+    if (!values) return err_memory(e, "noise", page + row * sizeof(float));
+    if (full)
+        noise_page(values, &state->kv, numbers);
+    else
+        noise(numbers, row, &seed);
+    for (int64_t k = 0; k < (full ? n_pages : 1); k++) {
+        if (full)
+            layer_state_page(p, state, m, layer, pages[k]);
+        else
+            layer_state_slot(p, state, m, layer, slot);
+        for (int i = 0; i < STATE_PIECES; i++) op->upload(q, p[i].data, values, p[i].bytes);
     }
     free(values);
     return true;

@@ -107,40 +107,25 @@ static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const i
                                const int64_t *past, bool lean)
 {
     enum { DIM = 256, HIDDEN = 192 };
-    static const int bytes[] = { 4, 2, 1 };
     struct plan p;
     make_plan(&p, n, past);
     int64_t rows = p.step.n, heads = (int64_t)group * n_kv, line = (int64_t)n_kv * DIM;
-    size_t size = (size_t)24 * KV_PAGE * (size_t)line;
     struct made w = make_weight(WEIGHT_BF16, HIDDEN, heads * DIM, INPUT_AS_IS);
     struct guarded gains = filled(2, DIM, 0, 1),
                    in[4] = { filled(rows, HIDDEN, 2, 1), filled(rows, heads * 2 * DIM, 4, 2),
                              filled(rows, line, 0, 1), filled(rows, line, 1, 1) };
     struct guarded out[2][2], x[2];
-    uint8_t *memory[4];
+    struct kv_cache kv[2] = { take_cache(dtype, n_kv, DIM), take_cache(dtype, n_kv, DIM) };
     float *inverse = take(12);
     uint8_t *axis = take(3);
     memcpy(inverse, (float[]){ 1, 0.3f, 0.01f }, 12);
     memcpy(axis, (uint8_t[]){ 0, 1, 2 }, 3);
     struct rope rope = { 3, 1.1386294f, inverse, axis };
-    for (int i = 0; i < 4; i++) memory[i] = take(size * 4);
-    for (int m = 0; m < 2; m++)
-        for (size_t i = 0; i < size; i++) {
-            float v = random_normal();
-            if (dtype == KV_F32)
-                ((float *)memory[m])[i] = v;
-            else if (dtype == KV_BF16)
-                ((bf16 *)memory[m])[i] = bf16_from_f32(v);
-            else
-                memory[m][i] = e4m3_from_f32(v).bits;
-        }
-    memcpy(memory[2], memory[0], size * (size_t)bytes[dtype]);
-    memcpy(memory[3], memory[1], size * (size_t)bytes[dtype]);
+    fill_caches(&kv[0], &kv[1]);
     const struct backend *all[] = { &ref, &cpu };
     for (int b = 0; b < 2; b++) {
         struct guarded c[4];
         for (int i = 0; i < 4; i++) c[i] = copy_of(&in[i]);
-        struct kv_cache kv = { memory[2 * b], memory[2 * b + 1], dtype, n_kv, DIM };
         out[b][0] = guarded(rows, HIDDEN, 1);
         out[b][1] = guarded(rows, heads * DIM, 2);
         struct attention_run r = { .x = c[0].m,
@@ -154,7 +139,7 @@ static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const i
                                    .k_gain = gains.m.data + DIM,
                                    .eps = 1e-6f,
                                    .rope = &rope,
-                                   .kv = &kv,
+                                   .kv = &kv[b],
                                    .o = b ? w.cpu : w.ref,
                                    .lean = lean };
         all[b]->ops->attention_run(all[b]->queue, &r, &p.step);
@@ -166,7 +151,8 @@ static void attention_run_case(enum kv_dtype dtype, int group, int n_kv, const i
     if (!lean) check_run(&out[1][0], &out[0][0], dtype != KV_F32, "attention_run: y");
     check_run(&x[1], &x[0], dtype != KV_F32, "attention_run: x");
     for (int b = 0; b < 2; b++) drop(&out[b][0]), drop(&out[b][1]), drop(&x[b]);
-    for (int i = 0; i < 4; i++) drop(&in[i]), give(memory[i]);
+    for (int i = 0; i < 4; i++) drop(&in[i]);
+    for (int b = 0; b < 2; b++) give_cache(&kv[b]);
     drop(&gains);
     give(inverse);
     give(axis);
@@ -269,10 +255,11 @@ static void attention_runs(void)
                                        { 62, 0, 190 }, { 450, 15, 0 }, { 16, 300, 137 } };
     reserve(300, 4096, 64, 2, 4);
     for (int i = 0; i < 7; i++)
-        for (int d = 0; d < 3; d++)
+        for (int d = 0; d < kv_dtypes(); d++)
             attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i],
                                (i + d) % 2);
-    for (int d = 0; d < 3; d++) attention_run_case((enum kv_dtype)d, 16, 1, n[5], past[5 + d % 2], d % 2);
+    for (int d = 0; d < kv_dtypes(); d++)
+        attention_run_case((enum kv_dtype)d, 16, 1, n[5], past[5 + d % 2], d % 2);
 }
 
 /* More rows than ROWS_EXACT, in shapes that a GPU has kernels for. Elsewhere they are what `products` tries.

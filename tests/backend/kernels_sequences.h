@@ -1,7 +1,7 @@
 /* Attention and the delta rule over several sequences, and rows that are taken back. */
 #ifndef TESTS_KERNELS_SEQUENCES_H
 #define TESTS_KERNELS_SEQUENCES_H
-#include "backend/kernels_fixture.h"
+#include "backend/kernels_cache.h"
 
 struct plan {
     struct row rows[300];
@@ -28,25 +28,10 @@ static void make_plan(struct plan *p, const int64_t *n, const int64_t *past)
 static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, const int64_t *n,
                            const int64_t *past)
 {
-    static const int bytes[] = { 4, 2, 1 };
     struct plan p;
     make_plan(&p, n, past);
-    size_t size = (size_t)24 * KV_PAGE * (size_t)(n_kv * dim);
-    uint8_t *memory[4];
-    for (int i = 0; i < 4; i++) memory[i] = take(size * 4);
-    struct kv_cache kr = { memory[0], memory[1], dtype, n_kv, dim },
-                    kc = { memory[2], memory[3], dtype, n_kv, dim };
-    for (size_t i = 0; i < size; i++) { /* what earlier steps left */
-        float x = random_normal();
-        if (dtype == KV_F32)
-            ((float *)memory[0])[i] = x, ((float *)memory[1])[i] = -x;
-        else if (dtype == KV_BF16)
-            ((bf16 *)memory[0])[i] = bf16_from_f32(x), ((bf16 *)memory[1])[i] = bf16_from_f32(-x);
-        else
-            memory[0][i] = e4m3_from_f32(x).bits, memory[1][i] = e4m3_from_f32(-x).bits;
-    }
-    memcpy(memory[2], memory[0], size * (size_t)bytes[dtype]);
-    memcpy(memory[3], memory[1], size * (size_t)bytes[dtype]);
+    struct kv_cache kr = take_cache(dtype, n_kv, dim), kc = take_cache(dtype, n_kv, dim);
+    fill_caches(&kr, &kc);
     int64_t rows = p.step.n;
     struct guarded q = filled(rows, (int64_t)n_heads * 2 * dim, 3, 2),
                    k = filled(rows, (int64_t)n_kv * dim, 0, 1);
@@ -63,15 +48,15 @@ static void attention_case(enum kv_dtype dtype, int n_heads, int n_kv, int dim, 
     ref.ops->kv_append(ref.queue, &kr, k.m, v.m, &p.step);
     cpu.ops->kv_append(cpu.queue, &kc, k.m, v.m, &p.step);
     finish();
-    assert_memory_equal(memory[0], memory[2], size * (size_t)bytes[dtype]);
-    assert_memory_equal(memory[1], memory[3], size * (size_t)bytes[dtype]);
+    assert_memory_equal(kr.keys, kc.keys, side_bytes(&kr));
+    assert_memory_equal(kr.values, kc.values, side_bytes(&kr));
     both(&want, &got, rows, (int64_t)n_heads * dim);
     ref.ops->attention(ref.queue, want.m, qr.m, n_heads, &kr, &p.step);
     cpu.ops->attention(cpu.queue, got.m, qr.m, n_heads, &kc, &p.step);
     check_close(&got, &want, 1e-5, 600 * 2e-5, "attention");
     struct guarded *all[] = { &q, &k, &v, &gain, &qr, &want, &got };
     for (int i = 0; i < 7; i++) drop(all[i]);
-    for (int i = 0; i < 4; i++) give(memory[i]);
+    give_cache(&kr), give_cache(&kc);
     give(inverse);
     give(axis);
 }
@@ -120,7 +105,8 @@ static void sequences(void)
     for (int i = 0; i < 6; i++)
         for (int d = 0; d < 6; d++) {
             int n_kv = 1 + (int)random_below(2), group = 1 + (int)random_below(3);
-            attention_case((enum kv_dtype)((i + d) % 3), n_kv * group, n_kv, dims[d], n[i], past[i]);
+            attention_case((enum kv_dtype)((i + d) % kv_dtypes()), n_kv * group, n_kv, dims[d], n[i],
+                           past[i]);
         }
     for (int i = 0; i < 6; i++) {
         delta_case(1, 2, 4, 3, 4, n[i]);

@@ -2,6 +2,7 @@
  * inputs with zeros, extremes and tiny scales, outputs poisoned beforehand with guards on both sides. A
  * failure prints the mask, the shape and the first bad index; the sequence of trials is fixed by SEED
  * (environment QUENCH_SEED). */
+#include "backend/kernels_cache.h"
 #include "backend/kernels_calibration.h"
 #include "backend/kernels_layer.h"
 #include "backend/kernels_products.h"
@@ -79,9 +80,10 @@ static void gdn_small(void **state)
     json_decref(root);
 }
 
-static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows,  delta_runs,
-                                          products,     experts,        fp4_experts, rows,       sequences,
-                                          vision,       logged_rows,    prompt_rows, calibration };
+static void (*const families[])(void) = {
+    several_rows, attention_runs, moe_runs, many_rows,   delta_runs,  products,    experts,    fp4_experts,
+    rows,         sequences,      vision,   logged_rows, prompt_rows, calibration, int8_caches
+};
 
 /* QUENCH_FAMILY: the place of one in families[], which alone is tested. */
 static bool is_wanted(void (*const *family)(void))

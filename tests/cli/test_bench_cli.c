@@ -158,6 +158,29 @@ static void content_and_synthetic_models_run(void **state)
     json_decref(all);
 }
 
+/* A token keeps a row of keys and one of values in the demo's layer of attention, 256 wide, and INT8 a scale
+ * for each. 100 tokens are read, one is written. */
+static void bytes_of_keys_and_values(void **state)
+{
+    static const struct {
+        const char *dtype, *says;
+        double row;
+    } all[] = { { "f32", "f32", 1024 },
+                { "bf16", "bf16", 512 },
+                { "fp8", "fp8", 256 },
+                { "int8", "int8_per_token_head", 260 } };
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        succeed(RUN("bench", "models/demo", "-p", "0", "-n", "1", "-d", "99", "-r", "1", "--device", "cpu",
+                    "--kv-cache-dtype", all[i].dtype, "--json"));
+        json_t *list = must_parse(out);
+        const json_t *o = json_array_get(list, 0);
+        assert_string_equal(json_string_value(json_object_get(o, "type_k")), all[i].says);
+        assert_true(number(o, "bytes_kv") == (100 + 1) * 2 * all[i].row);
+        json_decref(list);
+    }
+}
+
 static void bench_refuses_what_makes_no_sense(void **state)
 {
     (void)state;
@@ -221,6 +244,7 @@ int main(void)
         cmocka_unit_test(json_has_llama_benchs_keys),
         cmocka_unit_test(other_formats_have_a_row_a_test),
         cmocka_unit_test(content_and_synthetic_models_run),
+        cmocka_unit_test(bytes_of_keys_and_values),
         cmocka_unit_test(bench_refuses_what_makes_no_sense),
         cmocka_unit_test(synth_writes_and_says_what),
     };

@@ -284,8 +284,9 @@ static void flags_are_checked(void **state)
         "quench perplexity: --ctx: expected a whole number, found 'many'\ntry: quench perplexity --help\n");
     refuse(WORDS("perplexity", demo, "--text", text, "--quiet=1"), 2,
            "quench perplexity: --quiet takes no value\ntry: quench perplexity --help\n");
-    refuse(WORDS("perplexity", demo, "--text", text, "--kv-cache-dtype", "int8"), 2,
-           "quench perplexity: --kv-cache-dtype: expected one of auto, f32, bf16, fp8, found 'int8'\n"
+    refuse(WORDS("perplexity", demo, "--text", text, "--kv-cache-dtype", "int4"), 2,
+           "quench perplexity: --kv-cache-dtype: expected one of auto, f32, bf16, fp8, int8_per_token_head, "
+           "int8, found 'int4'\n"
            "try: quench perplexity --help\n");
     refuse(WORDS("perplexity", demo, "--text", text, "--threads", "-1"), 2,
            "quench perplexity: --threads: expected 1 to 1024, found -1\n");
@@ -544,7 +545,8 @@ static void perplexity_as_json(void **state)
     assert_true(tokens > 32);
     assert_int_equal(number(o, "chunks"), tokens / 16 + (tail >= 2));
     assert_int_equal(number(o, "scored_tokens"), tokens / 16 * 15 + (tail >= 2 ? tail - 1 : 0));
-    assert_true(number(o, "perplexity") > 1 && number(o, "perplexity") < 2048);
+    const double plain = number(o, "perplexity");
+    assert_true(plain > 1 && plain < 2048);
     assert_string_equal(string(o, "kv_cache_dtype"), "f32");
     assert_string_equal(string(o, "rule"), "card");
     assert_string_equal(string(o, "model"), demo);
@@ -561,6 +563,17 @@ static void perplexity_as_json(void **state)
     assert_true(number(o, "against_perplexity") == number(o, "perplexity"));
     assert_string_equal(string(o, "kv_cache_dtype"), "fp8");
     json_decref(o);
+
+    static const char *const spelled[] = { "int8_per_token_head", "int8" };
+    double of[2];
+    for (int i = 0; i < 2; i++) {
+        o = result(WORDS("perplexity", demo, "--text", text, "--ctx", "16", "--kv-cache-dtype", spelled[i],
+                         "--json", "--quiet"));
+        assert_string_equal(string(o, "kv_cache_dtype"), "int8_per_token_head");
+        of[i] = number(o, "perplexity");
+        json_decref(o);
+    }
+    assert_true(of[0] == of[1] && of[0] != plain);
 }
 
 /* A text with the line ends of another system is the same text. */

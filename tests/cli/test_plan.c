@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include "cli/common.h"
 #include "cli/plan.h"
 #include "support/models.h"
 #include <string.h>
@@ -72,6 +73,7 @@ static void an_engine_takes_what_was_planned(void **state)
         { .context = 64, .sequences = 7, .step_rows = 7, .kv = KV_FP8 },
         { .context = 4097, .sequences = 3, .kv = KV_BF16 },
         { .context = 500, .sequences = 2, .step_rows = 40, .kv = KV_BF16, .drafts = 3 },
+        { .context = 777, .sequences = 3, .step_rows = 40, .kv = KV_INT8, .drafts = 1 },
     };
     uint64_t weights = 0, head = 0;
     for (size_t i = 0; i < demo.checkpoint.n_tensors; i++) {
@@ -126,6 +128,29 @@ static void what_does_not_fit_is_refused_with_the_difference(void **state)
     must(plan_device(&demo.checkpoint, &demo.backend, &eo, NULL, true, &e), &e);
 }
 
+/* On a GPU. What the command line says comes before anything is loaded. */
+static void a_backend_without_int8_caches_refuses_them(void **state)
+{
+    (void)state;
+    struct engine *g;
+    struct err e = { 0 };
+    struct common c = { .kv = 4 };
+    assert_int_equal(common_kv_dtype(&c, &demo.backend), KV_INT8);
+    must(common_check_kv(&c, &demo.backend, &e), &e);
+    demo.backend.kv_int8 = false;
+    assert_false(common_check_kv(&c, &demo.backend, &e));
+    assert_int_equal(e.code, ERR_ARGUMENT);
+    assert_string_equal(e.text, "--kv-cache-dtype: int8_per_token_head: expected auto, f32, bf16 or fp8 on a "
+                                "GPU; take fp8, which is as small, or --device cpu");
+    e = (struct err){ 0 };
+    assert_false(
+        engine_create(&g, &demo.model, &(struct engine_options){ .context = 64, .kv = KV_INT8 }, &e));
+    assert_non_null(strstr(e.text, " keeps no keys and values in INT8"));
+    must(engine_create(&g, &demo.model, &(struct engine_options){ .context = 64, .kv = KV_FP8 }, &e), &e);
+    engine_free(g);
+    demo.backend.kv_int8 = true;
+}
+
 /* A server's: the whole budget is given out, and never more. */
 static void a_server_fills_its_budget(void **state)
 {
@@ -143,6 +168,7 @@ static void a_server_fills_its_budget(void **state)
         if (!plan_make(&p, &o, &e)) {
             assert_int_equal(e.code, ERR_LIMIT);
             assert_non_null(strstr(e.text, "more than the budget of"));
+            assert_non_null(strstr(e.text, "take --kv-cache-dtype int8, or"));
             assert_true(size < 700ull << 20);
             continue;
         }
@@ -195,6 +221,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_engine_takes_what_was_planned),
         cmocka_unit_test(what_does_not_fit_is_refused_with_the_difference),
+        cmocka_unit_test(a_backend_without_int8_caches_refuses_them),
         cmocka_unit_test(a_server_fills_its_budget),
         cmocka_unit_test(an_encoder_cache_is_the_hosts),
     };

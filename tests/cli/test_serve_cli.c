@@ -30,13 +30,16 @@ static void test_sources(void **state)
     setenv("QUENCH_PORT", "9002", 1);
     setenv("QUENCH_MAX_NUM_SEQS", "4", 1);
     setenv("QUENCH_API_KEY", "secret-one,secret-two", 1);
-    assert_int_equal(SERVE("--config", path, "--port=9003", "--max_model_len", "32k", "--print-config"), 0);
+    assert_int_equal(SERVE("--config", path, "--port=9003", "--max_model_len", "32k", "--kv-cache-dtype",
+                           "int8_per_token_head", "--print-config"),
+                     0);
     unsetenv("QUENCH_PORT");
     unsetenv("QUENCH_MAX_NUM_SEQS");
     unsetenv("QUENCH_API_KEY");
     has_line("model: 'models/demo'");
     has_line("port: 9003  # command line");
     has_line("max-model-len: '32k'  # command line");
+    has_line("kv-cache-dtype: int8_per_token_head  # command line");
     has_line("max-num-seqs: 4  # QUENCH_MAX_NUM_SEQS");
     has_line("# api-key: not shown  # QUENCH_API_KEY");
     has_line("shutdown-timeout: 30  # default");

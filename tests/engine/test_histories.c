@@ -1,6 +1,7 @@
 /* Conversations that go from A to B and back to A, with branches, edits, pictures and tools, by a scheduler
  * that keeps prefixes, at times in files over a restart, without drafts and with two a round, against the
- * same prompts one at a time and cold: tokens, scores and every row of logits to the bit. usage:
+ * same prompts one at a time and cold, with keys and values of each dtype: tokens, scores and every row of
+ * logits to the bit. usage:
  * test_histories [COUNT [SEED]] */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -219,13 +220,16 @@ static void no_warning(void *ctx, const char *text)
 static void choose(struct run *r)
 {
     static const int32_t turn_end[] = { IM_END, NEWLINE };
+    static const enum kv_dtype dtypes[KV_DTYPES] = { KV_F32, KV_INT8, KV_BF16, KV_FP8 };
     r->scheduler = (struct scheduler_options){ .turn_end = turn_end,
                                                .n_turn_end = 2,
                                                .interval = 64 * (1 + random_below(4)),
                                                .step_tokens = 110 + random_below(300) };
-    r->engine = (struct engine_options){ .sequences = LANES,
-                                         .snapshots = 2 + (int)random_below(12),
-                                         .pages = 13 + random_below(40) };
+    r->engine =
+        (struct engine_options){ .kv = demo.loaded.backend.kv_int8 ? dtypes[r->blocks % KV_DTYPES] : KV_F32,
+                                 .sequences = LANES,
+                                 .snapshots = 2 + (int)random_below(12),
+                                 .pages = 13 + random_below(40) };
     r->has_files = (r->blocks + 1) / 2 % 2;
     r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
     r->scheduler.encoder_cache_bytes = (uint64_t)random_below(96) << 10;
@@ -242,7 +246,7 @@ static void start(struct run *r)
         struct service *s = &r->services[i];
         if (i == DRAFTING) g.drafts = 2, o.fixed_drafts = r->blocks % 2 == 0;
         if (i == COLD) {
-            g = (struct engine_options){ .sequences = 1 };
+            g = (struct engine_options){ .kv = g.kv, .sequences = 1 };
             o.step_tokens = 0;
             o.host_cache_bytes = o.encoder_cache_bytes = 0;
         }

@@ -102,6 +102,28 @@ static void losses_agree_with_the_golden(void **state)
     safetensors_close(&g.file);
 }
 
+/* One chunk, so that most tokens look far back: within twice what was measured of f32's. */
+static void losses_by_dtype_of_the_cache(void **state)
+{
+    static const double most[KV_DTYPES] = { [KV_BF16] = 1.7e-4, [KV_FP8] = 4.1e-3, [KV_INT8] = 1.1e-3 };
+    struct golden g;
+    struct loaded l;
+    struct err e = { 0 };
+    double plain = 0;
+    (void)state;
+    golden_open(&g);
+    load_model(&l, demo, &cpu);
+    for (int d = 0; d < KV_DTYPES; d++) {
+        struct perplexity_options o = { .ctx = 1024, .kv = (enum kv_dtype)d };
+        struct perplexity_result r;
+        must(perplexity_run(&r, &l.model, g.ids, g.n, &o, &e), &e);
+        if (d == KV_F32) plain = r.perplexity;
+        assert_near(r.perplexity, plain, most[d]);
+    }
+    unload_model(&l);
+    safetensors_close(&g.file);
+}
+
 /* A chunk is scored as if it were alone: the whole is the sum of texts of one chunk each. */
 static void chunks_start_from_nothing(void **state)
 {
@@ -477,6 +499,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(chunks_are_counted_by_the_rule),
         cmocka_unit_test(losses_agree_with_the_golden),
+        cmocka_unit_test(losses_by_dtype_of_the_cache),
         cmocka_unit_test(chunks_start_from_nothing),
         cmocka_unit_test(a_model_equals_itself),
         cmocka_unit_test(a_comparison_says_what_the_logits_say),

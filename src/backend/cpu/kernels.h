@@ -103,7 +103,8 @@ struct cpu_kernels {
     /* n columns as the words of a form; n % 16 == 0 for INT8 (num/int8.h). */
     void (*round_bf16)(uint32_t *out, const float *x, int64_t n);
     void (*round_int8)(uint32_t *out, const float *x, int64_t n);
-    float (*round_fp8)(float *out, const float *x, int64_t n); /* as fp8_quantize_activations */
+    float (*round_fp8)(float *out, const float *x, int64_t n);        /* as fp8_quantize_activations */
+    float (*quantize_int8)(int8_t *codes, const float *x, int64_t n); /* as int8_quantize_row */
 
     /* Products in f32, one fused multiply-add a column, ascending. `stream` takes blocks of at most
      * STREAM_ROWS_MAX rows; for more rows a panel is decoded once and meets every block.

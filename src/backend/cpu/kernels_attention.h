@@ -11,10 +11,12 @@ enum { TILE_TOKENS = 2, TILE_HEADS = 4, TILE_VECTORS = 2 };
 #endif
 enum { TILE = TILE_TOKENS * TILE_HEADS, FETCH_TOKENS = 8 };
 
+/* Elements, of INT8 without their scale. */
 INLINE vec kv_vec(const void *base, const enum kv_dtype dtype, int64_t at)
 {
     if (dtype == KV_F32) return vload((const float *)base + at);
     if (dtype == KV_BF16) return vload_bf16((const uint16_t *)base + at);
+    if (dtype == KV_INT8) return vload_i8((const int8_t *)base + at);
     return vfrom_e4m3(vload_u8((const uint8_t *)base + at));
 }
 
@@ -22,19 +24,32 @@ INLINE float kv_one(const void *base, const enum kv_dtype dtype, int64_t at)
 {
     if (dtype == KV_F32) return ((const float *)base)[at];
     if (dtype == KV_BF16) return bf16_to_f32(((const bf16 *)base)[at]);
+    if (dtype == KV_INT8) return ((const int8_t *)base)[at];
     return e4m3_to_f32(((const e4m3 *)base)[at]);
 }
 
 INLINE void kv_fetch(const void *base, const enum kv_dtype dtype, int64_t at, int64_t n)
 {
-    const int64_t each = dtype == KV_F32 ? 4 : dtype == KV_BF16 ? 2 : 1;
+    const int64_t each = kv_element_bytes(dtype);
     for (int64_t i = 0; i < n * each; i += 64) __builtin_prefetch((const char *)base + at * each + i, 0, 2);
 }
 
 /* Where token t's head begins. */
 INLINE int64_t kv_at(const struct kv_cache *kv, const int32_t *pages, int64_t t, int64_t column)
 {
-    return (pages[t / KV_PAGE] * (int64_t)KV_PAGE + t % KV_PAGE) * kv->n_kv_heads * kv->head_dim + column;
+    return pages[t / KV_PAGE] * kv_page_stride(kv) + t % KV_PAGE * kv->n_kv_heads * kv->head_dim + column;
+}
+
+/* scores[h * n + t - first] times the scale of token t's key or value, of tokens [first, end), which lie in
+ * one page. */
+INLINE void scale_page(float *scores, int64_t n, const struct attend_group *g, void *side, int64_t first,
+                       int64_t end)
+{
+    float factors[KV_PAGE];
+    const float *scales = kv_scales(g->kv, side, g->pages[first / KV_PAGE]) + g->kv_head;
+    for (int64_t t = first; t < end; t++) factors[t - first] = scales[t % KV_PAGE * g->kv->n_kv_heads];
+    for (int h = 0; h < g->n_heads; h++)
+        for (int64_t t = 0; t < end - first; t++) scores[h * n + t] *= factors[t];
 }
 
 /* out[i] = sum of a[i]'s lanes: halves, quarters, .. are added, whatever the other vectors hold. */
@@ -113,6 +128,7 @@ INLINE void score_page(float *scores, int64_t n, const struct attend_group *g, c
             score_tile(scores + h * n + t - first, n, g->qg + (int64_t)2 * dim * h, kv->keys, dtype, at, dim,
                        scale, g->n_heads - h < TILE_HEADS ? g->n_heads - h : TILE_HEADS, tokens);
     }
+    if (dtype == KV_INT8) scale_page(scores, n, g, kv->keys, first, end);
 }
 
 /* scores[t] = e^(scores[t] - top), their largest; returns their sum. */
@@ -198,6 +214,7 @@ INLINE void attend_dtype(const struct attend_group *g, const enum kv_dtype dtype
         stop = end - t < KV_PAGE ? end : t + KV_PAGE;
         int64_t at = kv_at(kv, g->pages, t, column),
                 ahead = stop < end ? kv_at(kv, g->pages, stop, column) : -1;
+        if (dtype == KV_INT8) scale_page(scores + t - first, n, g, kv->values, t, stop);
         int h = 0;
         for (; h + TILE_HEADS <= g->n_heads; h += TILE_HEADS)
             mix_heads(out + (int64_t)h * (dim + 2), scores + h * n + t - first, n, kv, dtype, at,
@@ -214,8 +231,10 @@ static void attend(const struct attend_group *g, int64_t first, int64_t end, flo
         attend_dtype(g, KV_F32, first, end, out, scores);
     else if (g->kv->dtype == KV_BF16)
         attend_dtype(g, KV_BF16, first, end, out, scores);
-    else
+    else if (g->kv->dtype == KV_FP8)
         attend_dtype(g, KV_FP8, first, end, out, scores);
+    else
+        attend_dtype(g, KV_INT8, first, end, out, scores);
 }
 
 static void attend_weights(float *scores, int64_t n, float scale, float *top, float *sum, float *factor)

@@ -193,4 +193,42 @@ static void round_int8(uint32_t *out, const float *x, int64_t n)
         out[INT8_SCALE + 1] = 0;
     }
 }
+
+/* The codes of VL numbers times `inverse`, at most 127 in magnitude. */
+INLINE void write_codes(int8_t *codes, const float *x, float inverse)
+{
+#if defined(__AVX512F__)
+    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+    _mm_storeu_si128((__m128i *)(void *)codes, _mm512_cvtepi32_epi8(code));
+#elif defined(__AVX2__)
+    __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(inverse)));
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64((__m128i *)(void *)codes, _mm_packs_epi16(words, words));
+#else
+    for (int i = 0; i < VL; i++) codes[i] = (int8_t)__builtin_rintf(x[i] * inverse);
+#endif
+}
+
+/* Magnitudes are compared as integers, so that a NaN is the largest. */
+static float quantize_int8(int8_t *codes, const float *x, int64_t n)
+{
+    veci top = { 0 };
+    int32_t m = 0;
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        veci a = (veci)vload(x + i) & 0x7fffffff;
+        top = (veci)vselect(a > top, (vec)a, (vec)top);
+    }
+    for (int k = 0; k < VL; k++) m = top[k] > m ? top[k] : m;
+    for (int64_t k = i; k < n; k++) {
+        int32_t a = (int32_t)(f32_bits(x[k]) & 0x7fffffff);
+        m = a > m ? a : m;
+    }
+    if (m >= 0x7f800000 || m < 0x0d800000)
+        return int8_quantize_row(codes, x, n); /* not finite, under 2^-100 */
+    float most = f32_from_bits((uint32_t)m), inverse = 127 / most;
+    for (i = 0; i + VL <= n; i += VL) write_codes(codes + i, x + i, inverse);
+    for (; i < n; i++) codes[i] = (int8_t)__builtin_rintf(x[i] * inverse);
+    return most / 127;
+}
 #endif

@@ -302,6 +302,7 @@ static void delta_chunk(const struct delta_head *head, int64_t n, float *work)
         .round_bf16 = round_bf16,                                                                            \
         .round_int8 = round_int8,                                                                            \
         .round_fp8 = round_fp8,                                                                              \
+        .quantize_int8 = quantize_int8,                                                                      \
         .stream = stream,                                                                                    \
         .decode = decode,                                                                                    \
         .product = product,                                                                                  \

@@ -6,27 +6,33 @@
 
 /* Kv cache and attention. */
 
-static void kv_store(void *to, enum kv_dtype dtype, int64_t at, const float *x, int64_t n)
+/* One token's heads, on one side. */
+static void kv_store(const struct cpu_kernels *k, const struct kv_cache *kv, void *side, int32_t page,
+                     int64_t line, const float *x)
 {
-    if (dtype == KV_F32)
-        memcpy((float *)to + at, x, (size_t)n * sizeof *x);
-    else if (dtype == KV_BF16)
-        for (int64_t i = 0; i < n; i++) ((bf16 *)to)[at + i] = bf16_from_f32(x[i]);
+    int64_t n = (int64_t)kv->n_kv_heads * kv->head_dim, at = page * kv_page_stride(kv) + line * n;
+    if (kv->dtype == KV_F32)
+        memcpy((float *)side + at, x, (size_t)n * sizeof *x);
+    else if (kv->dtype == KV_BF16)
+        for (int64_t i = 0; i < n; i++) ((bf16 *)side)[at + i] = bf16_from_f32(x[i]);
+    else if (kv->dtype == KV_FP8)
+        for (int64_t i = 0; i < n; i++) ((e4m3 *)side)[at + i] = e4m3_from_f32(x[i]);
     else
-        for (int64_t i = 0; i < n; i++) ((e4m3 *)to)[at + i] = e4m3_from_f32(x[i]);
+        for (int h = 0; h < kv->n_kv_heads; h++, at += kv->head_dim, x += kv->head_dim)
+            kv_scales(kv, side, page)[line * kv->n_kv_heads + h] =
+                k->quantize_int8((int8_t *)side + at, x, kv->head_dim);
 }
 
 void cpu_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
                    const struct step_rows *rows)
 {
-    (void)q;
     for (int64_t s = 0; s < rows->n_spans; s++) {
         const struct span *span = &rows->spans[s];
         for (int64_t i = 0; i < span->n; i++) {
-            int64_t token = span->past + i, row = span->first + i;
-            int64_t line = (span->pages[token / KV_PAGE] * (int64_t)KV_PAGE + token % KV_PAGE) * k.cols;
-            kv_store(kv->keys, kv->dtype, line, k.data + row * k.stride, k.cols);
-            kv_store(kv->values, kv->dtype, line, v.data + row * v.stride, v.cols);
+            int64_t token = span->past + i, line = token % KV_PAGE, row = span->first + i;
+            int32_t page = span->pages[token / KV_PAGE];
+            kv_store(q->k, kv, kv->keys, page, line, k.data + row * k.stride);
+            kv_store(q->k, kv, kv->values, page, line, v.data + row * v.stride);
         }
     }
 }

@@ -22,6 +22,7 @@ typedef int32_t veci __attribute__((vector_size(4 * VL)));
 typedef uint32_t vecu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vech __attribute__((vector_size(2 * VL)));
 typedef uint8_t vecb __attribute__((vector_size(VL)));
+typedef int8_t vecc __attribute__((vector_size(VL)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec vload(const float *p)
@@ -103,6 +104,20 @@ INLINE vecu vload_u8(const uint8_t *p)
     vecb b;
     memcpy(&b, p, sizeof b);
     return __builtin_convertvector(b, vecu);
+#endif
+}
+
+/* 8-bit integers with a sign as f32. */
+INLINE vec vload_i8(const int8_t *p)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+#else
+    vecc c;
+    memcpy(&c, p, sizeof c);
+    return __builtin_convertvector(__builtin_convertvector(c, veci), vec);
 #endif
 }
 

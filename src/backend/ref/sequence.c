@@ -2,28 +2,44 @@
  * rule. */
 #include "backend/ref/parts.h"
 #include "num/e4m3.h"
+#include "num/int8.h"
 #include <string.h>
 
-static int64_t kv_line(const struct kv_cache *kv, const struct span *s, int64_t token)
+/* What a token keeps of one kv head, on one side. */
+struct kv_row {
+    void *elements;
+    float *scale; /* of INT8 */
+};
+
+static struct kv_row kv_row(const struct kv_cache *kv, void *side, const struct span *s, int64_t token,
+                            int kv_head)
 {
-    return ((int64_t)s->pages[token / KV_PAGE] * KV_PAGE + token % KV_PAGE) * kv->n_kv_heads * kv->head_dim;
+    int32_t page = s->pages[token / KV_PAGE];
+    int64_t row = token % KV_PAGE * kv->n_kv_heads + kv_head;
+    int64_t at = page * kv_page_stride(kv) + row * kv->head_dim;
+    return (struct kv_row){ (uint8_t *)side + at * kv_element_bytes(kv->dtype),
+                            kv->dtype == KV_INT8 ? kv_scales(kv, side, page) + row : NULL };
 }
 
-static void kv_store(void *to, enum kv_dtype dtype, int64_t at, float x)
+static void kv_store(struct kv_row to, enum kv_dtype dtype, const float *x, int n)
 {
-    if (dtype == KV_F32)
-        ((float *)to)[at] = x;
-    else if (dtype == KV_BF16)
-        ((bf16 *)to)[at] = bf16_from_f32(x);
-    else
-        ((e4m3 *)to)[at] = e4m3_from_f32(x);
+    if (dtype == KV_INT8) *to.scale = int8_quantize_row(to.elements, x, n);
+    for (int i = 0; i < n; i++) switch (dtype) {
+        case KV_F32: ((float *)to.elements)[i] = x[i]; break;
+        case KV_BF16: ((bf16 *)to.elements)[i] = bf16_from_f32(x[i]); break;
+        case KV_FP8: ((e4m3 *)to.elements)[i] = e4m3_from_f32(x[i]); break;
+        case KV_INT8: break;
+        }
 }
 
-static float kv_load(const void *from, enum kv_dtype dtype, int64_t at)
+static double kv_load(struct kv_row from, enum kv_dtype dtype, int i)
 {
-    if (dtype == KV_F32) return ((const float *)from)[at];
-    if (dtype == KV_BF16) return bf16_to_f32(((const bf16 *)from)[at]);
-    return e4m3_to_f32(((const e4m3 *)from)[at]);
+    switch (dtype) {
+    case KV_F32: return (double)((const float *)from.elements)[i];
+    case KV_BF16: return (double)bf16_to_f32(((const bf16 *)from.elements)[i]);
+    case KV_FP8: return (double)e4m3_to_f32(((const e4m3 *)from.elements)[i]);
+    default: return ((const int8_t *)from.elements)[i] * (double)*from.scale;
+    }
 }
 
 void ref_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, struct mat v,
@@ -33,10 +49,13 @@ void ref_kv_append(struct queue *q, const struct kv_cache *kv, struct mat k, str
     for (int64_t s = 0; s < rows->n_spans; s++) {
         const struct span *span = &rows->spans[s];
         for (int64_t i = 0; i < span->n; i++) {
-            int64_t line = kv_line(kv, span, span->past + i), row = span->first + i;
-            for (int64_t c = 0; c < k.cols; c++) {
-                kv_store(kv->keys, kv->dtype, line + c, k.data[row * k.stride + c]);
-                kv_store(kv->values, kv->dtype, line + c, v.data[row * v.stride + c]);
+            int64_t token = span->past + i, row = span->first + i;
+            for (int h = 0; h < kv->n_kv_heads; h++) {
+                int64_t column = (int64_t)h * kv->head_dim;
+                kv_store(kv_row(kv, kv->keys, span, token, h), kv->dtype, k.data + row * k.stride + column,
+                         kv->head_dim);
+                kv_store(kv_row(kv, kv->values, span, token, h), kv->dtype, v.data + row * v.stride + column,
+                         kv->head_dim);
             }
         }
     }
@@ -48,19 +67,17 @@ static void attend(float *y, const float *qg, int kv_head, const struct kv_cache
     int dim = kv->head_dim;
     double scale = 1 / sqrt((double)dim), top = -INFINITY, sum = 0;
     for (int64_t t = 0; t < n_tokens; t++) {
-        int64_t line = kv_line(kv, span, t) + (int64_t)kv_head * dim;
+        struct kv_row key = kv_row(kv, kv->keys, span, t, kv_head);
         double dot = 0;
-        for (int d = 0; d < dim; d++) dot += (double)qg[d] * (double)kv_load(kv->keys, kv->dtype, line + d);
+        for (int d = 0; d < dim; d++) dot += (double)qg[d] * kv_load(key, kv->dtype, d);
         p[t] = (float)(dot * scale);
         top = fmax(top, p[t]);
     }
     for (int64_t t = 0; t < n_tokens; t++) sum += exp(p[t] - top);
     for (int d = 0; d < dim; d++) {
         double o = 0;
-        for (int64_t t = 0; t < n_tokens; t++) {
-            int64_t line = kv_line(kv, span, t) + (int64_t)kv_head * dim;
-            o += exp(p[t] - top) * (double)kv_load(kv->values, kv->dtype, line + d);
-        }
+        for (int64_t t = 0; t < n_tokens; t++)
+            o += exp(p[t] - top) * kv_load(kv_row(kv, kv->values, span, t, kv_head), kv->dtype, d);
         y[d] = (float)(o / sum * ref_sigmoid(qg[dim + d]));
     }
 }
