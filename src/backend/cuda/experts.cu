@@ -88,17 +88,6 @@ __device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, f
 
 /* ---- gate and up ---- */
 
-/* Worked out before the wait that follows, where the compiler would put it off. */
-template <class T> __device__ __forceinline__ void now(T &x)
-{
-    asm volatile("" : "+r"(x));
-}
-
-__device__ __forceinline__ void now(const uint8_t *&x)
-{
-    asm volatile("" : "+l"(x));
-}
-
 /* NVFP4: the tiles of a block lie in shared memory whole, of every item gate and up. Warp i asks for tile i,
  * in one piece: what lanes ask for, 16 bytes each, keeps them waiting until most of it has come. Of other
  * formats warps ask as they go along (stream.cuh); lane i asks for item i of the warp's side. */
@@ -188,7 +177,7 @@ template <int KINDS, int RING> struct listed_tiles {
 template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
 {
     constexpr bool whole = KINDS == TILED;
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], scratch[2][CREW];
@@ -212,7 +201,7 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
     bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
 #if __CUDA_ARCH__ >= 900
     if (whole && (int)threadIdx.x < items) barrier_init(&come[threadIdx.x], 2);
-    if (whole && warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (whole && warp == 0) barriers_ready();
 #endif
     put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     float top = 0, input_scale = 1;
@@ -381,7 +370,7 @@ struct down_job {
  * [k], slots of the shared expert. */
 __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__ down_args a)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], input_scale[PICKS_MAX + 1];
