@@ -428,13 +428,14 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
 #endif
 }
 
-/* Items ahead; 0: not even two. */
+/* Items ahead; 0: not even two. An even number, so that a place in the ring is always the same half's of the warps: else one
+ * half could be a whole round ahead of the other, where a barrier's phase is taken for the one before. */
 int ring_of(const struct queue *q, const cuda_matrix &gate)
 {
     size_t limit = (size_t)q->shared_max < LEFT_SHARED ? (size_t)q->shared_max : LEFT_SHARED;
     int ring = RING_MOST;
     while (ring > 0 && up_rows_shared(gate, ring) > limit) ring--;
-    return ring < 2 ? 0 : ring;
+    return ring / 2 * 2;
 }
 
 /* The arguments of both kernels; false: not for these shapes. */
