@@ -247,6 +247,11 @@ static void moe_runs(void)
         moe_run_case(formats[f], 1 + random_below(3), 16 * (1 + random_below(20)),
                      16 * (1 + random_below(16)), 4, f != 1);
     }
+    if (!on_device()) return;
+    reserve(8, 2080, 640, 8, 8); /* of one row, and of several, whose rings have fewer places in wider rows */
+    for (int i = 0; i < 3; i++)
+        moe_run_case(WEIGHT_NVFP4, i == 0 ? 1 : 2 + random_below(7), 2048 + 16 * i,
+                     16 * (20 + random_below(21)), 8, i % 2);
 }
 
 static void delta_runs(void)

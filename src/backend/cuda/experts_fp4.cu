@@ -526,7 +526,7 @@ bool cuda_experts_near(struct queue *q, struct mat y, struct mat x, const struct
     up_args u = {};
     down_args d = {};
     const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
-    if (!q->has_pdl || p->k > TEAM || e->n > EXPERTS_MAX || !run) return false;
+    if (!q->has_pdl || p->k > PICKS_MAX || e->n > EXPERTS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || e->m[i].cols % 16) return false;
     if (run) {

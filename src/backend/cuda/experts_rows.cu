@@ -444,7 +444,7 @@ bool together_args(const struct queue *q, up_rows_args &u, down_rows_args &d, co
 {
     for (int i = 0; i < 3; i++)
         if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || !cuda_streams(q, &e->m[i])) return false;
-    if (!q->has_pdl || rows < 2 || rows > ROWS_TOGETHER || e->n > EXPERTS_MAX || k > TEAM || !run) return false;
+    if (!q->has_pdl || rows < 2 || rows > ROWS_TOGETHER || e->n > EXPERTS_MAX || k > PICKS_MAX) return false;
     int pairs = tiles_of(e->m[DOWN].rows) / 2, each = q->sms / (int)rows;
     u.e = d.e = *e;
     u.p.k = d.p.k = k;

@@ -524,7 +524,7 @@ void run(struct queue *q, const char *operation, product_args a)
     a.extra = a.tiles % grid;
     if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
-    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES && a.cols >= 1024 &&
+    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES &&
              product_shared(1, a.cols, false, LONG_RING) <= (size_t)q->shared_max)
         launch<BLOCK>(q, operation, true, stream_product<1, WHOLE, LONG_RING>, dim3((unsigned)grid),
                       product_shared(1, a.cols, false, LONG_RING), a);
