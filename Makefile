@@ -2,6 +2,7 @@
 # make check          unit tests, kernels, layers, every header alone
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
+# make emulated       the GPU's kernels on the CPU (tests/emulator; needs clang and CUDA's headers), FAMILIES="2 4" of them
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
 # make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
@@ -126,6 +127,27 @@ kernels: $(BUILD)/tests/backend/test_kernels
 memcheck: $(BUILD)/tests/backend/test_kernels
 	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
 
+# Kernels as C++ of the CPU, which ASan watches, in place of those that nvcc makes; the rest is as it was built.
+CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isystem $(CUDA_HOME)/include -include emulator.h \
+                -ffp-contract=off -mavx2 -mfma -fno-exceptions -fno-rtti -fno-omit-frame-pointer
+EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
+EMULATOR := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out %/first.cpp %/last.cpp,$(wildcard tests/emulator/*.cpp)))
+FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13
+emulated: $(BUILD)/emulated/test_kernels
+	@for f in $(FAMILIES); do QUENCH_DEVICE=cuda QUENCH_FAMILY=$$f $< >$<.log 2>&1 && echo "emulated: family $$f agrees with ref" || { cat $<.log; exit 1; }; done
+$(BUILD)/emulated/%.o: %.cu
+	@mkdir -p $(@D)
+	$(CXX_EMULATED) -w -mllvm -pragma-unroll-threshold=1 -fsanitize=address,alignment -fno-sanitize-recover=all -x c++ -c -o $@ $<
+$(BUILD)/tests/emulator/%.o: tests/emulator/%.cpp
+	@mkdir -p $(@D)
+	$(CXX_EMULATED) -Wall -Wextra -O3 -c -o $@ $<
+# Static shared memory lies between the first and the last.
+$(BUILD)/emulated/test_kernels: $(BUILD)/tests/emulator/first.o $(BUILD)/emulated/test_kernels.o $(EMULATOR) $(EMULATED) $(filter-out %.cu.o $(BUILD)/src/cli/%,$(LIBOBJ)) $(TESTLIB) $(BUILD)/tests/emulator/last.o
+	clang++ -fsanitize=address,undefined -o $@ $^ $(filter-out -lcudart_static,$(LDLIBS)) -lcmocka -pthread
+$(BUILD)/emulated/test_kernels.o: tests/backend/test_kernels.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Itests -c -o $@ $<
+
 # About half a second each on two cores.
 HISTORIES ?= 2000
 histories: $(BUILD)/tests/engine/test_histories
@@ -199,5 +221,5 @@ fmt-check:
 clean:
 	rm -rf build build-*
 
-.PHONY: always all check test soak fmt-check tsan-threads kernels histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
--include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
+.PHONY: always all check test soak fmt-check tsan-threads kernels emulated histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
+-include $(EMULATED:.o=.d) $(EMULATOR:.o=.d) $(BUILD)/emulated/test_kernels.d $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)

@@ -86,8 +86,9 @@ static void products(void)
     static const int64_t cols[] = { 16, 32, 48, 256, 272, 528 }, odd[] = { 1, 7, 100, 257 };
     static const int64_t blocks[] = { 1, 127, 128, 129, 300 };
     reserve(140, 1024, 64, 2, 4);
-    if (on_device())
-        product_case(WEIGHT_BF16, 1, 8 * 64 * 140, 1024, INPUT_AS_IS); /* many tiles a block: a head's */
+    /* many tiles a block: of heads */
+    if (on_device()) product_case(WEIGHT_BF16, 1, 8 * 64 * 150, 128, INPUT_AS_IS);
+    if (on_device()) product_case(WEIGHT_FP8, 1, 8 * 64 * 150, 128, INPUT_FP8_ROW);
     for (size_t i = 0; i < sizeof ns / sizeof *ns; i++)
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             enum weight_format f = (enum weight_format)random_below(6);

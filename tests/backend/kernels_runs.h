@@ -238,6 +238,10 @@ static void moe_runs(void)
     for (int i = 0; i < 3; i++)
         moe_run_case(WEIGHT_NVFP4, 2 + random_below(7), 256 * (9 + i) - 16 * random_below(16),
                      16 * (1 + random_below(16)), 4, i == 1);
+    reserve(8, 2080, 640, 8, 8); /* of one row, and of several, whose rings have fewer places in wider rows */
+    for (int i = 0; i < 3; i++)
+        moe_run_case(WEIGHT_NVFP4, i == 0 ? 1 : 2 + random_below(7), 2048 + 16 * i,
+                     16 * (20 + random_below(21)), 8, i % 2);
 }
 
 static void delta_runs(void)

@@ -269,8 +269,7 @@ __device__ __forceinline__ void meet(const attention_args &a, int parts)
     __syncthreads();
     if (threadIdx.x == 0) {
         atomicAdd(arrived, 1u);
-        while (*(volatile unsigned *)arrived < (unsigned)parts) {
-        }
+        wait_for_number(arrived, (unsigned)parts);
         if (atomicAdd(met, 1u) == (unsigned)parts - 1) *arrived = *met = 0;
         __threadfence();
     }
@@ -345,7 +344,7 @@ __device__ __forceinline__ void append(void *cache, int64_t line, uint8_t *piece
 template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wide(const __grid_constant__ attention_args a)
 {
     using kind = tile_kind<DTYPE>;
-    extern __shared__ __align__(128) uint8_t shared_bytes[];
+    SHARED_MEMORY(uint8_t, shared_bytes, 128);
     __shared__ uint64_t barriers[2][kind::CREW * kind::DEPTH]; /* pieces that are full, and empty */
     uint32_t *operands = (uint32_t *)shared_bytes;
     uint8_t *rings = shared_bytes + OPERANDS_BYTES;
@@ -368,8 +367,8 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
                       part.end(),
                       part.end() - owner };
 #if __CUDA_ARCH__ >= 900
-    if ((int)threadIdx.x < 2 * kind::CREW * kind::DEPTH) barrier_init(barriers[0] + threadIdx.x, 1);
-    if (warp < 2) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if ((int)threadIdx.x < 2 * kind::CREW * kind::DEPTH) barrier_init(&barriers[0][0] + threadIdx.x, 1);
+    if (warp < 2) barriers_ready();
     __syncthreads();
 #endif
     kv_ring<DTYPE> ring(rings, barriers);
@@ -377,7 +376,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_wid
     if (part.has_end()) place_padding<DTYPE>(rings, from.end);
     bool has_key = owner && warp == WARPS - 1, has_value = owner && warp == WARPS - 2;
     if (appends && threadIdx.x < 2 * TILE_DIM * 4 / 128) /* gains will be near */
-        asm volatile("prefetch.global.L2 [%0];" ::"l"((lane / 8 ? a.k_gain : a.q_gain) + lane % 8 * LANES));
+        prefetch((lane / 8 ? a.k_gain : a.q_gain) + lane % 8 * LANES);
     float2 turn = a.q_gain && a.rope.n == LANES ? rope_turn(a.rope, r.position, lane) : float2{};
     int64_t line = kv_line(a.kv, a.rows, r.span, part.token) + (int64_t)kv_head * TILE_DIM;
     wait_for_previous();
@@ -525,7 +524,7 @@ __device__ __forceinline__ void place_heads(const attention_args &a, float *quer
  * [rope.n][2] (room for dim), then what warps leave. */
 template <int DTYPE> __global__ void __launch_bounds__(THREADS, 2) attention_narrow(const __grid_constant__ attention_args a)
 {
-    extern __shared__ __align__(128) float shared_f[];
+    SHARED_MEMORY(float, shared_f, 128);
     int dim = a.kv.head_dim, group = a.n_heads / a.kv.n_kv_heads, kv_head = blockIdx.y, warp = threadIdx.x / LANES;
     int64_t row = a.row0 + blockIdx.z;
     float *queries = shared_f, *own = queries + group * dim, *meeting = own + 2 * dim;

@@ -43,21 +43,6 @@ struct kv_tiles {
     int first, last, end, copied;
 };
 
-/* What ordinary stores wrote to shared memory, or anywhere, is there before copies that begin after the next barrier. */
-__device__ __forceinline__ void let_copies_follow()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_copies_see()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async;" ::: "memory");
-#endif
-}
-
 /* The ring of a warp of the crew: pieces of its tiles, keys then values. It is filled by the warp FILLERS further on, since
  * asking for a row at a time takes as long as multiplying it; before 9.0 by the warp itself. */
 constexpr int FILLERS = WARPS / 2;
@@ -230,14 +215,6 @@ template <int DTYPE> __device__ __forceinline__ void place_query(uint32_t *opera
     }
 }
 
-/* 8 x 8 BF16 numbers, turned. */
-__device__ __forceinline__ uint32_t turned(uint32_t x)
-{
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 /* Two bytes of a word of E4M3, as BF16; take: their places for __byte_perm. */
 __device__ __forceinline__ uint32_t fp8_two(uint32_t word, int take)
 {
@@ -286,10 +263,7 @@ __device__ __forceinline__ void score_piece(float (&part)[TILE_PARTS][4], uint32
                 matrices(k, place + lane % 16 * kind::PITCH + (2 * i + lane / 16) * 16);
             } else {
                 uint32_t x, y;
-                asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                             : "=r"(x), "=r"(y)
-                             : "r"(place + lane % 16 * kind::PITCH + i * 16)
-                             : "memory");
+                two_matrices(x, y, place + lane % 16 * kind::PITCH + i * 16);
                 k[0] = fp8_two(x, 0x1404), k[1] = fp8_two(y, 0x1404), k[2] = fp8_two(x, 0x3424), k[3] = fp8_two(y, 0x3424);
             }
 #pragma unroll
@@ -352,10 +326,7 @@ __device__ __forceinline__ void add_values(tile_running &r, uint32_t place, cons
             for (int p = 0; p < TILE_PARTS; p++) mma(r.value[M + m], v[0], v[1], v[2], v[3], share[p][0], share[p][1]);
         } else {
             uint32_t x, y;
-            asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                         : "=r"(x), "=r"(y)
-                         : "r"(place + lane % 16 * kind::PITCH + m * 16)
-                         : "memory");
+            two_matrices_turned(x, y, place + lane % 16 * kind::PITCH + m * 16);
             uint32_t v[4] = { fp8_two(x, 0x2404), fp8_two(x, 0x3414), fp8_two(y, 0x2404), fp8_two(y, 0x3414) };
 #pragma unroll
             for (int p = 0; p < TILE_PARTS; p++) mma(r.value[M + m], v[0], v[1], v[2], v[3], share[p][0], share[p][1]);

@@ -201,21 +201,6 @@ __device__ __forceinline__ void batch_store(const batch_args &p, int k, int r, i
     }
 }
 
-__device__ __forceinline__ void cluster_meet()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-/* A float of shared memory of block `rank` of the cluster. */
-__device__ __forceinline__ float load_of(const float *x, int rank)
-{
-    uint32_t at;
-    float y;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_at(x)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(at));
-    return y;
-}
-
 /* All blocks of the cluster have left their sums; each adds up an equal part of the outputs. */
 __device__ __forceinline__ void batch_meeting(const batch_args &p, const float *sums, int k, int tile0, int groups)
 {
@@ -304,7 +289,7 @@ __device__ __forceinline__ void batch_item(const batch_args &p, uint8_t *shared,
 template <int G, int DEPTH> __global__ void __launch_bounds__(BATCH_BLOCK, 1) batch_products(const __grid_constant__ batch_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     constexpr int SLOTS_IN = batch_size<G>::SLOTS_IN;
     __shared__ uint64_t barriers[2 * SLOTS_IN];
     int item = blockIdx.x / p.splits, k = batch_matrix(p, item), tile0 = (item - p.first[k]) * p.each * p.rounds;
@@ -312,7 +297,7 @@ template <int G, int DEPTH> __global__ void __launch_bounds__(BATCH_BLOCK, 1) ba
     if (threadIdx.x == 0) {
         int workers = p.each > TEAM_WARPS ? WORKERS : TEAM_WARPS;
         for (int i = 0; i < SLOTS_IN; i++) barrier_init(&barriers[i], 1), barrier_init(&barriers[SLOTS_IN + i], workers);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
     if (p.m[k].format == WEIGHT_BF16)

@@ -238,7 +238,7 @@ template <int BUFFERS> __device__ __forceinline__ void chunk_barriers(uint64_t *
             barrier_init(&barriers[i], copiers);
             barrier_init(&barriers[BUFFERS + i], CHUNK_WORKERS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
 }
 
@@ -280,7 +280,7 @@ __host__ __device__ inline size_t down_bytes(int cols)
 template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up(const __grid_constant__ chunk_args a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * UP_BUFFERS];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     __shared__ float2 meeting[TEAMS][OWN<EXACT>][2][LANES];
@@ -330,7 +330,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
         if (side)
 #pragma unroll
             for (int i = 0; i < OWN<EXACT>; i++) meeting[team][i][member - 2][lane] = total[i];
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + team) : "memory");
+        meet_128(1 + team);
         float unit_gate = FP4_UNIT / a.e.globals[expert], unit_up = FP4_UNIT / a.e.globals[a.e.n + expert];
 #pragma unroll
         for (int i = 0; i < OWN<EXACT>; i++) {
@@ -349,7 +349,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
                     *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
             }
         }
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + team) : "memory");
+        meet_128(1 + team);
     }
     inputs.leave(run.n);
     copy_wait<0>();
@@ -359,7 +359,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
 template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_down(const __grid_constant__ chunk_args a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * DOWN_BUFFERS];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     const cuda_matrix &m = a.e.m[DOWN];

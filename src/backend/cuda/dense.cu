@@ -199,7 +199,7 @@ template <int FORMAT, int TOKENS> __device__ __forceinline__ void dense_tile(con
 /* Grid: tiles of weight rows of all matrices, tiles of rows. */
 template <int TOKENS> __global__ void __launch_bounds__(THREADS, 2) dense_tiles(const __grid_constant__ dense_args a)
 {
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     int k = 0;
     wait_for_previous();
     let_next_start();

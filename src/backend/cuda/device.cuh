@@ -12,6 +12,7 @@
 #ifndef BACKEND_CUDA_DEVICE_CUH
 #define BACKEND_CUDA_DEVICE_CUH
 #include "backend/cuda/parts.h"
+#include "backend/cuda/ptx.cuh"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -23,21 +24,6 @@ constexpr int LANES = 32, THREADS = 256, WARPS = THREADS / LANES;
 constexpr unsigned ALL = 0xffffffffu;
 
 /* ---- launches ---- */
-
-/* Lets the next kernel of the stream start its prologue, and waits for what earlier kernels wrote. */
-__device__ __forceinline__ void let_next_start()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 /* What an earlier kernel wrote is read with __ldcg by kernels that overlap it: their first cache may be older.
  * Kernels started with `overlap` call wait_for_previous before they touch anything an earlier kernel writes, and
@@ -227,19 +213,6 @@ __device__ __forceinline__ __nv_bfloat162 fp4_scale(uint32_t word, int i)
     return *reinterpret_cast<__nv_bfloat162 *>(&t);
 }
 constexpr float FP4_UNIT = 0x1p8f;
-
-/* ---- tensor cores ---- */
-
-/* d += a b. a: 16 rows x 16, b: 16 x 8. Lane 4 g + t: a0 (row g, columns 2t, 2t+1), a1 (row g + 8), a2 and a3 (columns
- * + 8); b0 (rows 2t, 2t+1 of column g), b1 (+ 8); d0, d1 (row g, columns 2t, 2t+1), d2, d3 (row g + 8). */
-__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 } /* namespace */
 #endif

@@ -1,12 +1,11 @@
 /* The mixture of experts for few rows: two kernels, the router's choice inside each. A block does a share of
- * one row's work.
+ * one row's work. experts_fp4.cu does NVFP4 experts that fit it.
  *
  * experts_up: the k best of the router's logits; then eight gate rows by one half of the warps and the same
  * eight up rows by the other, split along columns. experts_down: eight rows of the output by eight warps,
  * warp j on the expert of pick j (j + 8, ...) and all of them on a share of the shared expert's; then the sum
  * over picks in order, the shared expert behind its gate, and the residual. It starts when the logits are
  * final and chooses for itself, so that its weights come while experts_up still works. */
-#include "backend/cuda/barrier.cuh"
 #include "backend/cuda/route.cuh"
 #include "backend/cuda/stream.cuh"
 
@@ -88,69 +87,6 @@ __device__ __forceinline__ float expert_unit(const cuda_experts &e, int which, f
 
 /* ---- gate and up ---- */
 
-/* Worked out before the wait that follows, where the compiler would put it off. */
-template <class T> __device__ __forceinline__ void now(T &x)
-{
-    asm volatile("" : "+r"(x));
-}
-
-__device__ __forceinline__ void now(const uint8_t *&x)
-{
-    asm volatile("" : "+l"(x));
-}
-
-/* NVFP4: the tiles of a block lie in shared memory whole, of every item gate and up. Warp i asks for tile i,
- * in one piece: what lanes ask for, 16 bytes each, keeps them waiting until most of it has come. Of other
- * formats warps ask as they go along (stream.cuh); lane i asks for item i of the warp's side. */
-struct asked_tile {
-    const uint8_t *from; /* of expert 0 */
-    int pick;
-
-    __device__ __forceinline__ asked_tile(const up_args &a, int item, int side, int each)
-    {
-        pick = item / each;
-        from = tile_at(a.e.m[side], 0, item - pick * each);
-        now(pick);
-        now(from);
-    }
-
-    __device__ __forceinline__ const uint8_t *at(const up_args &a, const int *expert) const
-    {
-        return from + (uint64_t)expert[pick] * matrix_bytes(a.e.m[GATE]);
-    }
-};
-
-/* The tile a warp asks for; come: of its item. */
-__device__ __forceinline__ void ask_tile(const up_args &a, uint8_t *tiles, uint64_t *come,
-                                         const uint8_t *from)
-{
-#if __CUDA_ARCH__ >= 900
-    int bytes = (int)tile_bytes(a.e.m[GATE]);
-    if (threadIdx.x % LANES != 0) return;
-    barrier_expect(come, bytes);
-    copy_bulk(shared_at(tiles + threadIdx.x / LANES * bytes), from, bytes, come);
-#endif
-}
-
-#if __CUDA_ARCH__ < 900
-/* No such copies: each warp what it will work on. */
-__device__ __forceinline__ void copy_tiles(const up_args &a, uint8_t *tiles, const int *expert, int begin,
-                                           int items, int each, share s)
-{
-    int lane = threadIdx.x % LANES, side = threadIdx.x / LANES / TEAM, bytes = (int)tile_bytes(a.e.m[GATE]);
-    for (int i = 0; i < items; i++) {
-        const uint8_t *at = tile_at(a.e.m[side], expert[(begin + i) / each], (begin + i) % each);
-        for (int c = s.first * FP4_UNIT_BYTES + lane * 16; c < (s.first + s.n) * FP4_UNIT_BYTES;
-             c += LANES * 16)
-            copy_async16((uint32_t)__cvta_generic_to_shared(tiles + (2 * i + side) * bytes + c), at + c,
-                         true);
-    }
-    copy_commit();
-    copy_wait<0>();
-    __syncwarp();
-}
-#endif
-
 /* The shared expert's hidden row, and what it is quantized by. */
 __device__ __forceinline__ void make_shared_row(const up_args &a, int64_t row, float *scratch)
 {
@@ -182,20 +118,17 @@ template <int KINDS, int RING> struct listed_tiles {
     }
 };
 
-/* Grid: blocks, rows. Shared memory: ring, or whole tiles; sums [warp][item][8], slots. An item is eight gate
+/* Grid: blocks, rows. Shared memory: ring, sums [warp][item][8], slots. An item is eight gate
  * and eight up rows of a pick; those of a block follow one another, so that they lie on few pages of memory.
  */
 template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(const __grid_constant__ up_args a)
 {
-    constexpr bool whole = KINDS == TILED;
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], scratch[2][CREW];
-    [[maybe_unused]] __shared__ uint64_t come[UP_ITEMS];
     const cuda_matrix &gate = a.e.m[GATE];
-    float *sums = (float *)(shared + (whole ? (a.items + (a.extra > 0)) * 2 * tile_bytes(gate)
-                                            : ring_bytes(UP_RING, false)));
+    float *sums = (float *)(shared + ring_bytes(UP_RING, KINDS & TILED));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + UP_SUMS);
     int cols = gate.cols, stride = slot_stride(cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int each = tiles_of(gate.rows), items = a.items + ((int)blockIdx.x < a.extra);
@@ -204,16 +137,11 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
     int units = units_of(gate.format, cols);
     share s = share_at(units, share_of(units, TEAM), warp % TEAM);
     int begin = blockIdx.x * a.items + ((int)blockIdx.x < a.extra ? (int)blockIdx.x : a.extra);
-    asked_tile tile(a, begin + (whole ? warp / 2 : lane), whole ? warp % 2 : warp / TEAM, each);
+    int pick = (begin + lane) / each; /* of the item whose tile this lane knows */
+    const uint8_t *tile = tile_at(a.e.m[warp / TEAM], 0, begin + lane - pick * each);
     int number = begin + threadIdx.x / 8, mine_pick = number / each,
         r = (number - mine_pick * each) * 8 + threadIdx.x % 8;
-    now(mine_pick);
-    now(r);
     bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
-#if __CUDA_ARCH__ >= 900
-    if (whole && (int)threadIdx.x < items) barrier_init(&come[threadIdx.x], 2);
-    if (whole && warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
     put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     float top = 0, input_scale = 1;
     wait_for_previous();
@@ -229,18 +157,16 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
             top = fmaxf(top, place_pairs<3>(slots, stride, x, cols, c, BLOCK - LANES));
     }
     __syncthreads();
-    if (whole && warp < 2 * items) ask_tile(a, shared, &come[warp / 2], tile.at(a, expert));
     float unit[2] = { 1, 1 };
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (stores) unit[i] = expert_number(a.e, i, expert[mine_pick], r);
     stream<KINDS, UP_RING> weights(shared);
-    listed_tiles<KINDS, UP_RING> next = { weights, nullptr, row_bytes_of(gate), s, 0, items };
-    if (!whole) {
-        if (lane < items) next.tile = tile.at(a, expert);
+    listed_tiles<KINDS, UP_RING> next = { weights, nullptr, gate.format == WEIGHT_NVFP4 ? 0 : row_bytes_of(gate),
+                                          s, 0, items };
+    if (lane < items) next.tile = tile + (uint64_t)expert[pick] * matrix_bytes(gate);
 #pragma unroll 1
-        for (int n = 0; n < UP_RING; n++) weights.ask(next);
-    }
+    for (int n = 0; n < UP_RING; n++) weights.ask(next);
     if (gate.input == INPUT_FP8_ROW) {
         input_scale = fp8_input_scale(block_max<CREW>(top, scratch[0]));
 #pragma unroll 1
@@ -254,21 +180,10 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
             a.p.expert[row * a.p.k + j] = expert[j];
             a.p.weight[row * a.p.k + j] = weight[j];
         }
-#if __CUDA_ARCH__ < 900
-    if (whole) copy_tiles(a, shared, expert, begin, items, each, s);
-#endif
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
         float sum[4];
-        if (whole) {
-#if __CUDA_ARCH__ >= 900
-            barrier_wait(&come[i], 0);
-#endif
-            weights.work_tile(sum, shared + (2 * i + warp / TEAM) * tile_bytes(gate), s, slots, stride,
-                              gate.input == INPUT_FP8_ROW);
-        } else {
-            weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
-        }
+        weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
         if (lane < 4) *(float2 *)(sums + (warp * UP_ITEMS + i) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();
@@ -381,7 +296,7 @@ struct down_job {
  * [k], slots of the shared expert. */
 __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__ down_args a)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], input_scale[PICKS_MAX + 1];
@@ -477,21 +392,10 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
     if (a.add.data) a.add.data[row * a.add.stride + r] = old + y;
 }
 
-/* Of a block with `items` items. */
-size_t up_shared(const cuda_matrix &gate, int items)
+__host__ __device__ inline size_t up_shared(const cuda_matrix &gate)
 {
-    size_t weights =
-        gate.format == WEIGHT_NVFP4 ? (size_t)items * 2 * tile_bytes(gate) : ring_bytes(UP_RING, false);
-    return weights + UP_SUMS * sizeof(float) + (size_t)SLOTS * slot_stride(gate.cols) * 2;
-}
-
-/* As many items as a block has room for; 0: not even one. */
-int up_items(const cuda_matrix &gate, size_t limit)
-{
-    int items = gate.format == WEIGHT_NVFP4 ? CREW / 2 : UP_ITEMS;
-    if (limit > LEFT_SHARED && up_shared(gate, 1) <= LEFT_SHARED) limit = LEFT_SHARED;
-    while (items > 0 && up_shared(gate, items) > limit) items--;
-    return items;
+    return ring_bytes(UP_RING, gate.format == WEIGHT_NVFP4) + UP_SUMS * sizeof(float) +
+           (size_t)SLOTS * slot_stride(gate.cols) * 2;
 }
 
 } /* namespace */
@@ -530,22 +434,21 @@ bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const stru
         d.add = run->x;
     }
     const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
-    int room = up_items(gate, (size_t)limit);
-    size_t of_down = down_shared(p->k, down, d.w);
-    if (p->k > PICKS_MAX || room == 0 || of_down > (size_t)limit) return false;
+    size_t of_up = up_shared(gate), of_down = down_shared(p->k, down, d.w);
+    if (p->k > PICKS_MAX || of_up > (size_t)limit || of_down > (size_t)limit) return false;
     /* no more a block than it has room for, nor a warp than a list holds */
     int items = p->k * tiles_of(gate.rows), tiles = tiles_of(down.rows), sms = q->sms;
     int jobs = (p->k + TEAM - 1) / TEAM + 1,
         most = 2 * (LANES / jobs) < DOWN_TILES ? 2 * (LANES / jobs) : DOWN_TILES;
-    unsigned up_blocks = blocks(items, room), down_blocks = blocks(tiles, most);
+    unsigned up_blocks = blocks(items, UP_ITEMS), down_blocks = blocks(tiles, most);
     if (up_blocks < (unsigned)sms) up_blocks = (unsigned)(items < sms ? items : sms);
     if (down_blocks < (unsigned)sms) down_blocks = (unsigned)(tiles < sms ? tiles : sms);
     u.items = items / (int)up_blocks;
     u.extra = items % (int)up_blocks;
     d.tiles = tiles / (int)down_blocks;
     d.extra = tiles % (int)down_blocks;
-    launch_side<BLOCK>(q, "experts", LEFT, gate.format == WEIGHT_NVFP4 ? experts_up<TILED> : experts_up<CUT>,
-                       dim3(up_blocks, (unsigned)x.rows), up_shared(gate, u.items + (u.extra > 0)), u);
+    launch_side<BLOCK>(q, "experts", LEFT, gate.format == WEIGHT_NVFP4 ? experts_up<CUT | TILED> : experts_up<CUT>,
+                       dim3(up_blocks, (unsigned)x.rows), of_up, u);
     launch_side<BLOCK>(q, "experts", RIGHT, experts_down, dim3(down_blocks, (unsigned)x.rows), of_down, d);
     return true;
 }

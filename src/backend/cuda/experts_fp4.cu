@@ -38,31 +38,11 @@ constexpr int TEAM = CREW / 2, ITEMS = CREW / 2, PLACED = SLOTS - 1;
 constexpr size_t RIGHT_SHARED = 100 * 1024, OWN_SHARED = 8 * 1024;
 
 #if __CUDA_ARCH__ >= 900
-/* Worked out before the wait that follows, where the compiler would put it off. */
-template <class T> __device__ __forceinline__ void now(T &x)
-{
-    asm volatile("" : "+r"(x));
-}
-
-template <class T> __device__ __forceinline__ void now(T *&x)
-{
-    asm volatile("" : "+l"(x));
-}
-
 /* A bulk copy, whose bytes the barrier waits for; by one thread. */
 __device__ __forceinline__ void ask(uint32_t to, const uint8_t *from, int bytes, uint32_t barrier)
 {
-    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ int load_shared(uint32_t at)
-{
-    int x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
-    return x;
+    barrier_expect(barrier, bytes);
+    copy_bulk(to, from, bytes, barrier);
 }
 
 struct eight {
@@ -96,9 +76,7 @@ template <bool TURNED> __device__ __forceinline__ void place_eight(uint32_t slot
             float2 y = unpack(part[i]);
             v[i] = make_float2(v[i].x - y.x, v[i].y - y.y);
         }
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(slots + s * stride * 2), "r"(part[0]), "r"(part[1]),
-                     "r"(part[2]), "r"(part[3])
-                     : "memory");
+        store_shared(slots + s * stride * 2, part);
     }
 }
 
@@ -219,7 +197,7 @@ __host__ __device__ inline size_t up_shared(const cuda_matrix &gate, int items)
 __global__ void __launch_bounds__(BLOCK, 2) fp4_up(const __grid_constant__ up_args a)
 {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ uint64_t come[ITEMS];
@@ -246,7 +224,7 @@ __global__ void __launch_bounds__(BLOCK, 2) fp4_up(const __grid_constant__ up_ar
     int r = (begin + (int)threadIdx.x / 8 - pick * each) * 8 + threadIdx.x % 8;
     bool stores = (int)threadIdx.x / 8 < items && r < gate.rows;
     if ((int)threadIdx.x < items) barrier_init(&come[threadIdx.x], 2);
-    if (warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (warp == 0) barriers_ready();
     place_zeros(slots, PLACED, stride, cols, threadIdx.x, BLOCK);
     wait_for_previous();
     let_next_start(); /* which counts on what the kernel before this one wrote, and on nobody else reading what it writes */
@@ -373,7 +351,7 @@ __host__ __device__ inline size_t down_shared(const cuda_matrix &down, const cud
 __global__ void __launch_bounds__(BLOCK, 2) fp4_down(const __grid_constant__ down_args a)
 {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ uint32_t keys[EXPERTS_MAX];
     __shared__ float weight[PICKS_MAX], top[CREW];
@@ -407,7 +385,7 @@ __global__ void __launch_bounds__(BLOCK, 2) fp4_down(const __grid_constant__ dow
         if (warp == 1) {
 #pragma unroll 1
             for (int j = lane; j <= k; j += LANES) barrier_init(&come[j], 1);
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            barriers_ready();
             __syncwarp();
             if (lane == 0 && a.w.rows) {
                 int rows = min(tiles * 8, a.w.rows - begin * 8);
@@ -486,7 +464,7 @@ __global__ void __launch_bounds__(BLOCK, 2) fp4_down(const __grid_constant__ dow
     int at = (int)row * k * w.cols + chunk * 8;
     bool places = chunk < chunks;
     if (a.w.rows) shared_unit *= sigmoid(gate);
-    asm volatile("" : "+f"(shared_unit), "+f"(old));
+    now(shared_unit, old);
     now(place);
     now(at);
     wait_for_previous();
@@ -548,7 +526,7 @@ bool cuda_experts_near(struct queue *q, struct mat y, struct mat x, const struct
     up_args u = {};
     down_args d = {};
     const cuda_matrix &gate = e->m[GATE], &down = e->m[DOWN];
-    if (!q->has_pdl || p->k > TEAM || e->n > EXPERTS_MAX || !run) return false;
+    if (!q->has_pdl || p->k > PICKS_MAX || e->n > EXPERTS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || e->m[i].cols % 16) return false;
     if (run) {

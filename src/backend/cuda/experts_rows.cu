@@ -121,7 +121,7 @@ __device__ __forceinline__ float2 three_slots(const float (&a)[4], const float (
 __global__ void __launch_bounds__(BLOCK, 2) experts_up_rows(const __grid_constant__ up_rows_args a)
 {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ float weight[PICKS_MAX];
     __shared__ uint64_t full[RING_MOST], empty[RING_MOST];
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up_rows(const __grid_constan
     int begin = at.x * fewest + (at.x < extra ? at.x : extra), items = fewest + (at.x < extra);
     share s = share_at(units, share_of(units, TEAM), member);
     if ((int)threadIdx.x < a.ring) barrier_init(&full[threadIdx.x], 2), barrier_init(&empty[threadIdx.x], TEAM);
-    if (warp == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (warp == 0) barriers_ready();
     put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     wait_for_previous();
     let_next_start(); /* which may count on the logits */
@@ -332,7 +332,7 @@ __device__ __forceinline__ void ask_units(const cuda_matrix &w, const row_block 
 __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_constant__ down_rows_args a)
 {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ float weight[PICKS_MAX], factor[PICKS_MAX], scratch[CREW];
     __shared__ uint64_t come[CREW][DEPTH];
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
     int pairs = (tiles_of(w.rows) / 2 - at.x + at.n - 1) / at.n, all = pairs * k;
     let_next_start();
     if (lane < DEPTH) barrier_init(&come[warp][lane], 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
     if (warp == 0) {
         if (a.logits.data)
             choose(expert, weight, (uint32_t *)slots, a.logits.data + row * a.logits.stride, a.e.n, k);
@@ -445,7 +445,7 @@ bool together_args(const struct queue *q, up_rows_args &u, down_rows_args &d, co
 {
     for (int i = 0; i < 3; i++)
         if (e->m[i].format != WEIGHT_NVFP4 || e->m[i].input != INPUT_AS_IS || !cuda_streams(q, &e->m[i])) return false;
-    if (!q->has_pdl || rows < 2 || rows > ROWS_TOGETHER || e->n > EXPERTS_MAX || k > TEAM || !run) return false;
+    if (!q->has_pdl || rows < 2 || rows > ROWS_TOGETHER || e->n > EXPERTS_MAX || k > PICKS_MAX) return false;
     int pairs = tiles_of(e->m[DOWN].rows) / 2, each = q->sms / (int)rows;
     u.e = d.e = *e;
     u.p.k = d.p.k = k;

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
 {
     wait_for_previous();
     let_next_start();
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);
     if (!tile.any) return;
     int kv_head = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
@@ -221,13 +221,6 @@ __global__ void __launch_bounds__(THREADS, 1) flash(const __grid_constant__ flas
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ float power_of_two(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 struct flash_barriers {
     uint64_t full[RING], empty[RING];
 };
@@ -369,7 +362,7 @@ struct flash_group {
 
 __device__ __forceinline__ void group_meets()
 {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + (int)threadIdx.x / 128) : "memory");
+    meet_128(1 + (int)threadIdx.x / 128);
 }
 
 /* The queries of this thread's group, times 1 / sqrt(DIM), a power of two. */
@@ -459,12 +452,12 @@ __global__ void __launch_bounds__(WIDE_BLOCK, 1)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     let_next_start();
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ flash_barriers barriers;
     if (threadIdx.x < RING) {
         barrier_init(barriers.full + threadIdx.x, 1);
         barrier_init(barriers.empty + threadIdx.x, WARPS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     wait_for_previous();
     flash_tile tile = flash_tile_of(a, gridDim.x - 1 - blockIdx.x);

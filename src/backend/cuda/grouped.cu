@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, 2) up_tiles(const __grid_constant__ g
 {
     wait_for_previous();
     let_next_start();
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
     int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * UP_ROWS,
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, 2) down_tiles(const __grid_constant__
 {
     wait_for_previous();
     let_next_start();
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     if ((int)blockIdx.y >= a.s.tiles[0]) return;
     const int *entry = a.s.tiles + ENTRY * (1 + blockIdx.y);
     int expert = entry[0], first = entry[1], tokens = entry[2], row0 = blockIdx.x * TILE_ROWS,

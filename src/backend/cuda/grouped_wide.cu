@@ -51,7 +51,7 @@ template <int MOST> struct wide_barriers {
         for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], tellers), barrier_init(&empty[i], form::MULTIPLIERS);
         for (int w = 0; w < form::MULTIPLIERS; w++)
             for (int i = 0; i < form::UNITS_AHEAD; i++) barrier_init(&weights[w][i], 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
 };
 
@@ -255,14 +255,6 @@ __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_weights<MOST,
     }
 }
 
-/* Of a matrix of 8 x 8, rows and columns exchanged: lane 4 g + t has columns 2 t, 2 t + 1 of row g. */
-__device__ __forceinline__ uint32_t turned(uint32_t x)
-{
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 /* SiLU(gate) up of a warp's rows from c on, to the slots' hidden rows. HALVES of eight rows: their gate sums are in gate[n][2 h],
  * gate[n][2 h + 1], for up likewise from UP on. */
 template <int N, int HALVES, int UP>
@@ -399,7 +391,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const 
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using form = wide_form<MOST>;
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ wide_barriers<MOST> barriers;
     wide_work *work = (wide_work *)(shared + form::ITEMS_AT);
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);

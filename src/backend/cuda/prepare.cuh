@@ -142,7 +142,7 @@ __device__ __forceinline__ float prepare_heads(const prepare_args &p, float2 *ke
 /* BLOCK threads; shared memory: prepare_shared(cols). */
 __device__ __forceinline__ void prepare_row(const prepare_args &p, int row)
 {
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ float part[2 * CREW];
     float2 *kept = (float2 *)shared;
     float top = p.kind == PREPARE_GATED ? prepare_heads(p, kept, row) : prepare_plain(p, kept, row, part);

@@ -424,14 +424,14 @@ __device__ __forceinline__ void prefetch_scales(const product_args &p)
     int number = blockIdx.x + threadIdx.x * gridDim.x;
     if (number >= p.tiles) return;
     int k = matrix_of(p, number);
-    if (p.m[k].scale) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.m[k].scale + tile_within(p, k, number) * 8));
+    if (p.m[k].scale) prefetch(p.m[k].scale + tile_within(p, k, number) * 8);
 }
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
 template <int ROWS, int KINDS, int UNITS = RING>
 __global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
     float *sums = (float *)(shared + ring_bytes(UNITS, KINDS & TILED));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
@@ -524,7 +524,7 @@ void run(struct queue *q, const char *operation, product_args a)
     a.extra = a.tiles % grid;
     if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
-    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES && a.cols >= 1024 &&
+    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES &&
              product_shared(1, a.cols, false, LONG_RING) <= (size_t)q->shared_max)
         launch<BLOCK>(q, operation, true, stream_product<1, WHOLE, LONG_RING>, dim3((unsigned)grid),
                       product_shared(1, a.cols, false, LONG_RING), a);

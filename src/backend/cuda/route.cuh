@@ -30,7 +30,7 @@ __device__ __forceinline__ bool choose_few(int *expert, float *weight, const flo
     int lane = threadIdx.x % LANES, first = lane * FEW, at[FEW], claims = 0;
     uint32_t key[FEW], best = 0, own = 0, to = (uint32_t)__cvta_generic_to_shared(expert);
     float x[FEW] = {};
-    asm volatile("" : "+r"(to)); /* worked out once */
+    now(to); /* once */
     if (n % FEW == 0 && ((size_t)logits & 15) == 0) {
         if (first < n) {
             float4 left = __ldcg((const float4 *)(logits + first)),
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool choose_few(int *expert, float *weight, const flo
         bool mine = key[0] == top;
         claims += (mine ? 1 : 0) + (key[1] == top ? LANES * FEW : 0);
         key[0] = mine ? key[1] : key[0];
-        if (mine) asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + 4 * j), "r"(at[0]) : "memory");
+        if (mine) store_shared(to + 4 * j, at[0]);
         if (j == 0) best = top;
         if (lane == j) own = top;
         at[0] = mine ? at[1] : at[0];

@@ -222,7 +222,7 @@ __device__ __forceinline__ void init_copies(uint64_t *b, int n)
 {
 #if __CUDA_ARCH__ >= 900
     for (int i = 0; i < n; i++) barrier_init(b + i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
 #endif
 }
 
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
     wait_for_previous();
     let_next_start();
     constexpr int SIZE = 2 * DIM / COLUMNS;
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t full;
     float *A = (float *)(shared + 3 * BIG), *sums = A + CHUNK * A_STRIDE, *powers = sums + CHUNK, *beta = powers + CHUNK;
     chunk c = chunk_of(p.rows, blockIdx.x);
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
 {
     wait_for_previous();
     let_next_start();
-    extern __shared__ __align__(1024) uint8_t shared[];
+    SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t full[STAGES];
     constexpr int SLICES = DIM / SLICE;
     int head = blockIdx.x / SLICES, slice = blockIdx.x % SLICES, column = slice * SLICE, heads = p.shape.value_heads;

@@ -155,11 +155,6 @@ __device__ __forceinline__ const uint8_t *tile_at(const cuda_matrix &m, unsigned
     return (const uint8_t *)m.data + (uint64_t)number * matrix_bytes(m) + (uint64_t)tile * tile_bytes(m);
 }
 
-__device__ __forceinline__ void copy_async8(uint32_t to, const void *from)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-
 /* Units of the warp `member` of `crew` that share a tile: [first, first + n). */
 struct share {
     int first, n;

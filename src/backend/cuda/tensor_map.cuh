@@ -11,9 +11,7 @@ namespace {
  * place i ^ l % 8, wherever `to` lies, a multiple of 128. */
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap &map, int column, int row, uint64_t *b)
 {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-                 "l"(&map), "r"(column), "r"(row), "r"(shared_at(b))
-                 : "memory");
+    copy_tensor(to, &map, column, row, b);
 }
 
 } /* namespace */

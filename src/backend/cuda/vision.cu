@@ -58,7 +58,7 @@ __device__ void load_tile(float *to, const float *from, int64_t stride, int64_t 
  * queries, heads. */
 __global__ void attend_tiles(mat y, mat qkv, int dim, float scale)
 {
-    extern __shared__ float shared[];
+    SHARED_MEMORY(float, shared, 16);
     float *queries = shared, *keys = queries + TILE * (dim + 1), *values = keys + TILE * (dim + 1),
           *sums = values + TILE * (dim + 1), *scores = sums + TILE * dim;
     int64_t first = (int64_t)blockIdx.x * TILE, column = (int64_t)blockIdx.y * dim, left = qkv.rows - first;
