@@ -225,11 +225,11 @@ static void choose(struct run *r)
                                                .n_turn_end = 2,
                                                .interval = 64 * (1 + random_below(4)),
                                                .step_tokens = 110 + random_below(300) };
-    r->engine =
-        (struct engine_options){ .kv = demo.loaded.backend.kv_int8 ? dtypes[r->blocks % KV_DTYPES] : KV_F32,
-                                 .sequences = LANES,
-                                 .snapshots = 2 + (int)random_below(12),
-                                 .pages = 13 + random_below(40) };
+    bool has_all = demos[0].loaded.backend.kv_int8;
+    r->engine = (struct engine_options){ .kv = has_all ? dtypes[r->blocks % KV_DTYPES] : KV_F32,
+                                         .sequences = LANES,
+                                         .snapshots = 2 + (int)random_below(12),
+                                         .pages = 13 + random_below(40) };
     r->has_files = (r->blocks + 1) / 2 % 2;
     r->scheduler.host_cache_bytes = random_below(3) == 0 ? (uint64_t)random_below(32) << 20 : 0;
     r->scheduler.encoder_cache_bytes = (uint64_t)random_below(96) << 10;
