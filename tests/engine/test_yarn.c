@@ -88,7 +88,7 @@ static double picture_error(struct model *m, int64_t step)
         if (ids[i] != image || i == 0 || ids[i - 1] != image) tokens[kept++] = ids[i];
     must(picture_reader_create(&reader, m, &e), &e);
     must(picture_read(reader, &picture, "tests/golden/demo/golden_image.png", NULL, &e), &e);
-    must(prompt_create(&p, tokens, kept, image, &picture, 1, 0, &e), &e);
+    must(prompt_create(&p, tokens, kept, (struct place_tokens){ image, -1 }, &picture, 1, 0, &e), &e);
     assert_int_equal(p.n, n);
     double worst = worst_error(m, p.rows, p.n, step, "picture_logits_at", "picture_logits");
     prompt_free(&p);
