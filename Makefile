@@ -133,8 +133,9 @@ CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isyst
 EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATOR := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out %/first.cpp %/last.cpp,$(wildcard tests/emulator/*.cpp)))
 FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13
-emulated: $(BUILD)/emulated/test_kernels
-	@for f in $(FAMILIES); do QUENCH_DEVICE=cuda QUENCH_FAMILY=$$f $< >$<.log 2>&1 && echo "emulated: family $$f agrees with ref" || { cat $<.log; exit 1; }; done
+emulated: $(FAMILIES:%=emulated-%)
+emulated-%: $(BUILD)/emulated/test_kernels
+	@QUENCH_DEVICE=cuda QUENCH_FAMILY=$* $< >$<-$*.log 2>&1 && echo "emulated: family $* agrees with ref" || { cat $<-$*.log; exit 1; }
 $(BUILD)/emulated/%.o: %.cu
 	@mkdir -p $(@D)
 	$(CXX_EMULATED) -w -mllvm -pragma-unroll-threshold=1 -fsanitize=address,alignment -fno-sanitize-recover=all -x c++ -c -o $@ $<

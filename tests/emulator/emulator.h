@@ -140,6 +140,68 @@ inline int lane()
 
 } /* namespace emulator */
 
+/* Vectors with copies of their own, since clang does not look at the alignment of those that it makes itself.
+ */
+namespace emulator
+{
+
+template <class T, class PLAIN> struct alignas(2 * sizeof(T)) two_of {
+    T x, y;
+    two_of() = default;
+    two_of(T x, T y) : x(x), y(y)
+    {
+    }
+    two_of(const two_of &o) : x(o.x), y(o.y)
+    {
+    }
+    two_of(const PLAIN &o) : x(o.x), y(o.y)
+    {
+    }
+    two_of &operator=(const two_of &o)
+    {
+        x = o.x, y = o.y;
+        return *this;
+    }
+    operator PLAIN() const
+    {
+        return { x, y };
+    }
+};
+
+template <class T, class PLAIN> struct alignas(4 * sizeof(T)) four_of {
+    T x, y, z, w;
+    four_of() = default;
+    four_of(T x, T y, T z, T w) : x(x), y(y), z(z), w(w)
+    {
+    }
+    four_of(const four_of &o) : x(o.x), y(o.y), z(o.z), w(o.w)
+    {
+    }
+    four_of &operator=(const four_of &o)
+    {
+        x = o.x, y = o.y, z = o.z, w = o.w;
+        return *this;
+    }
+};
+
+typedef two_of<float, ::float2> float_two;
+typedef two_of<unsigned, ::uint2> uint_two;
+typedef four_of<float, ::float4> float_four;
+typedef four_of<unsigned, ::uint4> uint_four;
+typedef four_of<int, ::int4> int_four;
+
+} /* namespace emulator */
+
+#define float2      emulator::float_two
+#define uint2       emulator::uint_two
+#define float4      emulator::float_four
+#define uint4       emulator::uint_four
+#define int4        emulator::int_four
+#define make_float2 emulator::float_two
+#define make_uint2  emulator::uint_two
+#define make_float4 emulator::float_four
+#define make_uint4  emulator::uint_four
+
 #undef __shared__
 #undef __launch_bounds__
 #undef __grid_constant__

@@ -72,11 +72,8 @@ static void show_statics(block *b)
     if (m.shown && m.resident.size() > 1) {
         if (!m.shown->statics) m.shown->statics = (uint8_t *)malloc(n);
         copy_plain(m.shown->statics, m.statics, n);
+        if (b->statics) copy_plain(m.statics, b->statics, n);
     }
-    if (b->statics)
-        copy_plain(m.statics, b->statics, n);
-    else
-        fill_plain(m.statics, 0xff, n);
     m.shown = b;
 }
 
@@ -508,47 +505,74 @@ static void run_thread()
     abort(); /* nobody runs what has ended */
 }
 
-static block *begin_block(uint3 index, int threads)
+static block *make_block(int n_warps)
 {
     block *b = new block();
-    b->index = index;
-    b->alive = threads;
-    b->n_warps = (threads + 31) / 32;
-    b->warps = new warp[(size_t)b->n_warps]();
-    b->arena = (uint8_t *)aligned_alloc(1024, ARENA);
-    __asan_unpoison_memory_region(b->arena, ARENA);
-    b->dynamic = b->arena;
-    fill_plain(b->arena, 0xff, m.shared);
-    __asan_poison_memory_region(b->arena + m.shared, ARENA - m.shared);
-    for (int i = 0; i < threads; i++) {
-        struct warp &w = b->warps[i / 32];
-        thread *t = &w.lanes[i % 32];
+    b->n_warps = n_warps;
+    b->warps = new warp[(size_t)n_warps]();
+    for (int i = 0; i < 32 * n_warps; i++) {
+        thread *t = &b->warps[i / 32].lanes[i % 32];
         t->index = { (unsigned)i, 0, 0 };
         t->block = b;
         t->warp = i / 32;
         t->lane = i % 32;
         t->base = take_stack();
+    }
+    b->arena = (uint8_t *)aligned_alloc(1024, ARENA);
+    return b;
+}
+
+/* One that has ended, if it had as many threads; its shared memory is as it was left. */
+static block *take_block(int n_warps)
+{
+    if (m.ended.empty()) return make_block(n_warps);
+    block *b = m.ended.back();
+    m.ended.pop_back();
+    return b;
+}
+
+static void forget_blocks()
+{
+    for (block *b : m.ended) {
+        for (int i = 0; i < 32 * b->n_warps; i++) m.stacks.push_back(b->warps[i / 32].lanes[i % 32].base);
+        __asan_unpoison_memory_region(b->arena, ARENA);
+        free(b->arena);
+        delete[] b->warps;
+        delete b;
+    }
+    m.ended.clear();
+}
+
+static void begin_block(uint3 index, int threads)
+{
+    block *b = take_block((threads + 31) / 32);
+    b->index = index;
+    b->alive = threads;
+    b->dynamic = b->arena;
+    if (b->launch != m.launch) {
+        __asan_unpoison_memory_region(b->arena, ARENA);
+        fill_plain(b->arena, 0xff, m.shared);
+        __asan_poison_memory_region(b->arena + m.shared, ARENA - m.shared);
+        b->launch = m.launch;
+    }
+    for (int i = 0; i < threads; i++) {
+        thread *t = &b->warps[i / 32].lanes[i % 32];
+        t->group = 0;
+        t->copies.clear();
         prepare(t);
-        w.alive |= 1u << t->lane;
+        b->warps[i / 32].alive |= 1u << t->lane;
         set_ready(t);
     }
     m.resident.push_back(b);
-    return b;
 }
 
 static void end_block(block *b)
 {
-    for (int i = 0; i < b->n_warps; i++)
-        for (thread &t : b->warps[i].lanes)
-            if (t.base) {
-                m.stacks.push_back(t.base);
-            }
-    __asan_unpoison_memory_region(b->arena, ARENA);
-    free(b->arena);
     free(b->statics);
-    delete[] b->warps;
+    b->statics = nullptr;
+    b->mbarriers.clear();
     if (m.shown == b) m.shown = nullptr;
-    delete b;
+    m.ended.push_back(b);
 }
 
 static void describe_waiting()
@@ -592,6 +616,9 @@ void run_grid(const void *name, const std::function<void()> &call, dim3 grid, di
     m.call = &call;
     m.shared = shared;
     m.turn = (int)drawn(32);
+    m.launch++;
+    fill_plain(m.statics, 0xff, m.statics_end - m.statics);
+    if (!m.ended.empty() && m.ended[0]->n_warps != (int)(block_size.x + 31) / 32) forget_blocks();
     gridDim = grid;
     blockDim = block_size;
     bool backwards = drawn(2);

@@ -51,6 +51,7 @@ struct bulk {
 struct block {
     uint3 index;
     int alive, n_warps;
+    uint64_t launch; /* that its shared memory is of */
     uint32_t ready_warps;
     warp *warps;
     uint8_t *arena, *dynamic, *statics; /* statics: while another block's are shown */
@@ -73,8 +74,9 @@ struct machine {
     const void *name; /* of the kernel */
     const std::function<void()> *call;
     size_t shared;
-    int turn; /* the lane that goes first */
-    std::vector<block *> resident;
+    int turn;        /* the lane that goes first */
+    uint64_t launch; /* number of this one */
+    std::vector<block *> resident, ended;
     block *shown; /* whose static shared memory lies there */
     uint8_t *statics, *statics_end;
     block_barrier cluster;
