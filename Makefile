@@ -2,7 +2,7 @@
 # make check          unit tests, kernels, layers, every header alone
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
-# make emulated       the GPU's kernels on the CPU (tests/emulator; needs clang and CUDA's headers), FAMILIES="2 4" of them
+# make emulated       the GPU's kernels, and quantizing with them, on the CPU (tests/emulator; needs clang and CUDA's headers), FAMILIES="2 4" of them
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
 # make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000
@@ -133,8 +133,10 @@ CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isyst
 EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATOR := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out %/first.cpp %/last.cpp,$(wildcard tests/emulator/*.cpp)))
 FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13
-emulated: $(FAMILIES:%=emulated-%)
-emulated-%: $(BUILD)/emulated/test_kernels
+emulated: $(FAMILIES:%=emulated-%) emulated-device
+emulated-device: $(BUILD)/emulated/tests/quantize/test_device
+	@QUENCH_DEVICE=cuda $< >$<.log 2>&1 && echo "emulated: calibrates and packs as the CPU does" || { cat $<.log; exit 1; }
+emulated-%: $(BUILD)/emulated/tests/backend/test_kernels
 	@QUENCH_DEVICE=cuda QUENCH_FAMILY=$* $< >$<-$*.log 2>&1 && echo "emulated: family $* agrees with ref" || { cat $<-$*.log; exit 1; }
 $(BUILD)/emulated/%.o: %.cu
 	@mkdir -p $(@D)
@@ -143,9 +145,9 @@ $(BUILD)/tests/emulator/%.o: tests/emulator/%.cpp
 	@mkdir -p $(@D)
 	$(CXX_EMULATED) -Wall -Wextra -O3 -c -o $@ $<
 # Static shared memory lies between the first and the last.
-$(BUILD)/emulated/test_kernels: $(BUILD)/tests/emulator/first.o $(BUILD)/emulated/test_kernels.o $(EMULATOR) $(EMULATED) $(filter-out %.cu.o $(BUILD)/src/cli/%,$(LIBOBJ)) $(TESTLIB) $(BUILD)/tests/emulator/last.o
+$(BUILD)/emulated/tests/%: $(BUILD)/tests/emulator/first.o $(BUILD)/emulated/tests/%.o $(EMULATOR) $(EMULATED) $(filter-out %.cu.o $(BUILD)/src/cli/%,$(LIBOBJ)) $(TESTLIB) $(BUILD)/tests/emulator/last.o
 	clang++ -fsanitize=address,undefined -o $@ $^ $(filter-out -lcudart_static,$(LDLIBS)) -lcmocka -pthread
-$(BUILD)/emulated/test_kernels.o: tests/backend/test_kernels.c
+$(BUILD)/emulated/tests/%.o: tests/%.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests -c -o $@ $<
 
@@ -223,4 +225,4 @@ clean:
 	rm -rf build build-*
 
 .PHONY: always all check test soak fmt-check tsan-threads kernels emulated histories nightly memcheck layers headers asan ubsan tsan sanitize fuzz fuzz-lib bench fmt clean
--include $(EMULATED:.o=.d) $(EMULATOR:.o=.d) $(BUILD)/emulated/test_kernels.d $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
+-include $(EMULATED:.o=.d) $(EMULATOR:.o=.d) $(wildcard $(BUILD)/emulated/tests/*/*.d) $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d) $(TESTOBJ:.o=.d)
