@@ -2,7 +2,7 @@
 # make check          unit tests, kernels, layers, every header alone
 # make asan|ubsan|tsan|sanitize   the tests in a build folder of their own; sanitize: ASan and UBSan at once
 # make kernels        every operation of every backend and ISA mask against ref
-# make emulated       the GPU's kernels, and quantizing with them, on the CPU (tests/emulator; needs clang and CUDA's headers), FAMILIES="2 4" of them
+# make emulated       the GPU's kernels, and quantizing, on the CPU (tests/emulator; needs clang, CUDA's headers), FAMILIES="2 4" of them
 # make fuzz-NAME      libFuzzer target tests/fuzz/fuzz_NAME.c (needs clang); FUZZ_SECONDS=60, FUZZ_ARGS=; make fuzz: all
 # make soak           a server under 10,000 malformed requests, 2,000 clients that leave, 200 SIGTERMs ...: 20 minutes
 # make histories      conversations from A to B and back, cached against cold, bit for bit: 2,000; nightly: 100,000

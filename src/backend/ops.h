@@ -272,6 +272,36 @@ struct observation {
     struct mat gate, up; /* scratch: columns of as many experts as may be done together, at least one */
 };
 
+/* Moments of `count` matrices below one another, as quantize/curvature.h and quantize/gptq.h have them, to
+ * the bit, but that the factor lies transposed: R_ji / R_ii at column i > j of row j. Below the diagonal
+ * nothing is specified. */
+struct factoring {
+    float *h; /* [count][n][n]; in place */
+    int64_t n, count;
+    float *importance; /* [count][n] */
+    int32_t *factored; /* [count]; NULL: h stays, importance alone is wanted */
+    void *scratch;     /* 8 + 4 n bytes of each matrix, 8-byte aligned */
+};
+
+enum expert_matrix { EXPERT_GATE, EXPERT_UP, EXPERT_DOWN };
+
+/* NVFP4 of rows 0, step, 2 step, ... of one matrix of every expert, BF16 as bound: the bytes of
+ * quantize/search.h or, where there is a factor, quantize/gptq.h. Everything is the backend's memory. */
+struct packing_run {
+    const struct experts *experts;
+    enum expert_matrix part;
+    int64_t rows, step, cols;
+    const float *global;     /* [n_experts]: divides the scales */
+    bool shared;             /* what follows is one for all experts, else each has its own */
+    const float *importance; /* [cols] */
+    const float *factor;     /* [cols][cols], struct factoring's; NULL: errors are not passed on */
+    const int32_t *factored; /* whether there is a factor */
+    const float *held;       /* [cols][cols] moments to judge by, or NULL */
+    uint8_t *codes, *scales; /* [n_experts][rows][cols / 2], [n_experts][rows][cols / 16] */
+    double *sums;            /* [n_experts][rows][2] squares of W - packed W and of W; judged, the first is
+                                the error's square at the output instead: error held error^T */
+};
+
 struct ops {
     const char *name;
 
@@ -416,6 +446,11 @@ struct ops {
     void (*moe_run)(struct queue *q, const struct moe_run *r);
     void (*observe)(struct queue *q, const struct observation *o, struct mat x,
                     const struct experts *experts);
+
+    /* Quantizing. All three are NULL where the host does it. */
+    bool (*packs)(const struct queue *q, int64_t cols); /* whether rows of such matrices fit */
+    void (*factor)(struct queue *q, const struct factoring *f);
+    void (*pack)(struct queue *q, const struct packing_run *p);
 };
 
 /* A backend and its one queue. */

@@ -267,7 +267,7 @@ static void clear_sums(struct calibrator *k, struct moments *sums)
 static void fetch_sums(struct calibrator *k, struct moments *to, const struct moments *sums)
 {
     const struct ops *op = k->backend->ops;
-    if (!to || to->block == sums->block) return;
+    if (!to || !to->block || to->block == sums->block) return;
     op->download(k->backend->queue, to->block, sums->block, moments_block_bytes(sums));
     op->download(k->backend->queue, to->down, sums->down, moments_down_bytes(sums));
 }
@@ -308,9 +308,13 @@ static bool run_layer(struct calibrator *k, int layer, struct err *e)
         pages_release(source->shards[i].map.data, source->shards[i].map.bytes);
     ok = ok && run_steps(k, layer, &state, e);
     layer_state_free(&state, &k->model);
+    struct calibrated at = { &k->model.layers[layer].moe.experts, k->sink->moments ? &k->sums[0] : NULL,
+                             k->sink->held ? &k->sums[1] : NULL };
+    if (!k->sink->stays) model_free_layer(&k->model, layer);
+    ok = ok && finish_layer(k, layer, e) && (!has_next(k, layer) || sync_states(k, layer + 1, e)) &&
+         k->sink->take(k->sink->ctx, layer, k->sink->stays ? &at : NULL, e);
     model_free_layer(&k->model, layer);
-    return ok && finish_layer(k, layer, e) && (!has_next(k, layer) || sync_states(k, layer + 1, e)) &&
-           k->sink->take(k->sink->ctx, layer, e);
+    return ok;
 }
 
 static void calibrator_deinit(struct calibrator *k)

@@ -20,6 +20,12 @@ struct calibration {
     int64_t tokens;  /* that every expert saw */
 };
 
+/* A layer, in the backend's memory. */
+struct calibrated {
+    const struct experts *experts;
+    const struct moments *moments, *held; /* NULL: not wanted */
+};
+
 /* Takes each layer in turn. */
 struct calibration_sink {
     void *ctx;
@@ -27,9 +33,10 @@ struct calibration_sink {
                                 use them up. NULL: none wanted */
     struct moments *held;    /* NULL, or: those of the samples from held_from on are summed here instead */
     int64_t held_from;
-    /* The layer's maxima are in the result and the hidden states behind it are durable: a later run may go on
-     * with the next one. */
-    bool (*take)(void *ctx, int layer, struct err *e);
+    bool stays; /* moments and held have no memory and give only their shape: take wants the layer as it is */
+    /* layer_at is NULL unless it stays. The layer's maxima are in the result and the hidden states behind it
+     * are durable: a later run may go on with the next one. */
+    bool (*take)(void *ctx, int layer, const struct calibrated *layer_at, struct err *e);
 };
 
 struct calibration_options {

@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/pages.h"
 #include "model/model.h"
+#include "quantize/layers.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -69,7 +70,10 @@ static uint64_t calibration_memory(const struct run *r)
     uint64_t layer = layer_bytes(c), tokens = (uint64_t)r->samples.n_tokens, vocab = (uint64_t)c->vocab_size;
     uint64_t row = 2 * (uint64_t)c->hidden_size, looked_up = tokens < vocab ? tokens : vocab;
     uint64_t table = looked_up * (row > 4096 ? row : 4096);
-    uint64_t sums = run_measures(r) ? moments_bytes(c) * (r->options.method == QUANTIZE_AUTO ? 3 : 1) : 0;
+    uint64_t sums = !run_measures(r) ? 0
+                    : layers_device_suits(r)
+                        ? layers_device_bytes(c, false)
+                        : moments_bytes(c) * (r->options.method == QUANTIZE_AUTO ? 3 : 1);
     return (table > 2 * layer ? table : 2 * layer) + 4 * step_widths(c) * STEP_ROWS + kv_bytes(r) +
            16 * tokens + sums;
 }
@@ -87,7 +91,9 @@ uint64_t estimate_device_memory(const struct run *r)
     uint64_t state = 4 * (uint64_t)c->linear_value_heads * c->linear_key_dim * c->linear_value_dim;
     uint64_t n = BASE_BYTES + 2 * layer_bytes(c) + 4 * rows * wide + kv_bytes(r) + state;
     n += step_bytes(c, b, false, (int64_t)rows, 0, r->samples.longest);
-    return run_measures(r) ? n + moments_bytes(c) * (contest ? 2 : 1) : n;
+    if (!run_measures(r)) return n;
+    return n + moments_bytes(c) * (contest ? 2 : 1) +
+           (layers_device_suits(r) ? layers_device_bytes(c, contest) : 0);
 }
 
 uint64_t estimate_memory(const struct run *r)
@@ -175,7 +181,8 @@ static bool packing_seconds(double *out, struct run *r, struct err *e)
     int64_t cols = 0;
     for (size_t i = 0; i < r->plan.n_matrices; i++)
         cols = r->plan.matrices[i].cols > cols ? r->plan.matrices[i].cols : cols;
-    bool passes_on = run_measures(r) && r->options.method != QUANTIZE_MSE;
+    bool elsewhere = layers_device_suits(r);
+    bool passes_on = run_measures(r) && r->options.method != QUANTIZE_MSE && !elsewhere;
     float *factor = passes_on ? identity_factor(cols) : NULL;
     struct curvature gptq = { .factor = factor };
     const struct curvature *c = passes_on ? &gptq : run_plain(r);
@@ -186,7 +193,7 @@ static bool packing_seconds(double *out, struct run *r, struct err *e)
     *out = 0;
     for (size_t i = 0; ok && i < r->plan.n_matrices; i++) {
         const struct matrix *m = &r->plan.matrices[i];
-        *out += cost[m->scheme] * (double)m->rows * (double)m->cols;
+        if (!elsewhere || m->expert < 0) *out += cost[m->scheme] * (double)m->rows * (double)m->cols;
     }
     free(buffer);
     free(factor);

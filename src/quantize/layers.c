@@ -1,7 +1,7 @@
 /* The calibration within a run: packs the experts of a layer while its moments are there, and makes every
  * layer a point from which a killed run can go on. */
 #include "base/pages.h"
-#include "quantize/run.h"
+#include "quantize/layers.h"
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,6 +46,12 @@ static bool spool_put(void *ctx, uint64_t bytes, struct err *e)
     return spool_append(x->spool, x->buffer, bytes, e);
 }
 
+void run_warn_no_factor(const struct run *r, size_t index)
+{
+    report_warn(r->options.report, "module '%s': its inputs' moments have no Cholesky factor; packed by mse",
+                r->plan.matrices[index].module);
+}
+
 static bool pack_expert(struct run *r, size_t index, bool passes_on, struct spool_outlet *x, struct err *e)
 {
     const struct matrix *m = &r->plan.matrices[index];
@@ -56,8 +62,7 @@ static bool pack_expert(struct run *r, size_t index, bool passes_on, struct spoo
     if (!passes_on)
         curvature.factor = NULL;
     else if (!curvature.factor)
-        report_warn(r->options.report,
-                    "module '%s': its inputs' moments have no Cholesky factor; packed by mse", m->module);
+        run_warn_no_factor(r, index);
     if (!run_pack(r, &packed, index, &curvature, &to, e) ||
         !spool_append(&r->spool, r->scales, packed.scales_bytes, e))
         return false;
@@ -147,11 +152,12 @@ static bool journal_layer(struct run *r, int layer, size_t first_item, struct er
     return ok;
 }
 
-static bool take_layer(void *ctx, int layer, struct err *e)
+static bool take_layer(void *ctx, int layer, const struct calibrated *at, struct err *e)
 {
     struct run *r = ctx;
     size_t first_item = r->spool.n_items;
-    return (!run_measures(r) || pack_layer(r, layer, e)) && journal_layer(r, layer, first_item, e);
+    bool ok = !run_measures(r) || (at ? layers_device_pack(r, layer, at, e) : pack_layer(r, layer, e));
+    return ok && journal_layer(r, layer, first_item, e);
 }
 
 static bool read_items(struct run *r, const char *data, size_t n, struct err *e)
@@ -192,18 +198,25 @@ bool run_is_calibrated(const struct run *r)
     return r->samples.n == 0 || r->layers_done == r->calibration.n_layers;
 }
 
+/* Room for moments, or, where they stay with the backend, their shape. */
 static bool prepare_method(struct run *r, struct err *e)
 {
     enum quantize_method method = r->options.method;
+    const struct config *c = &r->source.config;
     bool contest = method == QUANTIZE_AUTO && contest_held(r->samples.n) > 0;
-    return curvatures_init(&r->curvatures, &r->source.config, method == QUANTIZE_GPTQ || contest, e) &&
-           (!contest || contest_init(&r->contest, &r->source.config, e));
+    if (layers_device_suits(r)) {
+        struct moments shape = { c->n_experts, c->hidden_size, c->moe_intermediate, NULL, NULL };
+        r->curvatures.moments = r->contest.held = shape;
+        return layers_device_init(&r->there, r->options.backend, c, contest, e);
+    }
+    return curvatures_init(&r->curvatures, c, method == QUANTIZE_GPTQ || contest, e) &&
+           (!contest || contest_init(&r->contest, c, e));
 }
 
 bool run_calibration(struct run *r, struct err *e)
 {
     const struct quantize_options *o = &r->options;
-    bool measures = run_measures(r);
+    bool measures = run_measures(r), contest = o->method == QUANTIZE_AUTO && contest_held(r->samples.n) > 0;
     if (run_is_calibrated(r)) return true;
     if (measures && !prepare_method(r, e)) return false;
     struct calibration_options options = {
@@ -214,13 +227,15 @@ bool run_calibration(struct run *r, struct err *e)
         .first_layer = r->layers_done,
         .sink = { .ctx = r,
                   .moments = measures ? &r->curvatures.moments : NULL,
-                  .held = r->contest.held.block ? &r->contest.held : NULL,
+                  .held = measures && contest ? &r->contest.held : NULL,
                   .held_from = r->samples.n - contest_held(r->samples.n),
+                  .stays = r->there.backend != NULL,
                   .take = take_layer },
         .report = o->report,
     };
     if (!calibrate(&r->calibration, &options, e)) return false;
     curvatures_deinit(&r->curvatures);
     contest_deinit(&r->contest);
+    layers_device_deinit(&r->there);
     return true;
 }

@@ -273,6 +273,23 @@ static struct work work_of(struct packer *p, const struct packing *in, const str
                           .global = nvfp4 ? global_of(in->absmax, curvature) : 0 };
 }
 
+static bool unsound(const struct matrix *m, struct err *e)
+{
+    return err_set(e, ERR_FORMAT,
+                   "module '%s': packing as %s gave a scale or code that is not finite and above zero",
+                   m->module, scheme_name(m->scheme));
+}
+
+bool packed_check(const struct packed *p, const struct matrix *m, const e4m3 *scales, struct err *e)
+{
+    bool nvfp4 = scheme_is_nvfp4(m->scheme);
+    if (isfinite(p->difference + p->total) &&
+        (!nvfp4 || (p->global > 0 && isfinite(p->global) &&
+                    (!scales || scales_are_valid(scales, (int64_t)p->scales_bytes)))))
+        return true;
+    return unsound(m, e);
+}
+
 static bool finish(struct packed *out, struct work *w, struct err *e)
 {
     const struct matrix *m = w->matrix;
@@ -285,12 +302,7 @@ static bool finish(struct packed *out, struct work *w, struct err *e)
         out->difference += w->sums[2 * r];
         out->total += w->sums[2 * r + 1];
     }
-    if (!atomic_load(&w->invalid) && isfinite(out->difference + out->total) &&
-        (!nvfp4 || (w->global > 0 && isfinite(w->global))))
-        return true;
-    return err_set(e, ERR_FORMAT,
-                   "module '%s': packing as %s gave a scale or code that is not finite and above zero",
-                   m->module, scheme_name(m->scheme));
+    return atomic_load(&w->invalid) ? unsound(m, e) : packed_check(out, m, NULL, e);
 }
 
 bool packer_run(struct packer *p, struct packed *out, const struct packing *in, size_t n,

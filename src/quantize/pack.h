@@ -57,6 +57,8 @@ struct packer_look {
 /* A matrix in what follows has at most packer_piece_rows rows, or there are several within the limits. max
  * |w|; a weight that is not finite is an error. */
 bool packer_absmax(struct packer *p, float *out, const struct matrix *m, struct err *e);
+/* What is refused after packing, by whatever did it. scales: of an NVFP4 matrix, NULL for others. */
+bool packed_check(const struct packed *p, const struct matrix *m, const e4m3 *scales, struct err *e);
 /* out: [n]. curvature: NULL for the nearest values. ahead: looked at by threads that find nothing more to
  * pack, NULL for none. */
 bool packer_run(struct packer *p, struct packed *out, const struct packing *in, size_t n,

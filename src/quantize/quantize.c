@@ -9,7 +9,7 @@
 #include "quantize/census.h"
 #include "quantize/describe.h"
 #include "quantize/estimate.h"
-#include "quantize/run.h"
+#include "quantize/layers.h"
 #include "quantize/source.h"
 #include <inttypes.h>
 #include <math.h>
@@ -279,6 +279,7 @@ static void run_deinit(struct run *r)
     spool_deinit(&r->spool);
     curvatures_deinit(&r->curvatures);
     contest_deinit(&r->contest);
+    layers_device_deinit(&r->there);
     free(r->absmax);
     free(r->scales);
     free(r->results);

@@ -92,7 +92,8 @@ struct quantize_forecast {
     uint64_t disk_bytes;          /* of the destination's file system while it runs, at most */
     uint64_t memory_bytes;        /* resident, at most; held against max_memory */
     uint64_t device_bytes; /* of the backend's own memory, at most; held against what is free; 0: none */
-    /* From short probes: estimates. Reading and packing overlap. Writing is not in them. */
+    /* From short probes: estimates. Reading and packing overlap. Writing is not in them, nor what a GPU
+     * packs. */
     double read_seconds, pack_seconds, calibrate_seconds;
 };
 

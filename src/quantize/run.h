@@ -14,6 +14,24 @@
 #include "quantize/spool.h"
 #include "quantize/writer.h"
 
+/* What packing a layer on the backend takes: its memory, and below it the host's. */
+struct layers_device {
+    struct backend *backend; /* NULL: the host packs */
+    const struct config *config;
+    float *global;           /* [n_experts] of the matrices that are packed */
+    float *importance;       /* [hidden] of the block, then [n_experts][inner] of down_proj */
+    int32_t *factored;       /* [1 + n_experts] in the same order */
+    void *scratch;           /* of factors */
+    struct moments trial;    /* of samples not held out */
+    uint8_t *codes, *scales; /* of one matrix of every expert */
+    double *sums;
+
+    uint8_t *host;      /* sums, codes, scales */
+    float *host_global; /* [N_PARTS][n_experts] */
+    double *losses;     /* [N_PARTS][2][n_experts] of rows tried: alone, passed on */
+    int32_t *host_factored;
+};
+
 struct run {
     struct quantize_options options; /* defaults filled in */
     struct quantize_result *result;
@@ -32,6 +50,7 @@ struct run {
     struct packer packer;
     struct curvatures curvatures;
     struct contest contest; /* of method auto */
+    struct layers_device there;
     struct spool spool;
     struct shards *shards;
     struct writer *writer;

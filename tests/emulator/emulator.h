@@ -263,9 +263,9 @@ inline void __syncwarp(uint32_t who = 0xffffffffu)
     emulator::warp_meets(emulator::nothing, nullptr, who);
 }
 
-template <class T> T __shfl_sync(uint32_t who, T x, int from)
+template <class T> T __shfl_sync(uint32_t who, T x, int from, int width = 32)
 {
-    return emulator::shuffled(who, x, from & 31);
+    return emulator::shuffled(who, x, (emulator::lane() & ~(width - 1)) | (from & (width - 1)));
 }
 template <class T> T __shfl_xor_sync(uint32_t who, T x, int mask)
 {
@@ -313,6 +313,11 @@ inline int __reduce_min_sync(uint32_t who, int x)
 inline int __reduce_add_sync(uint32_t who, int x)
 {
     return (int)emulator::reduced(emulator::reduce_add, who, x);
+}
+
+inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
 }
 
 template <class T, class U> T atomicAdd(T *p, U x)

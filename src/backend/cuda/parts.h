@@ -264,6 +264,10 @@ void cuda_argmax(struct queue *q, int32_t *out, struct mat x);
 void cuda_absmax(struct queue *q, uint32_t *top, struct mat x);
 void cuda_moments(struct queue *q, float *h, struct mat x);
 void cuda_observe(struct queue *q, const struct observation *o, struct mat x, const struct experts *experts);
+/* packing.cu */
+bool cuda_packs(const struct queue *q, int64_t cols);
+void cuda_factor(struct queue *q, const struct factoring *f);
+void cuda_pack(struct queue *q, const struct packing_run *p);
 /* draw.cu */
 void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);

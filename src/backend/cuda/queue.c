@@ -328,4 +328,7 @@ const struct ops cuda_ops = {
     .attention_run = attention_run,
     .moe_run = moe_run,
     .observe = cuda_observe,
+    .packs = cuda_packs,
+    .factor = cuda_factor,
+    .pack = cuda_pack,
 };
