@@ -128,6 +128,7 @@ memcheck: $(BUILD)/tests/backend/test_kernels
 	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
 
 # Kernels as C++ of the CPU, which ASan watches, in place of those that nvcc makes; the rest is as it was built.
+ifeq ($(CUDA),1)
 CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isystem $(CUDA_HOME)/include -include emulator.h \
                 -ffp-contract=off -mavx2 -mfma -fno-exceptions -fno-rtti -fno-omit-frame-pointer
 EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
@@ -148,6 +149,10 @@ $(BUILD)/emulated/test_kernels: $(BUILD)/tests/emulator/first.o $(BUILD)/emulate
 $(BUILD)/emulated/test_kernels.o: tests/backend/test_kernels.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests -c -o $@ $<
+else
+emulated:
+	@echo "SKIP: kernels on the CPU: no CUDA headers"
+endif
 
 # About half a second each on two cores.
 HISTORIES ?= 2000
