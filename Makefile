@@ -128,13 +128,14 @@ memcheck: $(BUILD)/tests/backend/test_kernels
 	for tool in memcheck racecheck synccheck; do QUENCH_DEVICE=cuda compute-sanitizer --tool $$tool $< || exit 1; done
 
 # Kernels as C++ of the CPU, which ASan watches, in place of those that nvcc makes; the rest is as it was built.
+ifeq ($(CUDA),1)
 CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isystem $(CUDA_HOME)/include -include emulator.h \
                 -ffp-contract=off -mavx2 -mfma -fno-exceptions -fno-rtti -fno-omit-frame-pointer
 EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATOR := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out %/first.cpp %/last.cpp,$(wildcard tests/emulator/*.cpp)))
-FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13
-emulated: $(FAMILIES:%=emulated-%) emulated-device
-emulated-device: $(BUILD)/emulated/tests/quantize/test_device
+FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13 quantize
+emulated: $(FAMILIES:%=emulated-%)
+emulated-quantize: $(BUILD)/emulated/tests/quantize/test_device
 	@QUENCH_DEVICE=cuda $< >$<.log 2>&1 && echo "emulated: calibrates and packs as the CPU does" || { cat $<.log; exit 1; }
 emulated-%: $(BUILD)/emulated/tests/backend/test_kernels
 	@QUENCH_DEVICE=cuda QUENCH_FAMILY=$* $< >$<-$*.log 2>&1 && echo "emulated: family $* agrees with ref" || { cat $<-$*.log; exit 1; }
@@ -150,6 +151,10 @@ $(BUILD)/emulated/tests/%: $(BUILD)/tests/emulator/first.o $(BUILD)/emulated/tes
 $(BUILD)/emulated/tests/%.o: tests/%.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Itests -c -o $@ $<
+else
+emulated:
+	@echo "SKIP: kernels on the CPU: no CUDA headers"
+endif
 
 # About half a second each on two cores.
 HISTORIES ?= 2000

@@ -61,11 +61,11 @@ INLINE void sums_across(float out[TILE], vec a[TILE])
                                         { 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29 },
                                         { 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30 } };
 #pragma GCC unroll 4
-    for (int level = 0; level < 4; level++) {
-        __m512i from = _mm512_loadu_si512(low[level]), step = _mm512_set1_epi32(8 >> level);
-        __m512i upper = _mm512_add_epi32(from, step);
+    for (int level = 0, half = TILE / 2; level < 4; level++, half /= 2) {
+        __m512i from = _mm512_loadu_si512(low[level]),
+                upper = _mm512_add_epi32(from, _mm512_set1_epi32(half));
 #pragma GCC unroll 8
-        for (int i = 0; i < 8 >> level; i++) {
+        for (int i = 0; i < half; i++) {
             __m512 x = (__m512)a[2 * i], y = (__m512)a[2 * i + 1];
             a[i] = (vec)_mm512_permutex2var_ps(x, from, y) + (vec)_mm512_permutex2var_ps(x, upper, y);
         }

@@ -1,4 +1,4 @@
-/* Barriers in shared memory, and copies to there that arrive at one (compute capability 9.0). */
+/* Rings in shared memory behind barriers, which are in ptx.cuh with the copies that arrive at them (compute capability 9.0). */
 #ifndef BACKEND_CUDA_BARRIER_CUH
 #define BACKEND_CUDA_BARRIER_CUH
 #include "backend/cuda/ptx.cuh"

@@ -1,4 +1,4 @@
-/* Matrices on their way through shared memory to the tensor cores: asynchronous copies in, pieces of 8 x 8 BF16 out. */
+/* What is laid into shared memory for the tensor cores; copies in and pieces of 8 x 8 BF16 out are in ptx.cuh. */
 #ifndef BACKEND_CUDA_MATRICES_CUH
 #define BACKEND_CUDA_MATRICES_CUH
 #include "backend/cuda/device.cuh"

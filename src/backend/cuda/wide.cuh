@@ -1,5 +1,5 @@
-/* The wide tensor-core instruction of compute capability 9.0a: a group of four warps multiplies 64 weight rows, in
- * registers as mma() takes them, with N rows of activations in shared memory. */
+/* How the wide tensor-core instruction of compute capability 9.0a (ptx.cuh) finds its matrices in shared memory: a group of four
+ * warps multiplies 64 weight rows, in registers as mma() takes them, with N rows of activations there. */
 #ifndef BACKEND_CUDA_WIDE_CUH
 #define BACKEND_CUDA_WIDE_CUH
 #include "backend/cuda/ptx.cuh"
