@@ -183,14 +183,15 @@ soak: $(BUILD)/tests/server/test_serve $(BUILD)/tests/server/test_faults all
 
 # The tests that run threads, under TSan; the others hold none.
 THREADED := tests/base/test_pool tests/checkpoint/test_checkpoint tests/backend/test_kernels tests/model/test_golden tests/engine/test_scheduler tests/engine/test_encoder_cache tests/engine/test_disk_cache tests/server/test_fetch tests/server/test_admin
+# -g1: they print lines, and all of -g takes a compiler longer than the rest.
 SAN_asan  := -fsanitize=address -fno-omit-frame-pointer
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
 SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 asan ubsan tsan sanitize:
-	$(MAKE) BUILD=build-$@ SAN="$(SAN_$@)" OPT=-O2 test
+	$(MAKE) BUILD=build-$@ SAN="-g1 $(SAN_$@)" OPT=-O2 test
 tsan-threads:
-	$(MAKE) BUILD=build-tsan SAN="$(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_faults
+	$(MAKE) BUILD=build-tsan SAN="-g1 $(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_faults
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
 	BUILD=build-tsan QUENCH_ONLY=test_disconnects build-tsan/tests/server/test_faults
 
