@@ -23,17 +23,6 @@ static const void *values(const char *name, int64_t *n)
     return t->data;
 }
 
-/* |got - want| / |want| of one row. */
-static double row_error(const float *got, const float *want, int64_t n)
-{
-    double d = 0, w = 0;
-    for (int64_t i = 0; i < n; i++) {
-        d += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
-        w += (double)want[i] * want[i];
-    }
-    return sqrt(d / w);
-}
-
 /* The worst of the golden's rows, the prompt read so many rows a step. */
 static double worst_error(struct model *m, struct row *rows, int64_t n, int64_t step, const char *at_name,
                           const char *logits_name)

@@ -42,17 +42,6 @@ static void golden_open(struct golden *g, const char *path)
     g->greedy = values(g, "greedy", &g->n_greedy);
 }
 
-/* |got - want| / |want| of one row. */
-static double row_error(const float *got, const float *want, int64_t n)
-{
-    double d = 0, w = 0;
-    for (int64_t i = 0; i < n; i++) {
-        d += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
-        w += (double)want[i] * want[i];
-    }
-    return sqrt(d / w);
-}
-
 struct hidden_check {
     const struct golden *g;
     const struct backend *backend;

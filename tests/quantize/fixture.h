@@ -141,6 +141,22 @@ static inline const struct tensor *must_find(const struct checkpoint *c, const c
     return t;
 }
 
+/* Two results have the same tensors, to the byte. */
+static inline void same_tensors(const char *left, const char *right)
+{
+    struct checkpoint a, b;
+    must_open(&a, left);
+    must_open(&b, right);
+    assert_int_equal(a.n_tensors, b.n_tensors);
+    for (size_t i = 0; i < a.n_tensors; i++) {
+        const struct tensor *x = a.tensors[i], *y = must_find(&b, "%s", x->name);
+        assert_int_equal(x->bytes, y->bytes);
+        if (memcmp(x->data, y->data, x->bytes) != 0) fail_msg("%s: other bytes", x->name);
+    }
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+}
+
 static inline float f32_at(const struct tensor *t)
 {
     float x;

@@ -354,21 +354,6 @@ static bool is_code(const char *name)
     return ends_in(name, "weight_packed") || ends_in(name, ".weight") || ends_in(name, "weight_scale");
 }
 
-static void same_tensors(const char *left, const char *right)
-{
-    struct checkpoint a, b;
-    must_open(&a, left);
-    must_open(&b, right);
-    assert_int_equal(a.n_tensors, b.n_tensors);
-    for (size_t i = 0; i < a.n_tensors; i++) {
-        const struct tensor *x = a.tensors[i], *y = must_find(&b, "%s", x->name);
-        assert_int_equal(x->bytes, y->bytes);
-        if (memcmp(x->data, y->data, x->bytes) != 0) fail_msg("%s: other bytes", x->name);
-    }
-    checkpoint_close(&a);
-    checkpoint_close(&b);
-}
-
 /* Every tensor of two results: scales of inputs within a step or two of BF16, and of the codes at most so
  * many bytes in a thousand apart. */
 static void compare(const char *left, const char *right, double per_mille)

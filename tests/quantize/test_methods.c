@@ -314,21 +314,6 @@ static void an_eighth_is_held_out(void **state)
 
 /* Whole runs. */
 
-static void assert_same_tensors(const char *left, const char *right)
-{
-    struct checkpoint a, b;
-    must_open(&a, left);
-    must_open(&b, right);
-    assert_int_equal(a.n_tensors, b.n_tensors);
-    for (size_t i = 0; i < a.n_tensors; i++) {
-        const struct tensor *t = must_find(&b, "%s", a.tensors[i]->name);
-        assert_int_equal(t->bytes, a.tensors[i]->bytes);
-        assert_memory_equal(t->data, a.tensors[i]->data, t->bytes);
-    }
-    checkpoint_close(&a);
-    checkpoint_close(&b);
-}
-
 static void threads_do_not_matter(void **state)
 {
     (void)state;
@@ -353,7 +338,7 @@ static void threads_do_not_matter(void **state)
         assert_true(one.nvfp4_error.mean == two.nvfp4_error.mean);
         assert_true(one.gptq_matrices == two.gptq_matrices);
         assert_true(one.bytes_out == two.bytes_out);
-        assert_same_tensors(first, o.destination);
+        same_tensors(first, o.destination);
     }
     fixture_deinit(&f);
 }
@@ -396,7 +381,7 @@ static void auto_is_one_of_its_methods(void **state)
     o.method = QUANTIZE_MSE;
     o.destination = in(&f, "mse");
     must_run(&o);
-    assert_same_tensors(first, o.destination);
+    same_tensors(first, o.destination);
     o.num_calibration_samples = 4;
     o.max_seq_length = 512;
     o.method = QUANTIZE_AUTO;
@@ -406,7 +391,7 @@ static void auto_is_one_of_its_methods(void **state)
     o.method = QUANTIZE_GPTQ;
     o.destination = in(&f, "gptq4");
     must_run(&o);
-    assert_same_tensors(first, o.destination);
+    same_tensors(first, o.destination);
     fixture_deinit(&f);
 }
 

@@ -1,4 +1,5 @@
 #include "support/models.h"
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -37,4 +38,14 @@ const char *shared_folder(const char *what)
     const char *folder = getenv("QUENCH_SHARED");
     if (!folder) printf("SKIP: %s: QUENCH_SHARED is not set\n", what);
     return folder;
+}
+
+double row_error(const float *got, const float *want, int64_t n)
+{
+    double d = 0, w = 0;
+    for (int64_t i = 0; i < n; i++) {
+        d += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
+        w += (double)want[i] * want[i];
+    }
+    return sqrt(d / w);
 }

@@ -17,5 +17,6 @@ void load_model_overridden(struct loaded *l, const char *path, const struct over
 void unload_model(struct loaded *l);
 /* The folder with larger material ($QUENCH_SHARED: models/study, data/...), or NULL; says SKIP when unset. */
 const char *shared_folder(const char *what);
-void must(bool ok, const struct err *e); /* aborts with the text */
+double row_error(const float *got, const float *want, int64_t n); /* |got - want| / |want| */
+void must(bool ok, const struct err *e);                          /* aborts with the text */
 #endif
