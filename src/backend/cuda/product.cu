@@ -3,7 +3,7 @@
  * inputs are made in the block: taken as they are, normed, or gated and normed; so a norm costs no pass of its own. The
  * first units of weights are asked for before the kernel that makes the input is done.
  * Moves: the weights once for every ROWS rows; everything else is small and in the second cache. */
-#include "backend/cuda/stream.cuh"
+#include "backend/cuda/tile_ring.cuh"
 #include "backend/fused.h"
 
 namespace {
@@ -30,6 +30,7 @@ struct product_args {
     int n, cols, tiles;
     int each, extra; /* tiles of a block; blocks that have one more */
     int kinds;       /* of stream.cuh */
+    int stage;       /* of a ring of tiles: bytes */
     bool quantize;   /* one of them takes quantized inputs */
     input_kind kind;
     mat x, z, made;       /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
@@ -44,14 +45,20 @@ struct product_args {
     int keep;
 };
 
-/* Units a warp has under way: of a long product of one row, which has its multiprocessors to itself, twice as many. */
-constexpr int RING = 4, LONG_RING = 8, LONG_TILES = 64; /* of a block */
+/* Units a warp has under way. From LONG_TILES tiles a block on, tiles come through one ring for all warps (tile_ring.cuh). */
+constexpr int RING = 4, LONG_TILES = 64;
+constexpr size_t OWN_SHARED = 2 * 1024;              /* besides what a launch asks for */
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
 constexpr int HALF = CREW * 16 * 8;                  /* floats of a set of sums */
 
-__host__ __device__ inline size_t product_shared(int rows, int cols, bool tiled, int ring = RING)
+__host__ __device__ inline size_t shared_with_ring(size_t ring, int rows, int cols)
 {
-    return ring_bytes(ring, tiled) + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    return ring + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+}
+
+inline size_t product_shared(int rows, int cols, bool tiled)
+{
+    return shared_with_ring(ring_bytes(RING, tiled), rows, cols);
 }
 
 /* Where a tile belongs. */
@@ -75,15 +82,15 @@ __device__ __forceinline__ share share_within(const product_matrix &m)
 }
 
 /* The tiles a block asks for, one after the other. */
-template <int KINDS, int UNITS> struct tiles_ahead {
+template <int KINDS> struct tiles_ahead {
     const product_args &p;
-    stream<KINDS, UNITS> &weights;
+    stream<KINDS, RING> &weights;
     const uint8_t *at;
     int number, end; /* end: of the tiles that lie as far from one another as the last two */
     int step, k;
     share s;
 
-    __device__ tiles_ahead(const product_args &args, stream<KINDS, UNITS> &w)
+    __device__ tiles_ahead(const product_args &args, stream<KINDS, RING> &w)
         : p(args), weights(w), at(nullptr), number(blockIdx.x), end(0), step(0), k(0), s{}
     {
     }
@@ -427,23 +434,46 @@ __device__ __forceinline__ void prefetch_scales(const product_args &p)
     if (p.m[k].scale) prefetch(p.m[k].scale + tile_within(p, k, number) * 8);
 }
 
-/* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. */
-template <int ROWS, int KINDS, int UNITS = RING>
-__global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void ask_for(const product_args &p, const tile_ring &ring, int slot, int number)
 {
+    int k = matrix_of(p, number);
+    ring.ask(slot, p.m[k].data + (uint64_t)tile_within(p, k, number) * p.m[k].tile, p.m[k].tile);
+}
+#endif
+
+/* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. LONG: a ring of tiles. */
+template <int ROWS, int KINDS, bool LONG>
+__global__ void __launch_bounds__(BLOCK, ROWS == 1 && !LONG ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+{
+#if __CUDA_ARCH__ < 900
+    constexpr bool RINGED = false;
+#else
+    constexpr bool RINGED = LONG;
+    __shared__ uint64_t full[STAGES], empty[STAGES];
+#endif
     SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
-    float *sums = (float *)(shared + ring_bytes(UNITS, KINDS & TILED));
+    float *sums = (float *)(shared + (LONG ? STAGES * p.stage : ring_bytes(RING, KINDS & TILED)));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = ROWS == 1 || p.x.rows - row0 >= ROWS ? ROWS : (int)(p.x.rows - row0);
     int tiles = p.each + ((int)blockIdx.x < p.extra);
     if (!p.conv) let_next_start();
-    stream<KINDS, UNITS> weights(shared);
-    tiles_ahead<KINDS, UNITS> next(p, weights);
+#if __CUDA_ARCH__ >= 900
+    tile_ring ring{ shared, full, empty, p.stage, {} };
+    int turn = warp; /* tiles until it is this warp's to ask for one */
+    if (RINGED && threadIdx.x == 0) {
+        ring.make();
+        for (int i = 0; i < STAGES && i < tiles; i++) ask_for(p, ring, i, blockIdx.x + i * gridDim.x);
+    }
+#endif
+    stream<KINDS, RING> weights(shared);
+    tiles_ahead<KINDS> next(p, weights);
+    if (!RINGED)
 #pragma unroll 1
-    for (int i = 0; i < UNITS; i++) weights.ask(next);
+        for (int i = 0; i < RING; i++) weights.ask(next);
     prefetch_scales(p);
     float2 gain[GAINS];
     load_gains(p, gain);
@@ -455,7 +485,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) str
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
     make_inputs<ROWS>(p, slots, stride, row0, rows, gain, scratch, input_scale);
     __syncthreads();
-    int number = blockIdx.x, end = 0, format = 0;
+    int number = blockIdx.x, end = 0, format = 0, row_bytes = 0;
     bool quantized = false;
     share s = {};
 #pragma unroll 1
@@ -468,10 +498,24 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) str
                 const product_matrix &m = p.m[matrix_of(p, number)];
                 s = share_within(m);
                 format = m.format;
+                row_bytes = m.row_bytes;
                 quantized = m.quantized;
                 end = m.end;
             }
-            weights.template work<ROWS>(sum, format, s, slots, stride, quantized, next);
+#if __CUDA_ARCH__ >= 900
+            if (RINGED) {
+                work_whole_tile<ROWS>(sum, format, ring.wait(), row_bytes, s, slots, stride, quantized);
+                ring.leave();
+                int coming = number + STAGES * gridDim.x;
+                if (turn == 0 && coming < p.tiles) {
+                    ring.wait_for_all();
+                    if (lane == 0) ask_for(p, ring, ring.next.slot, coming);
+                }
+                turn = turn ? turn - 1 : CREW - 1;
+                ring.next.advance(STAGES);
+            }
+#endif
+            if (!RINGED) weights.template work<ROWS>(sum, format, s, slots, stride, quantized, next);
             float *to = sums + half * HALF + warp * 16 * 8 + i * 8 + lane % 4 * 2;
             if (lane % 16 < 4 && (ROWS > 1 || lane < 4)) *(float2 *)(to + lane / 16 * CHUNK<ROWS> * 8) = make_float2(sum[0], sum[1]);
             if (lane % 16 < 4 && ROWS > 1) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
@@ -479,7 +523,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && UNITS == RING ? 2 : 1) str
         store_tiles<ROWS>(p, sums + half * HALF, first, count, row0, rows, input_scale);
     }
     if (p.conv && blockIdx.y == 0) advance_conv(p);
-    copy_wait<0>();
+    if (!RINGED) copy_wait<0>();
 }
 
 void add_matrix(product_args &a, const cuda_matrix &m, mat out)
@@ -507,12 +551,19 @@ void add_matrix(product_args &a, const cuda_matrix &m, mat out)
     for (int i = a.n - 1; i < NORM_PRODUCTS_MAX; i++) a.m[i].end = a.tiles;
 }
 
-template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, const product_args &a)
+template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, product_args a)
 {
-    size_t shared = product_shared(ROWS, a.cols, a.kinds & TILED);
+    for (int i = 0; i < a.n; i++) a.stage = (int)a.m[i].tile > a.stage ? (int)a.m[i].tile : a.stage;
+    a.stage = (a.stage + 127) / 128 * 128;
+    size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols);
+    if (q->has_pdl && a.kinds == WHOLE && a.each >= LONG_TILES && shared + OWN_SHARED <= (size_t)q->shared_max) {
+        launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true>, grid, shared, a);
+        return;
+    }
     enum side side = ROWS > 1 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
     launch_side<BLOCK>(q, operation, side,
-                       a.kinds == WHOLE ? stream_product<ROWS, WHOLE> : stream_product<ROWS, CUT | TILED>, grid, shared, a);
+                       a.kinds == WHOLE ? stream_product<ROWS, WHOLE, false> : stream_product<ROWS, CUT | TILED, false>, grid,
+                       product_shared(ROWS, a.cols, a.kinds & TILED), a);
 }
 
 void run(struct queue *q, const char *operation, product_args a)
@@ -524,10 +575,6 @@ void run(struct queue *q, const char *operation, product_args a)
     a.extra = a.tiles % grid;
     if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
-    else if (n == 1 && a.kinds == WHOLE && a.each >= LONG_TILES &&
-             product_shared(1, a.cols, false, LONG_RING) <= (size_t)q->shared_max)
-        launch<BLOCK>(q, operation, true, stream_product<1, WHOLE, LONG_RING>, dim3((unsigned)grid),
-                      product_shared(1, a.cols, false, LONG_RING), a);
     else
         start<1>(q, operation, dim3((unsigned)grid, (unsigned)n), a);
 }
