@@ -387,30 +387,9 @@ static void attention_mix(const struct step_rows *rows)
     }
 }
 
-static void router(const struct step_rows *rows)
+static struct moe_run experts_run(const struct layer *l, int64_t n)
 {
-    int64_t n = rows->n;
-    for (int i = 0; i < config.n_layers; i++) {
-        const struct layer *l = &model.layers[i];
-        struct norm_products p = { mat_rows(step->h, n),
-                                   mat_rows(step->x, n),
-                                   l->post_norm,
-                                   1e-6f,
-                                   4,
-                                   { mat_rows(step->router, n), mat_rows(step->shared_gate, n),
-                                     mat_rows(step->gate, n), mat_rows(step->up, n) },
-                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up },
-                                   .lean = false };
-        step->op->norm_products(step->q, &p);
-    }
-}
-
-static void moe(const struct step_rows *rows)
-{
-    int64_t n = rows->n;
-    for (int i = 0; i < config.n_layers; i++) {
-        const struct moe_weights *w = &model.layers[i].moe;
-        struct moe_run r = { mat_rows(step->x, n),
+    return (struct moe_run){ mat_rows(step->x, n),
                              mat_rows(step->y, n),
                              mat_rows(step->h, n),
                              mat_rows(step->router, n),
@@ -420,9 +399,33 @@ static void moe(const struct step_rows *rows)
                              mat_rows(step->shared, n),
                              mat_rows(step->shared_gate, n),
                              &step->picks,
-                             &w->experts,
-                             w->down,
+                             &l->moe.experts,
+                             l->moe.down,
                              .lean = true };
+}
+
+static void router(const struct step_rows *rows)
+{
+    int64_t n = rows->n;
+    for (int i = 0; i < config.n_layers; i++) {
+        const struct layer *l = &model.layers[i];
+        struct moe_run r = experts_run(l, n);
+        struct norm_products p = { r.h,
+                                   r.x,
+                                   l->post_norm,
+                                   1e-6f,
+                                   4,
+                                   { r.logits, r.shared_gate, r.gate, r.up },
+                                   { l->moe.router, l->moe.shared_gate, l->moe.gate, l->moe.up },
+                                   .reader = &r };
+        step->op->norm_products(step->q, &p);
+    }
+}
+
+static void moe(const struct step_rows *rows)
+{
+    for (int i = 0; i < config.n_layers; i++) {
+        struct moe_run r = experts_run(&model.layers[i], rows->n);
         step->op->moe_run(step->q, &r);
     }
 }

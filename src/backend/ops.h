@@ -218,7 +218,10 @@ struct step_limits {
  * up. lean: y, h of a norm and the results but picks are not wanted and may be used up too. fused.h does them
  * one by one. */
 
-/* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. */
+struct moe_run;
+
+/* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. reader: the run that comes next, who alone reads h;
+ * NULL: anybody may. */
 struct norm_products {
     struct mat h, x;
     const float *gain;
@@ -227,6 +230,7 @@ struct norm_products {
     struct mat out[NORM_PRODUCTS_MAX];
     const struct weight *w[NORM_PRODUCTS_MAX];
     bool lean;
+    const struct moe_run *reader;
 };
 
 /* conv(conv, u); delta(raw, conv, a, b); gated_norm(o, raw, z); matmul(y, o, out); add(x, y). Results: o. */

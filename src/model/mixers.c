@@ -25,8 +25,9 @@ void step_attention(struct step *s, int layer, struct mat x, const struct step_r
                                .kv = kv,
                                .o = w->o,
                                .lean = !s->tap.call };
-    struct norm_products in = { mat_rows(s->h, n),    x,     l->input_norm, eps, 3, { r.qg, r.k, r.v },
-                                { w->q, w->k, w->v }, r.lean };
+    struct norm_products in = {
+        mat_rows(s->h, n), x, l->input_norm, eps, 3, { r.qg, r.k, r.v }, { w->q, w->k, w->v }, .lean = r.lean
+    };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
     s->op->attention_run(s->q, &r, rows);
@@ -58,14 +59,10 @@ void step_delta(struct step *s, int layer, struct mat x, const struct step_rows 
                            .state = state,
                            .shape = &s->model->delta_shape,
                            .lean = !s->tap.call };
-    struct norm_products in = { mat_rows(s->h, n),
-                                x,
-                                l->input_norm,
-                                eps,
-                                4,
-                                { r.u, r.z, r.a, r.b },
-                                { w->qkv, w->z, w->a, w->b },
-                                r.lean };
+    struct norm_products in = {
+        mat_rows(s->h, n), x, l->input_norm, eps, 4, { r.u, r.z, r.a, r.b }, { w->qkv, w->z, w->a, w->b },
+        .lean = r.lean
+    };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
     s->op->delta_run(s->q, &r, rows);
@@ -97,7 +94,7 @@ void step_moe(struct step *s, int layer, struct mat x)
                                 4,
                                 { r.logits, r.shared_gate, r.gate, r.up },
                                 { w->router, w->shared_gate, w->gate, w->up },
-                                .lean = false };
+                                .reader = r.lean ? &r : NULL };
     s->op->norm_products(s->q, &in);
     step_tap(s, "moe.in", layer, in.h);
     s->op->moe_run(s->q, &r);

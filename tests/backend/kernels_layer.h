@@ -140,6 +140,8 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
     struct picks picks = { id, weight, 3 };
     for (int64_t r = 0; r < n; r++)
         memcpy(x[2].data + r * x[2].stride, x[1].data + r * x[1].stride, LAYER_HIDDEN * 4);
+    struct moe_run run = { x[2],     y.m,   h,      router.m,    gate.m,      up.m,        hidden.m,
+                           shared.m, one.m, &picks, &l->experts, l->down.cpu, .lean = true };
     cpu.ops->norm_products(
         cpu.queue, &(struct norm_products){ h,
                                             x[2],
@@ -148,9 +150,8 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
                                             4,
                                             { router.m, one.m, gate.m, up.m },
                                             { l->router.cpu, l->shared_gate.cpu, l->gate.cpu, l->up.cpu },
-                                            .lean = false });
-    cpu.ops->moe_run(cpu.queue, &(struct moe_run){ x[2], y.m, h, router.m, gate.m, up.m, hidden.m, shared.m,
-                                                   one.m, &picks, &l->experts, l->down.cpu, .lean = true });
+                                            .reader = &run });
+    cpu.ops->moe_run(cpu.queue, &run);
     finish();
     struct guarded *all[] = { &router, &one, &gate, &up, &hidden, &y, &shared };
     for (int i = 0; i < 7; i++) check_guards(all[i], "experts of a layer"), drop(all[i]);

@@ -228,6 +228,82 @@ template <int TOKENS> void start(struct queue *q, const dense_args &a, int64_t n
     launch(q, "matmul", true, dense_tiles<TOKENS>, dim3(a.first[a.n], blocks(n, TOKENS)), bytes, a);
 }
 
+/* ---- BF16 matrices of few rows: both that share the inputs at once ---- */
+
+constexpr int GROUP_ROWS = 16, GROUPS_MOST = 4; /* weight rows; groups of them */
+constexpr int SMALL_MANY = 1024;                /* tokens: more are read once, by blocks with all groups */
+
+struct small_args {
+    const __nv_bfloat16 *x; /* [tokens][cols] */
+    int tokens, cols, n;    /* n: groups */
+    const __nv_bfloat16 *w[GROUPS_MOST];
+    float *y[GROUPS_MOST];
+    int64_t stride[GROUPS_MOST]; /* of y */
+};
+
+/* Grid: tiles of 16 TILES tokens, groups by GROUPS. A warp multiplies an eighth of the columns; their sums are added in order.
+ * Of 32 columns lane t of four takes 8 t to 8 t + 7. */
+template <int TILES, int GROUPS> __global__ void __launch_bounds__(THREADS, 1) small_products(const __grid_constant__ small_args p)
+{
+    constexpr int ROWS = 16 * TILES, COLS = GROUP_ROWS * GROUPS;
+    SHARED_MEMORY(float, part, 16); /* [WARPS][ROWS][COLS] */
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    int token0 = blockIdx.x * ROWS, group0 = blockIdx.y * GROUPS, share = p.cols / WARPS, from = warp * share + 8 * t;
+    const __nv_bfloat16 *x[TILES][2], *w[GROUPS][2];
+    float sum[TILES][2 * GROUPS][4] = {};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            int row = token0 + m * 16 + g + 8 * h;
+            x[m][h] = p.x + (int64_t)(row < p.tokens ? row : p.tokens - 1) * p.cols + from;
+        }
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) w[n][h] = p.w[group0 + n < p.n ? group0 + n : p.n - 1] + (int64_t)(g + 8 * h) * p.cols + from;
+    }
+    wait_for_previous();
+    let_next_start();
+#pragma unroll(TILES == 1 ? 4 : 1)
+    for (int c = 0; c < share; c += 32) {
+        uint4 a[TILES][2], b[GROUPS][2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int m = 0; m < TILES; m++) a[m][h] = __ldcg((const uint4 *)(x[m][h] + c));
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++) b[n][h] = *(const uint4 *)(w[n][h] + c);
+        }
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int n = 0; n < 2 * GROUPS; n++) {
+                const uint4 &v = b[n / 2][n % 2];
+                mma(sum[m][n], a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y, v.x, v.y);
+                mma(sum[m][n], a[m][0].z, a[m][1].z, a[m][0].w, a[m][1].w, v.z, v.w);
+            }
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int n = 0; n < 2 * GROUPS; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                *(float2 *)(part + (warp * ROWS + m * 16 + g + 8 * h) * COLS + n * 8 + 2 * t) = make_float2(sum[m][n][2 * h], sum[m][n][2 * h + 1]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+        int row = token0 + i / COLS, group = group0 + i % COLS / GROUP_ROWS;
+        float y = part[i];
+        for (int k = 1; k < WARPS; k++) y += part[k * ROWS * COLS + i];
+        if (row < p.tokens && group < p.n) p.y[group][row * p.stride[group] + i % GROUP_ROWS] = y;
+    }
+}
+
+template <int TILES, int GROUPS> void start_small(struct queue *q, const small_args &a)
+{
+    launch(q, "matmul", true, small_products<TILES, GROUPS>, dim3(blocks(a.tokens, 16 * TILES), blocks(a.n, GROUPS)),
+           (size_t)WARPS * 16 * TILES * GROUP_ROWS * GROUPS * sizeof(float), a);
+}
+
 bool takes(const struct queue *q, const cuda_matrix &m)
 {
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
@@ -252,6 +328,22 @@ bool is_one(const struct cuda_products *p, int i)
     return m.rows == 1 && m.format == WEIGHT_BF16 && m.cols % 4 == 0 && (uintptr_t)m.data % 8 == 0 && !(i == 0 && p->add.data);
 }
 
+/* Whether small_products multiplies it, so that a row has the same bits in all steps: whatever their rows. */
+bool is_small(const struct queue *q, const struct cuda_products *p, int i)
+{
+    int before = 0;
+    if (!q->prefill.straight) return false;
+    for (int k = 0; k <= i; k++) {
+        const cuda_matrix &m = p->m[k];
+        int groups = m.rows / GROUP_ROWS;
+        bool fits = m.format == WEIGHT_BF16 && m.rows % GROUP_ROWS == 0 && m.cols % (32 * WARPS) == 0 && (uintptr_t)m.data % 16 == 0 &&
+                    before + groups <= GROUPS_MOST && !(k == 0 && p->add.data);
+        if (k == i) return fits;
+        if (fits) before += groups;
+    }
+    return false;
+}
+
 /* Few weight rows cost less as tiles beside others than as a call of the library. Who computes a product must not depend on
  * how many rows there are: tiles and the library add up in other orders, and a row has the same bits in all steps. */
 bool is_library(const struct queue *q, const struct cuda_products *p, int i)
@@ -259,7 +351,7 @@ bool is_library(const struct queue *q, const struct cuda_products *p, int i)
     constexpr int FEW_ROWS = 256;
     bool tiles = false;
     for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
-    if (is_one(p, i)) return false;
+    if (is_one(p, i) || is_small(q, p, i)) return false;
     bool few = tiles && p->m[i].rows <= FEW_ROWS;
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
@@ -283,8 +375,8 @@ bool by_library(struct queue *q, const struct cuda_products *p, int i)
     return true;
 }
 
-/* The matrices that are not the library's, and what form of inputs all of them read. */
-void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input_args &in)
+/* The matrices that are not the library's, by kernel, and what form of inputs all of them read. */
+void divide(struct queue *q, const struct cuda_products *p, dense_args &a, small_args &small, input_args &in)
 {
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
@@ -298,6 +390,15 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input
         if (is_one(p, i) && !in.one) {
             in.one = (const __nv_bfloat16 *)m.data;
             in.one_out = p->out[i];
+            continue;
+        }
+        if (is_small(q, p, i)) {
+            in.straight = (__nv_bfloat16 *)q->prefill.straight;
+            for (int r = 0; r < m.rows; r += GROUP_ROWS, small.n++) {
+                small.w[small.n] = (const __nv_bfloat16 *)m.data + (int64_t)r * m.cols;
+                small.y[small.n] = p->out[i].data + r;
+                small.stride[small.n] = p->out[i].stride;
+            }
             continue;
         }
         if (i == 0) a.add = p->add;
@@ -342,10 +443,11 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
     a.lean = p->lean;
-    divide(q, p, a, in);
+    small_args small = {};
+    divide(q, p, a, small, in);
     in.x = p->x;
     in.up = p->up;
-    in.h = p->h;
+    if (!p->unread) in.h = p->h;
     in.gain = p->gain;
     in.eps = p->eps;
     in.head = p->head;
@@ -355,6 +457,13 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;
     prepare(q, in);
+    small.x = (const __nv_bfloat16 *)q->prefill.straight;
+    small.tokens = a.tokens;
+    small.cols = a.cols;
+    if (small.n && a.tokens > SMALL_MANY)
+        start_small<4, GROUPS_MOST>(q, small);
+    else if (small.n)
+        start_small<1, 1>(q, small);
     for (int i = 0; i < p->n; i++) {
         if (!is_library(q, p, i) || by_library(q, p, i)) continue;
         struct blas *library = q->blas;

@@ -48,6 +48,8 @@ __global__ void route_rows(picks p, mat logits)
     __shared__ int expert[WARPS][PICKS_MAX];
     int warp = threadIdx.x / LANES;
     int64_t row = (int64_t)blockIdx.x * WARPS + warp;
+    wait_for_previous();
+    let_next_start();
     if (row >= logits.rows) return;
     choose(expert[warp], p.weight + row * p.k, keys[warp], logits.data + row * logits.stride, (int)logits.cols,
            p.k);
@@ -405,7 +407,7 @@ void cuda_route(struct queue *q, const struct picks *picks, struct mat logits)
     if (logits.cols > EXPERTS_MAX || picks->k > PICKS_MAX)
         queue_refuse(q, "route", "more than 1024 experts, or 64 of them a token, are not supported on a GPU");
     else
-        launch(q, "route", false, route_rows, dim3(blocks(logits.rows, WARPS)), 0, *picks, logits);
+        launch(q, "route", true, route_rows, dim3(blocks(logits.rows, WARPS)), 0, *picks, logits);
 }
 
 bool cuda_experts_stream(struct queue *q, struct mat y, struct mat x, const struct picks *p,

@@ -10,27 +10,33 @@ namespace
 
 constexpr int SORTERS = EXPERTS_MAX, ENTRY = 4, AHEAD = 4;
 
-/* Sum of x over the threads before this one; a meeting. part: [SORTERS / LANES] */
-__device__ int before(int x, int *part)
+/* Sums of x and of y over the threads before this one; a meeting. part: [SORTERS / LANES] */
+__device__ int2 before(int x, int y, int2 *part)
 {
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sum = x;
-    for (int o = 1; o < LANES; o *= 2) {
-        int other = __shfl_up_sync(ALL, sum, o);
-        if (lane >= o) sum += other;
-    }
-    __syncthreads();
+    static_assert(SORTERS / LANES == LANES, "a warp sums what warps have");
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    auto add_up = [&](int2 v) {
+        for (int o = 1; o < LANES; o *= 2) {
+            int2 other = make_int2(__shfl_up_sync(ALL, v.x, o), __shfl_up_sync(ALL, v.y, o));
+            if (lane >= o) v.x += other.x, v.y += other.y;
+        }
+        return v;
+    };
+    int2 sum = add_up(make_int2(x, y));
     if (lane == LANES - 1) part[warp] = sum;
     __syncthreads();
-    for (int w = 0; w < warp; w++) sum += part[w];
-    return sum - x;
+    int2 warps = add_up(part[lane]);
+    int2 base = make_int2(__shfl_sync(ALL, warps.x, (warp - 1) & (LANES - 1)), __shfl_sync(ALL, warps.y, (warp - 1) & (LANES - 1)));
+    return warp ? make_int2(base.x + sum.x - x, base.y + sum.y - y) : make_int2(sum.x - x, sum.y - y);
 }
 
 /* Of an expert of thread e, of n slots: its first slot. Tiles of at most `most` are written if wanted. All threads. */
-__device__ int expert_slots(const cuda_prefill &s, int n, int most, bool write, int *part)
+__device__ int expert_slots(const cuda_prefill &s, int n, int most, bool write, int2 *part)
 {
     int e = threadIdx.x, tiles = (n + most - 1) / most, each = tiles ? ((n + tiles - 1) / tiles + 7) / 8 * 8 : 8;
     tiles = (n + each - 1) / each;
-    int first = before(n, part), tile = before(tiles, part);
+    int2 earlier = before(n, tiles, part);
+    int first = earlier.x, tile = earlier.y;
     for (int i = 0; write && i < tiles; i++) {
         int *to = s.tiles + ENTRY * (1 + tile + i);
         to[0] = e;
@@ -42,39 +48,35 @@ __device__ int expert_slots(const cuda_prefill &s, int n, int most, bool write, 
 }
 
 /* The experts of the picks first, first + SORTERS, ... of a thread; -1 past the last. */
-__device__ __forceinline__ void load_experts(int (&expert)[AHEAD], const picks &p, int first, int picked)
+template <int N> __device__ __forceinline__ void load_experts(int (&expert)[N], const picks &p, int first, int picked)
 {
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
+    for (int i = 0; i < N; i++) expert[i] = first + i * SORTERS < picked ? p.expert[first + i * SORTERS] : -1;
 }
 
 /* One block: counts, places, tiles. Thread e is expert e's. */
 __global__ void __launch_bounds__(SORTERS) sort_picks(cuda_prefill s, picks p, int picked, int most)
 {
-    wait_for_previous();
-    let_next_start();
-    __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], next[EXPERTS_MAX];
-    int e = threadIdx.x, expert[AHEAD];
+    __shared__ int count[EXPERTS_MAX], place[EXPERTS_MAX];
+    __shared__ int2 part[SORTERS / LANES];
+    int e = threadIdx.x, expert[2 * AHEAD], rank[2 * AHEAD];
     count[e] = 0;
     __syncthreads();
-    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
-        load_experts(expert, p, first, picked);
+    wait_for_previous();
+    let_next_start();
+    load_experts(expert, p, threadIdx.x, picked);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
-    }
+    for (int i = 0; i < 2 * AHEAD; i++)
+        if (expert[i] >= 0) rank[i] = atomicAdd(&count[expert[i]], 1);
     __syncthreads();
-    next[e] = expert_slots(s, count[e], most, true, part);
+    place[e] = expert_slots(s, count[e], most, true, part);
     __syncthreads();
-    for (int first = threadIdx.x; first < picked; first += SORTERS * AHEAD) {
-        load_experts(expert, p, first, picked);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (expert[i] < 0) continue;
-            int pick = first + i * SORTERS, slot = atomicAdd(&next[expert[i]], 1);
-            s.slot_row[slot] = pick / p.k;
-            s.slot_of[pick] = slot;
-        }
+    for (int i = 0; i < 2 * AHEAD; i++) {
+        if (expert[i] < 0) continue;
+        int pick = threadIdx.x + i * SORTERS, slot = place[expert[i]] + rank[i];
+        s.slot_row[slot] = pick / p.k;
+        s.slot_of[pick] = slot;
     }
 }
 
@@ -100,7 +102,8 @@ __global__ void __launch_bounds__(SORTERS) place_picks(cuda_prefill s, picks p, 
 {
     wait_for_previous();
     let_next_start();
-    __shared__ int count[EXPERTS_MAX], part[SORTERS / LANES], place[EXPERTS_MAX];
+    __shared__ int count[EXPERTS_MAX], place[EXPERTS_MAX];
+    __shared__ int2 part[SORTERS / LANES];
     int e = threadIdx.x, begin = blockIdx.x * SORTERS * AHEAD + threadIdx.x, expert[AHEAD], rank[AHEAD];
     count[e] = 0;
     load_experts(expert, p, begin, picked);
@@ -384,6 +387,12 @@ void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p)
     mat none = {};
     launch(q, "experts", true, sum_picks<false>, dim3(blocks(y.cols, SUMMED * THREADS), (unsigned)y.rows), 0, y, none, none,
            none, q->prefill, *p);
+}
+
+bool cuda_grouped_knows(const struct queue *q, const struct moe_run *run)
+{
+    const cuda_experts *e = (const cuda_experts *)run->experts->bound;
+    return takes(q, *e, run->h.rows, run->picks->k) && e->m[GATE].input == INPUT_AS_IS;
 }
 
 bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p,

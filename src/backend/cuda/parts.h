@@ -83,7 +83,7 @@ struct cuda_rows {
  * in the order of tile.cuh. */
 struct cuda_prefill {
     void *inputs;    /* BF16 [rows][parts][cols] */
-    void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: queue.blas is */
+    void *straight;  /* BF16 [rows][cols], columns in their own order; NULL: the queue may not round */
     void *quantized; /* BF16 [rows][cols], E4M3 values */
     void *codes;     /* E4M3 [rows][cols]; NULL: queue.blas is */
     float *scale;    /* [rows * picks] */

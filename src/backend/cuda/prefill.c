@@ -23,7 +23,7 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->intermediate = whole(l->intermediate);
     p->width = l->hidden ? l->hidden : l->cols;
     p->inputs = arena_take(a, p->rows * p->cols, parts * BF16_BYTES, 64);
-    p->straight = q->blas ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
+    p->straight = q->rounded ? arena_take(a, p->rows * p->cols, BF16_BYTES, 64) : NULL;
     p->codes = q->blas ? arena_take(a, p->rows * p->cols, 1, 64) : NULL;
     p->quantized = arena_take(a, p->rows * p->cols, BF16_BYTES, 64);
     p->scale = arena_take(a, p->picked + p->rows, sizeof *p->scale, 64);
@@ -40,10 +40,19 @@ void cuda_prefill_layout(struct queue *q, struct arena *a)
     p->counts = arena_take(a, 2 * EXPERTS_MAX, sizeof *p->counts, 64);
 }
 
+/* Whether cuda_moe_many will do it, without h. */
+static bool knows(const struct queue *q, const struct moe_run *r)
+{
+    struct cuda_products out = { .x = r->gate, .n = 1, .m = { cuda_matrix_of(r->w_down) } };
+    bool many = queue_prompts(q) || r->h.rows > ROWS_BATCH;
+    return many && out.m[0].input == INPUT_FP8_ROW && cuda_dense_takes(q, &out) && cuda_grouped_knows(q, r);
+}
+
 bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
 {
     struct cuda_products p = { .x = r->x, .gain = r->gain, .eps = r->eps, .n = r->n };
     if (!r->lean) p.h = r->h;
+    p.unread = r->reader && knows(q, r->reader);
     for (int i = 0; i < r->n; i++) {
         p.out[i] = r->out[i];
         p.m[i] = cuda_matrix_of(r->w[i]);

@@ -20,6 +20,7 @@ struct cuda_products {
     float eps;
     int head;          /* 0: none */
     bool lean, narrow; /* narrow: x holds BF16, in the first half of each row's bytes */
+    bool unread;       /* h is but a name for what lies in prefill.inputs */
     int n;
     struct mat out[NORM_PRODUCTS_MAX];
     struct cuda_matrix m[NORM_PRODUCTS_MAX];
@@ -34,6 +35,8 @@ void cuda_dense_inputs(struct queue *q, void *to, float *scale, struct mat x, st
 /* grouped.cu. run: NULL, or the whole block. */
 bool cuda_grouped(struct queue *q, struct mat y, struct mat x, const struct picks *p,
                   const struct cuda_experts *e, const struct moe_run *run);
+/* Whether it takes the block and reads what a norm has left in prefill.inputs. */
+bool cuda_grouped_knows(const struct queue *q, const struct moe_run *run);
 /* grouped_wide.cu: the experts' products, from prefill.inputs to prefill.down in BF16, where shapes and
  * formats are its own. */
 bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const struct picks *p, int64_t rows);

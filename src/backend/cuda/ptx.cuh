@@ -427,6 +427,22 @@ __device__ __forceinline__ void wide_mma_turned(float (&d)[32][4], const uint32_
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+/* The same of 64 columns. */
+__device__ __forceinline__ void wide_mma_turned(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                   "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+                   "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                   "+f"(d[7][2]), "+f"(d[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 /* The compiler is to leave these registers where they are. */
 template <int N> __device__ __forceinline__ void wide_hold(float (&d)[N][4])
 {
@@ -435,10 +451,10 @@ template <int N> __device__ __forceinline__ void wide_hold(float (&d)[N][4])
 }
 
 /* The compiler is to keep what an instruction under way reads. */
-__device__ __forceinline__ void wide_keep(uint32_t (&f)[4][4])
+template <int N> __device__ __forceinline__ void wide_keep(uint32_t (&f)[N][4])
 {
 #pragma unroll
-    for (int k = 0; k < 4; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
+    for (int k = 0; k < N; k++) asm volatile("" : "+r"(f[k][0]), "+r"(f[k][1]), "+r"(f[k][2]), "+r"(f[k][3])::"memory");
 }
 
 /* The registers of this group of four warps from now on. */

@@ -10,6 +10,7 @@
 #include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
 #include "backend/cuda/tensor_map.cuh"
+#include "backend/cuda/wide.cuh"
 
 namespace {
 
@@ -531,6 +532,258 @@ __global__ void __launch_bounds__(SCAN_THREADS, 1) chunk_scan(const __grid_const
         for (int i = 0; i < 4; i++) matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2] = S[n][i];
 }
 
+/* ---- the same by the wide instruction, which reads S and N where they lie ---- */
+
+/* A stage: W, Q, K, M, 64 columns of U. After the stages S, N, N e^(c_last - c) and the stages' c. */
+constexpr int WIDE_SLICE = 64, WIDE_STAGES = 3, WIDE_SCANNERS = 256, WIDE_SCAN_THREADS = WIDE_SCANNERS + LANES;
+constexpr int WIDE_U = STAGE_M + SQUARE, WIDE_STAGE = WIDE_U + 2 * NARROW, WIDE_STATE = WIDE_STAGES * WIDE_STAGE,
+              WIDE_N = WIDE_STATE + DIM * WIDE_SLICE * 2, WIDE_REST = WIDE_N + SQUARE, WIDE_C = WIDE_REST + SQUARE,
+              WIDE_SHARED = WIDE_C + WIDE_STAGES * CHUNK * 4;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+struct wide_scan_barriers {
+    uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    uint64_t state[2]; /* half of S lies in shared memory */
+    uint64_t news;     /* both N do */
+    uint64_t queried;  /* Q S is done */
+    uint64_t added;    /* M N is */
+
+    __device__ __forceinline__ void init()
+    {
+        for (int i = 0; i < WIDE_STAGES; i++) barrier_init(full + i, 1), barrier_init(empty + i, WIDE_SCANNERS / LANES);
+        barrier_init(state, 4);
+        barrier_init(state + 1, 4);
+        barrier_init(&news, 4);
+        barrier_init(&queried, 4);
+        barrier_init(&added, 4);
+        barriers_ready();
+    }
+};
+
+/* By a warp whose stores are to be seen. */
+__device__ __forceinline__ void tell(uint64_t *b)
+{
+    __syncwarp();
+    if (threadIdx.x % LANES == 0) barrier_arrive(b);
+}
+
+/* Sixteen rows of 64 columns a warp, in BF16. */
+__device__ __forceinline__ void store_wide(uint32_t to, int row, const float (&x)[8][4])
+{
+    int g = threadIdx.x % LANES / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) store_shared(to + at128(row + g + 8 * h, n) + 4 * t, (int)pair_of(x[n][2 * h], x[n][2 * h + 1]));
+}
+
+/* Rows of o from `to` on, `left` of them at most. */
+__device__ __forceinline__ void store_scanned(const scan_args &p, const float (&o)[8][4], int64_t first, int row, int left, int column)
+{
+    int g = threadIdx.x % LANES / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int i = row + g + 8 * h;
+        float *to = p.o.data + (first + i) * p.o.stride;
+        if (p.narrow) {
+            bool odd = t % 2;
+            __nv_bfloat16 *at = (__nv_bfloat16 *)to + column + (odd ? 6 + 2 * t : 2 * t);
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) { /* a lane four columns that follow one another */
+                uint32_t x = pair_of(o[n][2 * h], o[n][2 * h + 1]), y = pair_of(o[n + 1][2 * h], o[n + 1][2 * h + 1]);
+                uint32_t other = __shfl_xor_sync(ALL, odd ? x : y, 1);
+                if (i < left) *(uint2 *)(at + n * 8) = odd ? make_uint2(other, y) : make_uint2(x, other);
+            }
+        } else if (i < left) {
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+                for (int k = 0; k < 2; k++) to[column + n * 8 + 2 * t + k] = o[n][2 * h + k];
+        }
+    }
+}
+
+/* Four warps. The first group: W S and N; the second: Q S and M N; each half of S's rows. */
+template <bool SECOND>
+__device__ __forceinline__ void scan_group(const scan_args &p, uint8_t *shared, wide_scan_barriers &barriers, const cuda_span &span,
+                                           float (&S)[8][4], int chunks, int head_column)
+{
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    int quarter = lane / 8, eighth = lane % 8, row0 = warp % 4 * 16, deep = warp * 16;
+    uint32_t base = shared_at(shared), state = base + WIDE_STATE, news = base + WIDE_N, rest = base + WIDE_REST;
+    ring_place place = { 0, 0 };
+    store_wide(state, deep, S);
+    wide_show();
+    tell(barriers.state + SECOND);
+#pragma unroll 1
+    for (int c = 0; c < chunks; c++) {
+        uint32_t stage = base + place.slot * WIDE_STAGE, f[DIM / 16][4], key[CHUNK / 16][4], m[CHUNK / 16][4];
+        const uint8_t *at = shared + place.slot * WIDE_STAGE;
+        const float *sums = (const float *)(shared + WIDE_C) + place.slot * CHUNK;
+        int left = span.n - c * CHUNK, phase = c % 2;
+        float x[8][4];
+        barrier_wait(barriers.full + place.slot, place.phase);
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) matrices(f[k], stage + (SECOND ? BIG : 0) + at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[n][i] = 0;
+        barrier_wait(barriers.state, phase);
+        barrier_wait(barriers.state + 1, phase);
+        wide_hold(x);
+        wide_keep(f);
+        wide_begin();
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) wide_mma_turned(x, f[k], wide_turned(state + k * 2048, 8192));
+        wide_commit();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) {
+            matrices_turned(key[k], stage + 2 * BIG + at256(k * 16 + quarter / 2 * 8 + eighth, deep / 8 + (quarter & 1)));
+            if (SECOND) matrices(m[k], stage + STAGE_M + at128(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
+        }
+        if (left < CHUNK) { /* what follows is another span's */
+#pragma unroll
+            for (int k = 0; k < CHUNK / 16; k++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int token = k * 16 + i / 2 * 8 + 2 * t;
+                    key[k][i] = token + 1 < left ? key[k][i] : token < left ? key[k][i] & 0xffff : 0;
+                }
+        }
+        float last = sums[CHUNK - 1], decay = expf(last), sum[2] = { sums[row0 + g], sums[row0 + g + 8] };
+        if constexpr (SECOND) {
+            tell(barriers.empty + place.slot);
+            float power[2] = { expf(sum[0]), expf(sum[1]) };
+            wide_wait<0>();
+            wide_hold(x);
+            wide_keep(f);
+            tell(&barriers.queried);
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[n][i] *= power[i / 2];
+        } else {
+            uint32_t u[8][2];
+            float fade[2] = { expf(last - sum[0]), expf(last - sum[1]) };
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    u[n][h] = *(const uint32_t *)(at + WIDE_U + n / 4 * NARROW + at64(row0 + g + 8 * h, n % 4) + 4 * t);
+            tell(barriers.empty + place.slot);
+            barrier_wait(&barriers.added, phase ^ 1);
+            wide_wait<0>();
+            wide_hold(x);
+            wide_keep(f);
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float a = __uint_as_float(u[n][h] << 16) - x[n][2 * h], b = __uint_as_float(u[n][h] & 0xffff0000u) - x[n][2 * h + 1];
+                    uint32_t to = at128(row0 + g + 8 * h, n) + 4 * t;
+                    store_shared(rest + to, (int)pair_of(a * fade[h], b * fade[h]));
+                    store_shared(news + to, (int)pair_of(a, b));
+                }
+            wide_show();
+            tell(&barriers.news);
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) S[n][i] *= decay;
+        barrier_wait(&barriers.news, phase);
+        wide_hold(S);
+        wide_hold(x);
+        wide_keep(key);
+        if (SECOND) wide_keep(m);
+        wide_begin();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) wide_mma_turned(S, key[k], wide_turned(rest + k * 2048, 8192));
+        wide_commit();
+        if constexpr (SECOND) {
+#pragma unroll
+            for (int k = 0; k < CHUNK / 16; k++) wide_mma_turned(x, m[k], wide_turned(news + k * 2048, 8192));
+            wide_commit();
+            wide_wait<1>();
+        } else {
+            barrier_wait(&barriers.queried, phase);
+            wide_wait<0>();
+        }
+        wide_hold(S);
+        wide_keep(key);
+        if (c + 1 < chunks) {
+            store_wide(state, deep, S);
+            wide_show();
+            tell(barriers.state + SECOND);
+        }
+        if constexpr (SECOND) {
+            wide_wait<0>();
+            wide_hold(x);
+            wide_keep(m);
+            tell(&barriers.added);
+            store_scanned(p, x, span.first + c * CHUNK, row0, left, head_column);
+        }
+        place.advance(WIDE_STAGES);
+    }
+}
+#endif
+
+/* Grid: heads by slices of columns, spans. Of S and of what is added to it a warp has 16 rows; one more warp asks for what comes. */
+__global__ void __launch_bounds__(WIDE_SCAN_THREADS, 1) chunk_scan_wide(const __grid_constant__ scan_args p, const __grid_constant__ CUtensorMap qk)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    SHARED_MEMORY(uint8_t, shared, 1024);
+    __shared__ wide_scan_barriers barriers;
+    constexpr int SLICES = DIM / WIDE_SLICE;
+    int head = blockIdx.x / SLICES, slice = blockIdx.x % SLICES, heads = p.shape.value_heads, keys = p.shape.key_heads;
+    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, deep = warp * 16, g = lane / 4, t = lane % 4;
+    if (threadIdx.x == 0) barriers.init();
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
+    cuda_span span = p.rows.spans[blockIdx.y];
+    int chunks = (span.n + CHUNK - 1) / CHUNK;
+    if (warp == WIDE_SCANNERS / LANES) {
+        if (lane > 0) return;
+        int64_t number = head;
+        for (int s = 0; s < (int)blockIdx.y; s++) number += (int64_t)((p.rows.spans[s].n + CHUNK - 1) / CHUNK) * heads;
+        uint32_t base = shared_at(shared);
+        ring_place place = { 0, 1 };
+        int key = head / (heads / keys);
+#pragma unroll 1
+        for (int c = 0; c < chunks; c++, number += heads) {
+            uint64_t *full = barriers.full + place.slot;
+            uint32_t to = base + place.slot * WIDE_STAGE;
+            int first = span.first + c * CHUNK;
+            barrier_wait(barriers.empty + place.slot, place.phase);
+            barrier_expect(full, WIDE_STAGE + CHUNK * 4);
+            copy_bulk(to, p.W + number * BIG, BIG, full);
+            copy_bulk(base + WIDE_C + place.slot * CHUNK * 4, p.sums + number * CHUNK, CHUNK * 4, full);
+            copy_bulk(to + WIDE_U, p.U + number * BIG + slice * 2 * NARROW, 2 * NARROW, full);
+            copy_rows<LANES>(to + 2 * BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, first, (keys + key) * DIM, full);
+            copy_rows<LANES>(to + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, first, key * DIM, full);
+            copy_bulk(to + STAGE_M, p.M + number * SQUARE, SQUARE, full);
+            place.advance(WIDE_STAGES);
+        }
+        return;
+    }
+    float *matrix = p.matrix + ((int64_t)span.slot * heads + head) * DIM * DIM + (int64_t)(deep + g) * DIM + slice * WIDE_SLICE + 2 * t;
+    float S[8][4]; /* rows deep + g, + 8 */
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) S[n][i] = matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2];
+    if (warp < 4)
+        scan_group<false>(p, shared, barriers, span, S, chunks, head * DIM + slice * WIDE_SLICE);
+    else
+        scan_group<true>(p, shared, barriers, span, S, chunks, head * DIM + slice * WIDE_SLICE);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2] = S[n][i];
+#endif
+}
+
 /* The next `bytes` of scratch. */
 template <class P> void place(P *&p, uint8_t *&at, int64_t count)
 {
@@ -585,6 +838,9 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
         launch<2 * DIM>(q, "delta", true, chunk_parts<1>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
     else
         launch<DIM>(q, "delta", true, chunk_parts<2>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
-    launch<SCAN_THREADS>(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), (size_t)shared, p, qk);
+    if (q->has_wide && WIDE_SHARED + 1024 + (int)sizeof(uint64_t) * 16 <= q->shared_max)
+        launch<WIDE_SCAN_THREADS>(q, "delta", true, chunk_scan_wide, dim3((unsigned)(heads * (DIM / WIDE_SLICE)), (unsigned)step->n_spans), WIDE_SHARED, p, qk);
+    else
+        launch<SCAN_THREADS>(q, "delta", true, chunk_scan, dim3((unsigned)(heads * (DIM / SLICE)), (unsigned)step->n_spans), (size_t)shared, p, qk);
     return true;
 }

@@ -122,8 +122,14 @@ inline void wide_mma_turned(float (&d)[32][4], const uint32_t (&a)[4], uint64_t 
     emulator::group_meets(emulator::wide_mma, &o);
 }
 
+inline void wide_mma_turned(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    emulator::wide_operands o = { d[0], a, 0, b, 64, true, true };
+    emulator::group_meets(emulator::wide_mma, &o);
+}
+
 template <int N> inline void wide_hold(float (&)[N][4]) {}
-inline void wide_keep(uint32_t (&)[4][4]) {}
+template <int N> inline void wide_keep(uint32_t (&)[N][4]) {}
 template <int N> inline void fewer_registers() {}
 template <int N> inline void more_registers() {}
 inline void wide_begin() {}
