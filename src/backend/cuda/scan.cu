@@ -6,7 +6,8 @@
  *   decay, A = beta_i (K_i . K_j) e^(c_i - c_j) below the diagonal, it solves (I + A) U = beta V and
  *   (I + A) W = beta e^c K, a thread one or two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
  * chunk_scan: chunk after chunk, a block for 32 columns of one head's state S, which stays in registers:
- *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N. */
+ *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N.
+ * chunk_scan_wide: the same on compute capability 9.0a, 64 columns a block. */
 #include "backend/cuda/matrices.cuh"
 #include "backend/cuda/prefill.h"
 #include "backend/cuda/tensor_map.cuh"
