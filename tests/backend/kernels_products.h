@@ -89,6 +89,8 @@ static void products(void)
     /* many tiles a block: of heads */
     if (on_device()) product_case(WEIGHT_BF16, 1, 8 * 64 * 150, 128, INPUT_AS_IS);
     if (on_device()) product_case(WEIGHT_FP8, 1, 8 * 64 * 150, 128, INPUT_FP8_ROW);
+    if (on_device()) product_case(WEIGHT_BF16, 2 + random_below(3), 8 * 64 * 150, 256, INPUT_AS_IS);
+    if (on_device()) product_case(WEIGHT_FP8, 2 + random_below(3), 8 * 64 * 150, 128, INPUT_FP8_ROW);
     for (size_t i = 0; i < sizeof ns / sizeof *ns; i++)
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             enum weight_format f = (enum weight_format)random_below(6);
