@@ -263,7 +263,7 @@ static void attention_runs(void)
     static const int64_t past[][3] = { { 0, 0, 0 },    { 5, 100, 0 },  { 200, 1, 127 }, { 300, 0, 65 },
                                        { 62, 0, 190 }, { 450, 15, 0 }, { 16, 300, 137 } };
     reserve(300, 4096, 64, 2, 4);
-    for (int i = 0; i < 7; i++)
+    for (int i = on_device() ? 0 : 4; i < 7; i++) /* a CPU's run is the operations that `sequences` tries */
         for (int d = 0; d < kv_dtypes(); d++)
             attention_run_case((enum kv_dtype)d, (int[]){ 8, 2, 1 }[(i + d) % 3], 1 + i % 2, n[i], past[i],
                                (i + d) % 2);
