@@ -36,21 +36,21 @@ static void check_run(const struct guarded *got, const struct guarded *want, boo
 }
 
 /* lean: what is not wanted then is not looked at */
-static void delta_run_case(int key_heads, int group, const int64_t *n, bool lean)
+static void delta_run_case(int key_heads, int group, int key_dim, int value_dim, const int64_t *n, bool lean)
 {
-    enum { DIM = 128, HIDDEN = 192 };
+    enum { HIDDEN = 192 };
     struct plan p;
     make_plan(&p, n, (int64_t[]){ 0, 0, 0 });
-    struct delta_shape s = { key_heads, key_heads * group, DIM, DIM, 4 };
-    int64_t values = (int64_t)s.value_heads * DIM, channels = 2 * (int64_t)key_heads * DIM + values,
+    struct delta_shape s = { key_heads, key_heads * group, key_dim, value_dim, 4 };
+    int64_t values = (int64_t)s.value_heads * value_dim, channels = 2 * (int64_t)key_heads * key_dim + values,
             rows = p.step.n;
     struct made w = make_weight(WEIGHT_BF16, HIDDEN, values, INPUT_AS_IS);
     struct guarded taps = filled(4, channels, 0, 0.5f), A = filled(1, s.value_heads, 0, 1),
-                   bias = filled(1, s.value_heads, 0, 1), gain = filled(1, DIM, 0, 1);
-    struct guarded in[7] = { filled(rows, HIDDEN, 2, 1),        filled(rows, channels, 4, 1),
-                             filled(rows, values, 1, 2),        filled(rows, s.value_heads, 1, 2),
-                             filled(rows, s.value_heads, 1, 2), filled(3, 3 * channels, 0, 1),
-                             filled(3, values * DIM, 0, 0.3f) };
+                   bias = filled(1, s.value_heads, 0, 1), gain = filled(1, value_dim, 0, 1);
+    struct guarded in[7] = { filled(rows, HIDDEN, 2, 1),          filled(rows, channels, 4, 1),
+                             filled(rows, values, 1, 2),          filled(rows, s.value_heads, 1, 2),
+                             filled(rows, s.value_heads, 1, 2),   filled(3, 3 * channels, 0, 1),
+                             filled(3, values * key_dim, 0, 0.3f) };
     struct guarded out[2][4];
     const struct backend *all[] = { &ref, &cpu };
     struct guarded x[2], state[2][2];
@@ -251,9 +251,14 @@ static void moe_runs(void)
 
 static void delta_runs(void)
 {
-    static const int64_t n[][3] = { { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 }, { 128, 64, 63 } };
+    static const int64_t n[][3] = {
+        { 64, 1, 1 }, { 40, 1, 3 }, { 65, 2, 130 }, { 128, 64, 63 }, { 1, 1, 1 }
+    };
+    static const int dims[][2] = { { 128, 128 }, { 256, 128 }, { 20, 48 }, { 256, 64 } };
     reserve(300, 1024, 64, 2, 4);
-    for (int i = 0; i < 4; i++) delta_run_case(1 + i % 2, 1 + (i + 1) % 2, n[i], i % 2);
+    for (int i = 0; i < 4; i++) delta_run_case(1 + i % 2, 1 + (i + 1) % 2, 128, 128, n[i], i % 2);
+    for (int i = 0; i < 4; i++)
+        delta_run_case(1 + i % 2, 1 + (i + 1) % 2, dims[i][0], dims[i][1], n[4], i % 2);
 }
 
 static void attention_runs(void)

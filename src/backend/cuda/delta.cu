@@ -166,7 +166,8 @@ __device__ __forceinline__ void both_norms(float &q, float &k, float scale)
  * convolution of TAPS + 1. */
 template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) delta_step(const __grid_constant__ delta_args p)
 {
-    constexpr int TAPS = 3, ITEMS = 2; /* of the convolution kept in registers; values of q, k and v a thread makes */
+    constexpr int TAPS = 3;            /* of the convolution kept in registers */
+    constexpr int ITEMS = (2 * EACH * WARPS + COLUMNS + THREADS - 1) / THREADS; /* values of q, k and v a thread makes */
     constexpr int PITCH = EACH + 4;    /* rows of a warp side by side, banks apart */
     __shared__ __align__(16) float keys_of[2][WARPS][PITCH]; /* q, k, not normalised: row r at [r % WARPS][r / WARPS] */
     __shared__ float values[COLUMNS], sums[2][WARPS][COLUMNS], gates[2];
