@@ -189,9 +189,9 @@ SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all
 SAN_tsan  := -fsanitize=thread
 SAN_sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 asan ubsan tsan sanitize:
-	$(MAKE) BUILD=build-$@ SAN="-g1 $(SAN_$@)" OPT=-O2 test
+	$(MAKE) BUILD=build-$@ SAN="-g1 $(SAN_$@)" OPT=-O1 test
 tsan-threads:
-	$(MAKE) BUILD=build-tsan SAN="-g1 $(SAN_tsan)" OPT=-O2 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_faults
+	$(MAKE) BUILD=build-tsan SAN="-g1 $(SAN_tsan)" OPT=-O1 $(THREADED:%=build-tsan/%) build-tsan/quench build-tsan/tests/server/test_faults
 	BUILD=build-tsan tools/run_tests.sh $(THREADED:%=build-tsan/%)
 	BUILD=build-tsan QUENCH_ONLY=test_disconnects build-tsan/tests/server/test_faults
 

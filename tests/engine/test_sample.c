@@ -31,24 +31,22 @@ static bool in_top_k(const float *logits, int64_t n, int64_t i, int k)
 }
 
 /* p[i] = probability of i under the rules of sample.h. p holds zeros for what may not be drawn. */
-static void target(double *p, const struct sampling *s, const float *logits, int64_t n)
+static void target(double p[VOCAB], const struct sampling *s, const float logits[VOCAB])
 {
-    double top = -INFINITY, total = 0, kept = 0;
-    for (int64_t i = 0; i < n; i++) top = fmax(top, logits[i]);
-    for (int64_t i = 0; i < n; i++) {
+    double top = -INFINITY, total = 0, kept = 0, before[VOCAB] = { 0 };
+    for (int64_t i = 0; i < VOCAB; i++) top = fmax(top, logits[i]);
+    for (int64_t i = 0; i < VOCAB; i++) {
         p[i] = exp((logits[i] - top) / s->temperature);
-        if (p[i] < s->min_p || !in_top_k(logits, n, i, s->top_k)) p[i] = 0;
+        if (p[i] < s->min_p || !in_top_k(logits, VOCAB, i, s->top_k)) p[i] = 0;
         total += p[i];
     }
-    double *before = calloc((size_t)n, sizeof *before);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n; j++) before[i] += ahead(logits, j, i) ? p[j] : 0;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < VOCAB; i++)
+        for (int64_t j = 0; j < VOCAB; j++) before[i] += ahead(logits, j, i) ? p[j] : 0;
+    for (int64_t i = 0; i < VOCAB; i++) {
         if (s->top_p > 0 && s->top_p < 1 && before[i] >= s->top_p * total) p[i] = 0;
         kept += p[i];
     }
-    for (int64_t i = 0; i < n; i++) p[i] /= kept;
-    free(before);
+    for (int64_t i = 0; i < VOCAB; i++) p[i] /= kept;
 }
 
 /* Five standard deviations over the mean of chi-square, and room for its skew at few degrees of freedom. */
@@ -76,7 +74,7 @@ static void check_distribution(const struct sampling *s, const char *what)
 {
     int64_t counts[VOCAB] = { 0 };
     double p[VOCAB];
-    target(p, s, tiny, VOCAB);
+    target(p, s, tiny);
     for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(s, tiny, VOCAB, i, NULL)]++;
     check_counts(counts, p, DRAWS, what);
 }
@@ -193,7 +191,7 @@ static void banned_tokens_never_come(void **state)
     logits[1] = 50; /* all but certain, were it allowed */
     for (int i = 0; i < VOCAB; i++) even[i] = i % 2 ? -INFINITY : logits[i];
     struct sampling s = { .temperature = 1, .top_k = 4, .seed = 3 };
-    target(p, &s, even, VOCAB);
+    target(p, &s, even);
     for (uint64_t i = 0; i < DRAWS; i++) counts[sample_token(&s, logits, VOCAB, i, &even_ones)]++;
     check_counts(counts, p, DRAWS, "banned");
     struct sampling greedy = { 0 };
