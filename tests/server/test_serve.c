@@ -1,6 +1,7 @@
 /* quench serve over real sockets: answers, keys, framing, limits, the log, TLS. test_faults.c has clients
  * that do harm. QUENCH_KEYS=1: the whole matrix of requests without a key; `make soak` sets it. */
 #include "server/serving.h"
+#include "support/sanitized.h"
 #include <openssl/ssl.h>
 #include <sys/un.h>
 
@@ -72,7 +73,7 @@ static void test_queue(void **state)
     int fds[REQUESTS], answered = 0, refused = 0;
     START(&s, "--max-num-seqs", "1", "--max-queued", "1", "--no-enable-prefix-caching");
     int descriptors = serving_descriptors(&s);
-    const char *request = post_text(COMPLETIONS, "", LONG(2000) "}");
+    const char *request = post_text(COMPLETIONS, "", SANITIZED ? LONG(200) "}" : LONG(2000) "}");
     for (int i = 0; i < REQUESTS; i++) {
         fds[i] = dial(&s);
         assert_true(send_bytes(fds[i], request, strlen(request)));
