@@ -13,7 +13,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
-enum { KILLS = SANITIZED ? 10 : 50, SHARD_BYTES = 3000000, SYNC_BYTES = 1000000, SKIPPED = 77 };
+enum { KILLS = SANITIZED ? 5 : 50, SHARD_BYTES = 3000000, SYNC_BYTES = 1000000, SKIPPED = 77 };
 static const unsigned SEED = 20261123;
 
 static struct fixture fixture;

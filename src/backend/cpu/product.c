@@ -235,7 +235,7 @@ static bool same_inputs(const struct matmul *a, const struct matmul *b)
 
 void cpu_products(struct queue *q, int n, const struct mat *y, struct mat x, const struct weight *const *w)
 {
-    struct matmul before, m;
+    struct matmul before = { 0 }, m;
     for (int i = 0; i < n && x.rows > 0; i++, before = m) {
         m = matmul_of(q, y[i], x, w[i]);
         bool packed = m.as_is && x.rows == 1;
