@@ -8,6 +8,7 @@
 #include "engine/generate.h"
 #include "engine/logits.h"
 #include "support/requests.h"
+#include "support/sanitized.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -706,6 +707,15 @@ static int unload(void **state)
 int main(int argc, char **argv)
 {
     if (argc > 1) cmocka_set_test_filter(argv[1]); /* a pattern */
+    const struct CMUnitTest of_threads[] = {
+        cmocka_unit_test(the_same_alone_and_among_others),
+        cmocka_unit_test(cancelled_at_any_moment),
+        cmocka_unit_test(a_slow_reader_holds_up_nobody),
+        cmocka_unit_test(a_lost_backend_ends_every_request),
+        cmocka_unit_test(preempted_ones_go_on_with_the_same_bits),
+        cmocka_unit_test(prompts_come_in_pieces_beside_a_stream),
+    };
+    if (RACES) return cmocka_run_group_tests(of_threads, load, unload);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(agrees_with_generate),
         cmocka_unit_test(the_same_alone_and_among_others),

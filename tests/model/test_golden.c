@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 #include "support/models.h"
+#include "support/sanitized.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -382,6 +383,12 @@ int main(void)
         tested = (struct backend_options){ .device = DEVICE_CUDA, .shared_memory = true };
         return cmocka_run_group_tests(on_device, NULL, NULL);
     }
+    const struct CMUnitTest of_threads[] = {
+        cmocka_unit_test(demo_on_device),
+        cmocka_unit_test(any_split_gives_the_same_argmax),
+        cmocka_unit_test(batched_rows_have_the_bits_of_lone_ones),
+    };
+    if (RACES) return cmocka_run_group_tests(of_threads, NULL, NULL);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(demo_on_cpu),
         cmocka_unit_test(demo_on_ref),

@@ -174,9 +174,6 @@ int64_t random_below(int64_t n)
 
 int rounds(int n)
 {
-#if defined(__SANITIZE_THREAD__)
-    return (n + 5) / 6;
-#else
-    return SANITIZED ? (n + 2) / 3 : n;
-#endif
+    int each = RACES ? 6 : SANITIZED ? 3 : 1;
+    return (n + each - 1) / each;
 }
