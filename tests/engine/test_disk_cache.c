@@ -280,8 +280,8 @@ static void a_full_disk_costs_nothing_else(void **state)
     remove_shelf(&s);
 }
 
-/* A process that is killed while it writes leaves whole files. It is killed once there is one, however long a busy
- * machine takes to write it. */
+/* A process that is killed while it writes leaves whole files. It is killed once there is one, however long a
+ * busy machine takes to write it. */
 static void killed_at_any_moment(void **state)
 {
     (void)state;
