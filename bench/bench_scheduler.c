@@ -30,8 +30,9 @@ static void check(bool ok, const struct err *e)
     exit(1);
 }
 
-static void wake(void *ctx)
+static void wake(void *ctx, bool ended)
 {
+    (void)ended;
     (void)ctx;
     pthread_mutex_lock(&lock);
     wakes++;

@@ -556,17 +556,17 @@ static void *run(void *ctx)
         if (atomic_exchange(&s->forgets, false)) forget(s);
         take_fetched(s);
         receive(s, fresh);
-        bool news = sweep(s, closed) > 0;
+        bool ended = sweep(s, closed) > 0;
         admit(s);
         publish(s);
         worked = false;
         if (!step(s, &worked, &e)) {
             fail_all(s, &e);
-            news = true;
+            ended = true;
         }
-        news = sweep(s, false) > 0 || worked || news;
+        ended = sweep(s, false) > 0 || ended;
         publish(s);
-        if (news && s->o.wake) s->o.wake(s->o.ctx);
+        if ((worked || ended) && s->o.wake) s->o.wake(s->o.ctx, ended);
     }
     store_all(s);
     return NULL;

@@ -35,7 +35,9 @@ struct scheduler_options {
     int n_turn_end;
     int64_t interval; /* and so many rows after the last such place; 0: 4096 */
     void *ctx;
-    void (*wake)(void *ctx); /* from the scheduler's thread: some request has news. At most once a step */
+    /* From the scheduler's thread, at most once a step: some request has news. ended: the last of a request
+     */
+    void (*wake)(void *ctx, bool ended);
     void (*warn)(void *ctx, const char *text); /* from any thread: a line about the folder; may be NULL */
 };
 

@@ -78,7 +78,8 @@ bool exchange_is_stream(const struct exchange *x); /* text/event-stream instead 
 const char *exchange_request_id(const struct exchange *x);
 const char *exchange_session_id(const struct exchange *x); /* likewise */
 int exchange_retry_after(const struct exchange *x);        /* seconds; 0: no such header */
-/* How many there are: the more, the longer a stream's text waits for more of it, up to 40 ms. */
+/* How many there are: the more, the longer a stream's text waits for more of it, up to 40 ms. Those that are
+ * told the same number speak at the same time. */
 void exchange_among(struct exchange *x, int64_t n_exchanges);
 /* To be called when the scheduler wakes: appends what there is to send. *done: the body is complete. The
  * bytes are valid until the next call. Of an answer that is no stream all bytes come at once. */
@@ -86,6 +87,9 @@ const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);
 /* clock_seconds at which it is to be pumped though the scheduler did not wake: text waits for more of it;
  * 0: none does. */
 double exchange_due(const struct exchange *x);
+/* clock_seconds before which a pump has nothing to say, unless an answer ends. 0: a first token is awaited.
+ */
+double exchange_look(const struct exchange *x);
 /* A comment line for a stream that has nothing to say yet; also counts tokens of the prompt done so far. */
 const char *exchange_comment(struct exchange *x, size_t *bytes);
 

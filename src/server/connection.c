@@ -253,13 +253,11 @@ static void pump(struct connection *c)
         connection_answer(c, exchange_status(c->exchange), "application/json", NULL, bytes, n);
 }
 
-double connection_pump(struct connection *c)
+void connection_pump(struct connection *c)
 {
-    if (!c->exchange) return 0;
+    if (!c->exchange) return;
     pump(c);
-    if (c->exchange) return exchange_due(c->exchange);
-    advance(c); /* to what was sent behind that request */
-    return 0;
+    if (!c->exchange) advance(c); /* to what was sent behind that request */
 }
 
 void connection_abort(struct connection *c, int status, const char *message)

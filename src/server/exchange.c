@@ -144,10 +144,17 @@ static void say_text(struct exchange *x, int i)
     p->said_at = x->now;
 }
 
+/* All streams speak at the same ticks of the clock: then a wake-up serves all of them, on both sides. */
+static double tick_after(const struct exchange *x, double at)
+{
+    return (floor(at / x->between) + 1) * x->between;
+}
+
 /* Clock at which text that waits is to be said, whatever comes until then. */
 static double due_at(const struct exchange *x, const struct pending *p)
 {
-    return p->text.n == 0 || p->said_at == 0 || x->params.stream_interval ? 0 : p->said_at + x->between;
+    bool waits = p->text.n > 0 && p->said_at > 0 && !x->params.stream_interval;
+    return waits ? tick_after(x, p->said_at) : 0;
 }
 
 /* The first text and the last are said at once. */
@@ -534,6 +541,17 @@ double exchange_due(const struct exchange *x)
         if (at > 0 && (first == 0 || at < first)) first = at;
     }
     return first;
+}
+
+double exchange_look(const struct exchange *x)
+{
+    bool counts = x->params.stream_interval || x->params.one_call;
+    for (int i = 0; i < x->n_choices; i++) {
+        const struct choice *c = &x->choices[i];
+        if (!c->is_over && c->n_tokens == 0) return 0;
+        counts = counts || c->stops || c->repeats;
+    }
+    return counts ? x->now : tick_after(x, x->now);
 }
 
 const char *exchange_comment(struct exchange *x, size_t *bytes)

@@ -42,7 +42,7 @@ struct exchange {
     const char *model;          /* as asked for, or the first served */
     int64_t created;            /* seconds since 1970 */
     double began, now;          /* clock_seconds: when it was made, and of this pump */
-    double between;             /* seconds from an event of a stream's text to the next, at least */
+    double between;             /* seconds between the ticks at which streams say their text */
     uint64_t owner;
     uint8_t salt[32];
     json_t *body, *chat; /* chat: the body in the form of chat completions; may be the same */

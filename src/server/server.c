@@ -168,20 +168,21 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 
 static void pump_all(struct server *s)
 {
-    double due = 0, now;
-    bool awaited = false;
+    double due = INFINITY, now = clock_seconds(), look = now + 1; /* without exchanges nobody waits */
     if (!s->scheduler) return;
     scheduler_stats(s->scheduler, &s->stats);
     metrics_take_steps(&s->metrics, &s->stats);
     for (struct connection *c = s->connections, *next; c; c = next) {
         next = c->next;
-        double at = connection_pump(c);
-        if (at > 0 && (due == 0 || at < due)) due = at;
-        awaited = awaited || (c->exchange && c->seen_tokens == 0);
+        connection_pump(c);
+        if (!c->exchange) continue;
+        double at = exchange_due(c->exchange);
+        if (at > 0) due = fmin(due, at);
+        look = fmin(look, exchange_look(c->exchange));
     }
     now = clock_seconds();
-    atomic_store(&s->looked, awaited ? 0 : now);
-    if (due > 0 && !event_pending(s->due, EV_TIMEOUT, NULL)) {
+    atomic_store(&s->look_at, look > 0 ? fmax(look, now + LOOK_SECONDS) : 0);
+    if (due < INFINITY && !event_pending(s->due, EV_TIMEOUT, NULL)) {
         struct timeval after = { 0, due > now ? (suseconds_t)(1e6 * (due - now)) : 0 };
         event_add(s->due, &after);
     }
@@ -205,6 +206,8 @@ static void on_due(evutil_socket_t fd, short what, void *ctx)
     pump_all(ctx);
 }
 
+/* The timer may be set for later than a first token that is awaited from now on: the next news sets it again.
+ */
 static void on_made(evutil_socket_t fd, short what, void *ctx)
 {
     (void)fd, (void)what;
@@ -214,7 +217,8 @@ static void on_made(evutil_socket_t fd, short what, void *ctx)
         if (!job->connection) continue;
         struct exchange *x = job->exchange;
         job->exchange = NULL;
-        atomic_store(&s->looked, 0);
+        atomic_store(&s->look_at, 0);
+        atomic_store(&s->wake_is_set, false);
         connection_take(job->connection, x);
     }
     if (s->draining) check_drain(s, clock_seconds());
@@ -246,11 +250,12 @@ static void on_attach(evutil_socket_t fd, short what, void *ctx)
     scheduler_stats(s->scheduler, &s->stats);
 }
 
-void server_wake(void *server)
+void server_wake(void *server, bool ended)
 {
     struct server *s = server;
-    if (atomic_exchange(&s->wake_is_set, true)) return;
-    double at = atomic_load(&s->looked) + LOOK_SECONDS, seconds = floor(at);
+    if (atomic_exchange(&s->wake_is_set, true) && !ended) return;
+    double at = fmax(ended ? 0 : atomic_load(&s->look_at), 1e-6); /* zero would stop the timer */
+    double seconds = floor(at);
     struct itimerspec when = { .it_value = { (time_t)seconds, (long)(1e9 * (at - seconds)) } };
     timerfd_settime(s->wake_timer, TFD_TIMER_ABSTIME, &when, NULL);
 }

@@ -63,7 +63,7 @@ void server_loading(struct server *s, const char *what, uint64_t done, uint64_t 
 /* From now on requests go to api; both are borrowed until server_wait returns. */
 void server_attach(struct server *s, struct api *api, struct scheduler *scheduler);
 /* For struct scheduler_options: ctx is the server. Must not be called after server_free. */
-void server_wake(void *server);
+void server_wake(void *server, bool ended);
 void server_stop(struct server *s); /* as a second signal does */
 /* Until a signal and then the drain have ended it. True: every request was answered to its end. No exchange
  * is left then. */

@@ -76,7 +76,7 @@ struct server {
     struct event *due; /* text of a stream waits no longer */
     int wake_timer;    /* fires once the scheduler has news; -1: not opened */
     atomic_bool wake_is_set;
-    _Atomic double looked; /* clock_seconds of the last look at the scheduler's news; 0: look at once */
+    _Atomic double look_at; /* clock_seconds of the next look at news, unless an answer ends before */
     struct evconnlistener *listener, *admin; /* admin: NULL where none is asked for */
     pthread_t thread;
     bool thread_runs, clean;
@@ -124,8 +124,8 @@ void connection_close(struct connection *c);
 bool connection_is_answering(const struct connection *c);
 void connection_take(struct connection *c,
                      struct exchange *x); /* the one it waits for; NULL: out of memory */
-/* The exchange has news, or there is room for it. Returns exchange_due. */
-double connection_pump(struct connection *c);
+/* The exchange has news, or there is room for it. */
+void connection_pump(struct connection *c);
 void connection_tick(struct connection *c, double now); /* looks at the clock; may close */
 /* An error in place of what is not sent yet: nothing more is made for this request. */
 void connection_abort(struct connection *c, int status, const char *message);

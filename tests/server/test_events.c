@@ -2,6 +2,7 @@
  * time goes; and that nothing of the answer depends on it. */
 #include "server/api_fixture.h"
 #include "base/clock.h"
+#include <math.h>
 #include <time.h>
 
 #define USER    "\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]"
@@ -175,15 +176,45 @@ static void test_time(void **state)
     exchange_free(e);
 }
 
-/* The fewer streams, the sooner. */
+static double look(struct fixture *x, const char *body)
+{
+    const struct api_caller caller = { .request_id = "r" };
+    script_letters(x, 0);
+    struct exchange *e = exchange_create(x->api, API_COMPLETIONS, NULL, body, strlen(body), &caller);
+    exchange_among(e, 64);
+    assert_true(exchange_look(e) == 0);
+    pump(e);
+    double at = exchange_look(e);
+    exchange_free(e);
+    return at;
+}
+
+/* When the loop looks again: before the next tick only where a token may end the answer, or is counted. */
+static void test_look(void **state)
+{
+    struct fixture *x = *state;
+    x->options.stream_interval = 0;
+    fixture_api(x);
+    for (int i = 0; i < 5; i++) {
+        double begin = clock_seconds();
+        assert_true(look(x, "{\"prompt\":\"q\",\"stream\":true}") > begin);
+        double end = clock_seconds();
+        assert_true(look(x, "{\"prompt\":\"q\",\"stream\":true}") <= clock_seconds() + 0.040001);
+        assert_true(look(x, "{\"prompt\":\"q\",\"stream\":true,\"stop\":\"zz\"}") <= clock_seconds());
+        assert_true(look(x, "{\"prompt\":\"q\",\"stream\":true,\"stream_interval\":2}") >= end);
+        assert_true(look(x, "{\"prompt\":\"q\",\"stream\":true,\"stream_interval\":2}") <= clock_seconds());
+    }
+}
+
+/* The fewer streams, the sooner, and all of them at the same ticks. */
 static void test_share(void **state)
 {
     struct fixture *x = *state;
     static const char body[] = "{\"prompt\":\"q\",\"stream\":true}";
     static const struct {
         int64_t streams;
-        double most;
-    } among[] = { { 1, 0.000626 }, { 8, 0.005001 }, { 64, 0.040001 }, { 10000, 0.040001 } };
+        double seconds;
+    } among[] = { { 1, 0.000625 }, { 8, 0.005 }, { 64, 0.04 }, { 10000, 0.04 } };
     const struct api_caller caller = { .request_id = "r" };
     x->options.stream_interval = 0;
     fixture_api(x);
@@ -196,8 +227,11 @@ static void test_share(void **state)
         double first = clock_seconds();
         pump(e);
         double due = exchange_due(e);
-        if (due > 0) /* else this machine slept meanwhile */
-            assert_true(due > begin + among[i].most / 1.01 && due < first + among[i].most);
+        if (due > 0) { /* else this machine slept meanwhile */
+            double ticks = due / among[i].seconds;
+            assert_true(due > begin && due <= first + 1.001 * among[i].seconds);
+            assert_true(fabs(ticks - round(ticks)) < 1e-3);
+        }
         exchange_free(e);
     }
 }
@@ -207,6 +241,7 @@ static void test_share(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = { TEST(test_interval), TEST(test_request), TEST(test_scores),
-                                        TEST(test_stop),     TEST(test_time),    TEST(test_share) };
+                                        TEST(test_stop),     TEST(test_time),    TEST(test_look),
+                                        TEST(test_share) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

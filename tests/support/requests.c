@@ -37,8 +37,9 @@ struct token_list demo_encode(const struct demo *d, const char *text)
     return list;
 }
 
-static void wake(void *ctx)
+static void wake(void *ctx, bool ended)
 {
+    (void)ended;
     struct service *s = ctx;
     pthread_mutex_lock(&s->lock);
     s->wakes++;
