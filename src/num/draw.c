@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { FEW = 1024 };
+enum { FEW = 1024, BLOCK = 32 };
 
 struct vocabulary {
     const struct draw *d;
@@ -13,12 +13,24 @@ struct vocabulary {
     uint32_t limit; /* places behind it are out */
 };
 
+static bool any_above(const float *x, float top)
+{
+    int any = 0;
+    for (int i = 0; i < BLOCK; i++) any |= x[i] > top;
+    return any;
+}
+
+/* Few blocks have a logit above the best so far. */
 static int32_t likeliest(const struct vocabulary *v)
 {
     int64_t best = -1;
     float top = -INFINITY;
-    for (int64_t i = 0; i < v->n; i++)
-        if (v->logits[i] > top && draw_allows(v->allowed, i)) top = v->logits[best = i];
+    for (int64_t from = 0, end; from < v->n; from = end) {
+        end = from + BLOCK < v->n ? from + BLOCK : v->n;
+        if (end - from == BLOCK && !any_above(v->logits + from, top)) continue;
+        for (int64_t i = from; i < end; i++)
+            if (v->logits[i] > top && draw_allows(v->allowed, i)) top = v->logits[best = i];
+    }
     return (int32_t)best;
 }
 
