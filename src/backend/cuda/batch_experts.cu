@@ -211,18 +211,18 @@ template <int BUFFERS> struct chunk_buffers {
         : full(barriers), empty(barriers + BUFFERS), current(-1)
     {
     }
-    /* A worker: out of all chunks before c. */
-    __device__ __forceinline__ void leave(int c)
-    {
-        for (; current < c; current++)
-            if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
-    }
-    /* On to chunk c. */
+    /* A worker: on to chunk c, through each before it, of which it may have no unit. A barrier tells a phase from the next only. */
     __device__ __forceinline__ void enter(int c)
     {
-        if (c == current) return;
-        leave(c);
-        barrier_wait(&full[c % BUFFERS], c / BUFFERS % 2);
+        while (current < c) {
+            leave();
+            current++;
+            barrier_wait(&full[current % BUFFERS], current / BUFFERS % 2);
+        }
+    }
+    __device__ __forceinline__ void leave()
+    {
+        if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
     }
     /* The copier: until buffer of chunk c is free. */
     __device__ __forceinline__ void reserve(int c)
@@ -351,7 +351,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
         }
         meet_128(1 + team);
     }
-    inputs.leave(run.n);
+    inputs.enter(run.n - 1);
+    inputs.leave();
     copy_wait<0>();
 #endif
 }
@@ -413,7 +414,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
             to[8] = total[i].y;
         }
     }
-    inputs.leave(run.n);
+    inputs.enter(run.n - 1);
+    inputs.leave();
     copy_wait<0>();
 #endif
 }
