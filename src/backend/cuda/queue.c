@@ -252,8 +252,9 @@ static void delta_run(struct queue *q, const struct delta_run *r, const struct s
         cuda_delta_many(q, r, step);
         return;
     }
-    if (!cuda_batch_delta(q, r, rows, false)) cuda_delta_decode(q, r, rows);
-    if (!cuda_batch_delta_out(q, r, rows, true)) cuda_delta_out(q, r, rows, true);
+    bool advanced = cuda_batch_delta(q, r, rows);
+    if (!advanced) cuda_delta_decode(q, r, rows);
+    if (!cuda_batch_delta_out(q, r, rows, !advanced)) cuda_delta_out(q, r, rows, !advanced);
 }
 
 static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *step)
