@@ -1,15 +1,19 @@
-/* Dense products of several rows (batch.cuh) in two kernels. prepare_rows makes the inputs, a block a row: taken as they are,
- * normed, or gated and normed, split into parts or quantized. batch_products streams the weights past them: each of eight
- * warps sixteen weight rows of an item of up to 128. A matrix of few rows is divided along its
- * columns over a cluster of blocks, whose sums meet in their shared memory.
- * Moves: the weights once; the inputs once for each tile, from the second cache. */
+/* Dense products of several rows (batch.cuh) in two kernels. prepare_inputs makes the inputs, a block a row: taken as they are,
+ * normed, or gated and normed, split into parts or quantized. In batch_products a warp of each block asks for weights and inputs,
+ * unit after unit into a ring that eight others read, sixteen weight rows each of an item of up to 128. A matrix of few rows is
+ * divided along its columns over a cluster of blocks, whose sums meet in their shared memory.
+ * Moves: the weights once; the inputs once for each item, from the second cache. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prepare.cuh"
+#include "backend/cuda/tensor_map.cuh"
+#include <type_traits>
 
 namespace {
 
-constexpr int WORKERS = 8, BATCH_BLOCK = WORKERS * LANES;
-constexpr int SUM_ROW = 16 * WORKERS + 4; /* floats of a row of sums that meet */
+constexpr int WORKERS = 8;
+constexpr int SUM_ROW = 16 * WORKERS + 4;         /* floats of a row of sums */
+constexpr int SUM_COLUMNS = 16 * WORKERS / LANES; /* of a lane */
+constexpr int STAGES_MOST = 16;
 
 struct batch_args {
     cuda_matrix m[NORM_PRODUCTS_MAX];
@@ -17,9 +21,7 @@ struct batch_args {
     int first[NORM_PRODUCTS_MAX + 1]; /* item at which a matrix begins */
     int n, each, rounds;              /* matrices; tiles of sixteen rows side by side, and how often, an item */
     int rows, crew, splits;           /* shares of the columns; blocks of a cluster, which divide the shares */
-    bool meet;                        /* sums meet in shared memory */
-    int slot_bytes, most_parts;       /* of the ring of inputs, parts for which there is room */
-    int unit_bytes;                   /* of a ring of weights */
+    int stages, stage_bytes, weights_at; /* of the ring; of a stage, whose inputs come first */
     const uint8_t *parts, *quantized;
     const float *input_scale;
     /* sums of picks, to which the product is added behind its gate; down NULL: none */
@@ -28,28 +30,55 @@ struct batch_args {
     int k;
 };
 
-/* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
-template <int G> struct batch_size {
-    static constexpr bool EXACT = 8 * G <= ROWS_EXACT;
-    static constexpr int SLOTS_IN = G > 8 ? 4 : 8; /* of the ring of inputs */
+/* Of the matrices but NVFP4 ones. */
+struct batch_maps {
+    CUtensorMap m[NORM_PRODUCTS_MAX];
 };
+
+/* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
+template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
+
+/* With many sums workers take registers of a group of warps that has nothing to do but for one. */
+template <int G> constexpr bool BATCH_GROUP = G > 2;
+template <int G> constexpr int BATCH_BLOCK = (WORKERS + (BATCH_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
+constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
 template <int FORMAT, int G> struct batch_form {
-    static constexpr int PARTS_IN = FORMAT == WEIGHT_FP8 || !batch_size<G>::EXACT ? 1 : PARTS;
+    static constexpr int PARTS_IN = FORMAT == WEIGHT_FP8 || !BATCH_EXACT<G> ? 1 : PARTS;
     static constexpr int N = 8 * PARTS_IN * G, PANELS = unit_cols(FORMAT) / PANEL;
+    static constexpr int PANEL_IN = PARTS_IN * G * PANEL_BYTES, INPUTS = PANELS * PANEL_IN;
 };
 
-/* Units of a share, and those of this block of an item of matrix m. */
-struct batch_range {
-    int share, begin, end;
-    __device__ __forceinline__ batch_range(const batch_args &p, const cuda_matrix &m)
+/* Shares of a matrix's columns, of `share` units but for the last; a block has up to `each` of them. */
+struct batch_shares {
+    int units, share, n, each;
+    __host__ __device__ __forceinline__ batch_shares(const batch_args &p, const cuda_matrix &m)
     {
-        int units = units_of(m.format, m.cols), each = (p.crew + p.splits - 1) / p.splits, rank = blockIdx.x % p.splits;
+        units = units_of(m.format, m.cols);
         share = (units + p.crew - 1) / p.crew;
-        begin = rank * each * share < units ? rank * each * share : units;
-        end = begin + each * share < units ? begin + each * share : units;
+        n = (units + share - 1) / share;
+        each = (n + p.splits - 1) / p.splits;
+    }
+    /* First unit of block `rank` of a cluster. */
+    __host__ __device__ __forceinline__ int begin(int rank) const
+    {
+        int u = rank * each * share;
+        return u < units ? u : units;
     }
 };
+
+/* Rounds of the item that begins at a tile. */
+[[maybe_unused]] __device__ __forceinline__ int batch_rounds(const batch_args &p, const cuda_matrix &m, int tile0)
+{
+    int rounds = ((m.rows + 15) / 16 - tile0 + p.each - 1) / p.each;
+    return rounds < p.rounds ? rounds : p.rounds;
+}
+
+/* Warps that work: whole groups of four. */
+__host__ __device__ inline int workers_of(const batch_args &p)
+{
+    return p.each > TEAM_WARPS ? WORKERS : TEAM_WARPS;
+}
 
 [[maybe_unused]] __device__ __forceinline__ int batch_matrix(const batch_args &p, int item)
 {
@@ -60,252 +89,278 @@ struct batch_range {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Inputs, panels one after the other, asked for by one thread; again for each round. */
-template <int SLOTS_IN> struct batch_inputs {
-    uint32_t to;
-    uint64_t *full, *empty;
-    ring_place place;
-    const uint8_t *begin;
-    int bytes, slot_bytes, panels, next, left; /* of a round, next of it; of all */
-
-    /* The next panel, once its place is free. */
-    __device__ __forceinline__ void ask()
-    {
-        if (left == 0) return;
-        left--;
-        barrier_wait(&empty[place.slot], place.phase);
-        barrier_expect(&full[place.slot], bytes);
-        copy_bulk(to + place.slot * slot_bytes, begin + next * bytes, bytes, &full[place.slot]);
-        next = next + 1 == panels ? 0 : next + 1;
-        place.advance(SLOTS_IN);
-    }
+struct batch_ring {
+    uint32_t at;
+    uint64_t *full, *empty; /* [STAGES_MOST] */
 };
 
-/* What goes on side by side: inputs, and this warp's weights ahead of their use. */
-template <int FORMAT, int SLOTS_IN, int DEPTH> struct batch_flow {
-    static constexpr bool FP4 = FORMAT == WEIGHT_NVFP4;
-    static constexpr int UNIT = FP4 ? UNIT16 : 2 * 1024, FROM = FP4 ? FP4_UNIT_BYTES : UNIT_BYTES;
-    batch_inputs<SLOTS_IN> inputs;
-    ring_place input;
-    const uint8_t *weights;
-    int slot;
-    /* asked for next */
-    tile16 tile;
-    int units, left, rounds, tiles_left, step; /* of a round; of this one; rounds after it; tiles from `tile` on; a round's */
-    int64_t skip;                              /* bytes from a round's end to the next */
-
-    __device__ __forceinline__ void ask(int to)
-    {
-        if (left == 0 && rounds > 0) {
-            rounds--;
-            left = units;
-            tiles_left -= step;
-            tile.halves = tile.halves == 0 || tiles_left <= 0 ? 0 : tiles_left < 2 ? tiles_left : 2;
-            tile.at += skip;
-        }
-        ask16<FP4>(shared_at(weights) + to * UNIT, tile, left > 0);
-        if (left > 0) left--;
-    }
-    __device__ __forceinline__ void take(words16<FORMAT> &w)
-    {
-        copy_wait<DEPTH - 1>();
-        w.load(weights + slot * UNIT);
-        __syncwarp();
-        ask(slot);
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
-    }
-    __device__ __forceinline__ void await()
-    {
-        barrier_wait(&inputs.full[input.slot], input.phase);
-    }
-    __device__ __forceinline__ void leave()
-    {
-        if (threadIdx.x % LANES == 0) barrier_arrive(&inputs.empty[input.slot]);
-        input.advance(SLOTS_IN);
-        if (threadIdx.x == 0) inputs.ask();
-        __syncwarp();
-    }
-};
-
-/* Panels Q.. of a unit. */
-template <int FORMAT, int G, int Q, class FLOW>
-__device__ __forceinline__ void batch_panels(accumulators<batch_form<FORMAT, G>::N, batch_size<G>::EXACT> &acc,
-                                             const words16<FORMAT> &w, FLOW &flow)
+/* Weight row of a group of eight that a warp's lanes 4 g.. have: rows that are read together are four apart, so that they lie in
+ * different banks. */
+__device__ __forceinline__ int batch_row(int g)
 {
-    uint32_t f[4][4];
-    w.template decode<Q>(f);
-    flow.await();
-    acc.add(f, flow.inputs.to + flow.input.slot * flow.inputs.slot_bytes);
-    flow.leave();
-    if constexpr (Q + 1 < batch_form<FORMAT, G>::PANELS) batch_panels<FORMAT, G, Q + 1>(acc, w, flow);
+    return g / 2 + g % 2 * 4;
 }
 
-/* Sixteen weight rows: their shares one after the other, added up in total, [group of rows][lane's: weight rows g, g + 8 of
- * input rows 2 t, 2 t + 1, as mma leaves them], or kept apart in sums [share][row][weight row]. */
-template <int FORMAT, int G, class FLOW>
-__device__ __forceinline__ void batch_tile(float (&total)[G][4], float *sums, bool meet, FLOW &flow, const batch_range &range)
+/* Units of all rounds, one after the other, by one thread. Weights of the first stages are asked for before their inputs are
+ * there. */
+template <int FORMAT, int G>
+__device__ __forceinline__ void batch_ask(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, int k, int tile0)
 {
     using form = batch_form<FORMAT, G>;
-    constexpr int P = form::PARTS_IN;
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    accumulators<form::N, batch_size<G>::EXACT> acc;
+    const cuda_matrix &m = p.m[k];
+    batch_shares shares(p, m);
+    int rank = blockIdx.x % p.splits, begin = shares.begin(rank), units = shares.begin(rank + 1) - begin;
+    int all = units * batch_rounds(p, m, tile0);
+    const uint8_t *inputs = (m.input == INPUT_FP8_ROW ? p.quantized : p.parts) + (int64_t)begin * form::INPUTS;
+    auto weights = [&](int stage, int tile, int unit) {
+        uint32_t to = ring.at + stage * p.stage_bytes + p.weights_at;
+        if constexpr (FORMAT == WEIGHT_NVFP4) {
+            int tiles = tiles_of(m.rows) - 2 * tile;
+            tiles = tiles < 2 * p.each ? tiles : 2 * p.each;
+            barrier_expect(&ring.full[stage], form::INPUTS + tiles * FP4_UNIT_BYTES);
+            const uint8_t *from = tile_at(m, 0, 2 * tile) + (int64_t)(begin + unit) * FP4_UNIT_BYTES;
+            for (int t = 0; t < tiles; t++, from += tile_bytes(m))
+                copy_bulk(to + t * FP4_UNIT_BYTES, from, FP4_UNIT_BYTES, &ring.full[stage]);
+        } else {
+            barrier_expect(&ring.full[stage], form::INPUTS + p.each * 16 * UNIT_BYTES);
+            copy_box(to, map, (begin + unit) * (UNIT_BYTES / 2), tile * 16, &ring.full[stage]);
+        }
+    };
+    auto input = [&](int stage, int unit) {
+        copy_bulk(ring.at + stage * p.stage_bytes, inputs + (int64_t)unit * form::INPUTS, form::INPUTS, &ring.full[stage]);
+    };
+    int first = all < p.stages ? all : p.stages, unit = 0, tile = tile0;
+    auto next = [&] {
+        if (++unit == units) unit = 0, tile += p.each;
+    };
+    for (int s = 0; s < first; s++, next()) weights(s, tile, unit);
+    wait_for_previous();
+    for (int s = 0; s < first; s++) input(s, s % units);
+    ring_place place = { 0, 0 };
+#pragma unroll 1
+    for (int i = first; i < all; i++, next()) {
+        barrier_wait(&ring.empty[place.slot], place.phase);
+        weights(place.slot, tile, unit);
+        input(place.slot, unit);
+        place.advance(p.stages);
+    }
+}
+
+/* The sixteen weight rows of worker `warp`. */
+template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT> &w, const uint8_t *weights, int warp)
+{
+    int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if constexpr (FORMAT == WEIGHT_NVFP4) {
+            const uint8_t *tile = weights + (warp * 2 + h) * FP4_UNIT_BYTES;
+            w.w[h][0] = *(const uint4 *)(tile + lane * 16);
+            w.w[h][1] = *(const uint4 *)(tile + 512 + lane * 16);
+            w.scale[h] = *(const uint2 *)(tile + 1024 + lane / 2 * 8);
+        } else {
+            int r = batch_row(lane / 4);
+            const uint8_t *row = weights + (warp * 16 + h * 8 + r) * UNIT_BYTES;
+#pragma unroll
+            for (int i = 0; i < 2; i++) w.w[h][i] = *(const uint4 *)(row + ((lane % 4 + 4 * i) ^ r) * 16);
+        }
+    }
+}
+
+/* Sixteen weight rows of each warp past this block's columns. Sums of shares, [share][row][weight row], if the columns are divided
+ * over a cluster, else of all: shares are added one after the other. */
+template <int FORMAT, int G>
+__device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring &ring, ring_place &place, const uint8_t *shared,
+                                           float *sums, const batch_shares &shares, int units)
+{
+    using form = batch_form<FORMAT, G>;
+    constexpr int P = form::PARTS_IN, PANELS = form::PANELS;
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, tile = warp < p.each ? warp : p.each - 1;
+    accumulators<form::N, BATCH_EXACT<G>> acc;
+    float total[G][4];
     acc.clear();
 #pragma unroll
     for (int r = 0; r < G; r++)
 #pragma unroll
         for (int i = 0; i < 4; i++) total[r][i] = 0;
-    float *to = sums + lane % 4 * 2 * SUM_ROW + warp * 16 + lane / 4;
-#pragma unroll 1
-    for (int u = range.begin, left = range.share; u < range.end; u++) {
-        words16<FORMAT> w;
-        flow.take(w);
-        batch_panels<FORMAT, G, 0>(acc, w, flow);
-        if (--left > 0 && u + 1 < range.end) continue;
-        left = range.share;
+    int row = FORMAT == WEIGHT_NVFP4 ? lane / 4 : batch_row(lane / 4);
+    float *to = sums + lane % 4 * 2 * SUM_ROW + warp * 16 + row;
+    auto leave_sums = [&] {
 #pragma unroll
         for (int r = 0; r < G; r++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float s = acc.sum(r * P, i);
-                if constexpr (P > 1) s = s + acc.sum(r * P + 1, i) + acc.sum(r * P + 2, i);
-                if (meet)
-                    to[(r * 8 + i % 2) * SUM_ROW + i / 2 * 8] = s;
-                else
-                    total[r][i] += s;
-            }
+            for (int i = 0; i < 4; i++) to[(r * 8 + i % 2) * SUM_ROW + i / 2 * 8] = total[r][i];
         to += 8 * G * SUM_ROW;
-        acc.clear();
-    }
-}
-
-/* The output at weight row r of matrix k and input row `row`, from the sum of all shares. */
-__device__ __forceinline__ void batch_store(const batch_args &p, int k, int r, int row, float sum)
-{
-    const cuda_matrix &m = p.m[k];
-    float unit = unit_of(m, 0, r, m.global), y;
-    if (m.input == INPUT_FP8_ROW) sum *= __ldcg(p.input_scale + row);
-    if (p.down) {
-        const float *from = p.down + (int64_t)row * p.k * m.rows + r;
-        float open = sigmoid(__ldcg(p.gate.data + row * p.gate.stride)) * unit;
-        y = 0;
-#pragma unroll 8
-        for (int j = 0; j < p.k; j++) y = fmaf(__ldcg(p.factor + row * p.k + j), __ldcg(from + (int64_t)j * m.rows), y);
-        y = fmaf(open, sum, y);
-    } else {
-        y = sum * unit;
-    }
-    p.out[k].data[row * p.out[k].stride + r] = y;
-    if (p.add.data && k == 0) {
-        float *add = p.add.data + row * p.add.stride + r;
-        *add = __ldcg(add) + y;
-    }
-}
-
-/* All blocks of the cluster have left their sums; each adds up an equal part of the outputs. */
-__device__ __forceinline__ void batch_meeting(const batch_args &p, const float *sums, int k, int tile0, int groups)
-{
-    const cuda_matrix &m = p.m[k];
-    int units = units_of(m.format, m.cols), share = (units + p.crew - 1) / p.crew, shares = (units + share - 1) / share;
-    int each = (p.crew + p.splits - 1) / p.splits, rank = blockIdx.x % p.splits, width = p.each * 16, n = p.rows * width;
-    if (p.splits > 1)
-        cluster_meet();
-    else
-        __syncthreads();
-    for (int i = rank * BATCH_BLOCK + threadIdx.x; i < n; i += p.splits * BATCH_BLOCK) {
-        int row = i / width, c = i - row * width, r = tile0 * 16 + c;
-        const float *from = sums + row * SUM_ROW + c;
-        float sum = 0;
-        if (r >= m.rows) continue;
-        if (p.splits > 1) {
-#pragma unroll 8
-            for (int s = 0; s < shares; s++) sum += load_of(from + s % each * (8 * groups * SUM_ROW), s / each);
+    };
+    words16<FORMAT> w;
+    uint32_t even[4][4], odd[4][4];
+    int left = shares.share, u = 0;
+    barrier_wait(&ring.full[place.slot], place.phase);
+    batch_load(w, shared + place.slot * p.stage_bytes + p.weights_at, tile);
+    w.template decode<0>(even);
+    /* Panel Q of a unit, and meanwhile the weights of the next one. */
+    auto panel = [&](auto number, uint32_t (&f)[4][4], uint32_t (&next)[4][4]) {
+        constexpr int Q = decltype(number)::value;
+        acc.begin(f, ring.at + place.slot * p.stage_bytes + Q * form::PANEL_IN);
+        int slot = place.slot;
+        if constexpr (Q + 1 < PANELS) {
+            w.template decode<Q + 1>(next);
         } else {
-            for (int s = 0; s < shares; s++) sum += from[s * (8 * groups * SUM_ROW)];
-        }
-        batch_store(p, k, r, row, sum);
-    }
-    if (p.splits > 1)
-        cluster_meet();
-    else
-        __syncthreads();
-}
-#endif
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <int FORMAT, int G, int DEPTH>
-__device__ __forceinline__ void batch_item(const batch_args &p, uint8_t *shared, uint64_t *barriers, int k, int tile0)
-{
-    constexpr int SLOTS_IN = batch_size<G>::SLOTS_IN, PANELS = batch_form<FORMAT, G>::PANELS;
-    using flow_of = batch_flow<FORMAT, SLOTS_IN, DEPTH>;
-    const cuda_matrix &m = p.m[k];
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, workers = p.each > TEAM_WARPS ? WORKERS : TEAM_WARPS;
-    uint8_t *ring = shared + SLOTS_IN * p.slot_bytes;
-    float *sums = (float *)(ring + WORKERS * DEPTH * p.unit_bytes);
-    batch_range range(p, m);
-    flow_of flow;
-    int tile = 2 * (tile0 + warp);
-    flow.weights = ring + warp * DEPTH * p.unit_bytes;
-    flow.tile = warp < p.each ? tile16(m, 0, tile, range.begin) : tile16();
-    flow.tiles_left = tiles_of(m.rows) - tile;
-    flow.left = flow.units = range.end - range.begin;
-    flow.rounds = p.rounds - 1;
-    flow.step = 2 * p.each;
-    flow.skip = (int64_t)flow.step * tile_bytes(m) - flow.units * flow_of::FROM;
-    flow.slot = 0;
-#pragma unroll 1
-    for (int i = 0; i < DEPTH; i++) flow.ask(i);
-    int bytes = batch_form<FORMAT, G>::PARTS_IN * G * PANEL_BYTES, panels = flow.units * PANELS;
-    const uint8_t *from = m.input == INPUT_FP8_ROW ? p.quantized : p.parts;
-    flow.input = { 0, 0 };
-    flow.inputs = { shared_at(shared), barriers, barriers + SLOTS_IN, { 0, 1 }, from + (int64_t)range.begin * PANELS * bytes,
-                    bytes, p.slot_bytes, panels, 0, panels * p.rounds };
-    wait_for_previous();
-    if (threadIdx.x == 0)
-#pragma unroll 1
-        for (int i = 0; i < SLOTS_IN - 2; i++) flow.inputs.ask(); /* the last two are still read when one more is asked for */
-    __syncwarp();
-#pragma unroll 1
-    for (int round = 0; round < p.rounds; round++, tile0 += p.each) {
-        float total[G][4];
-        if (warp < workers) batch_tile<FORMAT, G>(total, sums, p.meet, flow, range);
-        if (p.meet) {
-            batch_meeting(p, sums, k, tile0, G);
-            continue;
-        }
-        if (warp >= p.each) continue;
-#pragma unroll
-        for (int a = 0; a < G; a++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int row = a * 8 + lane % 4 * 2 + i % 2, r = (tile0 + warp) * 16 + lane / 4 + i / 2 * 8;
-                if (row < p.rows && r < m.rows) batch_store(p, k, r, row, total[a][i]);
+            place.advance(p.stages);
+            if (u + 1 < units) {
+                barrier_wait(&ring.full[place.slot], place.phase);
+                batch_load(w, shared + place.slot * p.stage_bytes + p.weights_at, tile);
+                w.template decode<0>(next);
             }
+        }
+        acc.end(f);
+        if constexpr (Q + 1 == PANELS) {
+            if (lane == 0) barrier_arrive(&ring.empty[slot]);
+            u++;
+            if (--left > 0 && u < units) return;
+            left = shares.share;
+#pragma unroll
+            for (int r = 0; r < G; r++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float s = acc.sum(r * P, i);
+                    if constexpr (P > 1) s = s + acc.sum(r * P + 1, i) + acc.sum(r * P + 2, i);
+                    total[r][i] = p.splits > 1 ? s : total[r][i] + s;
+                }
+            acc.clear();
+            if (p.splits > 1) leave_sums();
+        }
+    };
+#pragma unroll 1
+    while (u < units) {
+        panel(std::integral_constant<int, 0>(), even, odd);
+        if constexpr (PANELS == 1) {
+            if (u < units) panel(std::integral_constant<int, 0>(), odd, even);
+        } else {
+            panel(std::integral_constant<int, 1>(), odd, even);
+            if constexpr (PANELS == 4) {
+                panel(std::integral_constant<int, 2>(), even, odd);
+                panel(std::integral_constant<int, 3>(), odd, even);
+            }
+        }
     }
-    copy_wait<0>();
+    if (p.splits == 1) leave_sums();
+}
+
+/* The blocks of the cluster, or the warps that work, have left their sums; each warp adds up rows of the item. */
+template <int G>
+__device__ __forceinline__ void batch_store(const batch_args &p, const float *sums, const batch_shares &shares, int k, int tile0)
+{
+    const cuda_matrix &m = p.m[k];
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits;
+    int width = m.rows - tile0 * 16 < p.each * 16 ? m.rows - tile0 * 16 : p.each * 16, step = WORKERS * p.splits;
+    float unit[SUM_COLUMNS];
+#pragma unroll
+    for (int j = 0; j < SUM_COLUMNS; j++)
+        unit[j] = lane + j * LANES < width ? unit_of(m, 0, tile0 * 16 + lane + j * LANES, m.global) : 0;
+#pragma unroll 1
+    for (int row = warp * p.splits + rank; row < p.rows; row += step) {
+        float sum[SUM_COLUMNS] = {}, old[SUM_COLUMNS] = {}, picked[SUM_COLUMNS] = {};
+        int64_t r = tile0 * 16 + lane;
+        const float *add = p.add.data && k == 0 ? p.add.data + row * p.add.stride + r : nullptr;
+        float scale = m.input == INPUT_FP8_ROW ? __ldcg(p.input_scale + row) : 1, open = 1;
+#pragma unroll
+        for (int j = 0; j < SUM_COLUMNS; j++)
+            if (add && lane + j * LANES < width) old[j] = __ldcg(add + j * LANES);
+        if (p.down) {
+            const float *down = p.down + (int64_t)row * p.k * m.rows + r;
+            open = sigmoid(__ldcg(p.gate.data + row * p.gate.stride));
+#pragma unroll 8
+            for (int i = 0; i < p.k; i++, down += m.rows) {
+                float factor = __ldcg(p.factor + row * p.k + i);
+#pragma unroll
+                for (int j = 0; j < SUM_COLUMNS; j++)
+                    if (lane + j * LANES < width) picked[j] = fmaf(factor, __ldcg(down + j * LANES), picked[j]);
+            }
+        }
+        const float *from = sums + row * SUM_ROW + lane;
+        if (p.splits == 1) {
+#pragma unroll
+            for (int j = 0; j < SUM_COLUMNS; j++) sum[j] = from[j * LANES];
+        } else {
+#pragma unroll 8
+            for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
+#pragma unroll
+                for (int j = 0; j < SUM_COLUMNS; j++) sum[j] += load_of(from + at * (8 * G * SUM_ROW) + j * LANES, block);
+                if (++at == shares.each) at = 0, block++;
+            }
+        }
+        float *to = p.out[k].data + row * p.out[k].stride + r;
+#pragma unroll
+        for (int j = 0; j < SUM_COLUMNS; j++) {
+            if (lane + j * LANES >= width) continue;
+            float s = m.input == INPUT_FP8_ROW ? sum[j] * scale : sum[j];
+            float y = p.down ? fmaf(open * unit[j], s, picked[j]) : s * unit[j];
+            to[j * LANES] = y;
+            if (add) p.add.data[row * p.add.stride + r + j * LANES] = old[j] + y;
+        }
+    }
+}
+
+template <int FORMAT, int G>
+__device__ __forceinline__ void batch_item(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, const uint8_t *shared,
+                                           int k, int tile0)
+{
+    int warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits, workers = workers_of(p);
+    float *sums = (float *)(shared + p.stages * p.stage_bytes);
+    batch_shares shares(p, p.m[k]);
+    int units = shares.begin(rank + 1) - shares.begin(rank), rounds = batch_rounds(p, p.m[k], tile0);
+    if (warp >= WORKERS) {
+        if constexpr (BATCH_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
+        if (threadIdx.x == WORKERS * LANES) batch_ask<FORMAT, G>(p, map, ring, k, tile0);
+        __syncwarp();
+        if (p.splits == 1) return;
+        cluster_meet();
+        cluster_meet();
+    } else {
+        ring_place place = { 0, 0 };
+        if constexpr (BATCH_GROUP<G>) more_registers<WORKER_REGISTERS>();
+        wait_for_previous();
+#pragma unroll 1
+        for (int round = 0; round < rounds; round++, tile0 += p.each) {
+            if (warp < workers && units > 0) batch_work<FORMAT, G>(p, ring, place, shared, sums, shares, units);
+            if (p.splits > 1) break;
+            meet(1, WORKERS * LANES);
+            batch_store<G>(p, sums, shares, k, tile0);
+            meet(1, WORKERS * LANES);
+        }
+        if (p.splits == 1) return;
+        cluster_meet();
+        batch_store<G>(p, sums, shares, k, tile0);
+        cluster_meet(); /* till all have read */
+    }
 }
 #endif
 
-/* Shared memory: ring of inputs, rings of weights DEPTH units deep, sums that meet. Grid: items times splits. */
-template <int G, int DEPTH> __global__ void __launch_bounds__(BATCH_BLOCK, 1) batch_products(const __grid_constant__ batch_args p)
+/* Shared memory: ring, sums. Grid: items times splits. */
+template <int G>
+__global__ void __launch_bounds__(BATCH_BLOCK<G>, 1)
+    batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
-    constexpr int SLOTS_IN = batch_size<G>::SLOTS_IN;
-    __shared__ uint64_t barriers[2 * SLOTS_IN];
+    __shared__ uint64_t barriers[2 * STAGES_MOST];
     int item = blockIdx.x / p.splits, k = batch_matrix(p, item), tile0 = (item - p.first[k]) * p.each * p.rounds;
+    batch_ring ring = { shared_at(shared), barriers, barriers + STAGES_MOST };
     let_next_start();
-    if (threadIdx.x == 0) {
-        int workers = p.each > TEAM_WARPS ? WORKERS : TEAM_WARPS;
-        for (int i = 0; i < SLOTS_IN; i++) barrier_init(&barriers[i], 1), barrier_init(&barriers[SLOTS_IN + i], workers);
+    if (threadIdx.x == WORKERS * LANES) {
+        for (int i = 0; i < p.stages; i++) {
+            barrier_init(&ring.full[i], 1);
+            barrier_init(&ring.empty[i], workers_of(p));
+        }
         barriers_ready();
     }
     __syncthreads();
     if (p.m[k].format == WEIGHT_BF16)
-        batch_item<WEIGHT_BF16, G, DEPTH>(p, shared, barriers, k, tile0);
+        batch_item<WEIGHT_BF16, G>(p, maps.m[k], ring, shared, k, tile0);
     else if (p.m[k].format == WEIGHT_FP8)
-        batch_item<WEIGHT_FP8, G, DEPTH>(p, shared, barriers, k, tile0);
+        batch_item<WEIGHT_FP8, G>(p, maps.m[k], ring, shared, k, tile0);
     else
-        batch_item<WEIGHT_NVFP4, G, DEPTH>(p, shared, barriers, k, tile0);
+        batch_item<WEIGHT_NVFP4, G>(p, maps.m[k], ring, shared, k, tile0);
 #endif
 }
 
@@ -325,7 +380,7 @@ __global__ void __launch_bounds__(BLOCK) prepare_inputs(const __grid_constant__ 
 bool takes(const struct queue *q, const cuda_matrix *m, int n, int64_t rows)
 {
     int64_t cols = m[0].cols;
-    if (!q->has_wide || rows <= ROWS_FEW || rows > q->batch.rows || cols > q->batch.cols) return false;
+    if (!q->has_wide || !q->map_maker || rows <= ROWS_FEW || rows > q->batch.rows || cols > q->batch.cols) return false;
     if (rows > ROWS_EXACT && !q->rounded) return false;
     for (int i = 0; i < n; i++) {
         bool quantized = m[i].input == INPUT_FP8_ROW;
@@ -355,11 +410,11 @@ int items_of(const batch_args &a, int m)
 /* Tiles an item, blocks a cluster: no more items than multiprocessors. */
 void divide(const struct queue *q, batch_args &a)
 {
-    a.meet = is_few(q, a.m, a.n);
-    a.splits = a.meet ? 8 : 1;
+    bool few = is_few(q, a.m, a.n);
+    a.splits = few ? 8 : 1;
     a.rounds = 1;
-    a.each = a.meet ? WORKERS : 1;
-    for (int items; !a.meet; a.each++) {
+    a.each = few ? WORKERS : 1;
+    for (int items; !few; a.each++) {
         if (a.each > WORKERS) a.each = WORKERS, a.rounds++;
         items = 0;
         for (int i = 0; i < a.n; i++) items += items_of(a, i);
@@ -367,45 +422,55 @@ void divide(const struct queue *q, batch_args &a)
     }
 }
 
-/* Shared memory; sets what of it depends on the matrices. */
-template <int G, int DEPTH> size_t batch_shared(batch_args &a)
+/* The ring; returns bytes of shared memory, 0: too many. */
+template <int G> size_t batch_shared(const struct queue *q, batch_args &a)
 {
-    int shares = 0, most = (a.crew + a.splits - 1) / a.splits;
-    bool parts = false;
-    a.unit_bytes = 2 * 1024;
+    int inputs = 0, weights = 0, units = 0, each = 1;
     for (int i = 0; i < a.n; i++) {
-        int units = units_of(a.m[i].format, a.m[i].cols), share = (units + a.crew - 1) / a.crew, n = (units + share - 1) / share;
-        if (n > most) n = most;
-        if (n > shares) shares = n;
-        parts = parts || (a.m[i].input != INPUT_FP8_ROW && batch_size<G>::EXACT);
-        if (a.m[i].format == WEIGHT_NVFP4) a.unit_bytes = UNIT16;
+        bool fp8 = a.m[i].format == WEIGHT_FP8, fp4 = a.m[i].format == WEIGHT_NVFP4;
+        int in = unit_cols(a.m[i].format) / PANEL * G * (fp8 || !BATCH_EXACT<G> ? 1 : PARTS) * PANEL_BYTES;
+        int of_tile = fp4 ? 2 * FP4_UNIT_BYTES : 16 * UNIT_BYTES;
+        batch_shares s(a, a.m[i]);
+        if (in > inputs) inputs = in;
+        if (a.each * of_tile > weights) weights = a.each * of_tile;
+        if (s.begin(1) * a.rounds > units) units = s.begin(1) * a.rounds;
+        if (a.splits > 1 && s.each > each) each = s.each;
     }
-    a.most_parts = parts ? PARTS : 1;
-    a.slot_bytes = a.most_parts * G * PANEL_BYTES;
-    return batch_size<G>::SLOTS_IN * a.slot_bytes + WORKERS * DEPTH * a.unit_bytes +
-           (a.meet ? (size_t)shares * 8 * G * SUM_ROW * sizeof(float) : 0);
-}
-
-template <int G, int DEPTH> bool start(struct queue *q, const char *operation, batch_args &a, bool ask)
-{
-    for (int i = 0; i < a.n; i++) a.first[i + 1] = a.first[i] + items_of(a, i);
-    size_t bytes = batch_shared<G, DEPTH>(a);
-    if (bytes + 2048 > (size_t)q->shared_max) return false;
-    if (!ask)
-        launch_clusters<BATCH_BLOCK>(q, operation, batch_products<G, DEPTH>, (unsigned)(a.first[a.n] * a.splits),
-                                     (unsigned)a.splits, bytes, a);
-    return true;
+    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = (size_t)q->shared_max - 1024;
+    if (sums > most) return 0;
+    a.weights_at = inputs;
+    a.stage_bytes = (inputs + weights + PANEL_BYTES - 1) / PANEL_BYTES * PANEL_BYTES;
+    a.stages = (int)((most - sums) / a.stage_bytes);
+    if (a.stages > STAGES_MOST) a.stages = STAGES_MOST;
+    if (a.stages > units) a.stages = units;
+    return a.stages < 2 && units > 1 ? 0 : (size_t)a.stages * a.stage_bytes + sums;
 }
 
 /* ask: only say whether there is room. */
+template <int G> bool start(struct queue *q, const char *operation, batch_args &a, bool ask)
+{
+    batch_maps maps = {};
+    for (int i = 0; i < a.n; i++) a.first[i + 1] = a.first[i] + items_of(a, i);
+    size_t bytes = batch_shared<G>(q, a);
+    for (int i = 0; i < a.n && bytes > 0; i++) {
+        const cuda_matrix &m = a.m[i];
+        int64_t pairs = row_bytes_of(m) / 2; /* of bytes */
+        if (m.format != WEIGHT_NVFP4 && !tensor_map(q->map_maker, &maps.m[i], m.data, m.rows, pairs, pairs, a.each * 16)) bytes = 0;
+    }
+    if (bytes > 0 && !ask)
+        launch_clusters<BATCH_BLOCK<G>>(q, operation, batch_products<G>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes,
+                                     a, maps);
+    return bytes > 0;
+}
+
 bool run(struct queue *q, const char *operation, batch_args &a, bool ask)
 {
     switch (groups_of(a.rows)) {
-    case 1: return start<1, 8>(q, operation, a, ask);
-    case 2: return start<2, 8>(q, operation, a, ask);
-    case 4: return a.meet ? start<4, 4>(q, operation, a, ask) : start<4, 6>(q, operation, a, ask);
-    case 8: return a.meet ? start<8, 4>(q, operation, a, ask) : start<8, 6>(q, operation, a, ask);
-    default: return start<16, 4>(q, operation, a, ask);
+    case 1: return start<1>(q, operation, a, ask);
+    case 2: return start<2>(q, operation, a, ask);
+    case 4: return start<4>(q, operation, a, ask);
+    case 8: return start<8>(q, operation, a, ask);
+    default: return start<16>(q, operation, a, ask);
     }
 }
 
@@ -524,7 +589,8 @@ bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)
     a.out[0] = r->y;
     a.add = r->x;
     a.rows = (int)r->h.rows;
-    a.crew = a.rows > ROWS_EXACT ? 1 : CREW / 2;
+    a.splits = a.each = 4;
+    a.crew = a.rows > ROWS_EXACT ? a.splits : CREW / 2;
     a.parts = (const uint8_t *)b.shared_parts;
     a.quantized = (const uint8_t *)b.shared_quantized;
     a.input_scale = b.shared_scale;
@@ -532,7 +598,6 @@ bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)
     a.factor = b.factor;
     a.gate = r->shared_gate;
     a.k = r->picks->k;
-    a.splits = a.each = a.rounds = 1;
-    a.meet = true;
+    a.rounds = 1;
     return (!ask || takes(q, a.m, 1, a.rows)) && run(q, "experts", a, ask);
 }

@@ -190,9 +190,8 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel, and waits: until then the compiler must not use f's registers for anything else, which it does where
-     * there is code in between. */
-    __device__ __forceinline__ void add(const uint32_t (&f)[4][4], uint32_t panel)
+    /* Adds a panel; done, and f free again, once `end` returns. */
+    __device__ __forceinline__ void begin(const uint32_t (&f)[4][4], uint32_t panel)
     {
         uint64_t x = wide_matrix(panel);
         wide_hold(a);
@@ -205,9 +204,18 @@ template <int N, bool TWO> struct accumulators {
             else
                 wide_mma<N>(a, f[k], x + k * WIDE_STEP);
         wide_commit();
+    }
+    __device__ __forceinline__ void end(uint32_t (&f)[4][4])
+    {
         wide_wait<0>();
+        wide_keep(f);
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
+    }
+    __device__ __forceinline__ void add(uint32_t (&f)[4][4], uint32_t panel)
+    {
+        begin(f, panel);
+        end(f);
     }
     __device__ __forceinline__ float sum(int n, int i) const
     {

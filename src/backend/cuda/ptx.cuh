@@ -58,6 +58,12 @@ __device__ __forceinline__ void meet_128(int id)
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
+/* So many threads, whole warps, meet at barrier `id`. */
+__device__ __forceinline__ void meet(int id, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /* 2^x; what is tiny is 0. */
 __device__ __forceinline__ float power_of_two(float x)
 {
