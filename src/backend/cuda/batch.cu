@@ -11,9 +11,9 @@
 namespace {
 
 constexpr int WORKERS = 8;
-constexpr int SUM_ROW = 16 * WORKERS + 4;         /* floats of a row of sums */
-constexpr int SUM_COLUMNS = 16 * WORKERS / LANES; /* of a lane */
+constexpr int SUM_ROW = 16 * WORKERS + 4; /* floats of a row of sums */
 constexpr int STAGES_MOST = 16;
+constexpr size_t SHARED_HALF = 110 * 1024; /* the next kernel's block has room beside */
 
 struct batch_args {
     cuda_matrix m[NORM_PRODUCTS_MAX];
@@ -22,6 +22,7 @@ struct batch_args {
     int n, each, rounds;              /* matrices; tiles of sixteen rows side by side, and how often, an item */
     int rows, crew, splits;           /* shares of the columns; blocks of a cluster, which divide the shares */
     int stages, stage_bytes, weights_at; /* of the ring; of a stage, whose inputs come first */
+    unsigned inverse;                    /* 2^32 / outputs of a row of an item */
     const uint8_t *parts, *quantized;
     const float *input_scale;
     /* sums of picks, to which the product is added behind its gate; down NULL: none */
@@ -39,7 +40,7 @@ struct batch_maps {
 template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
 
 /* With many sums workers take registers of a group of warps that has nothing to do but for one. */
-template <int G> constexpr bool BATCH_GROUP = G > 2;
+template <int G> constexpr bool BATCH_GROUP = G > 1;
 template <int G> constexpr int BATCH_BLOCK = (WORKERS + (BATCH_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
 constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
@@ -200,7 +201,7 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
     /* Panel Q of a unit, and meanwhile the weights of the next one. */
     auto panel = [&](auto number, uint32_t (&f)[4][4], uint32_t (&next)[4][4]) {
         constexpr int Q = decltype(number)::value;
-        acc.begin(f, ring.at + place.slot * p.stage_bytes + Q * form::PANEL_IN);
+        acc.begin(f, ring.at + place.slot * p.stage_bytes + Q * form::PANEL_IN, Q > 0 || left < shares.share);
         int slot = place.slot;
         if constexpr (Q + 1 < PANELS) {
             w.template decode<Q + 1>(next);
@@ -226,7 +227,6 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
                     if constexpr (P > 1) s = s + acc.sum(r * P + 1, i) + acc.sum(r * P + 2, i);
                     total[r][i] = p.splits > 1 ? s : total[r][i] + s;
                 }
-            acc.clear();
             if (p.splits > 1) leave_sums();
         }
     };
@@ -246,57 +246,58 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
     if (p.splits == 1) leave_sums();
 }
 
-/* The blocks of the cluster, or the warps that work, have left their sums; each warp adds up rows of the item. */
+/* The blocks of the cluster, or the warps that work, have left their sums: outputs of the item, in turn by all warps. */
 template <int G>
 __device__ __forceinline__ void batch_store(const batch_args &p, const float *sums, const batch_shares &shares, int k, int tile0)
 {
+    constexpr int EACH = 4; /* outputs of a lane at once */
     const cuda_matrix &m = p.m[k];
+    const mat &out = p.out[k];
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits;
-    int width = m.rows - tile0 * 16 < p.each * 16 ? m.rows - tile0 * 16 : p.each * 16, step = WORKERS * p.splits;
-    float unit[SUM_COLUMNS];
-#pragma unroll
-    for (int j = 0; j < SUM_COLUMNS; j++)
-        unit[j] = lane + j * LANES < width ? unit_of(m, 0, tile0 * 16 + lane + j * LANES, m.global) : 0;
+    int width = p.each * 16, n = p.rows * width;
+    bool adds = p.add.data && k == 0, scaled = m.input == INPUT_FP8_ROW;
 #pragma unroll 1
-    for (int row = warp * p.splits + rank; row < p.rows; row += step) {
-        float sum[SUM_COLUMNS] = {}, old[SUM_COLUMNS] = {}, picked[SUM_COLUMNS] = {};
-        int64_t r = tile0 * 16 + lane;
-        const float *add = p.add.data && k == 0 ? p.add.data + row * p.add.stride + r : nullptr;
-        float scale = m.input == INPUT_FP8_ROW ? __ldcg(p.input_scale + row) : 1, open = 1;
+    for (int first = (warp * p.splits + rank) * EACH * LANES; first < n; first += WORKERS * p.splits * EACH * LANES) {
+        int row[EACH], r[EACH];
+        const float *from[EACH];
+        bool in[EACH];
+        float sum[EACH], old[EACH], picked[EACH], unit[EACH], scale[EACH];
 #pragma unroll
-        for (int j = 0; j < SUM_COLUMNS; j++)
-            if (add && lane + j * LANES < width) old[j] = __ldcg(add + j * LANES);
+        for (int j = 0; j < EACH; j++) {
+            int i = first + lane + j * LANES;
+            row[j] = (int)((uint64_t)i * p.inverse >> 32);
+            r[j] = tile0 * 16 + i - row[j] * width;
+            from[j] = sums + row[j] * SUM_ROW + i - row[j] * width;
+            in[j] = i < n && r[j] < m.rows;
+            sum[j] = picked[j] = 0;
+            old[j] = adds && in[j] ? __ldcg(p.add.data + row[j] * p.add.stride + r[j]) : 0;
+            scale[j] = scaled && in[j] ? __ldcg(p.input_scale + row[j]) : 1;
+            unit[j] = in[j] ? unit_of(m, 0, r[j], m.global) : 0;
+            if (p.down) unit[j] *= in[j] ? sigmoid(__ldcg(p.gate.data + row[j] * p.gate.stride)) : 0;
+        }
         if (p.down) {
-            const float *down = p.down + (int64_t)row * p.k * m.rows + r;
-            open = sigmoid(__ldcg(p.gate.data + row * p.gate.stride));
 #pragma unroll 8
-            for (int i = 0; i < p.k; i++, down += m.rows) {
-                float factor = __ldcg(p.factor + row * p.k + i);
+            for (int i = 0; i < p.k; i++)
 #pragma unroll
-                for (int j = 0; j < SUM_COLUMNS; j++)
-                    if (lane + j * LANES < width) picked[j] = fmaf(factor, __ldcg(down + j * LANES), picked[j]);
-            }
+                for (int j = 0; j < EACH; j++) {
+                    int pick = row[j] * p.k + i;
+                    if (in[j]) picked[j] = fmaf(__ldcg(p.factor + pick), __ldcg(p.down + (int64_t)pick * m.rows + r[j]), picked[j]);
+                }
         }
-        const float *from = sums + row * SUM_ROW + lane;
-        if (p.splits == 1) {
-#pragma unroll
-            for (int j = 0; j < SUM_COLUMNS; j++) sum[j] = from[j * LANES];
-        } else {
 #pragma unroll 8
-            for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
+        for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
 #pragma unroll
-                for (int j = 0; j < SUM_COLUMNS; j++) sum[j] += load_of(from + at * (8 * G * SUM_ROW) + j * LANES, block);
-                if (++at == shares.each) at = 0, block++;
-            }
+            for (int j = 0; j < EACH; j++)
+                if (in[j]) sum[j] += p.splits > 1 ? load_of(from[j] + at * (8 * G * SUM_ROW), block) : *from[j];
+            if (p.splits == 1) break;
+            if (++at == shares.each) at = 0, block++;
         }
-        float *to = p.out[k].data + row * p.out[k].stride + r;
 #pragma unroll
-        for (int j = 0; j < SUM_COLUMNS; j++) {
-            if (lane + j * LANES >= width) continue;
-            float s = m.input == INPUT_FP8_ROW ? sum[j] * scale : sum[j];
-            float y = p.down ? fmaf(open * unit[j], s, picked[j]) : s * unit[j];
-            to[j * LANES] = y;
-            if (add) p.add.data[row * p.add.stride + r + j * LANES] = old[j] + y;
+        for (int j = 0; j < EACH; j++) {
+            if (!in[j]) continue;
+            float x = scaled ? sum[j] * scale[j] : sum[j], y = p.down ? fmaf(unit[j], x, picked[j]) : x * unit[j];
+            out.data[row[j] * out.stride + r[j]] = y;
+            if (adds) p.add.data[row[j] * p.add.stride + r[j]] = old[j] + y;
         }
     }
 }
@@ -338,7 +339,7 @@ __device__ __forceinline__ void batch_item(const batch_args &p, const CUtensorMa
 
 /* Shared memory: ring, sums. Grid: items times splits. */
 template <int G>
-__global__ void __launch_bounds__(BATCH_BLOCK<G>, 1)
+__global__ void __launch_bounds__(BATCH_BLOCK<G>, BATCH_GROUP<G> ? 1 : 2)
     batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -436,8 +437,9 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a)
         if (s.begin(1) * a.rounds > units) units = s.begin(1) * a.rounds;
         if (a.splits > 1 && s.each > each) each = s.each;
     }
-    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = (size_t)q->shared_max - 1024;
+    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = BATCH_GROUP<G> ? (size_t)q->shared_max - 1024 : SHARED_HALF;
     if (sums > most) return 0;
+    a.inverse = (unsigned)((1ull << 32) / (unsigned)(16 * a.each) + 1);
     a.weights_at = inputs;
     a.stage_bytes = (inputs + weights + PANEL_BYTES - 1) / PANEL_BYTES * PANEL_BYTES;
     a.stages = (int)((most - sums) / a.stage_bytes);
@@ -589,8 +591,7 @@ bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)
     a.out[0] = r->y;
     a.add = r->x;
     a.rows = (int)r->h.rows;
-    a.splits = a.each = 4;
-    a.crew = a.rows > ROWS_EXACT ? a.splits : CREW / 2;
+    a.crew = a.rows > ROWS_EXACT ? 1 : CREW / 2;
     a.parts = (const uint8_t *)b.shared_parts;
     a.quantized = (const uint8_t *)b.shared_quantized;
     a.input_scale = b.shared_scale;
@@ -598,6 +599,6 @@ bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)
     a.factor = b.factor;
     a.gate = r->shared_gate;
     a.k = r->picks->k;
-    a.rounds = 1;
+    a.splits = a.each = a.rounds = 1;
     return (!ask || takes(q, a.m, 1, a.rows)) && run(q, "experts", a, ask);
 }

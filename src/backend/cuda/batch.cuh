@@ -190,8 +190,8 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel; done, and f free again, once `end` returns. */
-    __device__ __forceinline__ void begin(const uint32_t (&f)[4][4], uint32_t panel)
+    /* Adds a panel, or where not `add` begins with it; done, and f free again, once `end` returns. */
+    __device__ __forceinline__ void begin(const uint32_t (&f)[4][4], uint32_t panel, bool add = true)
     {
         uint64_t x = wide_matrix(panel);
         wide_hold(a);
@@ -200,9 +200,9 @@ template <int N, bool TWO> struct accumulators {
 #pragma unroll
         for (int k = 0; k < 4; k++)
             if constexpr (TWO)
-                wide_mma<N>(k % 2 ? b : a, f[k], x + k * WIDE_STEP);
+                wide_mma<N>(k % 2 ? b : a, f[k], x + k * WIDE_STEP, k > 1 || add);
             else
-                wide_mma<N>(a, f[k], x + k * WIDE_STEP);
+                wide_mma<N>(a, f[k], x + k * WIDE_STEP, k > 0 || add);
         wide_commit();
     }
     __device__ __forceinline__ void end(uint32_t (&f)[4][4])

@@ -105,9 +105,9 @@ inline float load_of(const float *x, int rank) { return *(const float *)emulator
 
 /* ---- the wide instruction ---- */
 
-template <int N> inline void wide_mma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b)
+template <int N> inline void wide_mma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add = true)
 {
-    emulator::wide_operands o = { d[0], a, 0, b, N, false, true };
+    emulator::wide_operands o = { d[0], a, 0, b, N, false, add };
     emulator::group_meets(emulator::wide_mma, &o);
 }
 
