@@ -40,7 +40,7 @@ struct batch_maps {
 template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
 
 /* With many sums workers take registers of a group of warps that has nothing to do but for one. */
-template <int G> constexpr bool BATCH_GROUP = G > 1;
+template <int G> constexpr bool BATCH_GROUP = G > 2;
 template <int G> constexpr int BATCH_BLOCK = (WORKERS + (BATCH_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
 constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
@@ -95,6 +95,11 @@ struct batch_ring {
     uint64_t *full, *empty; /* [STAGES_MOST] */
 };
 
+/* A block's units of each round. */
+struct batch_run {
+    int begin, units, rounds;
+};
+
 /* Weight row of a group of eight that a warp's lanes 4 g.. have: rows that are read together are four apart, so that they lie in
  * different banks. */
 __device__ __forceinline__ int batch_row(int g)
@@ -105,38 +110,36 @@ __device__ __forceinline__ int batch_row(int g)
 /* Units of all rounds, one after the other, by one thread. Weights of the first stages are asked for before their inputs are
  * there. */
 template <int FORMAT, int G>
-__device__ __forceinline__ void batch_ask(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, int k, int tile0)
+__device__ __forceinline__ void batch_ask(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, const batch_run &run,
+                                          int k, int tile0)
 {
     using form = batch_form<FORMAT, G>;
     const cuda_matrix &m = p.m[k];
-    batch_shares shares(p, m);
-    int rank = blockIdx.x % p.splits, begin = shares.begin(rank), units = shares.begin(rank + 1) - begin;
-    int all = units * batch_rounds(p, m, tile0);
-    const uint8_t *inputs = (m.input == INPUT_FP8_ROW ? p.quantized : p.parts) + (int64_t)begin * form::INPUTS;
+    const uint8_t *inputs = (m.input == INPUT_FP8_ROW ? p.quantized : p.parts) + (int64_t)run.begin * form::INPUTS;
     auto weights = [&](int stage, int tile, int unit) {
         uint32_t to = ring.at + stage * p.stage_bytes + p.weights_at;
         if constexpr (FORMAT == WEIGHT_NVFP4) {
             int tiles = tiles_of(m.rows) - 2 * tile;
             tiles = tiles < 2 * p.each ? tiles : 2 * p.each;
             barrier_expect(&ring.full[stage], form::INPUTS + tiles * FP4_UNIT_BYTES);
-            const uint8_t *from = tile_at(m, 0, 2 * tile) + (int64_t)(begin + unit) * FP4_UNIT_BYTES;
+            const uint8_t *from = tile_at(m, 0, 2 * tile) + (int64_t)(run.begin + unit) * FP4_UNIT_BYTES;
             for (int t = 0; t < tiles; t++, from += tile_bytes(m))
                 copy_bulk(to + t * FP4_UNIT_BYTES, from, FP4_UNIT_BYTES, &ring.full[stage]);
         } else {
             barrier_expect(&ring.full[stage], form::INPUTS + p.each * 16 * UNIT_BYTES);
-            copy_box(to, map, (begin + unit) * (UNIT_BYTES / 2), tile * 16, &ring.full[stage]);
+            copy_box(to, map, (run.begin + unit) * (UNIT_BYTES / 2), tile * 16, &ring.full[stage]);
         }
     };
     auto input = [&](int stage, int unit) {
         copy_bulk(ring.at + stage * p.stage_bytes, inputs + (int64_t)unit * form::INPUTS, form::INPUTS, &ring.full[stage]);
     };
-    int first = all < p.stages ? all : p.stages, unit = 0, tile = tile0;
+    int all = run.units * run.rounds, first = all < p.stages ? all : p.stages, unit = 0, tile = tile0;
     auto next = [&] {
-        if (++unit == units) unit = 0, tile += p.each;
+        if (++unit == run.units) unit = 0, tile += p.each;
     };
     for (int s = 0; s < first; s++, next()) weights(s, tile, unit);
     wait_for_previous();
-    for (int s = 0; s < first; s++) input(s, s % units);
+    for (int s = 0; s < first; s++) input(s, s % run.units);
     ring_place place = { 0, 0 };
 #pragma unroll 1
     for (int i = first; i < all; i++, next()) {
@@ -171,7 +174,7 @@ template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT>
  * over a cluster, else of all: shares are added one after the other. */
 template <int FORMAT, int G>
 __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring &ring, ring_place &place, const uint8_t *shared,
-                                           float *sums, const batch_shares &shares, int units)
+                                           float *sums, int share, int units)
 {
     using form = batch_form<FORMAT, G>;
     constexpr int P = form::PARTS_IN, PANELS = form::PANELS;
@@ -194,14 +197,14 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
     };
     words16<FORMAT> w;
     uint32_t even[4][4], odd[4][4];
-    int left = shares.share, u = 0;
+    int left = share, u = 0;
     barrier_wait(&ring.full[place.slot], place.phase);
     batch_load(w, shared + place.slot * p.stage_bytes + p.weights_at, tile);
     w.template decode<0>(even);
     /* Panel Q of a unit, and meanwhile the weights of the next one. */
     auto panel = [&](auto number, uint32_t (&f)[4][4], uint32_t (&next)[4][4]) {
         constexpr int Q = decltype(number)::value;
-        acc.begin(f, ring.at + place.slot * p.stage_bytes + Q * form::PANEL_IN, Q > 0 || left < shares.share);
+        acc.begin(f, wide_matrix(ring.at + place.slot * p.stage_bytes) + Q * form::PANEL_IN / 16, Q > 0 || left < share);
         int slot = place.slot;
         if constexpr (Q + 1 < PANELS) {
             w.template decode<Q + 1>(next);
@@ -218,7 +221,7 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
             if (lane == 0) barrier_arrive(&ring.empty[slot]);
             u++;
             if (--left > 0 && u < units) return;
-            left = shares.share;
+            left = share;
 #pragma unroll
             for (int r = 0; r < G; r++)
 #pragma unroll
@@ -254,7 +257,7 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
     const cuda_matrix &m = p.m[k];
     const mat &out = p.out[k];
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits;
-    int width = p.each * 16, n = p.rows * width;
+    int width = p.each * 16, n = p.rows * width, end = shares.each * (8 * G * SUM_ROW);
     bool adds = p.add.data && k == 0, scaled = m.input == INPUT_FP8_ROW;
 #pragma unroll 1
     for (int first = (warp * p.splits + rank) * EACH * LANES; first < n; first += WORKERS * p.splits * EACH * LANES) {
@@ -267,8 +270,8 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
             int i = first + lane + j * LANES;
             row[j] = (int)((uint64_t)i * p.inverse >> 32);
             r[j] = tile0 * 16 + i - row[j] * width;
-            from[j] = sums + row[j] * SUM_ROW + i - row[j] * width;
             in[j] = i < n && r[j] < m.rows;
+            from[j] = sums + (in[j] ? row[j] * SUM_ROW + i - row[j] * width : 0);
             sum[j] = picked[j] = 0;
             old[j] = adds && in[j] ? __ldcg(p.add.data + row[j] * p.add.stride + r[j]) : 0;
             scale[j] = scaled && in[j] ? __ldcg(p.input_scale + row[j]) : 1;
@@ -276,7 +279,7 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
             if (p.down) unit[j] *= in[j] ? sigmoid(__ldcg(p.gate.data + row[j] * p.gate.stride)) : 0;
         }
         if (p.down) {
-#pragma unroll 8
+#pragma unroll(BATCH_GROUP<G> ? 8 : 1)
             for (int i = 0; i < p.k; i++)
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
@@ -284,13 +287,17 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
                     if (in[j]) picked[j] = fmaf(__ldcg(p.factor + pick), __ldcg(p.down + (int64_t)pick * m.rows + r[j]), picked[j]);
                 }
         }
-#pragma unroll 8
-        for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
+        if (p.splits == 1) {
 #pragma unroll
-            for (int j = 0; j < EACH; j++)
-                if (in[j]) sum[j] += p.splits > 1 ? load_of(from[j] + at * (8 * G * SUM_ROW), block) : *from[j];
-            if (p.splits == 1) break;
-            if (++at == shares.each) at = 0, block++;
+            for (int j = 0; j < EACH; j++) sum[j] = *from[j];
+        } else {
+#pragma unroll 8
+            for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
+#pragma unroll
+                for (int j = 0; j < EACH; j++) sum[j] += load_of(from[j] + at, block);
+                at += 8 * G * SUM_ROW;
+                if (at == end) at = 0, block++;
+            }
         }
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -302,51 +309,29 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
     }
 }
 
-template <int FORMAT, int G>
-__device__ __forceinline__ void batch_item(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, const uint8_t *shared,
-                                           int k, int tile0)
+/* The warps that work, or all of a cluster. */
+__device__ __forceinline__ void batch_meet(const batch_args &p)
 {
-    int warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits, workers = workers_of(p);
-    float *sums = (float *)(shared + p.stages * p.stage_bytes);
-    batch_shares shares(p, p.m[k]);
-    int units = shares.begin(rank + 1) - shares.begin(rank), rounds = batch_rounds(p, p.m[k], tile0);
-    if (warp >= WORKERS) {
-        if constexpr (BATCH_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
-        if (threadIdx.x == WORKERS * LANES) batch_ask<FORMAT, G>(p, map, ring, k, tile0);
-        __syncwarp();
-        if (p.splits == 1) return;
+    if (p.splits > 1)
         cluster_meet();
-        cluster_meet();
-    } else {
-        ring_place place = { 0, 0 };
-        if constexpr (BATCH_GROUP<G>) more_registers<WORKER_REGISTERS>();
-        wait_for_previous();
-#pragma unroll 1
-        for (int round = 0; round < rounds; round++, tile0 += p.each) {
-            if (warp < workers && units > 0) batch_work<FORMAT, G>(p, ring, place, shared, sums, shares, units);
-            if (p.splits > 1) break;
-            meet(1, WORKERS * LANES);
-            batch_store<G>(p, sums, shares, k, tile0);
-            meet(1, WORKERS * LANES);
-        }
-        if (p.splits == 1) return;
-        cluster_meet();
-        batch_store<G>(p, sums, shares, k, tile0);
-        cluster_meet(); /* till all have read */
-    }
+    else
+        meet(1, WORKERS * LANES);
 }
 #endif
 
 /* Shared memory: ring, sums. Grid: items times splits. */
 template <int G>
-__global__ void __launch_bounds__(BATCH_BLOCK<G>, BATCH_GROUP<G> ? 1 : 2)
+__global__ void __launch_bounds__(BATCH_BLOCK<G>, 1)
     batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * STAGES_MOST];
     int item = blockIdx.x / p.splits, k = batch_matrix(p, item), tile0 = (item - p.first[k]) * p.each * p.rounds;
+    int warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits, format = p.m[k].format;
     batch_ring ring = { shared_at(shared), barriers, barriers + STAGES_MOST };
+    batch_shares shares(p, p.m[k]);
+    batch_run run = { shares.begin(rank), shares.begin(rank + 1) - shares.begin(rank), batch_rounds(p, p.m[k], tile0) };
     let_next_start();
     if (threadIdx.x == WORKERS * LANES) {
         for (int i = 0; i < p.stages; i++) {
@@ -356,12 +341,41 @@ __global__ void __launch_bounds__(BATCH_BLOCK<G>, BATCH_GROUP<G> ? 1 : 2)
         barriers_ready();
     }
     __syncthreads();
-    if (p.m[k].format == WEIGHT_BF16)
-        batch_item<WEIGHT_BF16, G>(p, maps.m[k], ring, shared, k, tile0);
-    else if (p.m[k].format == WEIGHT_FP8)
-        batch_item<WEIGHT_FP8, G>(p, maps.m[k], ring, shared, k, tile0);
-    else
-        batch_item<WEIGHT_NVFP4, G>(p, maps.m[k], ring, shared, k, tile0);
+    if (warp >= WORKERS) {
+        if constexpr (BATCH_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
+        if (threadIdx.x == WORKERS * LANES) {
+            if (format == WEIGHT_BF16)
+                batch_ask<WEIGHT_BF16, G>(p, maps.m[k], ring, run, k, tile0);
+            else if (format == WEIGHT_FP8)
+                batch_ask<WEIGHT_FP8, G>(p, maps.m[k], ring, run, k, tile0);
+            else
+                batch_ask<WEIGHT_NVFP4, G>(p, maps.m[k], ring, run, k, tile0);
+        }
+        __syncwarp();
+        if (p.splits > 1) {
+            cluster_meet();
+            cluster_meet();
+        }
+    } else {
+        float *sums = (float *)(shared + p.stages * p.stage_bytes);
+        ring_place place = { 0, 0 };
+        if constexpr (BATCH_GROUP<G>) more_registers<WORKER_REGISTERS>();
+        wait_for_previous();
+#pragma unroll 1
+        for (int round = 0; round < run.rounds; round++, tile0 += p.each) {
+            if (warp >= workers_of(p) || run.units == 0)
+                ;
+            else if (format == WEIGHT_BF16)
+                batch_work<WEIGHT_BF16, G>(p, ring, place, shared, sums, shares.share, run.units);
+            else if (format == WEIGHT_FP8)
+                batch_work<WEIGHT_FP8, G>(p, ring, place, shared, sums, shares.share, run.units);
+            else
+                batch_work<WEIGHT_NVFP4, G>(p, ring, place, shared, sums, shares.share, run.units);
+            batch_meet(p);
+            batch_store<G>(p, sums, shares, k, tile0);
+            batch_meet(p); /* till all have read */
+        }
+    }
 #endif
 }
 

@@ -83,61 +83,10 @@ struct split_pair {
 
 /* ---- weights ---- */
 
-/* A unit of sixteen rows in a warp's ring: two tiles' 128 bytes a row, and of NVFP4 their scales. A lane reads what it
- * copied itself. */
-constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
-
-struct tile16 {
-    const uint8_t *at; /* this lane's, of the unit asked for next */
-    unsigned half;     /* bytes to the second tile */
-    int halves;        /* tiles that exist: 0, 1 or 2 */
-
-    /* Tiles `tile` and `tile` + 1 of the matrix `number` of those that follow m, from unit `first` on. */
-    __device__ __forceinline__ tile16(const cuda_matrix &m, int number, int tile, int first)
-    {
-        int lane = threadIdx.x % LANES, left = tiles_of(m.rows) - tile, row_bytes = row_bytes_of(m);
-        half = tile_bytes(m);
-        halves = left < 0 ? 0 : left < 2 ? left : 2;
-        at = tile_at(m, number, halves ? tile : 0) +
-             (m.format == WEIGHT_NVFP4 ? first * FP4_UNIT_BYTES + lane * 16
-                                       : lane / 4 * row_bytes + first * UNIT_BYTES + lane % 4 * 16);
-    }
-    __device__ __forceinline__ tile16() : at(nullptr), half(0), halves(0) {}
-};
-
-/* Asks for a unit; a group of copies, of nothing if none. */
-template <bool FP4> __device__ __forceinline__ void ask16(uint32_t to, tile16 &w, bool any)
-{
-    int lane = threadIdx.x % LANES;
-    to += lane * 16;
-    if (any && w.halves) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            bool in = h < w.halves;
-            const uint8_t *from = in && h ? w.at + w.half : w.at;
-            copy_async16(to + h * 1024, from, in);
-            copy_async16(to + h * 1024 + 512, from + (FP4 ? 512 : PIECE), in);
-            if (FP4 && in) copy_async8(to + 2048 + h * 8 * LANES - 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
-        }
-        w.at += FP4 ? FP4_UNIT_BYTES : UNIT_BYTES;
-    }
-    copy_commit();
-}
-
+/* A lane's words of a unit of sixteen rows: of rows g and g + 8 two of 16 bytes each, of NVFP4 and their scales. */
 template <int FORMAT> struct words16 {
     uint4 w[2][2];
     uint2 scale[2];
-
-    __device__ __forceinline__ void load(const uint8_t *slot)
-    {
-        int lane = threadIdx.x % LANES;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            w[h][0] = *(const uint4 *)(slot + h * 1024 + lane * 16);
-            w[h][1] = *(const uint4 *)(slot + h * 1024 + 512 + lane * 16);
-            if (FORMAT == WEIGHT_NVFP4) scale[h] = *(const uint2 *)(slot + 2048 + h * 8 * LANES + lane * 8);
-        }
-    }
 
     /* Panel Q of the unit: f[2 i], f[2 i + 1] for the first and the second accumulator. */
     template <int Q> __device__ __forceinline__ void decode(uint32_t (&f)[4][4]) const
@@ -190,10 +139,9 @@ template <int N, bool TWO> struct accumulators {
                 if constexpr (TWO) b[n][i] = 0;
             }
     }
-    /* Adds a panel, or where not `add` begins with it; done, and f free again, once `end` returns. */
-    __device__ __forceinline__ void begin(const uint32_t (&f)[4][4], uint32_t panel, bool add = true)
+    /* Adds a panel, given as wide_matrix, or where not `add` begins with it; done, and f free again, once `end` returns. */
+    __device__ __forceinline__ void begin(const uint32_t (&f)[4][4], uint64_t x, bool add = true)
     {
-        uint64_t x = wide_matrix(panel);
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
         wide_begin();
@@ -212,9 +160,9 @@ template <int N, bool TWO> struct accumulators {
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
     }
-    __device__ __forceinline__ void add(uint32_t (&f)[4][4], uint32_t panel)
+    __device__ __forceinline__ void add(uint32_t (&f)[4][4], uint64_t x)
     {
-        begin(f, panel);
+        begin(f, x);
         end(f);
     }
     __device__ __forceinline__ float sum(int n, int i) const

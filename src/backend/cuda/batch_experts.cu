@@ -14,6 +14,8 @@
 
 namespace {
 
+/* A unit of sixteen rows in a warp's ring: two tiles' words and their scales, for every lane. */
+constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
 constexpr int ENTRY = 20, CHUNK_PANEL = 2 * PANEL_BYTES, TEAMS = 4;
 constexpr int CHUNK_WORKERS = TEAMS * TEAM_WARPS, CHUNK_BLOCK = (CHUNK_WORKERS + 1) * LANES;
 [[maybe_unused]] constexpr int UP_ROWS = 32;
@@ -118,6 +120,46 @@ __global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ rou
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Sixteen weight rows of an expert, two tiles, as a lane copies and reads them. */
+struct tile16 {
+    const uint8_t *at; /* this lane's, of the unit asked for next */
+    unsigned half;     /* bytes to the second tile */
+
+    __device__ __forceinline__ tile16(const cuda_matrix &m, int expert, int tile)
+        : at(tile_at(m, expert, tile) + threadIdx.x % LANES * 16), half(tile_bytes(m))
+    {
+    }
+    __device__ __forceinline__ tile16() : at(nullptr), half(0) {}
+};
+
+/* Asks for a unit; a group of copies, of nothing if none. */
+__device__ __forceinline__ void ask16(uint32_t to, tile16 &w, bool any)
+{
+    int lane = threadIdx.x % LANES;
+    if (any) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint8_t *from = w.at + h * w.half;
+            copy_async16(to + h * 1024 + lane * 16, from, true);
+            copy_async16(to + h * 1024 + 512 + lane * 16, from + 512, true);
+            copy_async8(to + 2048 + h * 8 * LANES + 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
+        }
+        w.at += FP4_UNIT_BYTES;
+    }
+    copy_commit();
+}
+
+__device__ __forceinline__ void load16(words16<WEIGHT_NVFP4> &w, const uint8_t *unit)
+{
+    int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        w.w[h][0] = *(const uint4 *)(unit + h * 1024 + lane * 16);
+        w.w[h][1] = *(const uint4 *)(unit + h * 1024 + 512 + lane * 16);
+        w.scale[h] = *(const uint2 *)(unit + 2048 + h * 8 * LANES + lane * 8);
+    }
+}
+
 /* The block's units, [begin, end) of all, `each` a chunk, and the entries of their chunks. */
 struct chunk_run {
     int begin, end, first, n; /* first chunk, chunks */
@@ -152,26 +194,26 @@ template <int DEPTH, class FIND> struct chunk_weights {
             left = units;
             unit += TEAMS;
         }
-        ask16<true>(shared_at(ring) + to * UNIT16, tile, left > 0);
+        ask16(shared_at(ring) + to * UNIT16, tile, left > 0);
         if (left > 0) left--;
     }
     __device__ __forceinline__ void take(words16<WEIGHT_NVFP4> &w)
     {
         copy_wait<DEPTH - 1>();
-        w.load(ring + slot * UNIT16);
+        load16(w, ring + slot * UNIT16);
         __syncwarp();
         ask(slot);
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
 };
 
-/* Panels 0..3 of a unit. */
+/* Panels 0..3 of a unit, given as wide_matrix. */
 template <int Q>
 __device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w,
-                                             uint32_t panels)
+                                             uint64_t panels)
 {
     w.template decode<Q>(f);
-    acc.add(f, panels + Q * CHUNK_PANEL);
+    acc.add(f, panels + Q * CHUNK_PANEL / 16);
     if constexpr (Q < 3) chunk_panels<Q + 1>(acc, f, w, panels);
 }
 
@@ -305,7 +347,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
     int units = gate.cols / FP4_UNIT_COLS, share = (units + CREW / 2 - 1) / (CREW / 2);
     auto find = [&](int unit) {
         int c = unit / each, tile = (unit - c * each) * (UP_ROWS / 8) + member % 2 * 2;
-        return tile16(a.e.m[side], entries[c - run.first][0], tile, 0);
+        return tile16(a.e.m[side], entries[c - run.first][0], tile);
     };
     chunk_weights<UP_DEPTH, decltype(find)> weights(shared + UP_BUFFERS * panels * CHUNK_PANEL + warp * UP_DEPTH * UNIT16, find,
                                                     run.begin + team, run.end, units);
@@ -321,7 +363,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
         for (int u = 0, left = share; u < units; u++, panel += 4 * CHUNK_PANEL) {
             words16<WEIGHT_NVFP4> w;
             weights.take(w);
-            chunk_panels<0>(acc, f, w, panel);
+            chunk_panels<0>(acc, f, w, wide_matrix(panel));
             if (--left > 0 && u + 1 < units) continue;
             left = share;
             add_own<EXACT>(total, acc);
@@ -384,7 +426,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
     }
     auto find = [&](int unit) {
         int c = unit / each, tile = (unit - c * each) * (DOWN_ROWS / 8) + member * 2;
-        return tile16(m, entries[c - run.first][0], tile, 0);
+        return tile16(m, entries[c - run.first][0], tile);
     };
     chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find,
                                                       run.begin + team, run.end, units);
@@ -401,7 +443,7 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
         for (int u = 0; u < units; u++, panel += 4 * CHUNK_PANEL) {
             words16<WEIGHT_NVFP4> w;
             weights.take(w);
-            chunk_panels<0>(acc, f, w, panel);
+            chunk_panels<0>(acc, f, w, wide_matrix(panel));
         }
         add_own<EXACT>(total, acc);
 #pragma unroll
