@@ -108,6 +108,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *)
     return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *, const cudaLaunchConfig_t *c)
+{
+    cudaDeviceProp p;
+    cudaGetDeviceProperties(&p, 0);
+    *n = p.multiProcessorCount / (int)(c->numAttrs > 1 ? c->attrs[1].val.clusterDim.x : 1);
+    return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value)
 {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;

@@ -1,7 +1,7 @@
 /* Dense products of several rows (batch.cuh) in two kernels. prepare_inputs makes the inputs, a block a row: taken as they are,
- * normed, or gated and normed, split into parts or quantized. In batch_products a warp of each block asks for weights and inputs,
- * unit after unit into a ring that eight others read, sixteen weight rows each of an item of up to 128. A matrix of few rows is
- * divided along its columns over a cluster of blocks, whose sums meet in their shared memory.
+ * normed, or gated and normed, split into parts or quantized. In batch_products weights and inputs come unit after unit into a ring
+ * that eight warps read, sixteen weight rows each of an item of up to 128. A matrix of few rows is divided along its columns over a
+ * cluster of blocks, whose sums meet in their shared memory.
  * Moves: the weights once; the inputs once for each item, from the second cache. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prepare.cuh"
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int WORKERS = 8;
 constexpr int SUM_ROW = 16 * WORKERS + 4; /* floats of a row of sums */
-constexpr int STAGES_MOST = 16;
-constexpr size_t SHARED_HALF = 110 * 1024; /* the next kernel's block has room beside */
+constexpr int STAGES_MOST = 16, SPLITS_LEAST = 5;
+constexpr size_t BESIDE_SHARED = 110 * 1024; /* has room beside a block with LEFT_SHARED, or another like it */
 
 struct batch_args {
     cuda_matrix m[NORM_PRODUCTS_MAX];
@@ -39,9 +39,10 @@ struct batch_maps {
 /* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
 template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
 
-/* With many sums workers take registers of a group of warps that has nothing to do but for one. */
-template <int G> constexpr bool BATCH_GROUP = G > 2;
-template <int G> constexpr int BATCH_BLOCK = (WORKERS + (BATCH_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
+/* With up to eight rows a block of the next kernel has room beside one of these, whose warps ask for what comes by turns; two of
+ * these have not. With more, one of a group of warps asks that has nothing else to do and gives its registers to the others. */
+template <int G> constexpr bool ASKER = G > 1;
+template <int G> constexpr int BATCH_BLOCK = (WORKERS + (ASKER<G> ? TEAM_WARPS : 0)) * LANES;
 constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
 template <int FORMAT, int G> struct batch_form {
@@ -90,14 +91,15 @@ __host__ __device__ inline int workers_of(const batch_args &p)
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-struct batch_ring {
-    uint32_t at;
-    uint64_t *full, *empty; /* [STAGES_MOST] */
-};
-
-/* A block's units of each round. */
-struct batch_run {
-    int begin, units, rounds;
+/* The block's units, those of all rounds one after the other. */
+struct batch_flow {
+    const CUtensorMap *map;
+    uint32_t ring;
+    uint64_t *full, *empty;                     /* [STAGES_MOST] */
+    int begin, units, rounds;                   /* first unit; units of a round */
+    int unit, tile, left;                       /* asked for next; all that are left to ask for */
+    ring_place place, before;                   /* to be read next; read before it, slot -1: none */
+    int turn;                                   /* warp that asks next */
 };
 
 /* Weight row of a group of eight that a warp's lanes 4 g.. have: rows that are read together are four apart, so that they lie in
@@ -107,47 +109,84 @@ __device__ __forceinline__ int batch_row(int g)
     return g / 2 + g % 2 * 4;
 }
 
-/* Units of all rounds, one after the other, by one thread. Weights of the first stages are asked for before their inputs are
- * there. */
+/* Weights of a unit; the barrier waits for its inputs too. */
 template <int FORMAT, int G>
-__device__ __forceinline__ void batch_ask(const batch_args &p, const CUtensorMap &map, const batch_ring &ring, const batch_run &run,
-                                          int k, int tile0)
+__device__ __forceinline__ void ask_weights(const batch_args &p, const cuda_matrix &m, const batch_flow &flow, int slot)
 {
-    using form = batch_form<FORMAT, G>;
-    const cuda_matrix &m = p.m[k];
-    const uint8_t *inputs = (m.input == INPUT_FP8_ROW ? p.quantized : p.parts) + (int64_t)run.begin * form::INPUTS;
-    auto weights = [&](int stage, int tile, int unit) {
-        uint32_t to = ring.at + stage * p.stage_bytes + p.weights_at;
-        if constexpr (FORMAT == WEIGHT_NVFP4) {
-            int tiles = tiles_of(m.rows) - 2 * tile;
-            tiles = tiles < 2 * p.each ? tiles : 2 * p.each;
-            barrier_expect(&ring.full[stage], form::INPUTS + tiles * FP4_UNIT_BYTES);
-            const uint8_t *from = tile_at(m, 0, 2 * tile) + (int64_t)(run.begin + unit) * FP4_UNIT_BYTES;
-            for (int t = 0; t < tiles; t++, from += tile_bytes(m))
-                copy_bulk(to + t * FP4_UNIT_BYTES, from, FP4_UNIT_BYTES, &ring.full[stage]);
-        } else {
-            barrier_expect(&ring.full[stage], form::INPUTS + p.each * 16 * UNIT_BYTES);
-            copy_box(to, map, (run.begin + unit) * (UNIT_BYTES / 2), tile * 16, &ring.full[stage]);
-        }
-    };
-    auto input = [&](int stage, int unit) {
-        copy_bulk(ring.at + stage * p.stage_bytes, inputs + (int64_t)unit * form::INPUTS, form::INPUTS, &ring.full[stage]);
-    };
-    int all = run.units * run.rounds, first = all < p.stages ? all : p.stages, unit = 0, tile = tile0;
-    auto next = [&] {
-        if (++unit == run.units) unit = 0, tile += p.each;
-    };
-    for (int s = 0; s < first; s++, next()) weights(s, tile, unit);
-    wait_for_previous();
-    for (int s = 0; s < first; s++) input(s, s % run.units);
-    ring_place place = { 0, 0 };
-#pragma unroll 1
-    for (int i = first; i < all; i++, next()) {
-        barrier_wait(&ring.empty[place.slot], place.phase);
-        weights(place.slot, tile, unit);
-        input(place.slot, unit);
-        place.advance(p.stages);
+    uint32_t to = flow.ring + slot * p.stage_bytes + p.weights_at;
+    int unit = flow.begin + flow.unit, inputs = batch_form<FORMAT, G>::INPUTS;
+    if constexpr (FORMAT == WEIGHT_NVFP4) {
+        int tiles = tiles_of(m.rows) - 2 * flow.tile;
+        tiles = tiles < 2 * p.each ? tiles : 2 * p.each;
+        barrier_expect(&flow.full[slot], inputs + tiles * FP4_UNIT_BYTES);
+        const uint8_t *from = tile_at(m, 0, 2 * flow.tile) + (int64_t)unit * FP4_UNIT_BYTES;
+        for (int t = 0; t < tiles; t++, from += tile_bytes(m))
+            copy_bulk(to + t * FP4_UNIT_BYTES, from, FP4_UNIT_BYTES, &flow.full[slot]);
+    } else {
+        barrier_expect(&flow.full[slot], inputs + p.each * 16 * UNIT_BYTES);
+        copy_box(to, *flow.map, unit * (UNIT_BYTES / 2), flow.tile * 16, &flow.full[slot]);
     }
+}
+
+template <int FORMAT, int G>
+__device__ __forceinline__ void ask_inputs(const batch_args &p, const cuda_matrix &m, const batch_flow &flow, int slot, int unit)
+{
+    constexpr int BYTES = batch_form<FORMAT, G>::INPUTS;
+    const uint8_t *from = (m.input == INPUT_FP8_ROW ? p.quantized : p.parts) + (int64_t)(flow.begin + unit) * BYTES;
+    copy_bulk(flow.ring + slot * p.stage_bytes, from, BYTES, &flow.full[slot]);
+}
+
+__device__ __forceinline__ void has_asked(const batch_args &p, batch_flow &flow)
+{
+    flow.left--;
+    if (++flow.unit == flow.units) flow.unit = 0, flow.tile += p.each;
+}
+
+/* Once all have left the place. */
+template <int FORMAT, int G>
+__device__ __forceinline__ void ask_next(const batch_args &p, const cuda_matrix &m, const batch_flow &flow, ring_place to)
+{
+    barrier_wait(&flow.empty[to.slot], to.phase);
+    ask_weights<FORMAT, G>(p, m, flow, to.slot);
+    ask_inputs<FORMAT, G>(p, m, flow, to.slot, flow.unit);
+}
+
+/* Fills the ring, weights before the inputs are there; an asker goes on to the end. `mine`: this thread asks. */
+template <int FORMAT, int G>
+__device__ __forceinline__ void batch_begin(const batch_args &p, const cuda_matrix &m, batch_flow &flow, bool mine)
+{
+    int n = flow.left < p.stages ? flow.left : p.stages;
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
+        if (mine) ask_weights<FORMAT, G>(p, m, flow, i);
+        has_asked(p, flow);
+    }
+    wait_for_previous();
+#pragma unroll 1
+    for (int i = 0; i < n; i++)
+        if (mine) ask_inputs<FORMAT, G>(p, m, flow, i, i % flow.units);
+    if constexpr (ASKER<G>) {
+#pragma unroll 1
+        for (; flow.left > 0; has_asked(p, flow), flow.place.advance(p.stages))
+            if (mine) ask_next<FORMAT, G>(p, m, flow, flow.place);
+    }
+    __syncwarp();
+}
+
+/* This warp has read the next unit. Without an asker the place of the one before is filled again, which all have left by now or soon. */
+template <int FORMAT, int G> __device__ __forceinline__ void batch_leave(const batch_args &p, const cuda_matrix &m, batch_flow &flow, int workers)
+{
+    if (threadIdx.x % LANES == 0) barrier_arrive(&flow.empty[flow.place.slot]);
+    if constexpr (!ASKER<G>) {
+        if (flow.before.slot >= 0 && flow.left > 0) {
+            if (threadIdx.x == flow.turn * LANES) ask_next<FORMAT, G>(p, m, flow, flow.before);
+            __syncwarp();
+            has_asked(p, flow);
+        }
+        if (++flow.turn == workers) flow.turn = 0;
+        flow.before = flow.place;
+    }
+    flow.place.advance(p.stages);
 }
 
 /* The sixteen weight rows of worker `warp`. */
@@ -173,8 +212,8 @@ template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT>
 /* Sixteen weight rows of each warp past this block's columns. Sums of shares, [share][row][weight row], if the columns are divided
  * over a cluster, else of all: shares are added one after the other. */
 template <int FORMAT, int G>
-__device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring &ring, ring_place &place, const uint8_t *shared,
-                                           float *sums, int share, int units)
+__device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matrix &m, batch_flow &flow, const uint8_t *shared, float *sums,
+                                           int share)
 {
     using form = batch_form<FORMAT, G>;
     constexpr int P = form::PARTS_IN, PANELS = form::PANELS;
@@ -197,30 +236,29 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
     };
     words16<FORMAT> w;
     uint32_t even[4][4], odd[4][4];
-    int left = share, u = 0;
-    barrier_wait(&ring.full[place.slot], place.phase);
-    batch_load(w, shared + place.slot * p.stage_bytes + p.weights_at, tile);
-    w.template decode<0>(even);
+    int left = share, u = 0, workers = workers_of(p);
+    auto load = [&](ring_place from, uint32_t (&f)[4][4]) {
+        barrier_wait(&flow.full[from.slot], from.phase);
+        batch_load(w, shared + from.slot * p.stage_bytes + p.weights_at, tile);
+        w.template decode<0>(f);
+    };
+    load(flow.place, even);
     /* Panel Q of a unit, and meanwhile the weights of the next one. */
     auto panel = [&](auto number, uint32_t (&f)[4][4], uint32_t (&next)[4][4]) {
         constexpr int Q = decltype(number)::value;
-        acc.begin(f, wide_matrix(ring.at + place.slot * p.stage_bytes) + Q * form::PANEL_IN / 16, Q > 0 || left < share);
-        int slot = place.slot;
+        acc.begin(f, wide_matrix(flow.ring + flow.place.slot * p.stage_bytes) + Q * form::PANEL_IN / 16, Q > 0 || left < share);
         if constexpr (Q + 1 < PANELS) {
             w.template decode<Q + 1>(next);
-        } else {
-            place.advance(p.stages);
-            if (u + 1 < units) {
-                barrier_wait(&ring.full[place.slot], place.phase);
-                batch_load(w, shared + place.slot * p.stage_bytes + p.weights_at, tile);
-                w.template decode<0>(next);
-            }
+        } else if (u + 1 < flow.units) {
+            ring_place after = flow.place;
+            after.advance(p.stages);
+            load(after, next);
         }
         acc.end(f);
         if constexpr (Q + 1 == PANELS) {
-            if (lane == 0) barrier_arrive(&ring.empty[slot]);
+            batch_leave<FORMAT, G>(p, m, flow, workers);
             u++;
-            if (--left > 0 && u < units) return;
+            if (--left > 0 && u < flow.units) return;
             left = share;
 #pragma unroll
             for (int r = 0; r < G; r++)
@@ -234,10 +272,10 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
         }
     };
 #pragma unroll 1
-    while (u < units) {
+    while (u < flow.units) {
         panel(std::integral_constant<int, 0>(), even, odd);
         if constexpr (PANELS == 1) {
-            if (u < units) panel(std::integral_constant<int, 0>(), odd, even);
+            if (u < flow.units) panel(std::integral_constant<int, 0>(), odd, even);
         } else {
             panel(std::integral_constant<int, 1>(), odd, even);
             if constexpr (PANELS == 4) {
@@ -249,7 +287,7 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const batch_ring
     if (p.splits == 1) leave_sums();
 }
 
-/* The blocks of the cluster, or the warps that work, have left their sums: outputs of the item, in turn by all warps. */
+/* All have left their sums: outputs of the item, in turn by all warps. */
 template <int G>
 __device__ __forceinline__ void batch_store(const batch_args &p, const float *sums, const batch_shares &shares, int k, int tile0)
 {
@@ -279,7 +317,7 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
             if (p.down) unit[j] *= in[j] ? sigmoid(__ldcg(p.gate.data + row[j] * p.gate.stride)) : 0;
         }
         if (p.down) {
-#pragma unroll(BATCH_GROUP<G> ? 8 : 1)
+#pragma unroll(G > 2 ? 8 : 1)
             for (int i = 0; i < p.k; i++)
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
@@ -309,68 +347,80 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
     }
 }
 
-/* The warps that work, or all of a cluster. */
+/* Workers, or all of the cluster. */
 __device__ __forceinline__ void batch_meet(const batch_args &p)
 {
     if (p.splits > 1)
         cluster_meet();
     else
-        meet(1, WORKERS * LANES);
+        meet_256(1);
+}
+
+template <int G> __device__ __forceinline__ void batch_begin(const batch_args &p, const cuda_matrix &m, batch_flow &flow, bool mine)
+{
+    if (m.format == WEIGHT_BF16)
+        batch_begin<WEIGHT_BF16, G>(p, m, flow, mine);
+    else if (m.format == WEIGHT_FP8)
+        batch_begin<WEIGHT_FP8, G>(p, m, flow, mine);
+    else
+        batch_begin<WEIGHT_NVFP4, G>(p, m, flow, mine);
 }
 #endif
 
 /* Shared memory: ring, sums. Grid: items times splits. */
 template <int G>
-__global__ void __launch_bounds__(BATCH_BLOCK<G>, 1)
+__global__ void __launch_bounds__(BATCH_BLOCK<G>, ASKER<G> ? 1 : 2)
     batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * STAGES_MOST];
     int item = blockIdx.x / p.splits, k = batch_matrix(p, item), tile0 = (item - p.first[k]) * p.each * p.rounds;
-    int warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits, format = p.m[k].format;
-    batch_ring ring = { shared_at(shared), barriers, barriers + STAGES_MOST };
-    batch_shares shares(p, p.m[k]);
-    batch_run run = { shares.begin(rank), shares.begin(rank + 1) - shares.begin(rank), batch_rounds(p, p.m[k], tile0) };
+    int rank = blockIdx.x % p.splits, warp = threadIdx.x / LANES;
+    const cuda_matrix &m = p.m[k];
+    batch_shares shares(p, m);
+    batch_flow flow = {};
+    flow.map = &maps.m[k];
+    flow.ring = shared_at(shared);
+    flow.full = barriers;
+    flow.empty = barriers + STAGES_MOST;
+    flow.begin = shares.begin(rank);
+    flow.units = shares.begin(rank + 1) - flow.begin;
+    flow.rounds = batch_rounds(p, m, tile0);
+    flow.left = flow.units * flow.rounds;
+    flow.tile = tile0;
+    flow.before.slot = -1;
+    float *sums = (float *)(shared + p.stages * p.stage_bytes);
     let_next_start();
-    if (threadIdx.x == WORKERS * LANES) {
+    if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++) {
-            barrier_init(&ring.full[i], 1);
-            barrier_init(&ring.empty[i], workers_of(p));
+            barrier_init(&flow.full[i], 1);
+            barrier_init(&flow.empty[i], workers_of(p));
         }
         barriers_ready();
     }
     __syncthreads();
     if (warp >= WORKERS) {
-        if constexpr (BATCH_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
-        if (threadIdx.x == WORKERS * LANES) {
-            if (format == WEIGHT_BF16)
-                batch_ask<WEIGHT_BF16, G>(p, maps.m[k], ring, run, k, tile0);
-            else if (format == WEIGHT_FP8)
-                batch_ask<WEIGHT_FP8, G>(p, maps.m[k], ring, run, k, tile0);
-            else
-                batch_ask<WEIGHT_NVFP4, G>(p, maps.m[k], ring, run, k, tile0);
-        }
-        __syncwarp();
+        if constexpr (ASKER<G>) fewer_registers<ASKER_REGISTERS>();
+        batch_begin<G>(p, m, flow, threadIdx.x == WORKERS * LANES);
         if (p.splits > 1) {
             cluster_meet();
             cluster_meet();
         }
     } else {
-        float *sums = (float *)(shared + p.stages * p.stage_bytes);
-        ring_place place = { 0, 0 };
-        if constexpr (BATCH_GROUP<G>) more_registers<WORKER_REGISTERS>();
+        if constexpr (ASKER<G>) more_registers<WORKER_REGISTERS>();
+        if constexpr (!ASKER<G>) batch_begin<G>(p, m, flow, threadIdx.x == 0);
         wait_for_previous();
 #pragma unroll 1
-        for (int round = 0; round < run.rounds; round++, tile0 += p.each) {
-            if (warp >= workers_of(p) || run.units == 0)
+        for (int round = 0; round < flow.rounds; round++, tile0 += p.each) {
+            if (warp >= workers_of(p) || flow.units == 0)
                 ;
-            else if (format == WEIGHT_BF16)
-                batch_work<WEIGHT_BF16, G>(p, ring, place, shared, sums, shares.share, run.units);
-            else if (format == WEIGHT_FP8)
-                batch_work<WEIGHT_FP8, G>(p, ring, place, shared, sums, shares.share, run.units);
+            else if (m.format == WEIGHT_BF16)
+                batch_work<WEIGHT_BF16, G>(p, m, flow, shared, sums, shares.share);
+            else if (m.format == WEIGHT_FP8)
+                batch_work<WEIGHT_FP8, G>(p, m, flow, shared, sums, shares.share);
             else
-                batch_work<WEIGHT_NVFP4, G>(p, ring, place, shared, sums, shares.share, run.units);
+                batch_work<WEIGHT_NVFP4, G>(p, m, flow, shared, sums, shares.share);
             batch_meet(p);
             batch_store<G>(p, sums, shares, k, tile0);
             batch_meet(p); /* till all have read */
@@ -438,7 +488,7 @@ void divide(const struct queue *q, batch_args &a)
 }
 
 /* The ring; returns bytes of shared memory, 0: too many. */
-template <int G> size_t batch_shared(const struct queue *q, batch_args &a)
+template <int G> size_t batch_shared(const struct queue *q, batch_args &a, enum side side)
 {
     int inputs = 0, weights = 0, units = 0, each = 1;
     for (int i = 0; i < a.n; i++) {
@@ -451,43 +501,60 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a)
         if (s.begin(1) * a.rounds > units) units = s.begin(1) * a.rounds;
         if (a.splits > 1 && s.each > each) each = s.each;
     }
-    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = BATCH_GROUP<G> ? (size_t)q->shared_max - 1024 : SHARED_HALF;
-    if (sums > most) return 0;
+    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = ASKER<G> ? (size_t)q->shared_max - 1024 : side == LEFT ? LEFT_SHARED : BESIDE_SHARED;
+    if (sums >= most) return 0;
     a.inverse = (unsigned)((1ull << 32) / (unsigned)(16 * a.each) + 1);
     a.weights_at = inputs;
     a.stage_bytes = (inputs + weights + PANEL_BYTES - 1) / PANEL_BYTES * PANEL_BYTES;
     a.stages = (int)((most - sums) / a.stage_bytes);
     if (a.stages > STAGES_MOST) a.stages = STAGES_MOST;
     if (a.stages > units) a.stages = units;
-    return a.stages < 2 && units > 1 ? 0 : (size_t)a.stages * a.stage_bytes + sums;
+    if (a.stages < 2 && units > 1) return 0;
+    return !ASKER<G> && side == LEFT ? LEFT_SHARED : (size_t)a.stages * a.stage_bytes + sums;
 }
 
-/* ask: only say whether there is room. */
-template <int G> bool start(struct queue *q, const char *operation, batch_args &a, bool ask)
+/* START; or only say whether there is room for it, and for all of its clusters at once. */
+enum batch_want { ROOM, AT_ONCE, START };
+
+template <int G> bool start(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     batch_maps maps = {};
     for (int i = 0; i < a.n; i++) a.first[i + 1] = a.first[i] + items_of(a, i);
-    size_t bytes = batch_shared<G>(q, a);
+    size_t bytes = batch_shared<G>(q, a, side);
     for (int i = 0; i < a.n && bytes > 0; i++) {
         const cuda_matrix &m = a.m[i];
         int64_t pairs = row_bytes_of(m) / 2; /* of bytes */
         if (m.format != WEIGHT_NVFP4 && !tensor_map(q->map_maker, &maps.m[i], m.data, m.rows, pairs, pairs, a.each * 16)) bytes = 0;
     }
-    if (bytes > 0 && !ask)
-        launch_clusters<BATCH_BLOCK<G>>(q, operation, batch_products<G>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes,
-                                     a, maps);
-    return bytes > 0;
+    if (bytes == 0) return false;
+    cluster_launch l(q, BATCH_BLOCK<G>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes);
+    if (want == START) l.start(q, operation, batch_products<G>, a, maps);
+    return want != AT_ONCE || l.at_once(q, operation, batch_products<G>) >= a.first[a.n];
 }
 
-bool run(struct queue *q, const char *operation, batch_args &a, bool ask)
+bool run(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     switch (groups_of(a.rows)) {
-    case 1: return start<1>(q, operation, a, ask);
-    case 2: return start<2>(q, operation, a, ask);
-    case 4: return start<4>(q, operation, a, ask);
-    case 8: return start<8>(q, operation, a, ask);
-    default: return start<16>(q, operation, a, ask);
+    case 1: return start<1>(q, operation, a, side, want);
+    case 2: return start<2>(q, operation, a, side, want);
+    case 4: return start<4>(q, operation, a, side, want);
+    case 8: return start<8>(q, operation, a, side, want);
+    default: return start<16>(q, operation, a, side, want);
     }
+}
+
+/* Blocks a cluster: as many as let all clusters run at once. */
+bool split(struct queue *q, const char *operation, batch_args &a, enum side side)
+{
+    int most = a.splits;
+    bool exact = a.rows <= ROWS_EXACT;
+    for (; a.splits > 1 && a.splits >= SPLITS_LEAST; a.splits--) {
+        a.crew = exact ? CREW : a.splits;
+        if (run(q, operation, a, side, AT_ONCE)) return true;
+    }
+    a.splits = most;
+    a.crew = exact ? CREW : a.splits;
+    return run(q, operation, a, side, ROOM);
 }
 
 /* Inputs of the matrices of a, and their product. */
@@ -497,8 +564,8 @@ bool product(struct queue *q, const char *operation, batch_args &a, prepare_args
     a.rows = (int)in.x.rows;
     if (!takes(q, a.m, a.n, a.rows)) return false;
     divide(q, a);
-    a.crew = a.rows > ROWS_EXACT ? a.splits : CREW;
-    if (!run(q, operation, a, true)) return false;
+    enum side side = a.splits > 1 ? RIGHT : LEFT; /* of clusters two have room on a multiprocessor */
+    if (!split(q, operation, a, side)) return false;
     a.parts = (const uint8_t *)b.parts;
     a.quantized = (const uint8_t *)b.quantized;
     a.input_scale = b.scale;
@@ -512,7 +579,7 @@ bool product(struct queue *q, const char *operation, batch_args &a, prepare_args
     if (in.parts) b.known = in.kind == PREPARE_NORMED ? in.made.data : nullptr;
     launch<BLOCK>(q, operation, true, prepare_inputs, dim3((unsigned)a.rows, in.conv ? 1 + ADVANCERS : 1),
                   prepare_shared(in.cols), in);
-    return run(q, operation, a, false);
+    return run(q, operation, a, side, START);
 }
 
 } /* namespace */
@@ -614,5 +681,5 @@ bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)
     a.gate = r->shared_gate;
     a.k = r->picks->k;
     a.splits = a.each = a.rounds = 1;
-    return (!ask || takes(q, a.m, 1, a.rows)) && run(q, "experts", a, ask);
+    return (!ask || takes(q, a.m, 1, a.rows)) && run(q, "experts", a, RIGHT, ask ? ROOM : START);
 }

@@ -17,29 +17,46 @@
 
 namespace {
 
-/* As launch(), on blocks in clusters. */
-template <int SIZE, class... P, class... A>
-void launch_clusters(struct queue *q, const char *operation, void (*kernel)(P...), unsigned grid, unsigned cluster,
-                     size_t shared, A... arguments)
-{
+/* Blocks in clusters, `grid` of them in all. */
+struct cluster_launch {
     cudaLaunchConfig_t c = {};
-    cudaLaunchAttribute attributes[2];
-    if (queue_failed(q) || grid == 0) return;
-    c.gridDim = dim3(grid);
-    c.blockDim = dim3(SIZE);
-    c.dynamicSmemBytes = shared;
-    c.stream = q->stream;
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    c.attrs = attributes;
-    c.numAttrs = cluster > 1 ? 2 : 1;
-    if (queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), operation) &&
-        queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation))
-        queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
-}
+    cudaLaunchAttribute attributes[2] = {};
+
+    cluster_launch(const struct queue *q, int size, unsigned grid, unsigned cluster, size_t shared)
+    {
+        c.gridDim = dim3(grid);
+        c.blockDim = dim3((unsigned)size);
+        c.dynamicSmemBytes = shared;
+        c.stream = q->stream;
+        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[0].val.programmaticStreamSerializationAllowed = 1;
+        attributes[1].id = cudaLaunchAttributeClusterDimension;
+        attributes[1].val.clusterDim.x = cluster;
+        attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+        c.attrs = attributes;
+        c.numAttrs = cluster > 1 ? 2 : 1;
+    }
+    template <class... P> bool allow(struct queue *q, const char *operation, void (*kernel)(P...)) const
+    {
+        int shared = (int)c.dynamicSmemBytes;
+        return queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), operation) &&
+               queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), operation);
+    }
+    /* How many clusters the device runs at once: a cluster's multiprocessors are of one group, whose sizes differ. */
+    template <class... P> int at_once(struct queue *q, const char *operation, void (*kernel)(P...))
+    {
+        int n = 0;
+        return allow(q, operation, kernel) &&
+                       queue_check(q, cudaOccupancyMaxActiveClusters(&n, (const void *)kernel, &c), operation)
+                   ? n
+                   : 0;
+    }
+    template <class... P, class... A> void start(struct queue *q, const char *operation, void (*kernel)(P...), A... arguments)
+    {
+        if (!queue_failed(q) && c.gridDim.x > 0 && allow(q, operation, kernel))
+            queue_check(q, cudaLaunchKernelEx(&c, kernel, static_cast<P>(arguments)...), operation);
+    }
+};
 
 inline int groups_of(int64_t rows)
 {
@@ -159,11 +176,6 @@ template <int N, bool TWO> struct accumulators {
         wide_keep(f);
         wide_hold(a);
         if constexpr (TWO) wide_hold(b);
-    }
-    __device__ __forceinline__ void add(uint32_t (&f)[4][4], uint64_t x)
-    {
-        begin(f, x);
-        end(f);
     }
     __device__ __forceinline__ float sum(int n, int i) const
     {

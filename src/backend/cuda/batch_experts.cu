@@ -175,24 +175,41 @@ struct chunk_run {
     }
 };
 
-/* A warp's weights ahead of their use: every TEAMS-th unit of the run, of each one or two matrices' parts one after the other. */
+/* A team's units of the run, every TEAMS-th: chunk of the run, and place among the `each` of a chunk. */
+struct chunk_unit {
+    int chunk, at, each, left; /* left: of the run, from this one on */
+
+    __device__ __forceinline__ chunk_unit(const chunk_run &run, int each_, int team)
+        : chunk(0), at(run.begin - run.first * each_), each(each_), left(run.end - run.begin)
+    {
+        advance(team);
+    }
+    __device__ __forceinline__ void advance(int n)
+    {
+        left -= n;
+        for (at += n; at >= each; at -= each) chunk++;
+    }
+};
+
+/* A warp's weights ahead of their use. */
 template <int DEPTH, class FIND> struct chunk_weights {
     uint8_t *ring;
     FIND find; /* tile16(unit) */
     tile16 tile;
-    int unit, end, left, units, slot;
+    chunk_unit unit;
+    int left, units, slot;
 
-    __device__ __forceinline__ chunk_weights(uint8_t *at, FIND f, int first, int last, int of_a_tile)
-        : ring(at), find(f), unit(first), end(last), left(0), units(of_a_tile), slot(0)
+    __device__ __forceinline__ chunk_weights(uint8_t *at, FIND f, const chunk_unit &first, int of_a_tile)
+        : ring(at), find(f), unit(first), left(0), units(of_a_tile), slot(0)
     {
         for (int i = 0; i < DEPTH; i++) ask(i);
     }
     __device__ __forceinline__ void ask(int to)
     {
-        if (left == 0 && unit < end) {
+        if (left == 0 && unit.left > 0) {
             tile = find(unit);
             left = units;
-            unit += TEAMS;
+            unit.advance(TEAMS);
         }
         ask16(shared_at(ring) + to * UNIT16, tile, left > 0);
         if (left > 0) left--;
@@ -207,14 +224,15 @@ template <int DEPTH, class FIND> struct chunk_weights {
     }
 };
 
-/* Panels 0..3 of a unit, given as wide_matrix. */
+/* Panels 0..3 of a unit, given as wide_matrix; not `add`: sums begin with them. */
 template <int Q>
 __device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w,
-                                             uint64_t panels)
+                                             uint64_t panels, bool add)
 {
     w.template decode<Q>(f);
-    acc.add(f, panels + Q * CHUNK_PANEL / 16);
-    if constexpr (Q < 3) chunk_panels<Q + 1>(acc, f, w, panels);
+    acc.begin(f, panels + Q * CHUNK_PANEL / 16, Q > 0 || add);
+    acc.end(f);
+    if constexpr (Q < 3) chunk_panels<Q + 1>(acc, f, w, panels, add);
 }
 
 /* The lane's own rows of a chunk: which, and of each the sums of weight rows g and g + 8. */
@@ -345,29 +363,27 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
         return;
     }
     int units = gate.cols / FP4_UNIT_COLS, share = (units + CREW / 2 - 1) / (CREW / 2);
-    auto find = [&](int unit) {
-        int c = unit / each, tile = (unit - c * each) * (UP_ROWS / 8) + member % 2 * 2;
-        return tile16(a.e.m[side], entries[c - run.first][0], tile);
+    auto find = [&](const chunk_unit &x) {
+        return tile16(a.e.m[side], entries[x.chunk][0], x.at * (UP_ROWS / 8) + member % 2 * 2);
     };
+    chunk_unit unit(run, each, team);
     chunk_weights<UP_DEPTH, decltype(find)> weights(shared + UP_BUFFERS * panels * CHUNK_PANEL + warp * UP_DEPTH * UNIT16, find,
-                                                    run.begin + team, run.end, units);
+                                                    unit, units);
 #pragma unroll 1
-    for (int unit = run.begin + team; unit < run.end; unit += TEAMS) {
-        int chunk = unit / each, c = chunk - run.first, expert = entries[c][0];
+    for (; unit.left > 0; unit.advance(TEAMS)) {
+        int c = unit.chunk, expert = entries[c][0];
         uint32_t panel = buffers + c % UP_BUFFERS * panels * CHUNK_PANEL, f[4][4];
         accumulators<16, true> acc;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
-        acc.clear();
 #pragma unroll 1
         for (int u = 0, left = share; u < units; u++, panel += 4 * CHUNK_PANEL) {
             words16<WEIGHT_NVFP4> w;
             weights.take(w);
-            chunk_panels<0>(acc, f, w, wide_matrix(panel));
+            chunk_panels<0>(acc, f, w, wide_matrix(panel), left < share);
             if (--left > 0 && u + 1 < units) continue;
             left = share;
             add_own<EXACT>(total, acc);
-            acc.clear();
         }
         if (side)
 #pragma unroll
@@ -381,10 +397,10 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up
             float2 up = meeting[team][i][member][lane];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                int r = (unit - chunk * each) * UP_ROWS + member * 16 + lane / 4 + h * 8;
+                int r = unit.at * UP_ROWS + member * 16 + lane / 4 + h * 8;
                 int place = panel_place(r % PANEL, false);
                 float x = silu((h ? total[i].y : total[i].x) * unit_gate) * ((h ? up.y : up.x) * unit_up);
-                uint8_t *to = a.hidden + ((int64_t)chunk * (gate.rows / PANEL) + r / PANEL) * CHUNK_PANEL;
+                uint8_t *to = a.hidden + ((int64_t)(run.first + c) * (gate.rows / PANEL) + r / PANEL) * CHUNK_PANEL;
                 split_pair s(make_float2(x, 0));
 #pragma unroll
                 for (int p = 0; p < (EXACT ? PARTS : 1); p++)
@@ -424,33 +440,29 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
         }
         return;
     }
-    auto find = [&](int unit) {
-        int c = unit / each, tile = (unit - c * each) * (DOWN_ROWS / 8) + member * 2;
-        return tile16(m, entries[c - run.first][0], tile);
-    };
-    chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find,
-                                                      run.begin + team, run.end, units);
+    auto find = [&](const chunk_unit &x) { return tile16(m, entries[x.chunk][0], x.at * (DOWN_ROWS / 8) + member * 2); };
+    chunk_unit unit(run, each, team);
+    chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find, unit, units);
     wait_for_previous();
 #pragma unroll 1
-    for (int unit = run.begin + team; unit < run.end; unit += TEAMS) {
-        int chunk = unit / each, c = chunk - run.first;
+    for (; unit.left > 0; unit.advance(TEAMS)) {
+        int c = unit.chunk;
         uint32_t panel = buffers + c % DOWN_BUFFERS * bytes, f[4][4];
         accumulators<16, true> acc;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
-        acc.clear();
 #pragma unroll 1
         for (int u = 0; u < units; u++, panel += 4 * CHUNK_PANEL) {
             words16<WEIGHT_NVFP4> w;
             weights.take(w);
-            chunk_panels<0>(acc, f, w, wide_matrix(panel));
+            chunk_panels<0>(acc, f, w, wide_matrix(panel), u > 0);
         }
         add_own<EXACT>(total, acc);
 #pragma unroll
         for (int i = 0; i < OWN<EXACT>; i++) {
             int t = own_row<EXACT>(i);
             if (t >= entries[c][1]) continue;
-            int r = (unit - chunk * each) * DOWN_ROWS + member * 16 + lane / 4;
+            int r = unit.at * DOWN_ROWS + member * 16 + lane / 4;
             float *to = a.down + (int64_t)entries[c][2 + t] * m.rows + r;
             to[0] = total[i].x;
             to[8] = total[i].y;

@@ -52,16 +52,15 @@ __device__ __forceinline__ void wait_for_number(const unsigned *p, unsigned n)
     }
 }
 
-/* Threads of four warps meet at barrier `id`. */
+/* Threads of four warps, of eight, meet at barrier `id`. */
 __device__ __forceinline__ void meet_128(int id)
 {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
-/* So many threads, whole warps, meet at barrier `id`. */
-__device__ __forceinline__ void meet(int id, int threads)
+__device__ __forceinline__ void meet_256(int id)
 {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory");
 }
 
 /* 2^x; what is tiny is 0. */

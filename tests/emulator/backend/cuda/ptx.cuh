@@ -14,7 +14,7 @@ inline void now(float &, float &) {}
 inline void prefetch(const void *p) { emulator::check_global(p, 1, 1, "a prefetch"); }
 inline void wait_for_number(const unsigned *p, unsigned n) { emulator::wait_for(p, n); }
 inline void meet_128(int id) { emulator::block_meets(id, 128); }
-inline void meet(int id, int threads) { emulator::block_meets(id, threads); }
+inline void meet_256(int id) { emulator::block_meets(id, 256); }
 inline float power_of_two(float x) { return exp2f(x); }
 
 /* ---- shared memory ---- */
