@@ -112,7 +112,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *, const cudaLaunc
 {
     cudaDeviceProp p;
     cudaGetDeviceProperties(&p, 0);
-    *n = p.multiProcessorCount / (int)(c->numAttrs > 1 ? c->attrs[1].val.clusterDim.x : 1);
+    /* two small blocks side by side */
+    *n = p.multiProcessorCount * (c->blockDim.x <= 256 ? 2 : 1) / (int)(c->numAttrs > 1 ? c->attrs[1].val.clusterDim.x : 1);
     return cudaSuccess;
 }
 

@@ -21,6 +21,7 @@ struct batch_args {
     int first[NORM_PRODUCTS_MAX + 1]; /* item at which a matrix begins */
     int n, each, rounds;              /* matrices; tiles of sixteen rows side by side, and how often, an item */
     int rows, crew, splits;           /* shares of the columns; blocks of a cluster, which divide the shares */
+    bool by_turns;                    /* batch_products of eight rows: without an asker */
     int stages, stage_bytes, weights_at; /* of the ring; of a stage, whose inputs come first */
     unsigned inverse;                    /* 2^32 / outputs of a row of an item */
     const uint8_t *parts, *quantized;
@@ -39,10 +40,10 @@ struct batch_maps {
 /* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
 template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
 
-/* With up to eight rows a block of the next kernel has room beside one of these, whose warps ask for what comes by turns; two of
- * these have not. With more, one of a group of warps asks that has nothing else to do and gives its registers to the others. */
-template <int G> constexpr bool ASKER = G > 1;
-template <int G> constexpr int BATCH_BLOCK = (WORKERS + (ASKER<G> ? TEAM_WARPS : 0)) * LANES;
+/* ASKER: a ninth warp asks for all that comes; with many sums it is one of a group of warps that gives its registers to the others.
+ * Else warps ask by turns, and a multiprocessor has room for two blocks. */
+template <int G> constexpr bool ASKER_GROUP = G > 1;
+template <int G, bool ASKER> constexpr int BATCH_BLOCK = (WORKERS + (!ASKER ? 0 : ASKER_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
 constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
 template <int FORMAT, int G> struct batch_form {
@@ -151,9 +152,9 @@ __device__ __forceinline__ void ask_next(const batch_args &p, const cuda_matrix 
     ask_inputs<FORMAT, G>(p, m, flow, to.slot, flow.unit);
 }
 
-/* Fills the ring, weights before the inputs are there; an asker goes on to the end. `mine`: this thread asks. */
+/* Fills the ring, weights before the inputs are there. `mine`: this thread asks. */
 template <int FORMAT, int G>
-__device__ __forceinline__ void batch_begin(const batch_args &p, const cuda_matrix &m, batch_flow &flow, bool mine)
+__device__ __forceinline__ void ask_first(const batch_args &p, const cuda_matrix &m, batch_flow &flow, bool mine)
 {
     int n = flow.left < p.stages ? flow.left : p.stages;
 #pragma unroll 1
@@ -165,19 +166,22 @@ __device__ __forceinline__ void batch_begin(const batch_args &p, const cuda_matr
 #pragma unroll 1
     for (int i = 0; i < n; i++)
         if (mine) ask_inputs<FORMAT, G>(p, m, flow, i, i % flow.units);
-    if constexpr (ASKER<G>) {
+}
+
+/* By the one thread that asks. */
+template <int FORMAT, int G> __device__ __forceinline__ void ask_all(const batch_args &p, const cuda_matrix &m, batch_flow &flow)
+{
+    ask_first<FORMAT, G>(p, m, flow, true);
 #pragma unroll 1
-        for (; flow.left > 0; has_asked(p, flow), flow.place.advance(p.stages))
-            if (mine) ask_next<FORMAT, G>(p, m, flow, flow.place);
-    }
-    __syncwarp();
+    for (; flow.left > 0; has_asked(p, flow), flow.place.advance(p.stages)) ask_next<FORMAT, G>(p, m, flow, flow.place);
 }
 
 /* This warp has read the next unit. Without an asker the place of the one before is filled again, which all have left by now or soon. */
-template <int FORMAT, int G> __device__ __forceinline__ void batch_leave(const batch_args &p, const cuda_matrix &m, batch_flow &flow, int workers)
+template <int FORMAT, int G, bool ASKER>
+__device__ __forceinline__ void batch_leave(const batch_args &p, const cuda_matrix &m, batch_flow &flow, int workers)
 {
     if (threadIdx.x % LANES == 0) barrier_arrive(&flow.empty[flow.place.slot]);
-    if constexpr (!ASKER<G>) {
+    if constexpr (!ASKER) {
         if (flow.before.slot >= 0 && flow.left > 0) {
             if (threadIdx.x == flow.turn * LANES) ask_next<FORMAT, G>(p, m, flow, flow.before);
             __syncwarp();
@@ -211,7 +215,7 @@ template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT>
 
 /* Sixteen weight rows of each warp past this block's columns. Sums of shares, [share][row][weight row], if the columns are divided
  * over a cluster, else of all: shares are added one after the other. */
-template <int FORMAT, int G>
+template <int FORMAT, int G, bool ASKER>
 __device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matrix &m, batch_flow &flow, const uint8_t *shared, float *sums,
                                            int share)
 {
@@ -256,7 +260,7 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matri
         }
         acc.end(f);
         if constexpr (Q + 1 == PANELS) {
-            batch_leave<FORMAT, G>(p, m, flow, workers);
+            batch_leave<FORMAT, G, ASKER>(p, m, flow, workers);
             u++;
             if (--left > 0 && u < flow.units) return;
             left = share;
@@ -355,21 +359,11 @@ __device__ __forceinline__ void batch_meet(const batch_args &p)
     else
         meet_256(1);
 }
-
-template <int G> __device__ __forceinline__ void batch_begin(const batch_args &p, const cuda_matrix &m, batch_flow &flow, bool mine)
-{
-    if (m.format == WEIGHT_BF16)
-        batch_begin<WEIGHT_BF16, G>(p, m, flow, mine);
-    else if (m.format == WEIGHT_FP8)
-        batch_begin<WEIGHT_FP8, G>(p, m, flow, mine);
-    else
-        batch_begin<WEIGHT_NVFP4, G>(p, m, flow, mine);
-}
 #endif
 
 /* Shared memory: ring, sums. Grid: items times splits. */
-template <int G>
-__global__ void __launch_bounds__(BATCH_BLOCK<G>, ASKER<G> ? 1 : 2)
+template <int G, bool ASKER>
+__global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
     batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -401,26 +395,42 @@ __global__ void __launch_bounds__(BATCH_BLOCK<G>, ASKER<G> ? 1 : 2)
     }
     __syncthreads();
     if (warp >= WORKERS) {
-        if constexpr (ASKER<G>) fewer_registers<ASKER_REGISTERS>();
-        batch_begin<G>(p, m, flow, threadIdx.x == WORKERS * LANES);
+        if constexpr (ASKER && ASKER_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
+        if (ASKER && threadIdx.x == WORKERS * LANES) {
+            if (m.format == WEIGHT_BF16)
+                ask_all<WEIGHT_BF16, G>(p, m, flow);
+            else if (m.format == WEIGHT_FP8)
+                ask_all<WEIGHT_FP8, G>(p, m, flow);
+            else
+                ask_all<WEIGHT_NVFP4, G>(p, m, flow);
+        }
+        __syncwarp();
         if (p.splits > 1) {
             cluster_meet();
             cluster_meet();
         }
     } else {
-        if constexpr (ASKER<G>) more_registers<WORKER_REGISTERS>();
-        if constexpr (!ASKER<G>) batch_begin<G>(p, m, flow, threadIdx.x == 0);
+        if constexpr (ASKER && ASKER_GROUP<G>) more_registers<WORKER_REGISTERS>();
+        if constexpr (!ASKER) {
+            if (m.format == WEIGHT_BF16)
+                ask_first<WEIGHT_BF16, G>(p, m, flow, threadIdx.x == 0);
+            else if (m.format == WEIGHT_FP8)
+                ask_first<WEIGHT_FP8, G>(p, m, flow, threadIdx.x == 0);
+            else
+                ask_first<WEIGHT_NVFP4, G>(p, m, flow, threadIdx.x == 0);
+            __syncwarp();
+        }
         wait_for_previous();
 #pragma unroll 1
         for (int round = 0; round < flow.rounds; round++, tile0 += p.each) {
             if (warp >= workers_of(p) || flow.units == 0)
                 ;
             else if (m.format == WEIGHT_BF16)
-                batch_work<WEIGHT_BF16, G>(p, m, flow, shared, sums, shares.share);
+                batch_work<WEIGHT_BF16, G, ASKER>(p, m, flow, shared, sums, shares.share);
             else if (m.format == WEIGHT_FP8)
-                batch_work<WEIGHT_FP8, G>(p, m, flow, shared, sums, shares.share);
+                batch_work<WEIGHT_FP8, G, ASKER>(p, m, flow, shared, sums, shares.share);
             else
-                batch_work<WEIGHT_NVFP4, G>(p, m, flow, shared, sums, shares.share);
+                batch_work<WEIGHT_NVFP4, G, ASKER>(p, m, flow, shared, sums, shares.share);
             batch_meet(p);
             batch_store<G>(p, sums, shares, k, tile0);
             batch_meet(p); /* till all have read */
@@ -501,7 +511,7 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a, enum 
         if (s.begin(1) * a.rounds > units) units = s.begin(1) * a.rounds;
         if (a.splits > 1 && s.each > each) each = s.each;
     }
-    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = ASKER<G> ? (size_t)q->shared_max - 1024 : side == LEFT ? LEFT_SHARED : BESIDE_SHARED;
+    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = G > 1 ? (size_t)q->shared_max - 1024 : side == LEFT ? LEFT_SHARED : BESIDE_SHARED;
     if (sums >= most) return 0;
     a.inverse = (unsigned)((1ull << 32) / (unsigned)(16 * a.each) + 1);
     a.weights_at = inputs;
@@ -510,13 +520,13 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a, enum 
     if (a.stages > STAGES_MOST) a.stages = STAGES_MOST;
     if (a.stages > units) a.stages = units;
     if (a.stages < 2 && units > 1) return 0;
-    return !ASKER<G> && side == LEFT ? LEFT_SHARED : (size_t)a.stages * a.stage_bytes + sums;
+    return G == 1 && side == LEFT ? LEFT_SHARED : (size_t)a.stages * a.stage_bytes + sums;
 }
 
 /* START; or only say whether there is room for it, and for all of its clusters at once. */
 enum batch_want { ROOM, AT_ONCE, START };
 
-template <int G> bool start(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
+template <int G, bool ASKER> bool start(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     batch_maps maps = {};
     for (int i = 0; i < a.n; i++) a.first[i + 1] = a.first[i] + items_of(a, i);
@@ -527,32 +537,36 @@ template <int G> bool start(struct queue *q, const char *operation, batch_args &
         if (m.format != WEIGHT_NVFP4 && !tensor_map(q->map_maker, &maps.m[i], m.data, m.rows, pairs, pairs, a.each * 16)) bytes = 0;
     }
     if (bytes == 0) return false;
-    cluster_launch l(q, BATCH_BLOCK<G>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes);
-    if (want == START) l.start(q, operation, batch_products<G>, a, maps);
-    return want != AT_ONCE || l.at_once(q, operation, batch_products<G>) >= a.first[a.n];
+    cluster_launch l(q, BATCH_BLOCK<G, ASKER>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes);
+    if (want == START) l.start(q, operation, batch_products<G, ASKER>, a, maps);
+    return want != AT_ONCE || l.at_once(q, operation, batch_products<G, ASKER>) >= a.first[a.n];
 }
 
 bool run(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     switch (groups_of(a.rows)) {
-    case 1: return start<1>(q, operation, a, side, want);
-    case 2: return start<2>(q, operation, a, side, want);
-    case 4: return start<4>(q, operation, a, side, want);
-    case 8: return start<8>(q, operation, a, side, want);
-    default: return start<16>(q, operation, a, side, want);
+    case 1: return a.by_turns ? start<1, false>(q, operation, a, side, want) : start<1, true>(q, operation, a, side, want);
+    case 2: return start<2, true>(q, operation, a, side, want);
+    case 4: return start<4, true>(q, operation, a, side, want);
+    case 8: return start<8, true>(q, operation, a, side, want);
+    default: return start<16, true>(q, operation, a, side, want);
     }
 }
 
-/* Blocks a cluster: as many as let all clusters run at once. */
+/* Blocks a cluster, and with up to eight rows by turns or not: so that all clusters run at once. */
 bool split(struct queue *q, const char *operation, batch_args &a, enum side side)
 {
     int most = a.splits;
     bool exact = a.rows <= ROWS_EXACT;
     for (; a.splits > 1 && a.splits >= SPLITS_LEAST; a.splits--) {
         a.crew = exact ? CREW : a.splits;
-        if (run(q, operation, a, side, AT_ONCE)) return true;
+        for (int turns = 0; turns < (a.rows > 8 ? 1 : 2); turns++) {
+            a.by_turns = turns;
+            if (run(q, operation, a, side, AT_ONCE)) return true;
+        }
     }
     a.splits = most;
+    a.by_turns = false;
     a.crew = exact ? CREW : a.splits;
     return run(q, operation, a, side, ROOM);
 }
