@@ -21,7 +21,7 @@ struct batch_args {
     int first[NORM_PRODUCTS_MAX + 1]; /* item at which a matrix begins */
     int n, each, rounds;              /* matrices; tiles of sixteen rows side by side, and how often, an item */
     int rows, crew, splits;           /* shares of the columns; blocks of a cluster, which divide the shares */
-    bool by_turns;                    /* batch_products of eight rows: without an asker */
+    bool by_turns;                    /* without an asker */
     int stages, stage_bytes, weights_at; /* of the ring; of a stage, whose inputs come first */
     unsigned inverse;                    /* 2^32 / outputs of a row of an item */
     const uint8_t *parts, *quantized;
@@ -176,7 +176,8 @@ template <int FORMAT, int G> __device__ __forceinline__ void ask_all(const batch
     for (; flow.left > 0; has_asked(p, flow), flow.place.advance(p.stages)) ask_next<FORMAT, G>(p, m, flow, flow.place);
 }
 
-/* This warp has read the next unit. Without an asker the place of the one before is filled again, which all have left by now or soon. */
+/* This warp has read the next unit. Without an asker the place of the one before is filled again, which all have left by now or
+ * soon. */
 template <int FORMAT, int G, bool ASKER>
 __device__ __forceinline__ void batch_leave(const batch_args &p, const cuda_matrix &m, batch_flow &flow, int workers)
 {
@@ -216,8 +217,8 @@ template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT>
 /* Sixteen weight rows of each warp past this block's columns. Sums of shares, [share][row][weight row], if the columns are divided
  * over a cluster, else of all: shares are added one after the other. */
 template <int FORMAT, int G, bool ASKER>
-__device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matrix &m, batch_flow &flow, const uint8_t *shared, float *sums,
-                                           int share)
+__device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matrix &m, batch_flow &flow, const uint8_t *shared,
+                                           float *sums, int share)
 {
     using form = batch_form<FORMAT, G>;
     constexpr int P = form::PARTS_IN, PANELS = form::PANELS;
@@ -351,6 +352,16 @@ __device__ __forceinline__ void batch_store(const batch_args &p, const float *su
     }
 }
 
+template <class F> __device__ __forceinline__ void by_format(int format, F f)
+{
+    if (format == WEIGHT_BF16)
+        f(std::integral_constant<int, WEIGHT_BF16>());
+    else if (format == WEIGHT_FP8)
+        f(std::integral_constant<int, WEIGHT_FP8>());
+    else
+        f(std::integral_constant<int, WEIGHT_NVFP4>());
+}
+
 /* Workers, or all of the cluster. */
 __device__ __forceinline__ void batch_meet(const batch_args &p)
 {
@@ -396,14 +407,8 @@ __global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
     __syncthreads();
     if (warp >= WORKERS) {
         if constexpr (ASKER && ASKER_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
-        if (ASKER && threadIdx.x == WORKERS * LANES) {
-            if (m.format == WEIGHT_BF16)
-                ask_all<WEIGHT_BF16, G>(p, m, flow);
-            else if (m.format == WEIGHT_FP8)
-                ask_all<WEIGHT_FP8, G>(p, m, flow);
-            else
-                ask_all<WEIGHT_NVFP4, G>(p, m, flow);
-        }
+        if (ASKER && threadIdx.x == WORKERS * LANES)
+            by_format(m.format, [&](auto format) { ask_all<format.value, G>(p, m, flow); });
         __syncwarp();
         if (p.splits > 1) {
             cluster_meet();
@@ -412,25 +417,14 @@ __global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
     } else {
         if constexpr (ASKER && ASKER_GROUP<G>) more_registers<WORKER_REGISTERS>();
         if constexpr (!ASKER) {
-            if (m.format == WEIGHT_BF16)
-                ask_first<WEIGHT_BF16, G>(p, m, flow, threadIdx.x == 0);
-            else if (m.format == WEIGHT_FP8)
-                ask_first<WEIGHT_FP8, G>(p, m, flow, threadIdx.x == 0);
-            else
-                ask_first<WEIGHT_NVFP4, G>(p, m, flow, threadIdx.x == 0);
+            by_format(m.format, [&](auto format) { ask_first<format.value, G>(p, m, flow, threadIdx.x == 0); });
             __syncwarp();
         }
         wait_for_previous();
 #pragma unroll 1
         for (int round = 0; round < flow.rounds; round++, tile0 += p.each) {
-            if (warp >= workers_of(p) || flow.units == 0)
-                ;
-            else if (m.format == WEIGHT_BF16)
-                batch_work<WEIGHT_BF16, G, ASKER>(p, m, flow, shared, sums, shares.share);
-            else if (m.format == WEIGHT_FP8)
-                batch_work<WEIGHT_FP8, G, ASKER>(p, m, flow, shared, sums, shares.share);
-            else
-                batch_work<WEIGHT_NVFP4, G, ASKER>(p, m, flow, shared, sums, shares.share);
+            if (warp < workers_of(p) && flow.units > 0)
+                by_format(m.format, [&](auto format) { batch_work<format.value, G, ASKER>(p, m, flow, shared, sums, shares.share); });
             batch_meet(p);
             batch_store<G>(p, sums, shares, k, tile0);
             batch_meet(p); /* till all have read */
@@ -511,7 +505,8 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a, enum 
         if (s.begin(1) * a.rounds > units) units = s.begin(1) * a.rounds;
         if (a.splits > 1 && s.each > each) each = s.each;
     }
-    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = G > 1 ? (size_t)q->shared_max - 1024 : side == LEFT ? LEFT_SHARED : BESIDE_SHARED;
+    size_t sums = (size_t)each * 8 * G * SUM_ROW * sizeof(float), most = (size_t)q->shared_max - 1024;
+    if (G == 1) most = side == LEFT ? LEFT_SHARED : BESIDE_SHARED;
     if (sums >= most) return 0;
     a.inverse = (unsigned)((1ull << 32) / (unsigned)(16 * a.each) + 1);
     a.weights_at = inputs;

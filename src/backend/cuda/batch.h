@@ -23,8 +23,8 @@ void cuda_batch_prepare(struct queue *q, struct mat x);
 /* The shared expert's second product, and with it the sum of what the picks gave, weighted, and the residual.
  * ask: only say whether it would. */
 bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask);
-/* delta_batch.cu: conv and delta of a step in which every span is a row, on any GPU; both states are moved on, and
- * what conv gives is normed where it is a query or a key */
+/* delta_batch.cu: conv and delta of a step in which every span is a row, on any GPU; both states are moved
+ * on, and what conv gives is normed where it is a query or a key */
 bool cuda_batch_delta(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
 /* batch_experts.cu */
 bool cuda_batch_moe(struct queue *q, const struct moe_run *r);

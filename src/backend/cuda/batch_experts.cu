@@ -442,7 +442,8 @@ template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_do
     }
     auto find = [&](const chunk_unit &x) { return tile16(m, entries[x.chunk][0], x.at * (DOWN_ROWS / 8) + member * 2); };
     chunk_unit unit(run, each, team);
-    chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find, unit, units);
+    chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find, unit,
+                                                      units);
     wait_for_previous();
 #pragma unroll 1
     for (; unit.left > 0; unit.advance(TEAMS)) {

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(THREADS, 4) delta_sequences(const __grid_const
     float a = __ldcg(p.a.data + span.first * p.a.stride + head) + p.dt_bias[head];
     float beta = sigmoid(__ldcg(p.b.data + span.first * p.b.stride + head)), rate = -expf(p.A_log[head]);
     if (warp < 3) { /* four numbers a lane; of v half the lanes */
-        int key = head / (p.value_heads / p.key_heads), heads = warp == 0 ? key : warp == 1 ? p.key_heads + key : 2 * p.key_heads + head;
-        const float *from = p.tokens.data + span.first * p.tokens.stride + heads * HEAD + (warp == 2 ? first : 0) + 4 * lane;
+        int key = head / (p.value_heads / p.key_heads), at = warp == 0 ? key : warp == 1 ? p.key_heads + key : 2 * p.key_heads + head;
+        const float *from = p.tokens.data + span.first * p.tokens.stride + at * HEAD + (warp == 2 ? first : 0) + 4 * lane;
         float *to = warp == 0 ? tq : warp == 1 ? tk : tv;
         if (warp < 2 || lane < COLUMNS / 4) *(float4 *)(to + 4 * lane) = __ldcg((const float4 *)from);
     }
@@ -121,8 +121,8 @@ bool cuda_batch_delta(struct queue *q, const struct delta_run *r, const struct c
     const struct delta_shape *s = r->shape;
     if (rows->n_spans <= ROWS_FEW || s->key_dim != HEAD || s->value_dim != HEAD || s->kernel != TAPS + 1) return false;
     if (r->conv.stride % 4 || (uintptr_t)r->conv.data % 16) return false;
-    delta_batch_args a = { r->raw, r->u, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->conv_weight, r->state->matrix, r->state->conv,
-                           s->key_heads, s->value_heads, *rows };
+    delta_batch_args a = { r->raw, r->u, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->conv_weight, r->state->matrix,
+                           r->state->conv, s->key_heads, s->value_heads, *rows };
     launch(q, "delta", true, delta_tokens, dim3(blocks(2 * s->key_heads + s->value_heads, WARPS), (unsigned)rows->n_spans), 0, a);
     launch(q, "delta", true, delta_sequences, dim3((unsigned)s->value_heads * 2, (unsigned)rows->n_spans), 0, a);
     return true;

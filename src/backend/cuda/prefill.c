@@ -76,9 +76,8 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
     if (!device_rows) return;
     if (!r->lean) out.h = r->o;
     bool logs = queue_logs(rows);
-    bool decoded =
-        logs ? cuda_delta_run_logged(q, r, device_rows)
-             : !rows->prompts && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows);
+    bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows)
+                        : !rows->prompts && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows);
     /* by nothing but cuda_dense */
     bool narrow = r->raw.stride % 2 == 0 && (uintptr_t)r->raw.data % 8 == 0 &&
                   (rows->prompts || r->x.rows > ROWS_BATCH) && cuda_dense_takes(q, &out);
