@@ -44,7 +44,7 @@ template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
  * Else warps ask by turns, and a multiprocessor has room for two blocks. */
 template <int G> constexpr bool ASKER_GROUP = G > 1;
 template <int G, bool ASKER> constexpr int BATCH_BLOCK = (WORKERS + (!ASKER ? 0 : ASKER_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
-constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
+[[maybe_unused]] constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
 template <int FORMAT, int G> struct batch_form {
     static constexpr int PARTS_IN = FORMAT == WEIGHT_FP8 || !BATCH_EXACT<G> ? 1 : PARTS;
@@ -78,7 +78,7 @@ struct batch_shares {
 }
 
 /* Warps that work: whole groups of four. */
-__host__ __device__ inline int workers_of(const batch_args &p)
+[[maybe_unused]] __device__ __forceinline__ int workers_of(const batch_args &p)
 {
     return p.each > TEAM_WARPS ? WORKERS : TEAM_WARPS;
 }
