@@ -35,8 +35,7 @@ struct scheduler_options {
     int n_turn_end;
     int64_t interval; /* and so many rows after the last such place; 0: 4096 */
     void *ctx;
-    /* From the scheduler's thread, at most once a step: some request has news. ended: the last of a request
-     */
+    /* From the scheduler's thread, at most once a step: a request has news. ended: the last of one */
     void (*wake)(void *ctx, bool ended);
     void (*warn)(void *ctx, const char *text); /* from any thread: a line about the folder; may be NULL */
 };

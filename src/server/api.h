@@ -87,8 +87,7 @@ const char *exchange_pump(struct exchange *x, size_t *bytes, bool *done);
 /* clock_seconds at which it is to be pumped though the scheduler did not wake: text waits for more of it;
  * 0: none does. */
 double exchange_due(const struct exchange *x);
-/* clock_seconds before which a pump has nothing to say, unless an answer ends. 0: a first token is awaited.
- */
+/* clock_seconds until which a pump says nothing, unless an answer ends; 0: a first token is awaited */
 double exchange_look(const struct exchange *x);
 /* A comment line for a stream that has nothing to say yet; also counts tokens of the prompt done so far. */
 const char *exchange_comment(struct exchange *x, size_t *bytes);

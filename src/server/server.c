@@ -206,8 +206,7 @@ static void on_due(evutil_socket_t fd, short what, void *ctx)
     pump_all(ctx);
 }
 
-/* The timer may be set for later than a first token that is awaited from now on: the next news sets it again.
- */
+/* The timer may be set for later than a first token awaited from now on: the next news sets it again. */
 static void on_made(evutil_socket_t fd, short what, void *ctx)
 {
     (void)fd, (void)what;
