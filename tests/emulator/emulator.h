@@ -383,6 +383,15 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t take)
     return z;
 }
 
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t n)
+{
+    return (uint32_t)(((uint64_t)high << 32 | low) << n % 32 >> 32);
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t n)
+{
+    return (uint32_t)(((uint64_t)high << 32 | low) >> n % 32);
+}
+
 inline int __dp4a(int x, int y, int sum)
 {
     for (int i = 0; i < 4; i++) sum += (int8_t)(x >> 8 * i) * (int8_t)(y >> 8 * i);

@@ -127,10 +127,11 @@ template <int FORMAT> struct words16 {
                 }
             } else {
                 const uint4 &u = w[h][Q / 2];
+                fp4_scales scales(Q / 2 ? scale[h].y : scale[h].x);
                 uint32_t v[2] = { Q % 2 ? u.z : u.x, Q % 2 ? u.w : u.y };
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    __nv_bfloat162 s = fp4_scale(Q / 2 ? scale[h].y : scale[h].x, Q % 2 * 2 + i);
+                    __nv_bfloat162 s = scales.of(Q % 2 * 2 + i);
                     f[2 * i][h] = bf16_pair_product(fp4_pair<0>(v[i]), s);
                     f[2 * i][2 + h] = bf16_pair_product(fp4_pair<1>(v[i]), s);
                     f[2 * i + 1][h] = bf16_pair_product(fp4_pair<2>(v[i]), s);

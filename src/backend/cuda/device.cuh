@@ -5,10 +5,10 @@
  * rows ("slots"): high, middle and low part, and in the fourth the row quantized to FP8 for weights that ask for it.
  * Weights become BF16 exactly: FP8 has 4 significant bits, FP4 times its group's scale 6.
  *
- * FP4 words. Eight codes of a row, columns 0..7, in one 32-bit word; halves hold even and odd columns, so that pairs
- * come out side by side. In each half, with code = s e1 e0 m and i the pair: pair 0: s in bit 15, e1 e0 m in 8..6;
- * pair 1: 12, 5..3; pair 2: 9, 2..0; pair 3: s in 10, e1 e0 in 14..13, m in 11. A shift and a mask make a pair of BF16
- * numbers of value * 2^-126. */
+ * FP4 words. Eight codes of a row, columns 0..7, in one 32-bit word; pairs of an even and an odd column come out side by side,
+ * in the lower and the upper half, as BF16 numbers of value * 2^-126: sign in bit 15, e1 e0 m in bits 8..6. Pair 0 lies so; pairs
+ * 1 and 2 do once the word is turned right by 3 and 6 bits; of pair 3 s e1 e0 m are in bits 1, 0, 4 and 3, from where one multiplication brings
+ * them to their places. */
 #ifndef BACKEND_CUDA_DEVICE_CUH
 #define BACKEND_CUDA_DEVICE_CUH
 #include "backend/cuda/parts.h"
@@ -167,16 +167,18 @@ __device__ __forceinline__ float e2m1_value(uint32_t code)
     return code & 8 ? -value : value;
 }
 
+/* Pair 3 of an FP4 word where the others lie. */
+__device__ __forceinline__ uint32_t fp4_last(uint32_t w)
+{
+    return (w & 0x001b001bu) * (1 << 14 | 1 << 8 | 1 << 3);
+}
+
 /* Code `position` (0..7) of an FP4 word. */
 __device__ __forceinline__ uint32_t fp4_code(uint32_t word, int position)
 {
-    uint32_t half = position & 1 ? word >> 16 : word & 0xffff;
-    switch (position / 2) {
-    case 0: return (half >> 12 & 8) | (half >> 6 & 7);
-    case 1: return (half >> 9 & 8) | (half >> 3 & 7);
-    case 2: return (half >> 6 & 8) | (half & 7);
-    default: return (half >> 7 & 8) | (half >> 12 & 6) | (half >> 11 & 1);
-    }
+    uint32_t turned = position < 6 ? __funnelshift_r(word, word, position / 2 * 3) : fp4_last(word);
+    uint32_t half = turned >> position % 2 * 16;
+    return (half >> 12 & 8) | (half >> 6 & 7);
 }
 
 __device__ __forceinline__ uint32_t bf16_pair_product(uint32_t a, __nv_bfloat162 b)
@@ -200,18 +202,25 @@ __device__ __forceinline__ uint32_t fp8_pair(uint32_t word, int low)
 /* Pair i of an FP4 word times 2^-126. */
 template <int I> __device__ __forceinline__ uint32_t fp4_pair(uint32_t w)
 {
-    if (I == 0) return w & 0x81c081c0u;
-    if (I == 1) return w << 3 & 0x81c081c0u;
-    if (I == 2) return w << 6 & 0x81c081c0u;
-    return (w >> 6 & 0x01800180u) | (w >> 5 & 0x00400040u) | (w << 5 & 0x80008000u);
+    return (I == 3 ? fp4_last(w) : I == 0 ? w : __funnelshift_r(w, w, I * 3)) & 0x81c081c0u;
 }
 
-/* Byte i of a word of scales (parts.h) times 2^118, twice: with fp4_pair it gives value * scale * 2^-8. */
-__device__ __forceinline__ __nv_bfloat162 fp4_scale(uint32_t word, int i)
-{
-    uint32_t t = __byte_perm(word, 0, 0x4040 | i | i << 8) * 16 + 0x75807580u;
-    return *reinterpret_cast<__nv_bfloat162 *>(&t);
-}
+/* The four bytes of a word of scales (parts.h) times 2^118: with fp4_pair they give value * scale * 2^-8. */
+struct fp4_scales {
+    __nv_bfloat162 two[2];
+
+    __device__ __forceinline__ explicit fp4_scales(uint32_t word)
+    {
+        uint32_t low = __byte_perm(word, 0, 0x4140) * 16 + 0x75807580u, high = __byte_perm(word, 0, 0x4342) * 16 + 0x75807580u;
+        two[0] = *reinterpret_cast<__nv_bfloat162 *>(&low);
+        two[1] = *reinterpret_cast<__nv_bfloat162 *>(&high);
+    }
+    /* That of byte i, twice. */
+    __device__ __forceinline__ __nv_bfloat162 of(int i) const
+    {
+        return i % 2 ? __high2bfloat162(two[i / 2]) : __low2bfloat162(two[i / 2]);
+    }
+};
 constexpr float FP4_UNIT = 0x1p8f;
 
 } /* namespace */

@@ -107,24 +107,6 @@ __device__ __forceinline__ void choose_or_take(const mat &logits, const picks &p
         }
 }
 
-/* fp4_scale of the four bytes of a word: of bytes 0 and 2, and of 1 and 3. */
-struct four_scales {
-    __nv_bfloat162 even, odd;
-
-    __device__ __forceinline__ four_scales(uint32_t word)
-    {
-        uint32_t e = (word & 0x00ff00ffu) * 16 + 0x75807580u, o = (word >> 8 & 0x00ff00ffu) * 16 + 0x75807580u;
-        even = *reinterpret_cast<__nv_bfloat162 *>(&e);
-        odd = *reinterpret_cast<__nv_bfloat162 *>(&o);
-    }
-
-    __device__ __forceinline__ __nv_bfloat162 of(int i) const
-    {
-        __nv_bfloat162 two = i % 2 ? odd : even;
-        return i / 2 ? __high2bfloat162(two) : __low2bfloat162(two);
-    }
-};
-
 /* Pairs of columns of an FP4 word, decoded. */
 struct four_pairs {
     uint32_t v[4];
@@ -141,7 +123,7 @@ struct four_pairs {
 /* This lane's part of a unit. */
 struct fp4_unit {
     uint4 code[2];
-    four_scales low, high;
+    fp4_scales low, high;
 
     __device__ __forceinline__ fp4_unit(const uint8_t *unit)
         : code{ *(const uint4 *)(unit + threadIdx.x % LANES * 16), *(const uint4 *)(unit + 512 + threadIdx.x % LANES * 16) },

@@ -94,10 +94,11 @@ __device__ __forceinline__ void add_units(float (&a)[4], float (&b)[4], const ui
     for (int half = 0; half < 2; half++, x += FP4_UNIT_COLS / 2) {
         uint4 u = *(const uint4 *)(first + half * 512 + lane * 16), v = *(const uint4 *)(second + half * 512 + lane * 16);
         uint32_t p[4] = { u.x, u.y, u.z, u.w }, q[4] = { v.x, v.y, v.z, v.w };
+        fp4_scales scales(half ? scale.y : scale.x), others(half ? other.y : other.x);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint4 w = *(const uint4 *)(x + i * 32);
-            __nv_bfloat162 s = fp4_scale(half ? scale.y : scale.x, i), r = fp4_scale(half ? other.y : other.x, i);
+            __nv_bfloat162 s = scales.of(i), r = others.of(i);
             mma(a, bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
                 bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r), w.x, w.z);
             mma(b, bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),

@@ -140,16 +140,18 @@ struct wide_words {
     __device__ __forceinline__ void decode(uint32_t (&f)[STEPS][4]) const
     {
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2; h++) {
+            fp4_scales scales(scale[h]);
 #pragma unroll
             for (int i = 0; i < STEPS / 2; i++) {
                 uint32_t v = i ? w[h].y : w[h].x;
-                __nv_bfloat162 s = fp4_scale(scale[h], i);
+                __nv_bfloat162 s = scales.of(i);
                 f[2 * i][h] = bf16_pair_product(fp4_pair<0>(v), s);
                 f[2 * i][2 + h] = bf16_pair_product(fp4_pair<1>(v), s);
                 f[2 * i + 1][h] = bf16_pair_product(fp4_pair<2>(v), s);
                 f[2 * i + 1][2 + h] = bf16_pair_product(fp4_pair<3>(v), s);
             }
+        }
     }
 };
 

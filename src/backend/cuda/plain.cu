@@ -173,13 +173,9 @@ __global__ void lay_fp4(uint8_t *to, const uint8_t *codes, const uint8_t *scales
             word |= code << 4 * k;
             continue;
         }
-        switch (k / 2) {
-        case 0: half = s << 15 | rest << 6; break;
-        case 1: half = s << 12 | rest << 3; break;
-        case 2: half = s << 9 | rest; break;
-        default: half = s << 10 | (rest >> 1) << 13 | (rest & 1) << 11; break;
-        }
-        word |= half << (k % 2 * 16);
+        half = k < 6 ? s << 15 | rest << 6 : s << 1 | rest >> 2 | (rest >> 1 & 1) << 4 | (rest & 1) << 3;
+        half <<= k % 2 * 16;
+        word |= k < 6 ? __funnelshift_l(half, half, k / 2 * 3) : half;
     }
     fp4_place at = fp4_place_of(r, c, cols);
     uint8_t *unit = to + at.unit * FP4_UNIT_BYTES;

@@ -269,9 +269,10 @@ template <int KINDS, int RING> struct stream {
                 two<ROWS>(a, b, x + i * 8, stride8, fp8_pair(v[2 * i], 0), fp8_pair(v[2 * i], 2), fp8_pair(v[2 * i + 1], 0),
                           fp8_pair(v[2 * i + 1], 2));
         } else {
+            fp4_scales scales(scale);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                __nv_bfloat162 s = fp4_scale(scale, i);
+                __nv_bfloat162 s = scales.of(i);
                 two<ROWS>(a, b, x + i * 32, stride8, bf16_pair_product(fp4_pair<0>(v[i]), s),
                           bf16_pair_product(fp4_pair<1>(v[i]), s), bf16_pair_product(fp4_pair<2>(v[i]), s),
                           bf16_pair_product(fp4_pair<3>(v[i]), s));

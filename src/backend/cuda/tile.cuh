@@ -115,7 +115,7 @@ template <int FORMAT> struct weight_rows {
                 a[2 + h] = fp8_pair(word, 2);
             } else {
                 uint32_t word = S / 2 ? w[h][0].y : w[h][0].x;
-                __nv_bfloat162 s = fp4_scale(scale[h], S / 2);
+                __nv_bfloat162 s = fp4_scales(scale[h]).of(S / 2);
                 a[h] = bf16_pair_product(fp4_pair<S % 2 * 2>(word), s);
                 a[2 + h] = bf16_pair_product(fp4_pair<S % 2 * 2 + 1>(word), s);
             }
