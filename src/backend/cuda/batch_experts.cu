@@ -2,30 +2,29 @@
  * whose inputs are taken as they are.
  *
  * batch_route: a block a row chooses, and makes the shared expert's hidden row; the last of them puts picks in chunks by expert.
- * batch_up: units of 32 gate and the same 32 up rows of a chunk, a group of four warps each. batch_down: units of 64 rows.
- * Blocks take equal runs of all units, of which only the device knows how many there are. What remains is
- * cuda_batch_shared_down: it adds up what the picks gave.
+ * batch_chunks: both products of the chunks. Items are eight gate and the same eight up rows of a chunk, then sixteen rows of
+ * down: the sixteen rows of a tensor-core instruction whose columns are the chunk's slots. A warp has an item from the first
+ * weight column to the last. Blocks take equal runs of all items of either kind, of which only the device knows how many there
+ * are, and a block's warps an item after the other. A chunk's down items wait for its up items, whichever block has them: all
+ * blocks are on the device at once, and have no down item before an up item. What remains is cuda_batch_shared_down: it adds
+ * up what the picks gave.
  *
- * A chunk's inputs are sixteen slots. Of up to ROWS_EXACT rows four are a chunk, with the sums of experts.cu to the bit: of row t
- * slots 2 t and 2 t + 1 have the high and middle parts, 8 + 2 t the low ones, so that the lane that gets a row's sums gets all
- * three. Of more rows, whose inputs are BF16, sixteen are. */
+ * A chunk's inputs are eight slots. Of up to ROWS_EXACT rows two are a chunk, with the sums of experts.cu to the bit: of row t
+ * slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
 #include "backend/cuda/prepare.cuh"
 #include "backend/cuda/route.cuh"
 
 namespace {
 
-/* A unit of sixteen rows in a warp's ring: two tiles' words and their scales, for every lane. */
-constexpr int UNIT16 = 2 * 1024 + 2 * 8 * LANES;
-constexpr int ENTRY = 20, CHUNK_PANEL = 2 * PANEL_BYTES, TEAMS = 4;
-constexpr int CHUNK_WORKERS = TEAMS * TEAM_WARPS, CHUNK_BLOCK = (CHUNK_WORKERS + 1) * LANES;
-[[maybe_unused]] constexpr int UP_ROWS = 32;
-constexpr int DOWN_ROWS = 64, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
+constexpr int ENTRY = CHUNK_ENTRY, PICKS_AT = ENTRY - CHUNK_SLOTS, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
+constexpr int UP_ROWS = 8, DOWN_ROWS = 16, STAGE = 2, STAGE_BYTES = STAGE * 2 * FP4_UNIT_BYTES;
 
 /* Rows of a chunk; of them, those whose sums a lane gets. */
-template <bool EXACT> constexpr int CHUNK = EXACT ? 4 : 16;
-template <bool EXACT> constexpr int OWN = EXACT ? 1 : 4;
+template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_EXACT : CHUNK_SLOTS;
+template <bool EXACT> constexpr int OWN = EXACT ? 1 : 2;
 
-/* chunks: [0] how many, [1] blocks of batch_route that are done; from ENTRY on, of each: expert, rows, picks */
+/* chunks: [0] how many, [1] blocks of batch_route that are done; from ENTRY on, of each: expert, rows, up items that are done,
+ * picks */
 struct route_args {
     mat logits;
     picks p;
@@ -38,7 +37,7 @@ struct route_args {
 
 struct chunk_args {
     cuda_experts e;
-    const int *chunks;
+    int *chunks;
     const uint8_t *parts; /* of all rows */
     int groups, k;
     uint8_t *hidden; /* [chunk][panel] */
@@ -81,6 +80,7 @@ __device__ void make_chunks(const route_args &a, int picked)
             int *entry = a.chunks + (1 + at + c) * ENTRY;
             entry[0] = e;
             entry[1] = left < a.chunk ? left : a.chunk;
+            entry[2] = 0;
         }
         at += n[i];
         count[e] = 0;
@@ -88,7 +88,7 @@ __device__ void make_chunks(const route_args &a, int picked)
     __syncthreads();
     for (int i = threadIdx.x; i < picked; i += BLOCK) {
         int e = __ldcg(a.p.expert + i), place = atomicAdd(&count[e], 1);
-        a.chunks[(1 + first[e] + place / a.chunk) * ENTRY + 2 + place % a.chunk] = i;
+        a.chunks[(1 + first[e] + place / a.chunk) * ENTRY + PICKS_AT + place % a.chunk] = i;
     }
 }
 
@@ -119,159 +119,195 @@ __global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ rou
     if (threadIdx.x == 0) a.chunks[1] = 0;
 }
 
+/* Warps that multiply; one more brings inputs. Chunks' inputs at a time; stages of a warp's ring. */
+constexpr int MULTIPLIERS = 16, CHUNKS_BLOCK = (MULTIPLIERS + 1) * LANES, BUFFERS = 2, DEPTH = 2;
+
+/* Panels of a buffer of inputs. Shared memory: those, and rings of weights. */
+__host__ __device__ inline int buffer_panels(const cuda_experts &e)
+{
+    return (e.m[GATE].cols > e.m[DOWN].cols ? e.m[GATE].cols : e.m[DOWN].cols) / PANEL;
+}
+
+inline size_t chunks_shared(const cuda_experts &e)
+{
+    return (size_t)BUFFERS * buffer_panels(e) * PANEL_BYTES + MULTIPLIERS * DEPTH * STAGE_BYTES;
+}
+
+/* Of an item's columns, whose sums are added up: single units, some units each, all together. */
+enum shares { UNIT, UNITS, ONE };
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Sixteen weight rows of an expert, two tiles, as a lane copies and reads them. */
-struct tile16 {
-    const uint8_t *at; /* this lane's, of the unit asked for next */
-    unsigned half;     /* bytes to the second tile */
-
-    __device__ __forceinline__ tile16(const cuda_matrix &m, int expert, int tile)
-        : at(tile_at(m, expert, tile) + threadIdx.x % LANES * 16), half(tile_bytes(m))
-    {
-    }
-    __device__ __forceinline__ tile16() : at(nullptr), half(0) {}
-};
-
-/* Asks for a unit; a group of copies, of nothing if none. */
-__device__ __forceinline__ void ask16(uint32_t to, tile16 &w, bool any)
-{
-    int lane = threadIdx.x % LANES;
-    if (any) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const uint8_t *from = w.at + h * w.half;
-            copy_async16(to + h * 1024 + lane * 16, from, true);
-            copy_async16(to + h * 1024 + 512 + lane * 16, from + 512, true);
-            copy_async8(to + 2048 + h * 8 * LANES + 8 * lane, from + 1024 - lane * 16 + lane / 2 * 8);
-        }
-        w.at += FP4_UNIT_BYTES;
-    }
-    copy_commit();
-}
-
-__device__ __forceinline__ void load16(words16<WEIGHT_NVFP4> &w, const uint8_t *unit)
-{
-    int lane = threadIdx.x % LANES;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        w.w[h][0] = *(const uint4 *)(unit + h * 1024 + lane * 16);
-        w.w[h][1] = *(const uint4 *)(unit + h * 1024 + 512 + lane * 16);
-        w.scale[h] = *(const uint2 *)(unit + 2048 + h * 8 * LANES + lane * 8);
-    }
-}
-
-/* The block's units, [begin, end) of all, `each` a chunk, and the entries of their chunks. */
+/* The block's items of a kind, [begin, end) of all, `each` a chunk. */
 struct chunk_run {
-    int begin, end, first, n; /* first chunk, chunks */
-    __device__ __forceinline__ chunk_run(const int *chunks, int each, int (*entries)[ENTRY])
+    int begin, end, each, first, n; /* first chunk, chunks */
+    float by_each;
+
+    __device__ __forceinline__ chunk_run(int chunks, int of_a_chunk) : each(of_a_chunk), by_each(1.0f / of_a_chunk)
     {
-        int64_t units = (int64_t)__ldcg(chunks) * each;
-        begin = (int)(units * blockIdx.x / gridDim.x);
-        end = (int)(units * (blockIdx.x + 1) / gridDim.x);
+        int64_t items = (int64_t)chunks * each;
+        begin = (int)(items * blockIdx.x / gridDim.x);
+        end = (int)(items * (blockIdx.x + 1) / gridDim.x);
         first = begin / each;
         n = end > begin ? (end - 1) / each - first + 1 : 0;
-        for (int i = threadIdx.x; i < n * ENTRY; i += CHUNK_BLOCK) entries[0][i] = __ldcg(chunks + (1 + first) * ENTRY + i);
-        __syncthreads();
     }
 };
 
-/* A team's units of the run, every TEAMS-th: chunk of the run, and place among the `each` of a chunk. */
-struct chunk_unit {
-    int chunk, at, each, left; /* left: of the run, from this one on */
+/* An item as a warp keeps it beside the weights: kind, chunk of the run, and place among the chunk's. */
+struct chunk_item {
+    int packed;
+    static constexpr int NONE = -1;
 
-    __device__ __forceinline__ chunk_unit(const chunk_run &run, int each_, int team)
-        : chunk(0), at(run.begin - run.first * each_), each(each_), left(run.end - run.begin)
+    __device__ __forceinline__ bool is_down() const { return packed >> 30; }
+    __device__ __forceinline__ int chunk() const { return packed >> 16 & 0x3fff; }
+    __device__ __forceinline__ int at() const { return packed & 0xffff; }
+};
+
+/* A lane's words of a unit of a stage's two tiles, and their scales. */
+struct pair_words {
+    uint4 w[2][2];
+    uint2 scale[2];
+
+    /* codes, scales: this lane's of the unit */
+    __device__ __forceinline__ pair_words(const uint8_t *codes, const uint8_t *scales)
     {
-        advance(team);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            w[h][0] = *(const uint4 *)(codes + h * STAGE_BYTES / 2);
+            w[h][1] = *(const uint4 *)(codes + h * STAGE_BYTES / 2 + 512);
+            scale[h] = *(const uint2 *)(scales + h * STAGE_BYTES / 2);
+        }
     }
-    __device__ __forceinline__ void advance(int n)
+    /* Adds the unit's products to a and b as stream.cuh does. x: where this lane reads the slots' panels (matrices). */
+    __device__ __forceinline__ void add(float (&a)[4], float (&b)[4], uint32_t x) const
     {
-        left -= n;
-        for (at += n; at >= each; at -= each) chunk++;
+        uint32_t odd = x ^ 64;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint4 &u = w[0][half], &v = w[1][half];
+            uint32_t p[4] = { u.x, u.y, u.z, u.w }, q[4] = { v.x, v.y, v.z, v.w }, in[4];
+            fp4_scales scales(half ? scale[0].y : scale[0].x), others(half ? scale[1].y : scale[1].x);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                __nv_bfloat162 s = scales.of(i), r = others.of(i);
+                matrices(in, (i % 2 ? odd : x) + (half * 2 + i / 2) * PANEL_BYTES);
+                mma(a, bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
+                    bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r), in[0], in[1]);
+                mma(b, bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),
+                    bf16_pair_product(fp4_pair<3>(p[i]), s), bf16_pair_product(fp4_pair<3>(q[i]), r), in[2], in[3]);
+            }
+        }
     }
 };
 
-/* A warp's weights ahead of their use. */
-template <int DEPTH, class FIND> struct chunk_weights {
-    uint8_t *ring;
-    FIND find; /* tile16(unit) */
-    tile16 tile;
-    chunk_unit unit;
-    int left, units, slot;
+/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. */
+struct chunk_weights {
+    const cuda_experts &e;
+    chunk_run ups, downs;
+    const int (*entries)[ENTRY];
+    int *taken;    /* items of the block */
+    int *items;    /* of each stage */
+    const uint8_t *ring, *tile[2]; /* tile: of the item asked for */
+    uint32_t ring_at, come;
+    int item, units, asked, slot, phase; /* asked: units of the item asked for; slot: used next */
 
-    __device__ __forceinline__ chunk_weights(uint8_t *at, FIND f, const chunk_unit &first, int of_a_tile)
-        : ring(at), find(f), unit(first), left(0), units(of_a_tile), slot(0)
+    __device__ __forceinline__ void begin()
     {
+        asked = slot = phase = 0;
+        units = 1;
         for (int i = 0; i < DEPTH; i++) ask(i);
+    }
+    __device__ __forceinline__ void next_item()
+    {
+        int n = 0, lane = threadIdx.x % LANES;
+        if (lane == 0) n = atomicAdd(taken, 1);
+        n = __shfl_sync(ALL, n, 0);
+        bool is_down = n >= ups.end - ups.begin;
+        int of_ups = ups.begin - ups.first * ups.each, of_downs = downs.begin - downs.first * downs.each - (ups.end - ups.begin);
+        item = chunk_item::NONE;
+        if (n >= ups.end - ups.begin + downs.end - downs.begin) return;
+        n += is_down ? of_downs : of_ups;
+        int chunk = (int)(((float)n + 0.5f) * (is_down ? downs.by_each : ups.by_each)), at = n - chunk * (is_down ? downs.each : ups.each);
+        unsigned expert = entries[chunk][0];
+        item = is_down << 30 | chunk << 16 | at;
+        if (is_down) {
+            tile[0] = tile_at(e.m[DOWN], expert, 2 * at);
+            tile[1] = tile[0] + tile_bytes(e.m[DOWN]);
+        } else {
+            tile[0] = tile_at(e.m[GATE], expert, at);
+            tile[1] = tile_at(e.m[UP], expert, at);
+        }
+        units = e.m[is_down ? DOWN : GATE].cols / FP4_UNIT_COLS;
     }
     __device__ __forceinline__ void ask(int to)
     {
-        if (left == 0 && unit.left > 0) {
-            tile = find(unit);
-            left = units;
-            unit.advance(TEAMS);
+        if (asked == 0) next_item();
+        int n = units - asked < STAGE ? units - asked : STAGE, bytes = n * FP4_UNIT_BYTES;
+        if (elected()) {
+            uint32_t at = ring_at + to * STAGE_BYTES, barrier = come + to * 8;
+            items[to] = item;
+            if (item != chunk_item::NONE) {
+                barrier_expect(barrier, 2 * bytes);
+                copy_bulk(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
+                copy_bulk(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
+            }
         }
-        ask16(shared_at(ring) + to * UNIT16, tile, left > 0);
-        if (left > 0) left--;
+        __syncwarp();
+        asked = asked + n < units ? asked + n : 0;
     }
-    __device__ __forceinline__ void take(words16<WEIGHT_NVFP4> &w)
+    /* The item whose first stage comes next. */
+    __device__ __forceinline__ chunk_item next() const { return { items[slot] }; }
+    __device__ __forceinline__ const uint8_t *await() const
     {
-        copy_wait<DEPTH - 1>();
-        load16(w, ring + slot * UNIT16);
+        barrier_wait(come + slot * 8, phase);
+        return ring + slot * STAGE_BYTES;
+    }
+    /* What lay in the stage has been read by all lanes. */
+    __device__ __forceinline__ void leave()
+    {
         __syncwarp();
         ask(slot);
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        if (++slot == DEPTH) slot = 0, phase ^= 1;
     }
 };
 
-/* Panels 0..3 of a unit, given as wide_matrix; not `add`: sums begin with them. */
-template <int Q>
-__device__ __forceinline__ void chunk_panels(accumulators<16, true> &acc, uint32_t (&f)[4][4], const words16<WEIGHT_NVFP4> &w,
-                                             uint64_t panels, bool add)
-{
-    w.template decode<Q>(f);
-    acc.begin(f, panels + Q * CHUNK_PANEL / 16, Q > 0 || add);
-    acc.end(f);
-    if constexpr (Q < 3) chunk_panels<Q + 1>(acc, f, w, panels, add);
-}
-
-/* The lane's own rows of a chunk: which, and of each the sums of weight rows g and g + 8. */
+/* The lane's own rows of a chunk: which, and of each the sums of row g of both tiles. */
 template <bool EXACT> __device__ __forceinline__ int own_row(int i)
 {
-    int t = threadIdx.x % LANES % 4;
-    return EXACT ? t : i / 2 * 8 + 2 * t + i % 2;
+    int t = threadIdx.x % 4;
+    return EXACT ? t / 2 : 2 * t + i;
 }
 
-template <bool EXACT> __device__ __forceinline__ void add_own(float2 (&total)[OWN<EXACT>], const accumulators<16, true> &acc)
+template <bool EXACT>
+__device__ __forceinline__ void add_own(float2 (&total)[OWN<EXACT>], const float (&a)[4], const float (&b)[4])
 {
-    if constexpr (EXACT) {
-        total[0].x += acc.sum(0, 0) + acc.sum(0, 1) + acc.sum(1, 0);
-        total[0].y += acc.sum(0, 2) + acc.sum(0, 3) + acc.sum(1, 2);
+    float sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[i] = a[i] + b[i];
+    if constexpr (EXACT) { /* of an odd lane the second slot is nothing */
+        float x = sum[0], y = sum[2];
+        if (threadIdx.x % 2 == 0) x += sum[1], y += sum[3];
+        total[0].x += x + __shfl_xor_sync(ALL, x, 1);
+        total[0].y += y + __shfl_xor_sync(ALL, y, 1);
     } else {
 #pragma unroll
-        for (int i = 0; i < OWN<EXACT>; i++) {
-            total[i].x += acc.sum(i / 2, i % 2);
-            total[i].y += acc.sum(i / 2, 2 + i % 2);
-        }
+        for (int i = 0; i < OWN<EXACT>; i++) total[i].x += sum[i], total[i].y += sum[2 + i];
     }
 }
 
 /* Byte of part p of row t at a place of a chunk's panel. */
-template <bool EXACT> __device__ __forceinline__ int chunk_byte(int t, int p, int place)
+template <bool EXACT> __device__ __forceinline__ int chunk_byte(unsigned t, unsigned p, unsigned place)
 {
-    return EXACT ? p / 2 * PANEL_BYTES + panel_byte(2 * t + p % 2, place) : t / 8 * PANEL_BYTES + panel_byte(t % 8, place);
+    return panel_byte(EXACT ? 4 * t + p : t, place);
 }
 
-/* Buffers of chunks' inputs: chunk c of the run in buffer c % BUFFERS. Every worker warp leaves every chunk once. */
-template <int BUFFERS> struct chunk_buffers {
+/* Buffers of inputs: first of the chunks of the up run, then of the down run, number c in buffer c % BUFFERS. Every working warp
+ * leaves every one once. */
+struct chunk_buffers {
     uint64_t *full, *empty;
-    int current; /* chunk of the run a warp is in */
+    int current; /* a warp is in */
 
-    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers)
-        : full(barriers), empty(barriers + BUFFERS), current(-1)
-    {
-    }
-    /* A worker: on to chunk c, through each before it, of which it may have no unit. A barrier tells a phase from the next only. */
+    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers) : full(barriers), empty(barriers + BUFFERS), current(-1) {}
+    /* A worker: on to number c, through each before it, of which it may have no item. A barrier tells a phase from the next only. */
     __device__ __forceinline__ void enter(int c)
     {
         while (current < c) {
@@ -282,197 +318,183 @@ template <int BUFFERS> struct chunk_buffers {
     }
     __device__ __forceinline__ void leave()
     {
+        __syncwarp(); /* no lane waits for it still */
         if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
     }
-    /* The copier: until buffer of chunk c is free. */
+    /* The copier: until the buffer of number c is free. */
     __device__ __forceinline__ void reserve(int c)
     {
         barrier_wait(&empty[c % BUFFERS], c / BUFFERS % 2 ^ 1);
     }
 };
 
-template <int BUFFERS> __device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers)
-{
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < BUFFERS; i++) {
-            barrier_init(&barriers[i], copiers);
-            barrier_init(&barriers[BUFFERS + i], CHUNK_WORKERS);
-        }
-        barriers_ready();
-    }
-}
-
-/* Rows of a chunk from the panels of all rows, by a warp. */
+/* Asks for a chunk's rows from the panels of all rows, by a warp. */
 template <bool EXACT>
 __device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels)
 {
     constexpr int N = EXACT ? PARTS : 1;
     int lane = threadIdx.x % LANES;
     for (int t = 0; t < entry[1]; t++) {
-        int row = entry[2 + t] / a.k, r = row % 8;
+        int row = entry[PICKS_AT + t] / a.k, r = row % 8;
         const uint8_t *from = a.parts + row / 8 * (N * PANEL_BYTES);
 #pragma unroll 4
         for (int i = lane; i < panels * N * 8; i += LANES) {
             int place = i % 8 * 8, part = i / 8 % N, c = i / (8 * N);
-            copy_async16(to + c * CHUNK_PANEL + chunk_byte<EXACT>(t, part, place),
+            copy_async16(to + c * PANEL_BYTES + chunk_byte<EXACT>(t, part, place),
                          from + ((int64_t)c * a.groups * N + part) * PANEL_BYTES + panel_byte(r, place), true);
         }
     }
-    copy_commit();
-    copy_wait<0>();
-    wide_show();
+}
+
+/* Sums of an item's `units` units. x: where the lane reads its first panel. */
+template <bool EXACT, shares SHARES>
+__device__ __forceinline__ void sum_item(float2 (&total)[OWN<EXACT>], chunk_weights &weights, uint32_t x, int units)
+{
+    int lane = threadIdx.x % LANES, share = share_of(units, CREW / 2), left = share;
+    float a[4] = {}, b[4] = {};
+#pragma unroll 1
+    for (int u = 0; u < units; u += STAGE) {
+        const uint8_t *stage = weights.await(), *codes = stage + lane * 16, *scales = stage + 1024 + lane / 2 * 8;
+#pragma unroll
+        for (int i = 0; i < STAGE; i++, x += FP4_UNIT_COLS / PANEL * PANEL_BYTES) {
+            pair_words w(codes + i * FP4_UNIT_BYTES, scales + i * FP4_UNIT_BYTES); /* what there is not is not looked at */
+            if (i + 1 == STAGE) weights.leave();
+            if (u + i >= units) break;
+            w.add(a, b, x);
+            if (SHARES == ONE || (SHARES == UNITS && --left > 0 && u + i + 1 < units)) continue;
+            left = share;
+            add_own<EXACT>(total, a, b);
+#pragma unroll
+            for (int j = 0; j < 4; j++) a[j] = b[j] = 0;
+        }
+    }
+    if (SHARES == ONE) add_own<EXACT>(total, a, b);
+}
+
+/* An up item's sums to the chunk's hidden rows. panel: the chunk's first. */
+template <bool EXACT>
+__device__ __forceinline__ void store_hidden(const chunk_args &a, int panel, int rows, unsigned at, const float2 (&total)[OWN<EXACT>],
+                                             float2 unit)
+{
+    unsigned lane = threadIdx.x % LANES, r = at * UP_ROWS + lane / 4, place = panel_place(r % PANEL, false);
+    uint8_t *to = a.hidden + (int64_t)(panel + r / PANEL) * PANEL_BYTES;
+#pragma unroll
+    for (int i = 0; i < OWN<EXACT>; i++) {
+        int t = own_row<EXACT>(i);
+        if (t >= rows) continue;
+        split_pair s(make_float2(silu(total[i].x * unit.x) * (total[i].y * unit.y), 0));
+        if (EXACT && lane % 2) {
+            *(uint16_t *)(to + chunk_byte<EXACT>(t, 2, place)) = (uint16_t)s.part[2];
+        } else {
+#pragma unroll
+            for (int p = 0; p < (EXACT ? 2 : 1); p++) *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
+        }
+    }
+}
+
+/* A down item's, to the rows of its picks. */
+template <bool EXACT>
+__device__ __forceinline__ void store_down(const chunk_args &a, const int *entry, int at, const float2 (&total)[OWN<EXACT>])
+{
+    int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int i = 0; i < OWN<EXACT>; i++) {
+        int t = own_row<EXACT>(i);
+        if (t >= entry[1]) continue;
+        float *to = a.down + (int64_t)entry[PICKS_AT + t] * a.e.m[DOWN].rows + at * DOWN_ROWS + lane / 4;
+        if (!EXACT || lane % 2 == 0) to[0] = total[i].x;
+        if (!EXACT || lane % 2 == 1) to[8] = total[i].y;
+    }
+}
+
+/* Where a lane reads panels as four matrices of eight slots by eight columns, the pairs of an FP4 word. */
+__device__ __forceinline__ uint32_t lane_panel(uint32_t panels)
+{
+    int lane = threadIdx.x % LANES;
+    return panels + panel_byte(lane % 8, lane / 8 * 8);
 }
 #endif
 
-constexpr int UP_BUFFERS = 2, UP_DEPTH = 2, DOWN_BUFFERS = 4, DOWN_DEPTH = 3;
-
-__host__ __device__ inline size_t up_bytes(int cols)
-{
-    return (size_t)UP_BUFFERS * (cols / PANEL) * CHUNK_PANEL + CHUNK_WORKERS * UP_DEPTH * UNIT16;
-}
-
-__host__ __device__ inline size_t down_bytes(int cols)
-{
-    return (size_t)DOWN_BUFFERS * (cols / PANEL) * CHUNK_PANEL + CHUNK_WORKERS * DOWN_DEPTH * UNIT16;
-}
-
-/* Of a team's four warps two have gate rows, two up rows. Shared memory: buffers, rings. */
-template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_up(const __grid_constant__ chunk_args a)
+/* Grid: multiprocessors, a block each. */
+template <bool EXACT, shares SHARES>
+__global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_constant__ chunk_args a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
-    __shared__ uint64_t barriers[2 * UP_BUFFERS];
-    __shared__ int entries[CHUNKS_MOST][ENTRY];
-    __shared__ float2 meeting[TEAMS][OWN<EXACT>][2][LANES];
-    const cuda_matrix &gate = a.e.m[GATE];
-    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS;
-    int team = warp / TEAM_WARPS, member = warp % TEAM_WARPS, side = member / 2;
+    __shared__ uint64_t barriers[2 * BUFFERS], come[MULTIPLIERS][DEPTH];
+    __shared__ int entries[CHUNKS_MOST][ENTRY], items[MULTIPLIERS][DEPTH], taken;
+    const cuda_matrix &gate = a.e.m[GATE], &down = a.e.m[DOWN];
+    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
+    int buffer = buffer_panels(a.e) * PANEL_BYTES, hidden_panels = down.cols / PANEL;
     uint32_t buffers = shared_at(shared);
-    chunk_barriers<UP_BUFFERS>(barriers, LANES);
+    if (warp < MULTIPLIERS && lane < DEPTH) barrier_init(&come[warp][lane], 1);
+    if (threadIdx.x < BUFFERS) {
+        barrier_init(&barriers[threadIdx.x], LANES);
+        barrier_init(&barriers[BUFFERS + threadIdx.x], MULTIPLIERS);
+    }
+    barriers_ready();
+    if (threadIdx.x == 0) taken = 0;
     wait_for_previous();
-    let_next_start(); /* which may count on the chunks */
-    chunk_run run(a.chunks, each, entries);
-    chunk_buffers<UP_BUFFERS> inputs(barriers);
-    if (warp == CHUNK_WORKERS) {
-        for (int c = 0; c < run.n; c++) {
+    let_next_start();
+    int chunks = __ldcg(a.chunks);
+    chunk_run ups(chunks, gate.rows / UP_ROWS), downs(chunks, down.rows / DOWN_ROWS);
+    int *first = a.chunks + (1 + ups.first) * ENTRY; /* of either run */
+    for (int i = threadIdx.x; i < (ups.n > downs.n ? ups.n : downs.n) * ENTRY; i += CHUNKS_BLOCK) entries[0][i] = __ldcg(first + i);
+    __syncthreads();
+    chunk_buffers inputs(barriers);
+    if (warp == MULTIPLIERS) {
+        for (int c = 0; c < ups.n + downs.n; c++) {
+            uint32_t to = buffers + c % BUFFERS * buffer;
             inputs.reserve(c);
-            gather_rows<EXACT>(buffers + c % UP_BUFFERS * panels * CHUNK_PANEL, a, entries[c], panels);
-            barrier_arrive(&barriers[c % UP_BUFFERS]);
+            if (c < ups.n) {
+                gather_rows<EXACT>(to, a, entries[c], gate.cols / PANEL);
+            } else {
+                const uint8_t *from = a.hidden + (int64_t)(ups.first + c - ups.n) * hidden_panels * PANEL_BYTES;
+                if (lane == 0) wait_for_number((const unsigned *)first + (c - ups.n) * ENTRY + 2, ups.each);
+                __syncwarp();
+                for (int i = lane * 16; i < hidden_panels * PANEL_BYTES; i += LANES * 16) copy_async16(to + i, from + i, true);
+            }
+            barrier_arrive_copied(&barriers[c % BUFFERS]);
         }
+        copy_wait<0>();
         return;
     }
-    int units = gate.cols / FP4_UNIT_COLS, share = (units + CREW / 2 - 1) / (CREW / 2);
-    auto find = [&](const chunk_unit &x) {
-        return tile16(a.e.m[side], entries[x.chunk][0], x.at * (UP_ROWS / 8) + member % 2 * 2);
-    };
-    chunk_unit unit(run, each, team);
-    chunk_weights<UP_DEPTH, decltype(find)> weights(shared + UP_BUFFERS * panels * CHUNK_PANEL + warp * UP_DEPTH * UNIT16, find,
-                                                    unit, units);
+    uint8_t *ring = shared + BUFFERS * buffer + warp * DEPTH * STAGE_BYTES;
+    chunk_weights weights = { a.e, ups, downs, entries, &taken, items[warp], ring, {}, shared_at(ring), shared_at(come[warp]) };
+    weights.begin();
+    float2 unit = {};
 #pragma unroll 1
-    for (; unit.left > 0; unit.advance(TEAMS)) {
-        int c = unit.chunk, expert = entries[c][0];
-        uint32_t panel = buffers + c % UP_BUFFERS * panels * CHUNK_PANEL, f[4][4];
-        accumulators<16, true> acc;
+    for (chunk_item item = weights.next(); item.packed != chunk_item::NONE; item = weights.next()) {
+        int chunk = item.chunk(), c = item.is_down() ? ups.n + chunk : chunk;
         float2 total[OWN<EXACT>] = {};
-        inputs.enter(c);
-#pragma unroll 1
-        for (int u = 0, left = share; u < units; u++, panel += 4 * CHUNK_PANEL) {
-            words16<WEIGHT_NVFP4> w;
-            weights.take(w);
-            chunk_panels<0>(acc, f, w, wide_matrix(panel), left < share);
-            if (--left > 0 && u + 1 < units) continue;
-            left = share;
-            add_own<EXACT>(total, acc);
+        if (inputs.current < c) {
+            inputs.enter(c);
+            unit = make_float2(FP4_UNIT / a.e.globals[entries[chunk][0]], FP4_UNIT / a.e.globals[a.e.n + entries[chunk][0]]);
         }
-        if (side)
-#pragma unroll
-            for (int i = 0; i < OWN<EXACT>; i++) meeting[team][i][member - 2][lane] = total[i];
-        meet_128(1 + team);
-        float unit_gate = FP4_UNIT / a.e.globals[expert], unit_up = FP4_UNIT / a.e.globals[a.e.n + expert];
-#pragma unroll
-        for (int i = 0; i < OWN<EXACT>; i++) {
-            int t = own_row<EXACT>(i);
-            if (side || t >= entries[c][1]) continue;
-            float2 up = meeting[team][i][member][lane];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int r = unit.at * UP_ROWS + member * 16 + lane / 4 + h * 8;
-                int place = panel_place(r % PANEL, false);
-                float x = silu((h ? total[i].y : total[i].x) * unit_gate) * ((h ? up.y : up.x) * unit_up);
-                uint8_t *to = a.hidden + ((int64_t)(run.first + c) * (gate.rows / PANEL) + r / PANEL) * CHUNK_PANEL;
-                split_pair s(make_float2(x, 0));
-#pragma unroll
-                for (int p = 0; p < (EXACT ? PARTS : 1); p++)
-                    *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
+        uint32_t x = lane_panel(buffers + c % BUFFERS * buffer);
+        if (item.is_down()) {
+            sum_item<EXACT, ONE>(total, weights, x, down.cols / FP4_UNIT_COLS);
+            store_down<EXACT>(a, entries[chunk], item.at(), total);
+        } else {
+            sum_item<EXACT, SHARES>(total, weights, x, gate.cols / FP4_UNIT_COLS);
+            store_hidden<EXACT>(a, (ups.first + chunk) * hidden_panels, entries[chunk][1], item.at(), total, unit);
+            __syncwarp();
+            if (lane == 0) {
+                __threadfence();
+                atomicAdd(first + chunk * ENTRY + 2, 1);
             }
         }
-        meet_128(1 + team);
     }
-    inputs.enter(run.n - 1);
+    inputs.enter(ups.n + downs.n - 1);
     inputs.leave();
-    copy_wait<0>();
 #endif
 }
 
-template <bool EXACT> __global__ void __launch_bounds__(CHUNK_BLOCK, 1) batch_down(const __grid_constant__ chunk_args a)
+auto chunks_kernel(bool exact, int cols)
 {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    SHARED_MEMORY(uint8_t, shared, 1024);
-    __shared__ uint64_t barriers[2 * DOWN_BUFFERS];
-    __shared__ int entries[CHUNKS_MOST][ENTRY];
-    const cuda_matrix &m = a.e.m[DOWN];
-    int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * CHUNK_PANEL;
-    int team = warp / TEAM_WARPS, member = warp % TEAM_WARPS, units = m.cols / FP4_UNIT_COLS;
-    uint32_t buffers = shared_at(shared);
-    chunk_barriers<DOWN_BUFFERS>(barriers, 1);
-    let_next_start();
-    chunk_run run(a.chunks, each, entries);
-    chunk_buffers<DOWN_BUFFERS> inputs(barriers);
-    if (warp == CHUNK_WORKERS) {
-        wait_for_previous();
-        for (int c = 0; lane == 0 && c < run.n; c++) {
-            inputs.reserve(c);
-            barrier_expect(&barriers[c % DOWN_BUFFERS], bytes);
-            copy_bulk(buffers + c % DOWN_BUFFERS * bytes, a.hidden + (int64_t)(run.first + c) * bytes, bytes,
-                      &barriers[c % DOWN_BUFFERS]);
-        }
-        return;
-    }
-    auto find = [&](const chunk_unit &x) { return tile16(m, entries[x.chunk][0], x.at * (DOWN_ROWS / 8) + member * 2); };
-    chunk_unit unit(run, each, team);
-    chunk_weights<DOWN_DEPTH, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DOWN_DEPTH * UNIT16, find, unit,
-                                                      units);
-    wait_for_previous();
-#pragma unroll 1
-    for (; unit.left > 0; unit.advance(TEAMS)) {
-        int c = unit.chunk;
-        uint32_t panel = buffers + c % DOWN_BUFFERS * bytes, f[4][4];
-        accumulators<16, true> acc;
-        float2 total[OWN<EXACT>] = {};
-        inputs.enter(c);
-#pragma unroll 1
-        for (int u = 0; u < units; u++, panel += 4 * CHUNK_PANEL) {
-            words16<WEIGHT_NVFP4> w;
-            weights.take(w);
-            chunk_panels<0>(acc, f, w, wide_matrix(panel), u > 0);
-        }
-        add_own<EXACT>(total, acc);
-#pragma unroll
-        for (int i = 0; i < OWN<EXACT>; i++) {
-            int t = own_row<EXACT>(i);
-            if (t >= entries[c][1]) continue;
-            int r = unit.at * DOWN_ROWS + member * 16 + lane / 4;
-            float *to = a.down + (int64_t)entries[c][2 + t] * m.rows + r;
-            to[0] = total[i].x;
-            to[8] = total[i].y;
-        }
-    }
-    inputs.enter(run.n - 1);
-    inputs.leave();
-    copy_wait<0>();
-#endif
+    bool one = share_of(cols / FP4_UNIT_COLS, CREW / 2) == 1;
+    return exact ? (one ? batch_chunks<true, UNIT> : batch_chunks<true, UNITS>)
+                 : (one ? batch_chunks<false, UNIT> : batch_chunks<false, UNITS>);
 }
 
 bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
@@ -487,10 +509,9 @@ bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
     if (e.n > EXPERTS_MAX || r->picks->k > PICKS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != WEIGHT_NVFP4 || e.m[i].input != INPUT_AS_IS || e.m[i].cols % FP4_UNIT_COLS != 0) return false;
-    if (down.rows % DOWN_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
+    if (down.rows % DOWN_ROWS != 0 || up.rows % UP_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
     if (picked > b.picked || chunks > b.chunks_most || chunks / q->sms + 3 > CHUNKS_MOST) return false;
-    size_t most = (size_t)q->shared_max - sizeof(int[CHUNKS_MOST][ENTRY]) - sizeof(float2[TEAMS][OWN<false>][2][LANES]) - 1024;
-    if (up_bytes(up.cols) > most || down_bytes(down.cols) > most) return false;
+    if (chunks_shared(e) + sizeof(int[CHUNKS_MOST][ENTRY]) + 2048 > (size_t)q->shared_max) return false; /* 2048: barriers, alignment */
     return cuda_batch_shared_down(q, r, true);
 }
 
@@ -503,7 +524,6 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
     struct cuda_batch &b = q->batch;
     cuda_matrix shared = cuda_matrix_of(r->w_down);
     bool exact = r->h.rows <= ROWS_EXACT;
-    unsigned blocks = (unsigned)q->sms;
     if (b.known != r->h.data) cuda_batch_prepare(q, r->h);
     int chunk = exact ? CHUNK<true> : CHUNK<false>;
     route_args route = { r->logits, *r->picks, e.n, e.globals + DOWN * e.n, b.factor, b.chunks, chunk };
@@ -520,8 +540,6 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
         in.parts = (uint8_t *)b.shared_parts;
     launch<BLOCK>(q, "experts", true, batch_route, dim3((unsigned)r->h.rows), prepare_shared(in.cols), route, in);
     chunk_args a = { e, b.chunks, (const uint8_t *)b.parts, in.groups, r->picks->k, (uint8_t *)b.hidden, b.down };
-    size_t up = up_bytes(e.m[GATE].cols), down = down_bytes(e.m[DOWN].cols);
-    launch<CHUNK_BLOCK>(q, "experts", true, exact ? batch_up<true> : batch_up<false>, dim3(blocks), up, a);
-    launch<CHUNK_BLOCK>(q, "experts", true, exact ? batch_down<true> : batch_down<false>, dim3(blocks), down, a);
+    launch<CHUNKS_BLOCK>(q, "experts", true, chunks_kernel(exact, e.m[GATE].cols), dim3((unsigned)q->sms), chunks_shared(e), a);
     return cuda_batch_shared_down(q, r, false);
 }

@@ -137,11 +137,16 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *b)
     asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_at(b)) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
+__device__ __forceinline__ void barrier_wait(uint32_t b, int phase)
 {
     asm volatile("{.reg .pred done;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(shared_at(b)), "r"(phase) : "memory");
+                 "@!done bra again;}" ::"r"(b), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
+{
+    barrier_wait(shared_at(b), phase);
 }
 
 /* Arrives when what this thread has asked for by copy_async16 lies there. */
@@ -151,6 +156,14 @@ __device__ __forceinline__ void barrier_arrive_copied(uint64_t *b)
 }
 
 #if __CUDA_ARCH__ >= 900
+/* True for one lane of a whole warp. The compiler knows it is one, and gives bulk copies their operands without a loop over lanes. */
+__device__ __forceinline__ bool elected()
+{
+    int is;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p;}" : "=r"(is));
+    return is;
+}
+
 /* Arrives, and lets the barrier wait for bytes that are copied. */
 __device__ __forceinline__ void barrier_expect(uint32_t b, int bytes)
 {

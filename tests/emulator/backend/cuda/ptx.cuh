@@ -44,13 +44,15 @@ inline uint32_t shared_at(const void *p) { return emulator::shared_address(p); }
 inline void barrier_init(uint64_t *b, int arrivals) { emulator::barrier_init(shared_at(b), arrivals); }
 inline void barriers_ready() {}
 inline void barrier_arrive(uint64_t *b) { emulator::barrier_arrive(shared_at(b), 0); }
-inline void barrier_wait(uint64_t *b, int phase) { emulator::barrier_wait(shared_at(b), phase); }
+inline void barrier_wait(uint32_t b, int phase) { emulator::barrier_wait(b, phase); }
+inline void barrier_wait(uint64_t *b, int phase) { barrier_wait(shared_at(b), phase); }
 inline void barrier_arrive_copied(uint64_t *b)
 {
     copy_commit();
     copy_wait<0>();
     barrier_arrive(b);
 }
+inline bool elected() { return threadIdx.x % 32 == 0; }
 inline void barrier_expect(uint32_t b, int bytes) { emulator::barrier_arrive(b, bytes); }
 inline void barrier_expect(uint64_t *b, int bytes) { barrier_expect(shared_at(b), bytes); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t b) { emulator::copy_bulk(to, from, bytes, b); }
