@@ -297,8 +297,8 @@ static void many_rows(void)
             experts_case(formats[f], i < 2 ? 33 + random_below(30) : 150 + random_below(100),
                          128 * (1 + random_below(3)), 128 * (1 + random_below(2)), 8, i < 2 ? 1 : 4);
     /* more work than multiprocessors, tiles of few and of many slots */
-    reserve(512, 256, 1024, 4, 48);
-    experts_case(WEIGHT_NVFP4, 50 + random_below(20), 256, 512, 48, 2);
+    reserve(512, 768, 1024, 4, 48);
+    experts_case(WEIGHT_NVFP4, 50 + random_below(20), 768, 512, 48, 2);
     experts_case(WEIGHT_NVFP4, 110 + random_below(10), 256, 1024, 17, 4);
     reserve(2100, 256, 128, 4, 8); /* more picks than one block sorts */
     product_case(WEIGHT_BF16, 33 + random_below(60), 16 * (1 + random_below(4)), 256, INPUT_AS_IS);

@@ -446,24 +446,24 @@ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier)
     begin_bulk({ { { p, (const uint8_t *)from, bytes } }, bytes, barrier });
 }
 
-/* Lines of 128 bytes, whose pieces of 16 change places. */
+/* Lines of 16-byte pieces, which where swizzled change places within 128 bytes. */
 void copy_tensor(uint32_t to, const void *map, int column, int row, uint32_t barrier)
 {
     const tensor_map *t = (const tensor_map *)map;
     barrier_at(barrier);
     if (t->magic != TENSOR_MAP) fault("a tensor map that nobody made");
     if (to % 128) fault("cp.async.bulk.tensor to shared address 0x%x, no multiple of 128", to);
-    int line = t->box[0] * 2, bytes = line * t->box[1];
+    int line = t->box[0] * t->each, in_piece = 16 / t->each, bytes = line * t->box[1];
     uint8_t *p = (uint8_t *)shared_bytes(to, bytes, "cp.async.bulk.tensor");
     bulk c = { {}, bytes, barrier };
     for (int r = 0; r < t->box[1]; r++)
         for (int piece = 0; piece < line / 16; piece++) {
             uint32_t at = (uint32_t)(r * line + piece * 16), where = to + at;
-            where ^= (where >> 7 & 7) << 4;
-            int64_t y = row + r, x = column + piece * 8;
+            if (t->swizzled) where ^= (where >> 7 & 7) << 4;
+            int64_t y = row + r, x = column + piece * in_piece;
             bool in = y >= 0 && y < t->rows && x >= 0 && x < t->cols;
-            const uint8_t *from = in ? (const uint8_t *)t->data + y * t->pitch + x * 2 : nullptr;
-            int whole = !in ? 16 : t->cols - x < 8 ? (int)(t->cols - x) * 2 : 16;
+            const uint8_t *from = in ? (const uint8_t *)t->data + y * t->pitch + x * t->each : nullptr;
+            int whole = !in ? 16 : t->cols - x < in_piece ? (int)(t->cols - x) * t->each : 16;
             uint8_t *dest = p + (int)(where - to);
             if (in) check_global(from, whole, 16, "cp.async.bulk.tensor");
             c.rows.push_back({ dest, from, whole });

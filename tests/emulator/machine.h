@@ -84,13 +84,15 @@ struct machine {
 };
 extern machine m;
 
-/* What CUtensorMap holds here: BF16, 128-byte swizzle. */
+/* What CUtensorMap holds here: BF16 in the 128-byte swizzle, words of eight bytes as they are. */
 constexpr uint64_t TENSOR_MAP = 0x7465736e6f72ull;
 struct tensor_map {
     uint64_t magic;
     const void *data;
     int64_t rows, cols, pitch; /* pitch: bytes */
     int box[2];                /* columns, rows */
+    int each;                  /* bytes */
+    bool swizzled;
 };
 
 uint32_t drawn(uint32_t below);

@@ -63,12 +63,15 @@ static CUresult encode(CUtensorMap *out, CUtensorMapDataType type, cuuint32_t n,
                        const cuuint64_t *stride, const cuuint32_t *box, const cuuint32_t *, CUtensorMapInterleave,
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)
 {
-    if (type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || n != 2 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || (uintptr_t)data % 16 ||
-        stride[0] % 16 || box[0] * 2 > 128 || box[1] > 256 || size[0] == 0 || size[1] == 0 || size[0] > UINT32_MAX ||
-        size[1] > UINT32_MAX)
+    bool is_bf16 = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    unsigned each = is_bf16 ? 2 : 8;
+    if ((!is_bf16 && type != CU_TENSOR_MAP_DATA_TYPE_INT64) || n != 2 ||
+        swizzle != (is_bf16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE) || (uintptr_t)data % 16 || stride[0] % 16 ||
+        (is_bf16 && box[0] * each > 128) || box[0] * each % 16 || box[0] > 256 || box[1] > 256 || size[0] == 0 || size[1] == 0 ||
+        size[0] > UINT32_MAX || size[1] > UINT32_MAX)
         return CUDA_ERROR_INVALID_VALUE;
-    tensor_map t = { TENSOR_MAP,         data, (int64_t)size[1], (int64_t)size[0], (int64_t)stride[0],
-                     { (int)box[0], (int)box[1] } };
+    tensor_map t = { TENSOR_MAP,    data,    (int64_t)size[1], (int64_t)size[0], (int64_t)stride[0], { (int)box[0], (int)box[1] },
+                     (int)each, is_bf16 };
     static_assert(sizeof t <= sizeof *out, "a map is 128 bytes");
     memcpy(out, &t, sizeof t);
     return CUDA_SUCCESS;

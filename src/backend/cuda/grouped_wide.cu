@@ -4,9 +4,10 @@
  *
  * Groups of four warps multiply. For tiles of many slots two groups, each 64 rows of either half of the item; a group's two
  * products take turns, so that one is under way while the other's weights are decoded. For tiles of few slots, which take
- * fewer registers, four groups of 64 rows, of each eight rows of either half a warp: what decodes while another multiplies
- * is another group. A warp has its rows of weights copied into a ring of its own, units ahead, across items. Four more warps
- * gather the slots' inputs, 64 columns at a time: a panel; those of down a thread has copied. */
+ * fewer registers, four groups of 64 rows, of each eight rows of either half a warp; a panel, 64 columns of inputs, is
+ * multiplied while the weights of the next one are decoded. One more group fills two rings, ahead and across items: a thread
+ * has weights copied, 256 columns of all the item's rows at a time, two warps gather the slots' inputs, a panel at a time or,
+ * where slots are few, four; those of down a thread has copied. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
 #include "backend/cuda/tensor_map.cuh"
@@ -14,26 +15,34 @@
 namespace {
 
 [[maybe_unused]] constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
-constexpr int GATHERERS = 4 * LANES, ITEM_ROWS = 256; /* threads; rows */
+[[maybe_unused]] constexpr int GATHERERS = 2 * LANES;
+constexpr int ITEM_ROWS = 256, ITEM_TILES = ITEM_ROWS / 8; /* tiles: of parts.h */
+constexpr int HALF_TILES = ITEM_TILES / 2, UNIT = ITEM_TILES * FP4_UNIT_BYTES; /* an item's weights of a unit of columns */
 
 struct wide_args {
     cuda_experts e;
     cuda_prefill s;
 };
 
-/* MOST: slots of a tile. Shared memory: panels, rings of weights, the block's items. */
+/* Of the matrices whose rows an item has, in boxes of an item's tiles; of what down multiplies. */
+struct wide_maps {
+    CUtensorMap weights[2], hidden;
+};
+
+/* MOST: slots of a tile. Shared memory: rings of inputs and of weights, the block's items. */
 template <int MOST> struct wide_form {
     static constexpr bool MANY = MOST > 32;
     static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
-    static constexpr int BLOCK = MULTIPLIERS * LANES + GATHERERS;
-    static constexpr int PANELS_AHEAD = MANY ? 6 : 8, UNITS_AHEAD = MANY ? 3 : 4;
+    static constexpr int BLOCK = (MULTIPLIERS + TEAM_WARPS) * LANES;
+    static constexpr int PANELS = MANY ? 1 : FP4_UNIT_COLS / PANEL; /* of a stage: what is gathered, awaited and left at once */
+    static constexpr int STAGES = MANY ? 6 : 3, UNITS = MANY ? 3 : 4;
     enum {
         FEWER = MANY ? 24 : 40,
         MORE = MANY ? 240 : 104, /* registers of those that gather, multiply */
         STEP = MANY ? 32 : 8,    /* slots are multiplied by multiples of */
     };
-    static constexpr int PANEL_SIZE = MOST * 128, SLOT = 2 * PRODUCTS * FP4_UNIT_BYTES, RING = UNITS_AHEAD * SLOT;
-    static constexpr int RINGS_AT = PANELS_AHEAD * PANEL_SIZE, ITEMS_AT = RINGS_AT + MULTIPLIERS * RING;
+    static constexpr int PANEL_SIZE = MOST * 128, STAGE = PANELS * PANEL_SIZE;
+    static constexpr int WEIGHTS_AT = STAGES * STAGE, ITEMS_AT = WEIGHTS_AT + UNITS * UNIT;
 };
 
 /* Tile and rows of an item. */
@@ -42,143 +51,88 @@ struct wide_work {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <int MOST> struct wide_barriers {
-    using form = wide_form<MOST>;
-    uint64_t full[form::PANELS_AHEAD], empty[form::PANELS_AHEAD], weights[form::MULTIPLIERS][form::UNITS_AHEAD];
+/* A ring that one side fills and multiplying warps read. */
+template <int N> struct wide_ring {
+    uint64_t full[N], empty[N];
 
-    __device__ __forceinline__ void init(int tellers)
+    __device__ __forceinline__ void init(int fillers, int readers)
     {
-        for (int i = 0; i < form::PANELS_AHEAD; i++) barrier_init(&full[i], tellers), barrier_init(&empty[i], form::MULTIPLIERS);
-        for (int w = 0; w < form::MULTIPLIERS; w++)
-            for (int i = 0; i < form::UNITS_AHEAD; i++) barrier_init(&weights[w][i], 1);
-        barriers_ready();
+        for (int i = 0; i < N; i++) barrier_init(&full[i], fillers), barrier_init(&empty[i], readers);
+    }
+    /* The slot at a place, once it is full. */
+    __device__ __forceinline__ int await(ring_place &p)
+    {
+        int slot = p.slot;
+        barrier_wait(&full[slot], p.phase);
+        p.advance(N);
+        return slot;
+    }
+    /* By a warp that has read it. */
+    __device__ __forceinline__ void leave(int slot)
+    {
+        if (threadIdx.x % LANES == 0) barrier_arrive(&empty[slot]);
     }
 };
 
-/* A warp's weights: of a unit of columns sixteen rows a product, two units of parts.h each. */
-template <int MOST, bool DOWN_ROWS> struct wide_weights {
-    using form = wide_form<MOST>;
-    static constexpr int HALF = TEAM_WARPS * 16;
-    const wide_args &a;
-    const wide_work *work;
-    uint8_t *ring;
-    uint64_t *full;
-    int n, units; /* items; units of a row */
-    ring_place place;
-    /* asked for next */
-    int item, unit, slot;
-    const uint8_t *at[2];
+template <int MOST> struct wide_rings {
+    wide_ring<wide_form<MOST>::STAGES> inputs;
+    wide_ring<wide_form<MOST>::UNITS> weights;
+};
 
-    __device__ __forceinline__ wide_weights(const wide_args &args, const wide_work *w, int items, uint8_t *to, uint64_t *barriers)
-        : a(args), work(w), ring(to), full(barriers), n(items), units(args.e.m[DOWN_ROWS ? DOWN : GATE].cols / FP4_UNIT_COLS), place{ 0, 0 },
-          item(0), unit(0), slot(0), at{}
-    {
-#pragma unroll 1
-        for (int i = 0; i < form::UNITS_AHEAD; i++) ask();
-    }
+/* What a multiplying warp reads: of weights sixteen rows a product. */
+template <int MOST, bool DOWN_ROWS> struct wide_reader {
+    using form = wide_form<MOST>;
+    /* From a product's first eight rows to the next. */
+    static constexpr int NEXT = (form::MANY || DOWN_ROWS ? 1 : HALF_TILES) * FP4_UNIT_BYTES;
+    wide_rings<MOST> &rings;
+    const uint8_t *shared;
+    int units; /* of a row */
+    ring_place input, weight;
+
     /* The first of a warp's rows, of the item's; of gate and up rows alike. */
-    static __device__ __forceinline__ int row_of(int warp)
+    static __device__ __forceinline__ int row()
     {
+        int warp = threadIdx.x / LANES, group = warp / TEAM_WARPS;
         if (!form::MANY) return warp * (DOWN_ROWS ? 16 : 8);
-        return warp % TEAM_WARPS * 16 + warp / TEAM_WARPS * (DOWN_ROWS ? 2 * HALF : HALF);
+        return warp % TEAM_WARPS * 16 + group * TEAM_WARPS * (DOWN_ROWS ? 32 : 16);
     }
-    /* By the whole warp, which has read what was in the slot. */
-    __device__ __forceinline__ void ask()
+    __device__ __forceinline__ const uint8_t *weights_of(int slot) const
     {
-        if (item == n) return;
-        int warp = threadIdx.x / LANES;
-        unsigned pitch = units * FP4_UNIT_BYTES;
-        if (unit == 0) {
-            const wide_work &w = work[item];
-            int row = w.row0 + row_of(warp);
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                at[i] = DOWN_ROWS ? tile_at(a.e.m[DOWN], w.expert, row / 8 + i * (form::MANY ? HALF / 8 : 1))
-                                  : tile_at(a.e.m[i], w.expert, row / 8);
-        }
-        if (threadIdx.x % LANES == 0) {
-            uint64_t *b = full + slot;
-            uint32_t to = shared_at(ring) + slot * form::SLOT;
-            barrier_expect(b, form::SLOT);
-#pragma unroll
-            for (int i = 0; i < 2 * form::PRODUCTS; i++)
-                copy_bulk(to + i * FP4_UNIT_BYTES, form::MANY ? at[i / 2] + i % 2 * pitch : at[i], FP4_UNIT_BYTES, b);
-        }
-        at[0] += FP4_UNIT_BYTES;
-        at[1] += FP4_UNIT_BYTES;
-        slot = slot + 1 == form::UNITS_AHEAD ? 0 : slot + 1;
-        if (++unit == units) unit = 0, item++;
+        return shared + form::WEIGHTS_AT + slot * UNIT + row() / 8 * FP4_UNIT_BYTES;
     }
-    __device__ __forceinline__ const uint8_t *await()
+    __device__ __forceinline__ uint64_t inputs_of(int slot) const
     {
-        barrier_wait(full + place.slot, place.phase);
-        return ring + place.slot * form::SLOT;
-    }
-    __device__ __forceinline__ void leave()
-    {
-        __syncwarp();
-        ask();
-        place.advance(form::UNITS_AHEAD);
+        return wide_matrix(shared_at(shared) + slot * form::STAGE);
     }
 };
 
-/* 64 columns of sixteen rows. */
-struct wide_words {
-    uint2 w[2];
-    uint32_t scale[2];
-
-    /* from: the first eight rows' unit */
-    __device__ __forceinline__ void load(const uint8_t *from, int panel)
-    {
-        int lane = threadIdx.x % LANES;
+/* A unit of sixteen rows, `next` bytes from eight to eight; of a panel alone, as if it were the first. */
+__device__ __forceinline__ void load_panel(words16<WEIGHT_NVFP4> &u, const uint8_t *from, int next, int panel)
+{
+    int lane = threadIdx.x % LANES;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            w[h] = *(const uint2 *)(from + h * FP4_UNIT_BYTES + panel / 2 * 512 + panel % 2 * 8 + lane * 16);
-            scale[h] = *(const uint16_t *)(from + h * FP4_UNIT_BYTES + 1024 + lane / 2 * 8 + panel * 2);
-        }
+    for (int h = 0; h < 2; h++, from += next) {
+        uint2 w = *(const uint2 *)(from + panel / 2 * 512 + panel % 2 * 8 + lane * 16);
+        u.w[h][0].x = w.x;
+        u.w[h][0].y = w.y;
+        u.scale[h].x = *(const uint16_t *)(from + 1024 + lane / 2 * 8 + panel * 2);
     }
-    __device__ __forceinline__ void decode(uint32_t (&f)[STEPS][4]) const
-    {
+}
+
+__device__ __forceinline__ void load_unit(words16<WEIGHT_NVFP4> &u, const uint8_t *from, int next)
+{
+    int lane = threadIdx.x % LANES;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            fp4_scales scales(scale[h]);
-#pragma unroll
-            for (int i = 0; i < STEPS / 2; i++) {
-                uint32_t v = i ? w[h].y : w[h].x;
-                __nv_bfloat162 s = scales.of(i);
-                f[2 * i][h] = bf16_pair_product(fp4_pair<0>(v), s);
-                f[2 * i][2 + h] = bf16_pair_product(fp4_pair<1>(v), s);
-                f[2 * i + 1][h] = bf16_pair_product(fp4_pair<2>(v), s);
-                f[2 * i + 1][2 + h] = bf16_pair_product(fp4_pair<3>(v), s);
-            }
-        }
+    for (int h = 0; h < 2; h++, from += next) {
+        u.w[h][0] = *(const uint4 *)(from + lane * 16);
+        u.w[h][1] = *(const uint4 *)(from + 512 + lane * 16);
+        u.scale[h] = *(const uint2 *)(from + 1024 + lane / 2 * 8);
     }
-};
+}
 
-/* Panels as a multiplying warp meets them. */
-template <int MOST> struct wide_panels {
-    uint32_t at;
-    uint64_t *full, *empty;
-    ring_place next, last; /* last: what instructions may still read */
-
-    __device__ __forceinline__ uint64_t await()
-    {
-        barrier_wait(full + next.slot, next.phase);
-        uint64_t x = wide_matrix(at + next.slot * wide_form<MOST>::PANEL_SIZE);
-        next.advance(wide_form<MOST>::PANELS_AHEAD);
-        return x;
-    }
-    __device__ __forceinline__ void leave()
-    {
-        if (threadIdx.x % LANES == 0) barrier_arrive(empty + last.slot);
-        last.advance(wide_form<MOST>::PANELS_AHEAD);
-    }
-};
-
-/* A product's sums, and the weights that instructions under way read. */
+/* A product's sums. */
 template <int N> struct wide_product {
     float sum[N / 8][4];
-    uint32_t f[STEPS][4];
 
     __device__ __forceinline__ void clear()
     {
@@ -187,7 +141,8 @@ template <int N> struct wide_product {
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[n][i] = 0;
     }
-    __device__ __forceinline__ void ask(uint64_t x)
+    /* f stays as it is till the instructions have been waited for. */
+    __device__ __forceinline__ void ask(const uint32_t (&f)[STEPS][4], uint64_t x)
     {
         wide_hold(sum);
         wide_begin();
@@ -195,7 +150,8 @@ template <int N> struct wide_product {
         for (int k = 0; k < STEPS; k++) wide_mma<N>(sum, f[k], x + k * WIDE_STEP);
         wide_commit();
     }
-    __device__ __forceinline__ void hold()
+    /* After that. */
+    __device__ __forceinline__ void hold(uint32_t (&f)[STEPS][4])
     {
         wide_hold(sum);
         wide_keep(f);
@@ -204,56 +160,71 @@ template <int N> struct wide_product {
 
 /* Two products by turns. */
 template <int N, int MOST, bool DOWN_ROWS>
-__device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b,
-                                          wide_weights<MOST, DOWN_ROWS> &weights, wide_panels<MOST> &panels)
+__device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b, wide_reader<MOST, DOWN_ROWS> &r)
 {
+    constexpr int SECOND = (DOWN_ROWS ? 2 * TEAM_WARPS : HALF_TILES) * FP4_UNIT_BYTES; /* from a's weights to those of b */
+    uint32_t f[STEPS][4], g[STEPS][4];
+    int last = -1; /* stage that instructions may still read */
     a.clear();
     b.clear();
 #pragma unroll 1
-    for (int unit = 0; unit < weights.units; unit++) {
-        const uint8_t *from = weights.await();
+    for (int unit = 0; unit < r.units; unit++) {
+        int weights = r.rings.weights.await(r.weight);
+        const uint8_t *from = r.weights_of(weights);
 #pragma unroll 1
         for (int panel = 0; panel < FP4_UNIT_COLS / PANEL; panel++) {
-            wide_words u, v;
-            u.load(from, panel);
-            u.decode(a.f);
-            uint64_t x = panels.await();
-            a.ask(x);
-            v.load(from + 2 * FP4_UNIT_BYTES, panel);
+            words16<WEIGHT_NVFP4> u, v;
+            load_panel(u, from, r.NEXT, panel);
+            u.decode<0>(f);
+            int stage = r.rings.inputs.await(r.input);
+            uint64_t x = r.inputs_of(stage);
+            a.ask(f, x);
+            load_panel(v, from + SECOND, r.NEXT, panel);
             wide_wait<1>();
-            b.hold();
-            if (unit + panel) panels.leave();
-            v.decode(b.f);
-            b.ask(x);
+            b.hold(g);
+            if (last >= 0) r.rings.inputs.leave(last);
+            last = stage;
+            v.decode<0>(g);
+            b.ask(g, x);
             wide_wait<1>();
-            a.hold();
+            a.hold(f);
         }
-        weights.leave();
+        __syncwarp();
+        r.rings.weights.leave(weights);
     }
     wide_wait<0>();
-    b.hold();
-    panels.leave();
+    b.hold(g);
+    r.rings.inputs.leave(last);
 }
 
-/* One product: other groups multiply meanwhile. */
-template <int N, int MOST, bool DOWN_ROWS>
-__device__ __forceinline__ void item_sums(wide_product<N> &a, wide_weights<MOST, DOWN_ROWS> &weights, wide_panels<MOST> &panels)
+/* Adds panels Q to 3 of a unit; f: panel Q. The next one is decoded into g meanwhile. */
+template <int Q, int MOST, int N>
+__device__ __forceinline__ void add_panels(wide_product<N> &a, uint32_t (&f)[STEPS][4], uint32_t (&g)[STEPS][4],
+                                           const words16<WEIGHT_NVFP4> &u, uint64_t x)
 {
+    a.ask(f, x + Q * wide_form<MOST>::PANEL_SIZE / 16);
+    if constexpr (Q < 3) u.template decode<Q + 1>(g);
+    wide_wait<0>();
+    a.hold(f);
+    if constexpr (Q < 3) add_panels<Q + 1, MOST>(a, g, f, u, x);
+}
+
+/* One product: a panel is decoded while the one before it is multiplied. */
+template <int N, int MOST, bool DOWN_ROWS>
+__device__ __forceinline__ void item_sums(wide_product<N> &a, wide_reader<MOST, DOWN_ROWS> &r)
+{
+    uint32_t f[STEPS][4], g[STEPS][4];
     a.clear();
 #pragma unroll 1
-    for (int unit = 0; unit < weights.units; unit++) {
-        const uint8_t *from = weights.await();
-#pragma unroll
-        for (int panel = 0; panel < FP4_UNIT_COLS / PANEL; panel++) {
-            wide_words u;
-            u.load(from, panel);
-            u.decode(a.f);
-            a.ask(panels.await());
-            wide_wait<0>();
-            a.hold();
-            panels.leave();
-        }
-        weights.leave();
+    for (int unit = 0; unit < r.units; unit++) {
+        int weights = r.rings.weights.await(r.weight), stage = r.rings.inputs.await(r.input);
+        words16<WEIGHT_NVFP4> u;
+        load_unit(u, r.weights_of(weights), r.NEXT);
+        u.decode<0>(f);
+        add_panels<0, MOST>(a, f, g, u, r.inputs_of(stage));
+        __syncwarp();
+        r.rings.weights.leave(weights);
+        r.rings.inputs.leave(stage);
     }
 }
 
@@ -300,22 +271,21 @@ __device__ __forceinline__ void store_down(const wide_args &p, const wide_work &
 }
 
 template <int N, int MOST, bool DOWN_ROWS>
-__device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w, wide_weights<MOST, DOWN_ROWS> &weights,
-                                         wide_panels<MOST> &panels)
+__device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w, wide_reader<MOST, DOWN_ROWS> &r)
 {
-    int row = w.row0 + weights.row_of(threadIdx.x / LANES);
+    int row = w.row0 + r.row();
     wide_product<N> a;
     if constexpr (wide_form<MOST>::MANY) {
         wide_product<N> b;
-        item_sums(a, b, weights, panels);
+        item_sums(a, b, r);
         if constexpr (DOWN_ROWS) {
             store_down<N>(p, w, a.sum, row);
-            store_down<N>(p, w, b.sum, row + weights.HALF);
+            store_down<N>(p, w, b.sum, row + TEAM_WARPS * 16);
         } else {
             store_hidden<N, 2, 0>(p, w, a.sum, b.sum, row);
         }
     } else {
-        item_sums(a, weights, panels);
+        item_sums(a, r);
         if constexpr (DOWN_ROWS)
             store_down<N>(p, w, a.sum, row);
         else
@@ -323,53 +293,64 @@ __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w,
     }
 }
 
-/* The warps that gather rows. A panel is announced when LAG more have been asked for. */
+/* The warps that gather rows. A stage is announced when LAG more have been asked for. */
 template <int MOST>
-__device__ __forceinline__ void gather_panels(const wide_args &p, const wide_work *work, int n, uint32_t to, uint64_t *full,
-                                              uint64_t *empty)
+__device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_work *work, int n, uint32_t to,
+                                              wide_ring<wide_form<MOST>::STAGES> &ring)
 {
     using form = wide_form<MOST>;
-    constexpr int STEP = GATHERERS / 8, LAG = form::PANELS_AHEAD / 2;
+    constexpr int STEP = GATHERERS / 8, EACH = 4, LAG = form::STAGES / 2;
     int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
-        const wide_work &w = work[item];
-        const int *rows = p.s.slot_row + w.first + row;
+        const int *rows = p.s.slot_row + work[item].first;
         const __nv_bfloat16 *x = (const __nv_bfloat16 *)p.s.inputs + piece * 8;
-        int left = w.tokens - row;
+        int tokens = work[item].tokens;
 #pragma unroll 1
-        for (int c = 0; c < cols; c += PANEL) {
-            barrier_wait(empty + ask.slot, ask.phase);
-            uint32_t panel = to + ask.slot * form::PANEL_SIZE + row * 128 + (piece ^ row % 8) * 16;
-#pragma unroll 4
-            for (int i = 0; i < left; i += STEP) copy_async16(panel + i * 128, x + (unsigned)rows[i] * (unsigned)cols, true);
-            x += PANEL;
+        for (int c = 0; c < cols; c += form::PANELS * PANEL) {
+            barrier_wait(&ring.empty[ask.slot], ask.phase);
+            uint32_t stage = to + ask.slot * form::STAGE + (piece ^ row % 8) * 16;
+#pragma unroll 1
+            for (int i = row; i < tokens; i += EACH * STEP) {
+                int from[EACH]; /* loaded at once: a copy lets no later load pass */
+#pragma unroll
+                for (int k = 0; k < EACH; k++) from[k] = i + k * STEP < tokens ? rows[i + k * STEP] : -1;
+#pragma unroll
+                for (int k = 0; k < EACH; k++) {
+                    if (from[k] < 0) break;
+#pragma unroll
+                    for (int q = 0; q < form::PANELS; q++)
+                        copy_async16(stage + q * form::PANEL_SIZE + (i + k * STEP) * 128,
+                                     x + (unsigned)from[k] * (unsigned)cols + q * PANEL, true);
+                }
+            }
+            x += form::PANELS * PANEL;
             copy_commit();
-            ask.advance(form::PANELS_AHEAD);
+            ask.advance(form::STAGES);
             if (ahead < LAG) {
                 ahead++;
                 continue;
             }
             copy_wait<LAG>();
             wide_show();
-            barrier_arrive(full + tell.slot);
-            tell.advance(form::PANELS_AHEAD);
+            barrier_arrive(&ring.full[tell.slot]);
+            tell.advance(form::STAGES);
         }
     }
     copy_wait<0>();
     wide_show();
     for (; ahead > 0; ahead--) {
-        barrier_arrive(full + tell.slot);
-        tell.advance(form::PANELS_AHEAD);
+        barrier_arrive(&ring.full[tell.slot]);
+        tell.advance(form::STAGES);
     }
 }
 
-/* The same of down, whose slots lie one after the other, by one thread. */
+/* The inputs of down, whose slots lie one after the other, by one thread. */
 template <int MOST>
-__device__ __forceinline__ void copy_panels(const CUtensorMap &x, const wide_work *work, int n, int cols, uint32_t to, uint64_t *full,
-                                            uint64_t *empty)
+__device__ __forceinline__ void copy_inputs(const CUtensorMap &x, const wide_work *work, int n, int cols, uint32_t to,
+                                            wide_ring<wide_form<MOST>::STAGES> &ring)
 {
     using form = wide_form<MOST>;
     ring_place ask = { 0, 1 };
@@ -377,28 +358,61 @@ __device__ __forceinline__ void copy_panels(const CUtensorMap &x, const wide_wor
     for (int item = 0; item < n; item++) {
         const wide_work &w = work[item];
 #pragma unroll 1
-        for (int c = 0; c < cols; c += PANEL) {
-            uint32_t panel = to + ask.slot * form::PANEL_SIZE;
-            barrier_wait(empty + ask.slot, ask.phase);
-            barrier_expect(full + ask.slot, (w.tokens + form::STEP - 1) / form::STEP * form::STEP * 128);
-            for (int i = 0; i < w.tokens; i += form::STEP) copy_box(panel + i * 128, x, c, w.first + i, full + ask.slot);
-            ask.advance(form::PANELS_AHEAD);
+        for (int c = 0; c < cols; c += form::PANELS * PANEL) {
+            uint32_t stage = to + ask.slot * form::STAGE;
+            uint64_t *full = &ring.full[ask.slot];
+            barrier_wait(&ring.empty[ask.slot], ask.phase);
+            barrier_expect(full, (w.tokens + form::STEP - 1) / form::STEP * form::STEP * 128 * form::PANELS);
+            for (int i = 0; i < w.tokens; i += form::STEP)
+#pragma unroll
+                for (int k = 0; k < form::PANELS; k++)
+                    copy_box(stage + k * form::PANEL_SIZE + i * 128, x, c + k * PANEL, w.first + i, full);
+            ask.advance(form::STAGES);
+        }
+    }
+}
+
+/* Items' weights, by one thread. */
+template <int MOST, bool DOWN_ROWS>
+__device__ __forceinline__ void copy_weights(const cuda_matrix &m, const wide_maps &maps, const wide_work *work, int n, uint32_t to,
+                                             wide_ring<wide_form<MOST>::UNITS> &ring)
+{
+    constexpr int MAPS = DOWN_ROWS ? 1 : 2;
+    ring_place ask = { 0, 1 };
+#pragma unroll 1
+    for (int item = 0; item < n; item++) {
+        int tile = (work[item].expert * m.rows + work[item].row0) / 8;
+#pragma unroll 1
+        for (int c = 0; c < m.cols / FP4_UNIT_COLS; c++) {
+            uint64_t *full = &ring.full[ask.slot];
+            barrier_wait(&ring.empty[ask.slot], ask.phase);
+            barrier_expect(full, UNIT);
+#pragma unroll
+            for (int i = 0; i < MAPS; i++)
+                copy_tensor(to + ask.slot * UNIT + i * (UNIT / MAPS), &maps.weights[i], c * (FP4_UNIT_BYTES / 8), tile, full);
+            ask.advance(wide_form<MOST>::UNITS);
         }
     }
 }
 #endif
 
 template <int MOST, bool DOWN_ROWS>
-__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const __grid_constant__ wide_args p, const __grid_constant__ CUtensorMap hidden)
+__global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
+    wide_experts(const __grid_constant__ wide_args p, const __grid_constant__ wide_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using form = wide_form<MOST>;
     SHARED_MEMORY(uint8_t, shared, 1024);
-    __shared__ wide_barriers<MOST> barriers;
+    __shared__ wide_rings<MOST> rings;
     wide_work *work = (wide_work *)(shared + form::ITEMS_AT);
+    const cuda_matrix &m = p.e.m[DOWN_ROWS ? DOWN : GATE];
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
-    int each = p.e.m[DOWN_ROWS ? DOWN : GATE].rows / (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2);
-    if (threadIdx.x == 0) barriers.init(DOWN_ROWS ? 1 : GATHERERS);
+    int each = m.rows / (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2);
+    if (threadIdx.x == 0) {
+        rings.inputs.init(DOWN_ROWS ? 1 : GATHERERS, form::MULTIPLIERS);
+        rings.weights.init(1, form::MULTIPLIERS);
+        barriers_ready();
+    }
     if (!DOWN_ROWS) wait_for_previous();
     let_next_start(); /* which may count on the tiles */
     int items = __ldcg(p.s.tiles) * each, n = ((int)gridDim.x - 1 - (int)blockIdx.x + items) / (int)gridDim.x;
@@ -411,28 +425,30 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1) wide_experts(const 
     uint32_t at = shared_at(shared);
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
+        int helper = threadIdx.x - form::MULTIPLIERS * LANES;
+        if (helper == GATHERERS) copy_weights<MOST, DOWN_ROWS>(m, maps, work, n, at + form::WEIGHTS_AT, rings.weights);
+        if (helper >= GATHERERS) return;
         if (DOWN_ROWS) wait_for_previous();
         if (!DOWN_ROWS)
-            gather_panels<MOST>(p, work, n, at, barriers.full, barriers.empty);
-        else if (threadIdx.x % GATHERERS == 0)
-            copy_panels<MOST>(hidden, work, n, p.e.m[DOWN].cols, at, barriers.full, barriers.empty);
+            gather_inputs<MOST>(p, work, n, at, rings.inputs);
+        else if (helper == 0)
+            copy_inputs<MOST>(maps.hidden, work, n, m.cols, at, rings.inputs);
     } else {
         more_registers<form::MORE>();
-        wide_weights<MOST, DOWN_ROWS> weights(p, work, n, shared + form::RINGS_AT + warp * form::RING, barriers.weights[warp]);
-        wide_panels<MOST> panels = { at, barriers.full, barriers.empty, { 0, 0 }, { 0, 0 } };
+        wide_reader<MOST, DOWN_ROWS> reader = { rings, shared, m.cols / FP4_UNIT_COLS, { 0, 0 }, { 0, 0 } };
 #pragma unroll 1
         for (int i = 0; i < n; i++) {
             const wide_work &w = work[i];
             constexpr int STEP = form::STEP;
             int n_of = (w.tokens + STEP - 1) / STEP;
             if (n_of <= 1)
-                run_item<STEP>(p, w, weights, panels);
+                run_item<STEP>(p, w, reader);
             else if (n_of == 2)
-                run_item<2 * STEP>(p, w, weights, panels);
+                run_item<2 * STEP>(p, w, reader);
             else if (n_of == 3)
-                run_item<3 * STEP>(p, w, weights, panels);
+                run_item<3 * STEP>(p, w, reader);
             else
-                run_item<MOST>(p, w, weights, panels);
+                run_item<MOST>(p, w, reader);
         }
     }
 #endif
@@ -443,6 +459,13 @@ template <int MOST> size_t shared_of(int items)
     return wide_form<MOST>::ITEMS_AT + (size_t)items * sizeof(wide_work);
 }
 
+/* All experts' tiles, a unit of columns a box. */
+bool weights_map(struct queue *q, CUtensorMap *out, const cuda_experts &e, int which, int tiles)
+{
+    const cuda_matrix &m = e.m[which];
+    return tensor_map_words(q->map_maker, out, m.data, (int64_t)e.n * (m.rows / 8), tile_bytes(m) / 8, tiles, FP4_UNIT_BYTES / 8);
+}
+
 template <int MOST> bool start(struct queue *q, const cuda_experts &e, const struct picks *p, int64_t rows)
 {
     int64_t picked = rows * p->k, tiles = picked / MOST + (e.n < picked ? e.n : picked);
@@ -451,12 +474,15 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
     size_t most = (size_t)q->shared_max - 2048;
     if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most) return false;
     int inner = e.m[DOWN].cols;
-    CUtensorMap hidden;
-    if (!tensor_map(q->map_maker, &hidden, q->prefill.hidden, picked, inner, inner, wide_form<MOST>::STEP)) return false;
+    wide_maps of_up = {}, of_down = {};
+    if (!weights_map(q, &of_up.weights[0], e, GATE, HALF_TILES) || !weights_map(q, &of_up.weights[1], e, UP, HALF_TILES) ||
+        !weights_map(q, &of_down.weights[0], e, DOWN, ITEM_TILES) ||
+        !tensor_map(q->map_maker, &of_down.hidden, q->prefill.hidden, picked, inner, inner, wide_form<MOST>::STEP))
+        return false;
     cuda_sort_picks(q, p, rows, MOST);
     wide_args a = { e, q->prefill };
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a, hidden);
-    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a, hidden);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a, of_up);
+    launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a, of_down);
     return true;
 }
 
