@@ -5,8 +5,7 @@
  * batch_chunks: both products of the chunks. Items are eight gate and the same eight up rows of a chunk, then sixteen rows of
  * down: the sixteen rows of a tensor-core instruction whose columns are the chunk's slots. A warp has an item from the first
  * weight column to the last. Blocks take equal runs of all items of either kind, of which only the device knows how many there
- * are, and a block's warps an item after the other. A chunk's down items wait for its up items, whichever block has them: all
- * blocks are on the device at once, and have no down item before an up item. What remains is cuda_batch_shared_down: it adds
+ * are, and a block's warps an item after the other. Down items wait for all blocks' up items: blocks are on the device at once. What remains is cuda_batch_shared_down: it adds
  * up what the picks gave.
  *
  * A chunk's inputs are eight slots. Of up to ROWS_EXACT rows two are a chunk, with the sums of experts.cu to the bit: of row t
@@ -23,8 +22,8 @@ constexpr int UP_ROWS = 8, DOWN_ROWS = 16, STAGE = 2, STAGE_BYTES = STAGE * 2 * 
 template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_EXACT : CHUNK_SLOTS;
 template <bool EXACT> constexpr int OWN = EXACT ? 1 : 2;
 
-/* chunks: [0] how many, [1] blocks of batch_route that are done; from ENTRY on, of each: expert, rows, up items that are done,
- * picks */
+/* chunks: [0] how many, [1] blocks of batch_route that are done, [2] of batch_chunks that have all hidden rows; from ENTRY on, of
+ * each: expert, rows, picks */
 struct route_args {
     mat logits;
     picks p;
@@ -71,7 +70,7 @@ __device__ void make_chunks(const route_args &a, int picked)
 #pragma unroll
     for (int i = 0; i < EACH; i++) sum += n[i] = (count[threadIdx.x * EACH + i] + a.chunk - 1) / a.chunk;
     int at = sum_before(sum, part);
-    if (threadIdx.x == BLOCK - 1) a.chunks[0] = at + sum;
+    if (threadIdx.x == BLOCK - 1) a.chunks[0] = at + sum, a.chunks[2] = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int e = threadIdx.x * EACH + i, left = count[e];
@@ -80,7 +79,6 @@ __device__ void make_chunks(const route_args &a, int picked)
             int *entry = a.chunks + (1 + at + c) * ENTRY;
             entry[0] = e;
             entry[1] = left < a.chunk ? left : a.chunk;
-            entry[2] = 0;
         }
         at += n[i];
         count[e] = 0;
@@ -328,6 +326,25 @@ struct chunk_buffers {
     }
 };
 
+/* A working warp has no more up items. */
+__device__ __forceinline__ void tell(uint64_t *made)
+{
+    __syncwarp();
+    if (threadIdx.x % LANES == 0) barrier_arrive(made);
+}
+
+/* Until all blocks' hidden rows are made; by a warp. */
+__device__ __forceinline__ void meet_blocks(int *arrived, uint64_t *made)
+{
+    barrier_wait(made, 0);
+    if (threadIdx.x % LANES == 0) {
+        __threadfence();
+        atomicAdd(arrived, 1);
+        wait_for_number((const unsigned *)arrived, gridDim.x);
+    }
+    __syncwarp();
+}
+
 /* Asks for a chunk's rows from the panels of all rows, by a warp. */
 template <bool EXACT>
 __device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels)
@@ -421,13 +438,14 @@ __global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_con
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
-    __shared__ uint64_t barriers[2 * BUFFERS], come[MULTIPLIERS][DEPTH];
+    __shared__ uint64_t barriers[2 * BUFFERS], come[MULTIPLIERS][DEPTH], made;
     __shared__ int entries[CHUNKS_MOST][ENTRY], items[MULTIPLIERS][DEPTH], taken;
     const cuda_matrix &gate = a.e.m[GATE], &down = a.e.m[DOWN];
     unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     int buffer = buffer_panels(a.e) * PANEL_BYTES, hidden_panels = down.cols / PANEL;
     uint32_t buffers = shared_at(shared);
     if (warp < MULTIPLIERS && lane < DEPTH) barrier_init(&come[warp][lane], 1);
+    if (threadIdx.x == 0) barrier_init(&made, MULTIPLIERS);
     if (threadIdx.x < BUFFERS) {
         barrier_init(&barriers[threadIdx.x], LANES);
         barrier_init(&barriers[BUFFERS + threadIdx.x], MULTIPLIERS);
@@ -443,6 +461,7 @@ __global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_con
     __syncthreads();
     chunk_buffers inputs(barriers);
     if (warp == MULTIPLIERS) {
+        if (downs.n == 0) meet_blocks(a.chunks + 2, &made);
         for (int c = 0; c < ups.n + downs.n; c++) {
             uint32_t to = buffers + c % BUFFERS * buffer;
             inputs.reserve(c);
@@ -450,8 +469,7 @@ __global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_con
                 gather_rows<EXACT>(to, a, entries[c], gate.cols / PANEL);
             } else {
                 const uint8_t *from = a.hidden + (int64_t)(ups.first + c - ups.n) * hidden_panels * PANEL_BYTES;
-                if (lane == 0) wait_for_number((const unsigned *)first + (c - ups.n) * ENTRY + 2, ups.each);
-                __syncwarp();
+                if (c == ups.n) meet_blocks(a.chunks + 2, &made);
                 for (int i = lane * 16; i < hidden_panels * PANEL_BYTES; i += LANES * 16) copy_async16(to + i, from + i, true);
             }
             barrier_arrive_copied(&barriers[c % BUFFERS]);
@@ -463,10 +481,12 @@ __global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_con
     chunk_weights weights = { a.e, ups, downs, entries, &taken, items[warp], ring, {}, shared_at(ring), shared_at(come[warp]) };
     weights.begin();
     float2 unit = {};
+    bool told = false; /* that it has no more up items */
 #pragma unroll 1
     for (chunk_item item = weights.next(); item.packed != chunk_item::NONE; item = weights.next()) {
         int chunk = item.chunk(), c = item.is_down() ? ups.n + chunk : chunk;
         float2 total[OWN<EXACT>] = {};
+        if (item.is_down() && !told) tell(&made), told = true;
         if (inputs.current < c) {
             inputs.enter(c);
             unit = make_float2(FP4_UNIT / a.e.globals[entries[chunk][0]], FP4_UNIT / a.e.globals[a.e.n + entries[chunk][0]]);
@@ -478,13 +498,9 @@ __global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_con
         } else {
             sum_item<EXACT, SHARES>(total, weights, x, gate.cols / FP4_UNIT_COLS);
             store_hidden<EXACT>(a, (ups.first + chunk) * hidden_panels, entries[chunk][1], item.at(), total, unit);
-            __syncwarp();
-            if (lane == 0) {
-                __threadfence();
-                atomicAdd(first + chunk * ENTRY + 2, 1);
-            }
         }
     }
+    if (!told) tell(&made);
     inputs.enter(ups.n + downs.n - 1);
     inputs.leave();
 #endif

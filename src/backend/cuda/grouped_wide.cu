@@ -6,7 +6,7 @@
  * products take turns, so that one is under way while the other's weights are decoded. For tiles of few slots, which take
  * fewer registers, four groups of 64 rows, of each eight rows of either half a warp; a panel, 64 columns of inputs, is
  * multiplied while the weights of the next one are decoded. One more group fills two rings, ahead and across items: a thread
- * has weights copied, 256 columns of all the item's rows at a time, two warps gather the slots' inputs, a panel at a time or,
+ * has weights copied, 256 columns of all the item's rows at a time, three warps gather the slots' inputs, a panel at a time or,
  * where slots are few, four; those of down a thread has copied. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
@@ -15,7 +15,7 @@
 namespace {
 
 [[maybe_unused]] constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
-[[maybe_unused]] constexpr int GATHERERS = 2 * LANES;
+[[maybe_unused]] constexpr int GATHERERS = 3 * LANES;
 constexpr int ITEM_ROWS = 256, ITEM_TILES = ITEM_ROWS / 8; /* tiles: of parts.h */
 constexpr int HALF_TILES = ITEM_TILES / 2, UNIT = ITEM_TILES * FP4_UNIT_BYTES; /* an item's weights of a unit of columns */
 
@@ -300,6 +300,7 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
 {
     using form = wide_form<MOST>;
     constexpr int STEP = GATHERERS / 8, EACH = 4, LAG = form::STAGES / 2;
+    static_assert(STEP % 4 == 0, "four rows on, a place's number differs in one bit");
     int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
@@ -322,7 +323,7 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
                     if (from[k] < 0) break;
 #pragma unroll
                     for (int q = 0; q < form::PANELS; q++)
-                        copy_async16(stage + q * form::PANEL_SIZE + (i + k * STEP) * 128,
+                        copy_async16((stage + q * form::PANEL_SIZE + (i + k * STEP) * 128) ^ k * STEP % 8 * 16,
                                      x + (unsigned)from[k] * (unsigned)cols + q * PANEL, true);
                 }
             }
