@@ -2,28 +2,27 @@
  * whose inputs are taken as they are.
  *
  * batch_route: a block a row chooses, and makes the shared expert's hidden row; the last of them puts picks in chunks by expert.
- * batch_chunks: both products of the chunks. Items are eight gate and the same eight up rows of a chunk, then sixteen rows of
- * down: the sixteen rows of a tensor-core instruction whose columns are the chunk's slots. A warp has an item from the first
- * weight column to the last. Blocks take equal runs of all items of either kind, of which only the device knows how many there
- * are, and a block's warps an item after the other. Down items wait for all blocks' up items: blocks are on the device at once. What remains is cuda_batch_shared_down: it adds
- * up what the picks gave.
+ * batch_up: items of eight gate and the same eight up rows of a chunk. batch_down: items of sixteen rows. They are the sixteen rows
+ * of a tensor-core instruction whose columns are the chunk's slots, and a warp has an item from the first weight column to
+ * the last. Blocks take equal runs of all items, of which only the device knows how many there are. What remains is
+ * cuda_batch_shared_down: it adds up what the picks gave.
  *
- * A chunk's inputs are eight slots. Of up to ROWS_EXACT rows two are a chunk, with the sums of experts.cu to the bit: of row t
- * slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
+ * A chunk's inputs are one or two groups of eight slots. Of up to ROWS_EXACT rows two are a group, with the sums of experts.cu to the
+ * bit: of row t slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
 #include "backend/cuda/prepare.cuh"
 #include "backend/cuda/route.cuh"
 
 namespace {
 
-constexpr int ENTRY = CHUNK_ENTRY, PICKS_AT = ENTRY - CHUNK_SLOTS, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
+constexpr int ENTRY = CHUNK_ENTRY, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
 constexpr int UP_ROWS = 8, DOWN_ROWS = 16, STAGE = 2, STAGE_BYTES = STAGE * 2 * FP4_UNIT_BYTES;
 
-/* Rows of a chunk; of them, those whose sums a lane gets. */
-template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_EXACT : CHUNK_SLOTS;
+/* Rows of a chunk and of a group; of them, those whose sums a lane gets. */
+template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_ROWS_EXACT : CHUNK_ROWS;
+template <bool EXACT> constexpr int GROUP = CHUNK<EXACT> / CHUNK_GROUPS;
 template <bool EXACT> constexpr int OWN = EXACT ? 1 : 2;
 
-/* chunks: [0] how many, [1] blocks of batch_route that are done, [2] of batch_chunks that have all hidden rows; from ENTRY on, of
- * each: expert, rows, picks */
+/* chunks: [0] how many, [1] blocks of batch_route that are done; from ENTRY on, of each: expert, rows, picks */
 struct route_args {
     mat logits;
     picks p;
@@ -36,10 +35,10 @@ struct route_args {
 
 struct chunk_args {
     cuda_experts e;
-    int *chunks;
+    const int *chunks;
     const uint8_t *parts; /* of all rows */
     int groups, k;
-    uint8_t *hidden; /* [chunk][panel] */
+    uint8_t *hidden; /* [chunk][group][panel] */
     float *down;     /* [pick][rows of down] */
 };
 
@@ -70,7 +69,7 @@ __device__ void make_chunks(const route_args &a, int picked)
 #pragma unroll
     for (int i = 0; i < EACH; i++) sum += n[i] = (count[threadIdx.x * EACH + i] + a.chunk - 1) / a.chunk;
     int at = sum_before(sum, part);
-    if (threadIdx.x == BLOCK - 1) a.chunks[0] = at + sum, a.chunks[2] = 0;
+    if (threadIdx.x == BLOCK - 1) a.chunks[0] = at + sum;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int e = threadIdx.x * EACH + i, left = count[e];
@@ -86,7 +85,7 @@ __device__ void make_chunks(const route_args &a, int picked)
     __syncthreads();
     for (int i = threadIdx.x; i < picked; i += BLOCK) {
         int e = __ldcg(a.p.expert + i), place = atomicAdd(&count[e], 1);
-        a.chunks[(1 + first[e] + place / a.chunk) * ENTRY + PICKS_AT + place % a.chunk] = i;
+        a.chunks[(1 + first[e] + place / a.chunk) * ENTRY + 2 + place % a.chunk] = i;
     }
 }
 
@@ -118,46 +117,57 @@ __global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ rou
 }
 
 /* Warps that multiply; one more brings inputs. Chunks' inputs at a time; stages of a warp's ring. */
-constexpr int MULTIPLIERS = 16, CHUNKS_BLOCK = (MULTIPLIERS + 1) * LANES, BUFFERS = 2, DEPTH = 2;
+constexpr int UP_CREW = 16, DOWN_CREW = 20, UP_BUFFERS = 2, DOWN_BUFFERS = 4, DEPTH = 2;
+constexpr int block_of(int crew) { return (crew + 1) * LANES; }
 
-/* Panels of a buffer of inputs. Shared memory: those, and rings of weights. */
-__host__ __device__ inline int buffer_panels(const cuda_experts &e)
+/* Shared memory: buffers of chunks' inputs, rings of weights. */
+__host__ __device__ inline size_t up_bytes(int cols)
 {
-    return (e.m[GATE].cols > e.m[DOWN].cols ? e.m[GATE].cols : e.m[DOWN].cols) / PANEL;
+    return (size_t)UP_BUFFERS * (cols / PANEL) * PANEL_BYTES + UP_CREW * DEPTH * STAGE_BYTES;
 }
 
-inline size_t chunks_shared(const cuda_experts &e)
+__host__ __device__ inline size_t down_bytes(int cols)
 {
-    return (size_t)BUFFERS * buffer_panels(e) * PANEL_BYTES + MULTIPLIERS * DEPTH * STAGE_BYTES;
+    return (size_t)DOWN_BUFFERS * (cols / PANEL) * PANEL_BYTES + DOWN_CREW * DEPTH * STAGE_BYTES;
 }
 
 /* Of an item's columns, whose sums are added up: single units, some units each, all together. */
 enum shares { UNIT, UNITS, ONE };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* The block's items of a kind, [begin, end) of all, `each` a chunk. */
+/* The block's items, [begin, end) of all, `each` a chunk, and the entries of their chunks. */
 struct chunk_run {
-    int begin, end, each, first, n; /* first chunk, chunks */
-    float by_each;
-
-    __device__ __forceinline__ chunk_run(int chunks, int of_a_chunk) : each(of_a_chunk), by_each(1.0f / of_a_chunk)
+    int begin, end, first, n; /* first chunk, chunks */
+    __device__ __forceinline__ chunk_run(const int *chunks, int each, int (*entries)[ENTRY])
     {
-        int64_t items = (int64_t)chunks * each;
+        int64_t items = (int64_t)__ldcg(chunks) * each;
         begin = (int)(items * blockIdx.x / gridDim.x);
         end = (int)(items * (blockIdx.x + 1) / gridDim.x);
         first = begin / each;
         n = end > begin ? (end - 1) / each - first + 1 : 0;
+        for (int i = threadIdx.x; i < n * ENTRY; i += (int)blockDim.x) entries[0][i] = __ldcg(chunks + (1 + first) * ENTRY + i);
+        __syncthreads();
     }
 };
 
-/* An item as a warp keeps it beside the weights: kind, chunk of the run, and place among the chunk's. */
-struct chunk_item {
-    int packed;
-    static constexpr int NONE = -1;
+/* A warp's items of the run, of CREW warps every CREW-th: chunk of the run, and place among the `each` of a chunk. */
+template <int CREW> struct chunk_item {
+    int chunk, at, left; /* left: of the run, from this one on */
 
-    __device__ __forceinline__ bool is_down() const { return packed >> 30; }
-    __device__ __forceinline__ int chunk() const { return packed >> 16 & 0x3fff; }
-    __device__ __forceinline__ int at() const { return packed & 0xffff; }
+    __device__ __forceinline__ chunk_item(const chunk_run &run, int each)
+        : chunk(0), at(run.begin - run.first * each), left(run.end - run.begin)
+    {
+        go(threadIdx.x / LANES, each);
+    }
+    __device__ __forceinline__ void advance(int each)
+    {
+        go(CREW, each);
+    }
+    __device__ __forceinline__ void go(int n, int each)
+    {
+        left -= n;
+        for (at += n; at >= each; at -= each) chunk++;
+    }
 };
 
 /* A lane's words of a unit of a stage's two tiles, and their scales. */
@@ -175,10 +185,10 @@ struct pair_words {
             scale[h] = *(const uint2 *)(scales + h * STAGE_BYTES / 2);
         }
     }
-    /* Adds the unit's products to a and b as stream.cuh does. x: where this lane reads the slots' panels (matrices). */
-    __device__ __forceinline__ void add(float (&a)[4], float (&b)[4], uint32_t x) const
+    /* Adds the unit's products to each group's a and b as stream.cuh does. x: where this lane reads the groups' panels (matrices). */
+    template <int GROUPS>
+    __device__ __forceinline__ void add(float (&a)[GROUPS][4], float (&b)[GROUPS][4], const uint32_t (&x)[GROUPS]) const
     {
-        uint32_t odd = x ^ 64;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint4 &u = w[0][half], &v = w[1][half];
@@ -187,73 +197,52 @@ struct pair_words {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 __nv_bfloat162 s = scales.of(i), r = others.of(i);
-                matrices(in, (i % 2 ? odd : x) + (half * 2 + i / 2) * PANEL_BYTES);
-                mma(a, bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
-                    bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r), in[0], in[1]);
-                mma(b, bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),
-                    bf16_pair_product(fp4_pair<3>(p[i]), s), bf16_pair_product(fp4_pair<3>(q[i]), r), in[2], in[3]);
+                uint32_t first[4] = { bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
+                                      bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r) };
+                uint32_t second[4] = { bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),
+                                       bf16_pair_product(fp4_pair<3>(p[i]), s), bf16_pair_product(fp4_pair<3>(q[i]), r) };
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++) {
+                    matrices(in, (x[g] ^ i % 2 * 64) + (half * 2 + i / 2) * PANEL_BYTES);
+                    mma(a[g], first[0], first[1], first[2], first[3], in[0], in[1]);
+                    mma(b[g], second[0], second[1], second[2], second[3], in[2], in[3]);
+                }
             }
         }
     }
 };
 
-/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. */
-struct chunk_weights {
-    const cuda_experts &e;
-    chunk_run ups, downs;
-    const int (*entries)[ENTRY];
-    int *taken;    /* items of the block */
-    int *items;    /* of each stage */
+/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. FIND: where those begin.
+ * Warps go through their rings in step but for the last item, which some do not have: the compiler is to see that. */
+template <int CREW, class FIND> struct chunk_weights {
     const uint8_t *ring, *tile[2]; /* tile: of the item asked for */
     uint32_t ring_at, come;
-    int item, units, asked, slot, phase; /* asked: units of the item asked for; slot: used next */
+    FIND find;
+    chunk_item<CREW> item;
+    int each, units, asked, slot, phase; /* asked: units of the item; slot: used next */
 
-    __device__ __forceinline__ void begin()
+    __device__ __forceinline__ chunk_weights(const uint8_t *at, uint64_t *barriers, FIND f, const chunk_item<CREW> &first, int of_a_chunk,
+                                             int of_a_tile)
+        : ring(at), ring_at(shared_at(at)), come(shared_at(barriers)), find(f), item(first), each(of_a_chunk), units(of_a_tile),
+          asked(0), slot(0), phase(0)
     {
-        asked = slot = phase = 0;
-        units = 1;
         for (int i = 0; i < DEPTH; i++) ask(i);
-    }
-    __device__ __forceinline__ void next_item()
-    {
-        int n = 0, lane = threadIdx.x % LANES;
-        if (lane == 0) n = atomicAdd(taken, 1);
-        n = __shfl_sync(ALL, n, 0);
-        bool is_down = n >= ups.end - ups.begin;
-        int of_ups = ups.begin - ups.first * ups.each, of_downs = downs.begin - downs.first * downs.each - (ups.end - ups.begin);
-        item = chunk_item::NONE;
-        if (n >= ups.end - ups.begin + downs.end - downs.begin) return;
-        n += is_down ? of_downs : of_ups;
-        int chunk = (int)(((float)n + 0.5f) * (is_down ? downs.by_each : ups.by_each)), at = n - chunk * (is_down ? downs.each : ups.each);
-        unsigned expert = entries[chunk][0];
-        item = is_down << 30 | chunk << 16 | at;
-        if (is_down) {
-            tile[0] = tile_at(e.m[DOWN], expert, 2 * at);
-            tile[1] = tile[0] + tile_bytes(e.m[DOWN]);
-        } else {
-            tile[0] = tile_at(e.m[GATE], expert, at);
-            tile[1] = tile_at(e.m[UP], expert, at);
-        }
-        units = e.m[is_down ? DOWN : GATE].cols / FP4_UNIT_COLS;
     }
     __device__ __forceinline__ void ask(int to)
     {
-        if (asked == 0) next_item();
         int n = units - asked < STAGE ? units - asked : STAGE, bytes = n * FP4_UNIT_BYTES;
-        if (elected()) {
+        if (asked == 0 && item.left > 0) find(tile, item);
+        if (item.left > 0 && elected()) {
             uint32_t at = ring_at + to * STAGE_BYTES, barrier = come + to * 8;
-            items[to] = item;
-            if (item != chunk_item::NONE) {
-                barrier_expect(barrier, 2 * bytes);
-                copy_bulk(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
-                copy_bulk(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
-            }
+            barrier_expect(barrier, 2 * bytes);
+            copy_bulk(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
+            copy_bulk(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
         }
-        __syncwarp();
-        asked = asked + n < units ? asked + n : 0;
+        asked += n;
+        if (asked < units) return;
+        asked = 0;
+        item.advance(each);
     }
-    /* The item whose first stage comes next. */
-    __device__ __forceinline__ chunk_item next() const { return { items[slot] }; }
     __device__ __forceinline__ const uint8_t *await() const
     {
         barrier_wait(come + slot * 8, phase);
@@ -268,7 +257,7 @@ struct chunk_weights {
     }
 };
 
-/* The lane's own rows of a chunk: which, and of each the sums of row g of both tiles. */
+/* The lane's own rows of a group: which, and of each the sums of row g of both tiles. */
 template <bool EXACT> __device__ __forceinline__ int own_row(int i)
 {
     int t = threadIdx.x % 4;
@@ -292,103 +281,117 @@ __device__ __forceinline__ void add_own(float2 (&total)[OWN<EXACT>], const float
     }
 }
 
-/* Byte of part p of row t at a place of a chunk's panel. */
-template <bool EXACT> __device__ __forceinline__ int chunk_byte(unsigned t, unsigned p, unsigned place)
+/* Byte of part p of row t at a place of a group's panel. */
+template <bool EXACT> __device__ __forceinline__ int group_byte(unsigned t, unsigned p, unsigned place)
 {
     return panel_byte(EXACT ? 4 * t + p : t, place);
 }
 
-/* Buffers of inputs: first of the chunks of the up run, then of the down run, number c in buffer c % BUFFERS. Every working warp
- * leaves every one once. */
-struct chunk_buffers {
-    uint64_t *full, *empty;
-    int current; /* a warp is in */
+template <bool EXACT> __device__ __forceinline__ int groups_of_chunk(const int *entry)
+{
+    return entry[1] > GROUP<EXACT> ? 2 : 1;
+}
 
-    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers) : full(barriers), empty(barriers + BUFFERS), current(-1) {}
-    /* A worker: on to number c, through each before it, of which it may have no item. A barrier tells a phase from the next only. */
-    __device__ __forceinline__ void enter(int c)
+/* Buffers of groups' inputs: group n of the run in buffer n % BUFFERS. Every working warp leaves every one once. */
+template <bool EXACT, int BUFFERS> struct group_buffers {
+    uint64_t *full, *empty;
+    int chunk, first, next; /* chunk of the run a warp is in, its first group, and the next one's */
+
+    __device__ __forceinline__ explicit group_buffers(uint64_t *barriers)
+        : full(barriers), empty(barriers + BUFFERS), chunk(-1), first(0), next(0)
     {
-        while (current < c) {
+    }
+    /* A worker: on to chunk c, through each before it, of which it may have no item. A barrier tells a phase from the next only. */
+    __device__ __forceinline__ void enter(int c, const int (*entries)[ENTRY])
+    {
+        while (chunk < c) {
             leave();
-            current++;
-            barrier_wait(&full[current % BUFFERS], current / BUFFERS % 2);
+            first = next;
+            next += groups_of_chunk<EXACT>(entries[++chunk]);
+            for (int n = first; n < next; n++) barrier_wait(&full[n % BUFFERS], n / BUFFERS % 2);
         }
     }
     __device__ __forceinline__ void leave()
     {
         __syncwarp(); /* no lane waits for it still */
-        if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
+        if (threadIdx.x % LANES == 0)
+            for (int n = first; n < next; n++) barrier_arrive(&empty[n % BUFFERS]);
     }
-    /* The copier: until the buffer of number c is free. */
-    __device__ __forceinline__ void reserve(int c)
+    /* The copier: until the buffer of group n is free. */
+    __device__ __forceinline__ void reserve(int n)
     {
-        barrier_wait(&empty[c % BUFFERS], c / BUFFERS % 2 ^ 1);
+        barrier_wait(&empty[n % BUFFERS], n / BUFFERS % 2 ^ 1);
     }
 };
 
-/* A working warp has no more up items. */
-__device__ __forceinline__ void tell(uint64_t *made)
+template <int BUFFERS, int CREW>
+__device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers, uint64_t (&come)[CREW][DEPTH])
 {
-    __syncwarp();
-    if (threadIdx.x % LANES == 0) barrier_arrive(made);
-}
-
-/* Until all blocks' hidden rows are made; by a warp. */
-__device__ __forceinline__ void meet_blocks(int *arrived, uint64_t *made)
-{
-    barrier_wait(made, 0);
-    if (threadIdx.x % LANES == 0) {
-        __threadfence();
-        atomicAdd(arrived, 1);
-        wait_for_number((const unsigned *)arrived, gridDim.x);
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    if (warp < CREW && lane < DEPTH) barrier_init(&come[warp][lane], 1);
+    if (threadIdx.x < BUFFERS) {
+        barrier_init(&barriers[threadIdx.x], copiers);
+        barrier_init(&barriers[BUFFERS + threadIdx.x], CREW);
     }
-    __syncwarp();
+    barriers_ready();
 }
 
-/* Asks for a chunk's rows from the panels of all rows, by a warp. */
+/* Rows of a group from the panels of all rows, by a warp; `full` is told when they lie there. picks: of `rows` rows */
 template <bool EXACT>
-__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels)
+__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *picks, int rows, int panels, uint64_t *full)
 {
     constexpr int N = EXACT ? PARTS : 1;
     int lane = threadIdx.x % LANES;
-    for (int t = 0; t < entry[1]; t++) {
-        int row = entry[PICKS_AT + t] / a.k, r = row % 8;
+    for (int t = 0; t < rows; t++) {
+        int row = picks[t] / a.k, r = row % 8;
         const uint8_t *from = a.parts + row / 8 * (N * PANEL_BYTES);
 #pragma unroll 4
         for (int i = lane; i < panels * N * 8; i += LANES) {
             int place = i % 8 * 8, part = i / 8 % N, c = i / (8 * N);
-            copy_async16(to + c * PANEL_BYTES + chunk_byte<EXACT>(t, part, place),
+            copy_async16(to + c * PANEL_BYTES + group_byte<EXACT>(t, part, place),
                          from + ((int64_t)c * a.groups * N + part) * PANEL_BYTES + panel_byte(r, place), true);
         }
     }
+    barrier_arrive_copied(full);
 }
 
-/* Sums of an item's `units` units. x: where the lane reads its first panel. */
-template <bool EXACT, shares SHARES>
-__device__ __forceinline__ void sum_item(float2 (&total)[OWN<EXACT>], chunk_weights &weights, uint32_t x, int units)
+/* Sums of an item's `units` units. x: where the lane reads the groups' first panels. */
+template <bool EXACT, shares SHARES, int GROUPS, int N, class FIND>
+__device__ __forceinline__ void sum_item(float2 (&total)[GROUPS][OWN<EXACT>], chunk_weights<N, FIND> &weights,
+                                         const uint32_t (&from)[GROUPS], int units)
 {
     int lane = threadIdx.x % LANES, share = share_of(units, CREW / 2), left = share;
-    float a[4] = {}, b[4] = {};
+    float a[GROUPS][4] = {}, b[GROUPS][4] = {};
+    uint32_t x[GROUPS];
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) x[g] = from[g];
 #pragma unroll 1
     for (int u = 0; u < units; u += STAGE) {
         const uint8_t *stage = weights.await(), *codes = stage + lane * 16, *scales = stage + 1024 + lane / 2 * 8;
 #pragma unroll
-        for (int i = 0; i < STAGE; i++, x += FP4_UNIT_COLS / PANEL * PANEL_BYTES) {
+        for (int i = 0; i < STAGE; i++) {
             pair_words w(codes + i * FP4_UNIT_BYTES, scales + i * FP4_UNIT_BYTES); /* what there is not is not looked at */
             if (i + 1 == STAGE) weights.leave();
             if (u + i >= units) break;
             w.add(a, b, x);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) x[g] += FP4_UNIT_COLS / PANEL * PANEL_BYTES;
             if (SHARES == ONE || (SHARES == UNITS && --left > 0 && u + i + 1 < units)) continue;
             left = share;
-            add_own<EXACT>(total, a, b);
 #pragma unroll
-            for (int j = 0; j < 4; j++) a[j] = b[j] = 0;
+            for (int g = 0; g < GROUPS; g++) {
+                add_own<EXACT>(total[g], a[g], b[g]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) a[g][j] = b[g][j] = 0;
+            }
         }
     }
-    if (SHARES == ONE) add_own<EXACT>(total, a, b);
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+        if (SHARES == ONE) add_own<EXACT>(total[g], a[g], b[g]);
 }
 
-/* An up item's sums to the chunk's hidden rows. panel: the chunk's first. */
+/* An up item's sums of a group to its hidden rows. panel: the group's first. rows: of the group */
 template <bool EXACT>
 __device__ __forceinline__ void store_hidden(const chunk_args &a, int panel, int rows, unsigned at, const float2 (&total)[OWN<EXACT>],
                                              float2 unit)
@@ -401,24 +404,24 @@ __device__ __forceinline__ void store_hidden(const chunk_args &a, int panel, int
         if (t >= rows) continue;
         split_pair s(make_float2(silu(total[i].x * unit.x) * (total[i].y * unit.y), 0));
         if (EXACT && lane % 2) {
-            *(uint16_t *)(to + chunk_byte<EXACT>(t, 2, place)) = (uint16_t)s.part[2];
+            *(uint16_t *)(to + group_byte<EXACT>(t, 2, place)) = (uint16_t)s.part[2];
         } else {
 #pragma unroll
-            for (int p = 0; p < (EXACT ? 2 : 1); p++) *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
+            for (int p = 0; p < (EXACT ? 2 : 1); p++) *(uint16_t *)(to + group_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
         }
     }
 }
 
-/* A down item's, to the rows of its picks. */
+/* A down item's, to the rows of its picks, of which there are `rows`. */
 template <bool EXACT>
-__device__ __forceinline__ void store_down(const chunk_args &a, const int *entry, int at, const float2 (&total)[OWN<EXACT>])
+__device__ __forceinline__ void store_down(const chunk_args &a, const int *picks, int rows, int at, const float2 (&total)[OWN<EXACT>])
 {
     int lane = threadIdx.x % LANES;
 #pragma unroll
     for (int i = 0; i < OWN<EXACT>; i++) {
         int t = own_row<EXACT>(i);
-        if (t >= entry[1]) continue;
-        float *to = a.down + (int64_t)entry[PICKS_AT + t] * a.e.m[DOWN].rows + at * DOWN_ROWS + lane / 4;
+        if (t >= rows) continue;
+        float *to = a.down + (int64_t)picks[t] * a.e.m[DOWN].rows + at * DOWN_ROWS + lane / 4;
         if (!EXACT || lane % 2 == 0) to[0] = total[i].x;
         if (!EXACT || lane % 2 == 1) to[8] = total[i].y;
     }
@@ -432,85 +435,128 @@ __device__ __forceinline__ uint32_t lane_panel(uint32_t panels)
 }
 #endif
 
-/* Grid: multiprocessors, a block each. */
 template <bool EXACT, shares SHARES>
-__global__ void __launch_bounds__(CHUNKS_BLOCK, 1) batch_chunks(const __grid_constant__ chunk_args a)
+__global__ void __launch_bounds__(block_of(UP_CREW), 1) batch_up(const __grid_constant__ chunk_args a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
-    __shared__ uint64_t barriers[2 * BUFFERS], come[MULTIPLIERS][DEPTH], made;
-    __shared__ int entries[CHUNKS_MOST][ENTRY], items[MULTIPLIERS][DEPTH], taken;
-    const cuda_matrix &gate = a.e.m[GATE], &down = a.e.m[DOWN];
-    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    int buffer = buffer_panels(a.e) * PANEL_BYTES, hidden_panels = down.cols / PANEL;
+    __shared__ uint64_t barriers[2 * UP_BUFFERS], come[UP_CREW][DEPTH];
+    __shared__ int entries[CHUNKS_MOST][ENTRY];
+    const cuda_matrix &gate = a.e.m[GATE];
+    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
+    int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS, units = gate.cols / FP4_UNIT_COLS;
     uint32_t buffers = shared_at(shared);
-    if (warp < MULTIPLIERS && lane < DEPTH) barrier_init(&come[warp][lane], 1);
-    if (threadIdx.x == 0) barrier_init(&made, MULTIPLIERS);
-    if (threadIdx.x < BUFFERS) {
-        barrier_init(&barriers[threadIdx.x], LANES);
-        barrier_init(&barriers[BUFFERS + threadIdx.x], MULTIPLIERS);
-    }
-    barriers_ready();
-    if (threadIdx.x == 0) taken = 0;
+    chunk_barriers<UP_BUFFERS>(barriers, LANES, come);
     wait_for_previous();
-    let_next_start();
-    int chunks = __ldcg(a.chunks);
-    chunk_run ups(chunks, gate.rows / UP_ROWS), downs(chunks, down.rows / DOWN_ROWS);
-    int *first = a.chunks + (1 + ups.first) * ENTRY; /* of either run */
-    for (int i = threadIdx.x; i < (ups.n > downs.n ? ups.n : downs.n) * ENTRY; i += CHUNKS_BLOCK) entries[0][i] = __ldcg(first + i);
-    __syncthreads();
-    chunk_buffers inputs(barriers);
-    if (warp == MULTIPLIERS) {
-        if (downs.n == 0) meet_blocks(a.chunks + 2, &made);
-        for (int c = 0; c < ups.n + downs.n; c++) {
-            uint32_t to = buffers + c % BUFFERS * buffer;
-            inputs.reserve(c);
-            if (c < ups.n) {
-                gather_rows<EXACT>(to, a, entries[c], gate.cols / PANEL);
-            } else {
-                const uint8_t *from = a.hidden + (int64_t)(ups.first + c - ups.n) * hidden_panels * PANEL_BYTES;
-                if (c == ups.n) meet_blocks(a.chunks + 2, &made);
-                for (int i = lane * 16; i < hidden_panels * PANEL_BYTES; i += LANES * 16) copy_async16(to + i, from + i, true);
+    let_next_start(); /* which may count on the chunks */
+    chunk_run run(a.chunks, each, entries);
+    group_buffers<EXACT, UP_BUFFERS> inputs(barriers);
+    auto buffer_of = [&](int n) { return buffers + n % UP_BUFFERS * panels * PANEL_BYTES; };
+    if (warp == UP_CREW) {
+        for (int c = 0, n = 0; c < run.n; c++)
+            for (int t = 0; t < entries[c][1]; t += GROUP<EXACT>, n++) {
+                inputs.reserve(n);
+                gather_rows<EXACT>(buffer_of(n), a, entries[c] + 2 + t, min(entries[c][1] - t, GROUP<EXACT>), panels,
+                                   &barriers[n % UP_BUFFERS]);
             }
-            barrier_arrive_copied(&barriers[c % BUFFERS]);
-        }
         copy_wait<0>();
         return;
     }
-    uint8_t *ring = shared + BUFFERS * buffer + warp * DEPTH * STAGE_BYTES;
-    chunk_weights weights = { a.e, ups, downs, entries, &taken, items[warp], ring, {}, shared_at(ring), shared_at(come[warp]) };
-    weights.begin();
+    auto find = [&](const uint8_t *(&tile)[2], const chunk_item<UP_CREW> &x) {
+        for (int side = 0; side < 2; side++) tile[side] = tile_at(a.e.m[side], entries[x.chunk][0], x.at);
+    };
+    chunk_item<UP_CREW> item(run, each);
+    chunk_weights<UP_CREW, decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES,
+                                                    come[warp], find, item, each, units);
     float2 unit = {};
-    bool told = false; /* that it has no more up items */
+    auto work = [&](auto groups) {
+        constexpr int GROUPS = decltype(groups)::value;
+        float2 total[GROUPS][OWN<EXACT>] = {};
+        uint32_t x[GROUPS];
+        for (int g = 0; g < GROUPS; g++) x[g] = lane_panel(buffer_of(inputs.first + g));
+        sum_item<EXACT, SHARES>(total, weights, x, units);
+        for (int g = 0; g < GROUPS; g++)
+            store_hidden<EXACT>(a, ((run.first + item.chunk) * CHUNK_GROUPS + g) * (gate.rows / PANEL),
+                                entries[item.chunk][1] - g * GROUP<EXACT>, item.at, total[g], unit);
+    };
 #pragma unroll 1
-    for (chunk_item item = weights.next(); item.packed != chunk_item::NONE; item = weights.next()) {
-        int chunk = item.chunk(), c = item.is_down() ? ups.n + chunk : chunk;
-        float2 total[OWN<EXACT>] = {};
-        if (item.is_down() && !told) tell(&made), told = true;
-        if (inputs.current < c) {
-            inputs.enter(c);
-            unit = make_float2(FP4_UNIT / a.e.globals[entries[chunk][0]], FP4_UNIT / a.e.globals[a.e.n + entries[chunk][0]]);
+    for (; item.left > 0; item.advance(each)) {
+        const int *entry = entries[item.chunk];
+        if (inputs.chunk < item.chunk) {
+            inputs.enter(item.chunk, entries);
+            unit = make_float2(FP4_UNIT / a.e.globals[entry[0]], FP4_UNIT / a.e.globals[a.e.n + entry[0]]);
         }
-        uint32_t x = lane_panel(buffers + c % BUFFERS * buffer);
-        if (item.is_down()) {
-            sum_item<EXACT, ONE>(total, weights, x, down.cols / FP4_UNIT_COLS);
-            store_down<EXACT>(a, entries[chunk], item.at(), total);
-        } else {
-            sum_item<EXACT, SHARES>(total, weights, x, gate.cols / FP4_UNIT_COLS);
-            store_hidden<EXACT>(a, (ups.first + chunk) * hidden_panels, entries[chunk][1], item.at(), total, unit);
-        }
+        if (groups_of_chunk<EXACT>(entry) == 1)
+            work(std::integral_constant<int, 1>());
+        else
+            work(std::integral_constant<int, 2>());
     }
-    if (!told) tell(&made);
-    inputs.enter(ups.n + downs.n - 1);
+    inputs.enter(run.n - 1, entries);
     inputs.leave();
 #endif
 }
 
-auto chunks_kernel(bool exact, int cols)
+template <bool EXACT> __global__ void __launch_bounds__(block_of(DOWN_CREW), 1) batch_down(const __grid_constant__ chunk_args a)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    SHARED_MEMORY(uint8_t, shared, 1024);
+    __shared__ uint64_t barriers[2 * DOWN_BUFFERS], come[DOWN_CREW][DEPTH];
+    __shared__ int entries[CHUNKS_MOST][ENTRY];
+    const cuda_matrix &m = a.e.m[DOWN];
+    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
+    int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * PANEL_BYTES, units = m.cols / FP4_UNIT_COLS;
+    uint32_t buffers = shared_at(shared);
+    chunk_barriers<DOWN_BUFFERS>(barriers, 1, come);
+    let_next_start();
+    chunk_run run(a.chunks, each, entries);
+    group_buffers<EXACT, DOWN_BUFFERS> inputs(barriers);
+    auto buffer_of = [&](int n) { return buffers + n % DOWN_BUFFERS * bytes; };
+    if (warp == DOWN_CREW) {
+        wait_for_previous();
+        for (int c = 0, n = 0; lane == 0 && c < run.n; c++)
+            for (int g = 0; g < groups_of_chunk<EXACT>(entries[c]); g++, n++) {
+                inputs.reserve(n);
+                barrier_expect(&barriers[n % DOWN_BUFFERS], bytes);
+                copy_bulk(buffer_of(n), a.hidden + (int64_t)((run.first + c) * CHUNK_GROUPS + g) * bytes, bytes,
+                          &barriers[n % DOWN_BUFFERS]);
+            }
+        return;
+    }
+    auto find = [&](const uint8_t *(&tile)[2], const chunk_item<DOWN_CREW> &x) {
+        tile[0] = tile_at(m, entries[x.chunk][0], 2 * x.at);
+        tile[1] = tile[0] + tile_bytes(m);
+    };
+    chunk_item<DOWN_CREW> item(run, each);
+    chunk_weights<DOWN_CREW, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp], find, item,
+                                                      each, units);
+    auto work = [&](auto groups) {
+        constexpr int GROUPS = decltype(groups)::value;
+        float2 total[GROUPS][OWN<EXACT>] = {};
+        uint32_t x[GROUPS];
+        const int *entry = entries[item.chunk];
+        for (int g = 0; g < GROUPS; g++) x[g] = lane_panel(buffer_of(inputs.first + g));
+        sum_item<EXACT, ONE>(total, weights, x, units);
+        for (int g = 0; g < GROUPS; g++)
+            store_down<EXACT>(a, entry + 2 + g * GROUP<EXACT>, entry[1] - g * GROUP<EXACT>, item.at, total[g]);
+    };
+    wait_for_previous();
+#pragma unroll 1
+    for (; item.left > 0; item.advance(each)) {
+        inputs.enter(item.chunk, entries);
+        if (groups_of_chunk<EXACT>(entries[item.chunk]) == 1)
+            work(std::integral_constant<int, 1>());
+        else
+            work(std::integral_constant<int, 2>());
+    }
+    inputs.enter(run.n - 1, entries);
+    inputs.leave();
+#endif
+}
+
+auto up_kernel(bool exact, int cols)
 {
     bool one = share_of(cols / FP4_UNIT_COLS, CREW / 2) == 1;
-    return exact ? (one ? batch_chunks<true, UNIT> : batch_chunks<true, UNITS>)
-                 : (one ? batch_chunks<false, UNIT> : batch_chunks<false, UNITS>);
+    return exact ? (one ? batch_up<true, UNIT> : batch_up<true, UNITS>) : (one ? batch_up<false, UNIT> : batch_up<false, UNITS>);
 }
 
 bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
@@ -527,7 +573,8 @@ bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
         if (e.m[i].format != WEIGHT_NVFP4 || e.m[i].input != INPUT_AS_IS || e.m[i].cols % FP4_UNIT_COLS != 0) return false;
     if (down.rows % DOWN_ROWS != 0 || up.rows % UP_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
     if (picked > b.picked || chunks > b.chunks_most || chunks / q->sms + 3 > CHUNKS_MOST) return false;
-    if (chunks_shared(e) + sizeof(int[CHUNKS_MOST][ENTRY]) + 2048 > (size_t)q->shared_max) return false; /* 2048: barriers, alignment */
+    size_t most = (size_t)q->shared_max - sizeof(int[CHUNKS_MOST][ENTRY]) - 2048; /* 2048: barriers, alignment */
+    if (up_bytes(up.cols) > most || down_bytes(down.cols) > most) return false;
     return cuda_batch_shared_down(q, r, true);
 }
 
@@ -540,6 +587,7 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
     struct cuda_batch &b = q->batch;
     cuda_matrix shared = cuda_matrix_of(r->w_down);
     bool exact = r->h.rows <= ROWS_EXACT;
+    unsigned blocks = (unsigned)q->sms;
     if (b.known != r->h.data) cuda_batch_prepare(q, r->h);
     int chunk = exact ? CHUNK<true> : CHUNK<false>;
     route_args route = { r->logits, *r->picks, e.n, e.globals + DOWN * e.n, b.factor, b.chunks, chunk };
@@ -556,6 +604,8 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
         in.parts = (uint8_t *)b.shared_parts;
     launch<BLOCK>(q, "experts", true, batch_route, dim3((unsigned)r->h.rows), prepare_shared(in.cols), route, in);
     chunk_args a = { e, b.chunks, (const uint8_t *)b.parts, in.groups, r->picks->k, (uint8_t *)b.hidden, b.down };
-    launch<CHUNKS_BLOCK>(q, "experts", true, chunks_kernel(exact, e.m[GATE].cols), dim3((unsigned)q->sms), chunks_shared(e), a);
+    size_t up = up_bytes(e.m[GATE].cols), down = down_bytes(e.m[DOWN].cols);
+    launch<block_of(UP_CREW)>(q, "experts", true, up_kernel(exact, e.m[GATE].cols), dim3(blocks), up, a);
+    launch<block_of(DOWN_CREW)>(q, "experts", true, exact ? batch_down<true> : batch_down<false>, dim3(blocks), down, a);
     return cuda_batch_shared_down(q, r, false);
 }
