@@ -80,6 +80,20 @@ __device__ __forceinline__ int load_shared(uint32_t at)
     return x;
 }
 
+__device__ __forceinline__ uint2 load_shared8(uint32_t at)
+{
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t at)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t at, int x)
 {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
@@ -137,11 +151,16 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *b)
     asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_at(b)) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
+__device__ __forceinline__ void barrier_wait(uint32_t b, int phase)
 {
     asm volatile("{.reg .pred done;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(shared_at(b)), "r"(phase) : "memory");
+                 "@!done bra again;}" ::"r"(b), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *b, int phase)
+{
+    barrier_wait(shared_at(b), phase);
 }
 
 /* Arrives when what this thread has asked for by copy_async16 lies there. */
@@ -151,6 +170,14 @@ __device__ __forceinline__ void barrier_arrive_copied(uint64_t *b)
 }
 
 #if __CUDA_ARCH__ >= 900
+/* In one lane of a warp whose lanes are all here. The compiler knows that it is one: behind `lane == 0` a bulk copy is a loop. */
+__device__ __forceinline__ bool elected()
+{
+    uint32_t is;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is));
+    return is;
+}
+
 /* Arrives, and lets the barrier wait for bytes that are copied. */
 __device__ __forceinline__ void barrier_expect(uint32_t b, int bytes)
 {

@@ -24,6 +24,16 @@ inline int load_shared(uint32_t at)
     return *(const int *)emulator::shared_bytes(at, 4, "ld.shared");
 }
 
+inline uint2 load_shared8(uint32_t at)
+{
+    return *(const uint2 *)emulator::shared_bytes(at, 8, "ld.shared");
+}
+
+inline uint4 load_shared16(uint32_t at)
+{
+    return *(const uint4 *)emulator::shared_bytes(at, 16, "ld.shared");
+}
+
 inline void store_shared(uint32_t at, int x)
 {
     *(int *)emulator::shared_bytes(at, 4, "st.shared") = x;
@@ -44,12 +54,18 @@ inline uint32_t shared_at(const void *p) { return emulator::shared_address(p); }
 inline void barrier_init(uint64_t *b, int arrivals) { emulator::barrier_init(shared_at(b), arrivals); }
 inline void barriers_ready() {}
 inline void barrier_arrive(uint64_t *b) { emulator::barrier_arrive(shared_at(b), 0); }
-inline void barrier_wait(uint64_t *b, int phase) { emulator::barrier_wait(shared_at(b), phase); }
+inline void barrier_wait(uint32_t b, int phase) { emulator::barrier_wait(b, phase); }
+inline void barrier_wait(uint64_t *b, int phase) { barrier_wait(shared_at(b), phase); }
 inline void barrier_arrive_copied(uint64_t *b)
 {
     copy_commit();
     copy_wait<0>();
     barrier_arrive(b);
+}
+inline bool elected()
+{
+    emulator::warp_meets(emulator::nothing, nullptr, 0xffffffffu);
+    return threadIdx.x % 32 == 0;
 }
 inline void barrier_expect(uint32_t b, int bytes) { emulator::barrier_arrive(b, bytes); }
 inline void barrier_expect(uint64_t *b, int bytes) { barrier_expect(shared_at(b), bytes); }
