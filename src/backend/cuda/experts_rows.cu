@@ -76,12 +76,6 @@ struct row_block {
         x = (int)(blockIdx.x - first);
         n = (int)((of + 1) * all / rows - first);
     }
-
-    /* Of experts_down_rows, whose blocks have every n-th pair of tiles: the output that a thread stores. */
-    __device__ __forceinline__ int output(int thread) const
-    {
-        return (2 * (x + thread / 16 * n) + thread / 8 % 2) * 8 + thread % 8;
-    }
 };
 
 __host__ __device__ inline size_t up_rows_shared(const cuda_matrix &gate)
@@ -102,8 +96,7 @@ __device__ __forceinline__ void place_input(__nv_bfloat16 *slots, int stride, co
 struct pair_ring {
     uint32_t at, codes, scales; /* addresses of stage 0, and of what this lane reads there */
     int stage, phase;
-    unsigned next; /* which unit of all experts' */
-    int left;      /* units of these tiles */
+    unsigned next, end; /* units, of all experts'; end: of these tiles */
 
     __device__ __forceinline__ pair_ring(uint8_t *rings)
     {
@@ -115,7 +108,7 @@ struct pair_ring {
         now(at);
         now(codes);
         now(scales);
-        stage = next = left = 0;
+        stage = next = end = 0;
         phase = 1; /* stages are filled before they are read */
         if (lane < DEPTH) barrier_init((uint64_t *)(own + lane * STAGE_BYTES + PAIR_BYTES), 1);
         barriers_ready();
@@ -131,7 +124,7 @@ struct pair_ring {
     /* Into the present stage, which all lanes have read, by one lane. more() begins the next two tiles; false: there are none. */
     template <class MORE> __device__ __forceinline__ void ask(const pair_source &of, MORE &&more)
     {
-        if (left == 0 && !more()) return;
+        if (next == end && !more()) return;
         uint32_t to = at + stage * STAGE_BYTES;
         if (elected()) {
             const uint8_t *from = of.units + (uint64_t)next * FP4_UNIT_BYTES;
@@ -140,7 +133,6 @@ struct pair_ring {
             copy_bulk(to + FP4_UNIT_BYTES, from + of.apart, FP4_UNIT_BYTES, to + PAIR_BYTES);
         }
         next++;
-        left--;
     }
 
     /* As often as there are stages. */
@@ -203,11 +195,12 @@ __device__ __forceinline__ void add_next(float (&a)[4], float (&b)[4], pair_ring
     add_half(a, b, p, q, scale.y, other.y, x + FP4_UNIT_COLS);
 }
 
-/* Where a lane begins in a row's slots: of column 4 g of the operand and on again the first. */
+/* Where a lane reads a row's slots: lane 4 g + t column g of the operand. Columns that are no slot's come to nothing, and all of
+ * their lanes read one place, in other banks than the last slot is. */
 __device__ __forceinline__ uint32_t lane_slot(const __nv_bfloat16 *slots, int stride)
 {
-    int lane = threadIdx.x % LANES, slot = lane / 4 % SLOTS;
-    return shared_at(slots + (slot < PARTS ? slot : 0) * stride + lane % 4 * 8);
+    int lane = threadIdx.x % LANES;
+    return shared_at(slots + (lane / 4 < PARTS ? lane / 4 * stride + lane % 4 * 8 : stride));
 }
 
 /* Sums of the three parts, for row g of both tiles; lanes 4 g get them. */
@@ -228,7 +221,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up_rows(const __grid_constan
     SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ int expert[PICKS_MAX];
     __shared__ float weight[PICKS_MAX], factor[2][PICKS_MAX];
-    __shared__ int kept_before, kept_begin, kept_items; /* items of earlier rows, the block's first of its row: registers are short */
+    __shared__ int kept_before, kept_begin, kept_items; /* items of rows before, and before the block: registers are short */
     int cols = a.e.m[GATE].cols, stride = slot_stride(cols);
     float *sums = (float *)(shared + RINGS);
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + TEAM * TOGETHER * 16);
@@ -257,7 +250,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up_rows(const __grid_constan
     auto more = [&] {
         if (pick * (int)a.t.n + tile >= kept_begin + kept_items) return false;
         ring.next = (expert[pick] * a.t.n + tile) * a.t.units + member * a.each;
-        ring.left = units;
+        ring.end = ring.next + units;
         tile += a.teams;
         while (tile >= (int)a.t.n) tile -= a.t.n, pick++;
         return true;
@@ -403,7 +396,7 @@ __device__ __forceinline__ void sum_shared(const down_rows_args &a, float *sums,
 {
     int lane = threadIdx.x % LANES, slot = lane / 4 % SLOTS;
     bool quantized = a.w.input == INPUT_FP8_ROW;
-    uint32_t x = shared_at(slots + (quantized ? SLOTS - 1 : slot < PARTS ? slot : 0) * stride);
+    uint32_t x = shared_at(slots + (quantized ? SLOTS - 1 : slot < PARTS ? slot : 1) * stride);
 #pragma unroll 1
     for (unsigned i = threadIdx.x / LANES; i < pairs * a.shares; i += CREW) {
         unsigned pair = i / a.shares, member = i - pair * a.shares;
@@ -432,6 +425,13 @@ __device__ __forceinline__ void place_hidden(const down_rows_args &a, int64_t ro
         for (int c = threadIdx.x % (2 * LANES) * 8; c < cols; c += 2 * LANES * 8)
             place_eight<false>(shared_at(slots + j * PARTS * stride + c), stride,
                                load_whole(a.hidden + (row * a.p.k + j) * cols + c));
+}
+
+/* The output that a thread stores: a block has every n-th pair of tiles of its row. */
+__device__ __forceinline__ int output_of(const row_block &at)
+{
+    int thread = threadIdx.x;
+    return (2 * (at.x + thread / 16 * at.n) + thread / 8 % 2) * 8 + thread % 8;
 }
 
 /* A warp's jobs are every CREW-th of a block's, which go through all picks of a pair of tiles, then of the next. */
@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
     auto more = [&] {
         if (next_unit >= a.all_units) return false;
         ring.next = expert[asked.pick] * a.all_units + next_unit;
-        ring.left = a.t.units;
+        ring.end = ring.next + a.t.units;
         asked.pick += a.by;
         next_unit += 2 * a.on * (kept.n * a.t.units);
         if (asked.pick >= a.p.k) asked.pick -= a.p.k, next_unit += 2 * (kept.n * a.t.units);
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
         sum_shared(a, sums, kept, kept_pairs, shared_slots, shared_stride);
     }
     float *own = sums + threadIdx.x / 8 * a.sums + threadIdx.x % 8; /* of the output that this thread stores */
-    int r = kept.output(threadIdx.x);
+    int r = output_of(kept);
     bool stores = threadIdx.x / 8 < 2 * kept_pairs && r < w.rows;
     float shared_unit = stores && a.w.rows ? unit_of(a.w, 0, r, a.w.global) : 0, old = 0, gate = 0;
     wait_for_previous();
@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
         if (job.pick >= a.p.k) job.pick -= a.p.k, x -= a.p.k * a.slots, to += 2 * a.sums - a.p.k * 8;
     }
     __syncthreads();
-    r = kept.output(threadIdx.x);
+    r = output_of(kept);
     if (threadIdx.x / 8 >= 2 * kept_pairs || r >= w.rows) return;
     const float *from = sums + threadIdx.x / 8 * a.sums + threadIdx.x % 8;
     float y = 0, sum = 0;
