@@ -265,6 +265,8 @@ static void several_rows(void)
     layer_alone_case(WEIGHT_FP8, WEIGHT_FP8, WEIGHT_NVFP4, 2 + (int)random_below(31), NULL);
     layer_alone_case(WEIGHT_BF16, WEIGHT_BF16, WEIGHT_BF16, 2 + (int)random_below(31), NULL);
     layer_alone_case(WEIGHT_NVFP4, WEIGHT_NVFP4, WEIGHT_NVFP4, 2 + (int)random_below(31), NULL);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_BF16, WEIGHT_NVFP4, 2 + (int)random_below(7), NULL);
+    layer_alone_case(WEIGHT_BF16, WEIGHT_NVFP4, WEIGHT_NVFP4, 2 + (int)random_below(7), NULL);
 }
 
 /* Pieces of prompts together and each alone, from a few rows to many. */

@@ -45,41 +45,6 @@ __device__ __forceinline__ void ask(uint32_t to, const uint8_t *from, int bytes,
     copy_bulk(to, from, bytes, barrier);
 }
 
-struct eight {
-    float4 low, high;
-};
-
-/* Eight columns of a row that an earlier kernel wrote; whole: at a multiple of 16 bytes. */
-__device__ __forceinline__ eight load_whole(const float *x)
-{
-    return { __ldcg((const float4 *)x), __ldcg((const float4 *)x + 1) };
-}
-
-__device__ __forceinline__ eight load_eight(const float *x)
-{
-    if (((size_t)x & 15) == 0) return load_whole(x);
-    return { make_float4(__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)),
-             make_float4(__ldcg(x + 4), __ldcg(x + 5), __ldcg(x + 6), __ldcg(x + 7)) };
-}
-
-/* To PLACED slots, at an address in shared memory; TURNED: in the order of slot_place, which is that of the other operand. */
-template <bool TURNED> __device__ __forceinline__ void place_eight(uint32_t slots, int stride, eight x)
-{
-    float2 one = { x.low.z, x.low.w }, two = { x.high.x, x.high.y };
-    float2 v[4] = { { x.low.x, x.low.y }, TURNED ? two : one, TURNED ? one : two, { x.high.z, x.high.w } };
-#pragma unroll
-    for (int s = 0; s < PLACED; s++) {
-        uint32_t part[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            part[i] = pack(v[i].x, v[i].y);
-            float2 y = unpack(part[i]);
-            v[i] = make_float2(v[i].x - y.x, v[i].y - y.y);
-        }
-        store_shared(slots + s * stride * 2, part);
-    }
-}
-
 /* Zeros in n slots, from column `cols` on as far as products read. */
 __device__ __forceinline__ void place_zeros(__nv_bfloat16 *slots, int n, int stride, int cols, int first, int step)
 {

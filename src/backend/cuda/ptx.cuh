@@ -80,6 +80,20 @@ __device__ __forceinline__ int load_shared(uint32_t at)
     return x;
 }
 
+__device__ __forceinline__ uint2 load_shared8(uint32_t at)
+{
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t at)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t at, int x)
 {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
@@ -156,11 +170,11 @@ __device__ __forceinline__ void barrier_arrive_copied(uint64_t *b)
 }
 
 #if __CUDA_ARCH__ >= 900
-/* True for one lane of a whole warp. The compiler knows it is one, and gives bulk copies their operands without a loop over lanes. */
+/* In one lane of a warp whose lanes are all here. The compiler knows that it is one: behind `lane == 0` a bulk copy is a loop. */
 __device__ __forceinline__ bool elected()
 {
-    int is;
-    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p;}" : "=r"(is));
+    uint32_t is;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is));
     return is;
 }
 

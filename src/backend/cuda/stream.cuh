@@ -70,13 +70,17 @@ __device__ __forceinline__ float put_parts(__nv_bfloat16 *slots, int stride, int
     return put_parts_at(slots, stride, slot_place(c), x);
 }
 
-/* Two columns whose parts have been put. */
-__device__ __forceinline__ float2 parts_sum(const __nv_bfloat16 *slots, int stride, int c)
+/* Two columns whose parts have been put at place c. */
+__device__ __forceinline__ float2 parts_sum_at(const __nv_bfloat16 *slots, int stride, int c)
 {
-    c = slot_place(c);
     float2 h = unpack(*(const uint32_t *)(slots + c)), m = unpack(*(const uint32_t *)(slots + stride + c));
     float2 l = unpack(*(const uint32_t *)(slots + 2 * stride + c));
     return make_float2(h.x + m.x + l.x, h.y + m.y + l.y);
+}
+
+__device__ __forceinline__ float2 parts_sum(const __nv_bfloat16 *slots, int stride, int c)
+{
+    return parts_sum_at(slots, stride, slot_place(c));
 }
 
 /* x / scale, its correctly rounded quotient for what a scale of fp8_input_scale leaves. */
@@ -114,6 +118,41 @@ __device__ __forceinline__ float2 load_pair(const float *x, int c)
 {
     if (((size_t)x & 7) == 0) return __ldcg((const float2 *)(x + c));
     return make_float2(__ldcg(x + c), __ldcg(x + c + 1));
+}
+
+struct eight {
+    float4 low, high;
+};
+
+/* Eight columns of a row that an earlier kernel wrote; whole: at a multiple of 16 bytes. */
+__device__ __forceinline__ eight load_whole(const float *x)
+{
+    return { __ldcg((const float4 *)x), __ldcg((const float4 *)x + 1) };
+}
+
+__device__ __forceinline__ eight load_eight(const float *x)
+{
+    if (((size_t)x & 15) == 0) return load_whole(x);
+    return { make_float4(__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)),
+             make_float4(__ldcg(x + 4), __ldcg(x + 5), __ldcg(x + 6), __ldcg(x + 7)) };
+}
+
+/* To all slots but the last, at an address in shared memory; TURNED: in the order of slot_place, which is that of the other operand. */
+template <bool TURNED> __device__ __forceinline__ void place_eight(uint32_t slots, int stride, eight x)
+{
+    float2 one = { x.low.z, x.low.w }, two = { x.high.x, x.high.y };
+    float2 v[4] = { { x.low.x, x.low.y }, TURNED ? two : one, TURNED ? one : two, { x.high.z, x.high.w } };
+#pragma unroll
+    for (int s = 0; s < SLOTS - 1; s++) {
+        uint32_t part[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            part[i] = pack(v[i].x, v[i].y);
+            float2 y = unpack(part[i]);
+            v[i] = make_float2(v[i].x - y.x, v[i].y - y.y);
+        }
+        store_shared(slots + s * stride * 2, part);
+    }
 }
 
 /* ---- weights ---- */

@@ -24,6 +24,16 @@ inline int load_shared(uint32_t at)
     return *(const int *)emulator::shared_bytes(at, 4, "ld.shared");
 }
 
+inline uint2 load_shared8(uint32_t at)
+{
+    return *(const uint2 *)emulator::shared_bytes(at, 8, "ld.shared");
+}
+
+inline uint4 load_shared16(uint32_t at)
+{
+    return *(const uint4 *)emulator::shared_bytes(at, 16, "ld.shared");
+}
+
 inline void store_shared(uint32_t at, int x)
 {
     *(int *)emulator::shared_bytes(at, 4, "st.shared") = x;
@@ -52,7 +62,11 @@ inline void barrier_arrive_copied(uint64_t *b)
     copy_wait<0>();
     barrier_arrive(b);
 }
-inline bool elected() { return threadIdx.x % 32 == 0; }
+inline bool elected()
+{
+    emulator::warp_meets(emulator::nothing, nullptr, 0xffffffffu);
+    return threadIdx.x % 32 == 0;
+}
 inline void barrier_expect(uint32_t b, int bytes) { emulator::barrier_arrive(b, bytes); }
 inline void barrier_expect(uint64_t *b, int bytes) { barrier_expect(shared_at(b), bytes); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t b) { emulator::copy_bulk(to, from, bytes, b); }
