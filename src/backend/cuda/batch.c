@@ -30,12 +30,12 @@ static void layout_products(struct cuda_batch *b, struct arena *a)
 static void layout_experts(struct cuda_batch *b, const struct step_limits *l, struct arena *a)
 {
     int64_t few = least(b->rows, ROWS_EXACT) * l->picks, many = b->rows * l->picks;
-    int64_t a_few = few / CHUNK_ROWS_EXACT + least(few, l->n_experts),
-            a_many = many / CHUNK_ROWS + least(many, l->n_experts);
+    int64_t a_few = few / CHUNK_EXACT + least(few, l->n_experts),
+            a_many = many / CHUNK_SLOTS + least(many, l->n_experts);
     b->picked = many;
     b->chunks_most = a_few > a_many ? a_few : a_many;
     b->chunks = arena_take(a, b->chunks_most + 1, CHUNK_ENTRY * sizeof *b->chunks, 64);
-    b->hidden = arena_take(a, b->chunks_most * b->intermediate, CHUNK_ROWS * BF16_BYTES, ALIGNED);
+    b->hidden = arena_take(a, b->chunks_most * b->intermediate, CHUNK_SLOTS * BF16_BYTES, ALIGNED);
     b->down = arena_take(a, b->picked * b->width, sizeof *b->down, 64);
     b->factor = arena_take(a, b->picked, sizeof *b->factor, 64);
 }

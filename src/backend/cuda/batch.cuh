@@ -68,14 +68,14 @@ inline int groups_of(int64_t rows)
 constexpr int PANEL = 64, PANEL_BYTES = 1024, PARTS = 3, TEAM_WARPS = 4;
 
 /* by16: as FP8 lies, 16 columns of 64 a lane; else 8 of 32. */
-__device__ __forceinline__ unsigned panel_place(unsigned c, bool by16)
+template <class INT> __device__ __forceinline__ INT panel_place(INT c, bool by16)
 {
-    unsigned inner = c % 8 / 4 * 16 + c % 4 / 2 * 8 + c % 2;
+    INT inner = c % 8 / 4 * 16 + c % 4 / 2 * 8 + c % 2;
     return by16 ? inner + c % 16 / 8 * 32 + c / 16 * 2 : inner + c / 32 * 32 + c % 32 / 8 * 2;
 }
 
 /* Byte of row r of a panel's eight, at a place. */
-__device__ __forceinline__ int panel_byte(unsigned r, unsigned place)
+template <class INT> __device__ __forceinline__ INT panel_byte(INT r, INT place)
 {
     return r * 128 + (place / 8 ^ r) * 16 + place % 8 * 2;
 }

@@ -7,8 +7,8 @@
  * the last. Blocks take equal runs of all items, of which only the device knows how many there are. What remains is
  * cuda_batch_shared_down: it adds up what the picks gave.
  *
- * A chunk's inputs are one or two groups of eight slots. Of up to ROWS_EXACT rows two are a group, with the sums of experts.cu to the
- * bit: of row t slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
+ * A chunk's inputs are eight slots. Of up to ROWS_EXACT rows two are a chunk, with the sums of experts.cu to the bit: of row t
+ * slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
 #include "backend/cuda/prepare.cuh"
 #include "backend/cuda/route.cuh"
 
@@ -17,9 +17,8 @@ namespace {
 constexpr int ENTRY = CHUNK_ENTRY, CHUNKS_MOST = 32; /* CHUNKS_MOST: of a block */
 constexpr int UP_ROWS = 8, DOWN_ROWS = 16, STAGE = 2, STAGE_BYTES = STAGE * 2 * FP4_UNIT_BYTES;
 
-/* Rows of a chunk and of a group; of them, those whose sums a lane gets. */
-template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_ROWS_EXACT : CHUNK_ROWS;
-template <bool EXACT> constexpr int GROUP = CHUNK<EXACT> / CHUNK_GROUPS;
+/* Rows of a chunk; of them, those whose sums a lane gets. */
+template <bool EXACT> constexpr int CHUNK = EXACT ? CHUNK_EXACT : CHUNK_SLOTS;
 template <bool EXACT> constexpr int OWN = EXACT ? 1 : 2;
 
 /* chunks: [0] how many, [1] blocks of batch_route that are done; from ENTRY on, of each: expert, rows, picks */
@@ -38,7 +37,7 @@ struct chunk_args {
     const int *chunks;
     const uint8_t *parts; /* of all rows */
     int groups, k;
-    uint8_t *hidden; /* [chunk][group][panel] */
+    uint8_t *hidden; /* [chunk][panel] */
     float *down;     /* [pick][rows of down] */
 };
 
@@ -185,10 +184,10 @@ struct pair_words {
             scale[h] = *(const uint2 *)(scales + h * STAGE_BYTES / 2);
         }
     }
-    /* Adds the unit's products to each group's a and b as stream.cuh does. x: where this lane reads the groups' panels (matrices). */
-    template <int GROUPS>
-    __device__ __forceinline__ void add(float (&a)[GROUPS][4], float (&b)[GROUPS][4], const uint32_t (&x)[GROUPS]) const
+    /* Adds the unit's products to a and b as stream.cuh does. x: where this lane reads the slots' panels (matrices). */
+    __device__ __forceinline__ void add(float (&a)[4], float (&b)[4], uint32_t x) const
     {
+        uint32_t odd = x ^ 64;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint4 &u = w[0][half], &v = w[1][half];
@@ -197,16 +196,11 @@ struct pair_words {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 __nv_bfloat162 s = scales.of(i), r = others.of(i);
-                uint32_t first[4] = { bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
-                                      bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r) };
-                uint32_t second[4] = { bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),
-                                       bf16_pair_product(fp4_pair<3>(p[i]), s), bf16_pair_product(fp4_pair<3>(q[i]), r) };
-#pragma unroll
-                for (int g = 0; g < GROUPS; g++) {
-                    matrices(in, (x[g] ^ i % 2 * 64) + (half * 2 + i / 2) * PANEL_BYTES);
-                    mma(a[g], first[0], first[1], first[2], first[3], in[0], in[1]);
-                    mma(b[g], second[0], second[1], second[2], second[3], in[2], in[3]);
-                }
+                matrices(in, (i % 2 ? odd : x) + (half * 2 + i / 2) * PANEL_BYTES);
+                mma(a, bf16_pair_product(fp4_pair<0>(p[i]), s), bf16_pair_product(fp4_pair<0>(q[i]), r),
+                    bf16_pair_product(fp4_pair<1>(p[i]), s), bf16_pair_product(fp4_pair<1>(q[i]), r), in[0], in[1]);
+                mma(b, bf16_pair_product(fp4_pair<2>(p[i]), s), bf16_pair_product(fp4_pair<2>(q[i]), r),
+                    bf16_pair_product(fp4_pair<3>(p[i]), s), bf16_pair_product(fp4_pair<3>(q[i]), r), in[2], in[3]);
             }
         }
     }
@@ -257,7 +251,7 @@ template <int CREW, class FIND> struct chunk_weights {
     }
 };
 
-/* The lane's own rows of a group: which, and of each the sums of row g of both tiles. */
+/* The lane's own rows of a chunk: which, and of each the sums of row g of both tiles. */
 template <bool EXACT> __device__ __forceinline__ int own_row(int i)
 {
     int t = threadIdx.x % 4;
@@ -281,46 +275,38 @@ __device__ __forceinline__ void add_own(float2 (&total)[OWN<EXACT>], const float
     }
 }
 
-/* Byte of part p of row t at a place of a group's panel. */
-template <bool EXACT> __device__ __forceinline__ int group_byte(unsigned t, unsigned p, unsigned place)
+/* Byte of part p of row t at a place of a chunk's panel. */
+template <bool EXACT> __device__ __forceinline__ int chunk_byte(unsigned t, unsigned p, unsigned place)
 {
     return panel_byte(EXACT ? 4 * t + p : t, place);
 }
 
-template <bool EXACT> __device__ __forceinline__ int groups_of_chunk(const int *entry)
-{
-    return entry[1] > GROUP<EXACT> ? 2 : 1;
-}
-
-/* Buffers of groups' inputs: group n of the run in buffer n % BUFFERS. Every working warp leaves every one once. */
-template <bool EXACT, int BUFFERS> struct group_buffers {
+/* Buffers of chunks' inputs: chunk c of the run in buffer c % BUFFERS. Every working warp leaves every chunk once. */
+template <int BUFFERS> struct chunk_buffers {
     uint64_t *full, *empty;
-    int chunk, first, next; /* chunk of the run a warp is in, its first group, and the next one's */
+    int current; /* chunk of the run a warp is in */
 
-    __device__ __forceinline__ explicit group_buffers(uint64_t *barriers)
-        : full(barriers), empty(barriers + BUFFERS), chunk(-1), first(0), next(0)
+    __device__ __forceinline__ explicit chunk_buffers(uint64_t *barriers)
+        : full(barriers), empty(barriers + BUFFERS), current(-1)
     {
     }
     /* A worker: on to chunk c, through each before it, of which it may have no item. A barrier tells a phase from the next only. */
-    __device__ __forceinline__ void enter(int c, const int (*entries)[ENTRY])
+    __device__ __forceinline__ void enter(int c)
     {
-        while (chunk < c) {
+        while (current < c) {
             leave();
-            first = next;
-            next += groups_of_chunk<EXACT>(entries[++chunk]);
-            for (int n = first; n < next; n++) barrier_wait(&full[n % BUFFERS], n / BUFFERS % 2);
+            current++;
+            barrier_wait(&full[current % BUFFERS], current / BUFFERS % 2);
         }
     }
     __device__ __forceinline__ void leave()
     {
-        __syncwarp(); /* no lane waits for it still */
-        if (threadIdx.x % LANES == 0)
-            for (int n = first; n < next; n++) barrier_arrive(&empty[n % BUFFERS]);
+        if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
     }
-    /* The copier: until the buffer of group n is free. */
-    __device__ __forceinline__ void reserve(int n)
+    /* The copier: until buffer of chunk c is free. */
+    __device__ __forceinline__ void reserve(int c)
     {
-        barrier_wait(&empty[n % BUFFERS], n / BUFFERS % 2 ^ 1);
+        barrier_wait(&empty[c % BUFFERS], c / BUFFERS % 2 ^ 1);
     }
 };
 
@@ -336,95 +322,48 @@ __device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers, 
     barriers_ready();
 }
 
-/* Rows of a group from the panels of all rows, by a warp; `full` is told when they lie there. picks: of `rows` rows */
+/* Rows of a chunk from the panels of all rows, by a warp; `full` is told when they lie there. */
 template <bool EXACT>
-__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *picks, int rows, int panels, uint64_t *full)
+__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels, uint64_t *full)
 {
     constexpr int N = EXACT ? PARTS : 1;
     int lane = threadIdx.x % LANES;
-    for (int t = 0; t < rows; t++) {
-        int row = picks[t] / a.k, r = row % 8;
+    for (int t = 0; t < entry[1]; t++) {
+        int row = entry[2 + t] / a.k, r = row % 8;
         const uint8_t *from = a.parts + row / 8 * (N * PANEL_BYTES);
 #pragma unroll 4
         for (int i = lane; i < panels * N * 8; i += LANES) {
             int place = i % 8 * 8, part = i / 8 % N, c = i / (8 * N);
-            copy_async16(to + c * PANEL_BYTES + group_byte<EXACT>(t, part, place),
+            copy_async16(to + c * PANEL_BYTES + chunk_byte<EXACT>(t, part, place),
                          from + ((int64_t)c * a.groups * N + part) * PANEL_BYTES + panel_byte(r, place), true);
         }
     }
     barrier_arrive_copied(full);
 }
 
-/* Sums of an item's `units` units. x: where the lane reads the groups' first panels. */
-template <bool EXACT, shares SHARES, int GROUPS, int N, class FIND>
-__device__ __forceinline__ void sum_item(float2 (&total)[GROUPS][OWN<EXACT>], chunk_weights<N, FIND> &weights,
-                                         const uint32_t (&from)[GROUPS], int units)
+/* Sums of an item's `units` units. x: where the lane reads its first panel. */
+template <bool EXACT, shares SHARES, int N, class FIND>
+__device__ __forceinline__ void sum_item(float2 (&total)[OWN<EXACT>], chunk_weights<N, FIND> &weights, uint32_t x, int units)
 {
     int lane = threadIdx.x % LANES, share = share_of(units, CREW / 2), left = share;
-    float a[GROUPS][4] = {}, b[GROUPS][4] = {};
-    uint32_t x[GROUPS];
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) x[g] = from[g];
+    float a[4] = {}, b[4] = {};
 #pragma unroll 1
     for (int u = 0; u < units; u += STAGE) {
         const uint8_t *stage = weights.await(), *codes = stage + lane * 16, *scales = stage + 1024 + lane / 2 * 8;
 #pragma unroll
-        for (int i = 0; i < STAGE; i++) {
+        for (int i = 0; i < STAGE; i++, x += FP4_UNIT_COLS / PANEL * PANEL_BYTES) {
             pair_words w(codes + i * FP4_UNIT_BYTES, scales + i * FP4_UNIT_BYTES); /* what there is not is not looked at */
             if (i + 1 == STAGE) weights.leave();
             if (u + i >= units) break;
             w.add(a, b, x);
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) x[g] += FP4_UNIT_COLS / PANEL * PANEL_BYTES;
             if (SHARES == ONE || (SHARES == UNITS && --left > 0 && u + i + 1 < units)) continue;
             left = share;
+            add_own<EXACT>(total, a, b);
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                add_own<EXACT>(total[g], a[g], b[g]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) a[g][j] = b[g][j] = 0;
-            }
+            for (int j = 0; j < 4; j++) a[j] = b[j] = 0;
         }
     }
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++)
-        if (SHARES == ONE) add_own<EXACT>(total[g], a[g], b[g]);
-}
-
-/* An up item's sums of a group to its hidden rows. panel: the group's first. rows: of the group */
-template <bool EXACT>
-__device__ __forceinline__ void store_hidden(const chunk_args &a, int panel, int rows, unsigned at, const float2 (&total)[OWN<EXACT>],
-                                             float2 unit)
-{
-    unsigned lane = threadIdx.x % LANES, r = at * UP_ROWS + lane / 4, place = panel_place(r % PANEL, false);
-    uint8_t *to = a.hidden + (int64_t)(panel + r / PANEL) * PANEL_BYTES;
-#pragma unroll
-    for (int i = 0; i < OWN<EXACT>; i++) {
-        int t = own_row<EXACT>(i);
-        if (t >= rows) continue;
-        split_pair s(make_float2(silu(total[i].x * unit.x) * (total[i].y * unit.y), 0));
-        if (EXACT && lane % 2) {
-            *(uint16_t *)(to + group_byte<EXACT>(t, 2, place)) = (uint16_t)s.part[2];
-        } else {
-#pragma unroll
-            for (int p = 0; p < (EXACT ? 2 : 1); p++) *(uint16_t *)(to + group_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
-        }
-    }
-}
-
-/* A down item's, to the rows of its picks, of which there are `rows`. */
-template <bool EXACT>
-__device__ __forceinline__ void store_down(const chunk_args &a, const int *picks, int rows, int at, const float2 (&total)[OWN<EXACT>])
-{
-    int lane = threadIdx.x % LANES;
-#pragma unroll
-    for (int i = 0; i < OWN<EXACT>; i++) {
-        int t = own_row<EXACT>(i);
-        if (t >= rows) continue;
-        float *to = a.down + (int64_t)picks[t] * a.e.m[DOWN].rows + at * DOWN_ROWS + lane / 4;
-        if (!EXACT || lane % 2 == 0) to[0] = total[i].x;
-        if (!EXACT || lane % 2 == 1) to[8] = total[i].y;
-    }
+    if (SHARES == ONE) add_own<EXACT>(total, a, b);
 }
 
 /* Where a lane reads panels as four matrices of eight slots by eight columns, the pairs of an FP4 word. */
@@ -435,63 +374,65 @@ __device__ __forceinline__ uint32_t lane_panel(uint32_t panels)
 }
 #endif
 
-template <bool EXACT, shares SHARES>
-__global__ void __launch_bounds__(block_of(UP_CREW), 1) batch_up(const __grid_constant__ chunk_args a)
+template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(UP_CREW), 1) batch_up(const __grid_constant__ chunk_args a)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * UP_BUFFERS], come[UP_CREW][DEPTH];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     const cuda_matrix &gate = a.e.m[GATE];
-    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
-    int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS, units = gate.cols / FP4_UNIT_COLS;
+    unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
+    int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS, hidden_panels = gate.rows / PANEL;
     uint32_t buffers = shared_at(shared);
     chunk_barriers<UP_BUFFERS>(barriers, LANES, come);
     wait_for_previous();
     let_next_start(); /* which may count on the chunks */
     chunk_run run(a.chunks, each, entries);
-    group_buffers<EXACT, UP_BUFFERS> inputs(barriers);
-    auto buffer_of = [&](int n) { return buffers + n % UP_BUFFERS * panels * PANEL_BYTES; };
+    chunk_buffers<UP_BUFFERS> inputs(barriers);
     if (warp == UP_CREW) {
-        for (int c = 0, n = 0; c < run.n; c++)
-            for (int t = 0; t < entries[c][1]; t += GROUP<EXACT>, n++) {
-                inputs.reserve(n);
-                gather_rows<EXACT>(buffer_of(n), a, entries[c] + 2 + t, min(entries[c][1] - t, GROUP<EXACT>), panels,
-                                   &barriers[n % UP_BUFFERS]);
-            }
+        for (int c = 0; c < run.n; c++) {
+            inputs.reserve(c);
+            gather_rows<EXACT>(buffers + c % UP_BUFFERS * panels * PANEL_BYTES, a, entries[c], panels, &barriers[c % UP_BUFFERS]);
+        }
         copy_wait<0>();
         return;
     }
     auto find = [&](const uint8_t *(&tile)[2], const chunk_item<UP_CREW> &x) {
         for (int side = 0; side < 2; side++) tile[side] = tile_at(a.e.m[side], entries[x.chunk][0], x.at);
     };
+    int units = gate.cols / FP4_UNIT_COLS;
     chunk_item<UP_CREW> item(run, each);
     chunk_weights<UP_CREW, decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES,
                                                     come[warp], find, item, each, units);
     float2 unit = {};
-    auto work = [&](auto groups) {
-        constexpr int GROUPS = decltype(groups)::value;
-        float2 total[GROUPS][OWN<EXACT>] = {};
-        uint32_t x[GROUPS];
-        for (int g = 0; g < GROUPS; g++) x[g] = lane_panel(buffer_of(inputs.first + g));
-        sum_item<EXACT, SHARES>(total, weights, x, units);
-        for (int g = 0; g < GROUPS; g++)
-            store_hidden<EXACT>(a, ((run.first + item.chunk) * CHUNK_GROUPS + g) * (gate.rows / PANEL),
-                                entries[item.chunk][1] - g * GROUP<EXACT>, item.at, total[g], unit);
-    };
+    int rounds = (run.end - run.begin + UP_CREW - 1) / UP_CREW;
 #pragma unroll 1
-    for (; item.left > 0; item.advance(each)) {
-        const int *entry = entries[item.chunk];
-        if (inputs.chunk < item.chunk) {
-            inputs.enter(item.chunk, entries);
-            unit = make_float2(FP4_UNIT / a.e.globals[entry[0]], FP4_UNIT / a.e.globals[a.e.n + entry[0]]);
+    for (int round = 0; round < rounds; round++, item.advance(each)) {
+        if (item.left <= 0) break;
+        int c = item.chunk;
+        float2 total[OWN<EXACT>] = {};
+        if (inputs.current < c) {
+            inputs.enter(c);
+            unit = make_float2(FP4_UNIT / a.e.globals[entries[c][0]], FP4_UNIT / a.e.globals[a.e.n + entries[c][0]]);
         }
-        if (groups_of_chunk<EXACT>(entry) == 1)
-            work(std::integral_constant<int, 1>());
-        else
-            work(std::integral_constant<int, 2>());
+        sum_item<EXACT, SHARES>(total, weights, lane_panel(buffers + c % UP_BUFFERS * panels * PANEL_BYTES), units);
+        unsigned r = item.at * UP_ROWS + lane / 4, place = panel_place(r % PANEL, false);
+        uint8_t *to = a.hidden + (int64_t)((run.first + c) * hidden_panels + r / PANEL) * PANEL_BYTES;
+#pragma unroll
+        for (int i = 0; i < OWN<EXACT>; i++) {
+            int t = own_row<EXACT>(i);
+            if (t >= entries[c][1]) continue;
+            split_pair s(make_float2(silu(total[i].x * unit.x) * (total[i].y * unit.y), 0));
+            if (EXACT && lane % 2) {
+                *(uint16_t *)(to + chunk_byte<EXACT>(t, 2, place)) = (uint16_t)s.part[2];
+            } else {
+#pragma unroll
+                for (int p = 0; p < (EXACT ? 2 : 1); p++)
+                    *(uint16_t *)(to + chunk_byte<EXACT>(t, p, place)) = (uint16_t)s.part[p];
+            }
+        }
     }
-    inputs.enter(run.n - 1, entries);
+    inputs.enter(run.n - 1);
     inputs.leave();
 #endif
 }
@@ -504,51 +445,49 @@ template <bool EXACT> __global__ void __launch_bounds__(block_of(DOWN_CREW), 1) 
     __shared__ int entries[CHUNKS_MOST][ENTRY];
     const cuda_matrix &m = a.e.m[DOWN];
     unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * PANEL_BYTES, units = m.cols / FP4_UNIT_COLS;
+    int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * PANEL_BYTES;
     uint32_t buffers = shared_at(shared);
     chunk_barriers<DOWN_BUFFERS>(barriers, 1, come);
     let_next_start();
     chunk_run run(a.chunks, each, entries);
-    group_buffers<EXACT, DOWN_BUFFERS> inputs(barriers);
-    auto buffer_of = [&](int n) { return buffers + n % DOWN_BUFFERS * bytes; };
+    chunk_buffers<DOWN_BUFFERS> inputs(barriers);
     if (warp == DOWN_CREW) {
         wait_for_previous();
-        for (int c = 0, n = 0; lane == 0 && c < run.n; c++)
-            for (int g = 0; g < groups_of_chunk<EXACT>(entries[c]); g++, n++) {
-                inputs.reserve(n);
-                barrier_expect(&barriers[n % DOWN_BUFFERS], bytes);
-                copy_bulk(buffer_of(n), a.hidden + (int64_t)((run.first + c) * CHUNK_GROUPS + g) * bytes, bytes,
-                          &barriers[n % DOWN_BUFFERS]);
-            }
+        for (int c = 0; lane == 0 && c < run.n; c++) {
+            inputs.reserve(c);
+            barrier_expect(&barriers[c % DOWN_BUFFERS], bytes);
+            copy_bulk(buffers + c % DOWN_BUFFERS * bytes, a.hidden + (int64_t)(run.first + c) * bytes, bytes,
+                      &barriers[c % DOWN_BUFFERS]);
+        }
         return;
     }
     auto find = [&](const uint8_t *(&tile)[2], const chunk_item<DOWN_CREW> &x) {
         tile[0] = tile_at(m, entries[x.chunk][0], 2 * x.at);
         tile[1] = tile[0] + tile_bytes(m);
     };
+    int units = m.cols / FP4_UNIT_COLS;
     chunk_item<DOWN_CREW> item(run, each);
-    chunk_weights<DOWN_CREW, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp], find, item,
-                                                      each, units);
-    auto work = [&](auto groups) {
-        constexpr int GROUPS = decltype(groups)::value;
-        float2 total[GROUPS][OWN<EXACT>] = {};
-        uint32_t x[GROUPS];
-        const int *entry = entries[item.chunk];
-        for (int g = 0; g < GROUPS; g++) x[g] = lane_panel(buffer_of(inputs.first + g));
-        sum_item<EXACT, ONE>(total, weights, x, units);
-        for (int g = 0; g < GROUPS; g++)
-            store_down<EXACT>(a, entry + 2 + g * GROUP<EXACT>, entry[1] - g * GROUP<EXACT>, item.at, total[g]);
-    };
+    chunk_weights<DOWN_CREW, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp],
+                                                      find, item, each, units);
     wait_for_previous();
+    int rounds = (run.end - run.begin + DOWN_CREW - 1) / DOWN_CREW;
 #pragma unroll 1
-    for (; item.left > 0; item.advance(each)) {
-        inputs.enter(item.chunk, entries);
-        if (groups_of_chunk<EXACT>(entries[item.chunk]) == 1)
-            work(std::integral_constant<int, 1>());
-        else
-            work(std::integral_constant<int, 2>());
+    for (int round = 0; round < rounds; round++, item.advance(each)) {
+        if (item.left <= 0) break;
+        int c = item.chunk;
+        float2 total[OWN<EXACT>] = {};
+        inputs.enter(c);
+        sum_item<EXACT, ONE>(total, weights, lane_panel(buffers + c % DOWN_BUFFERS * bytes), units);
+#pragma unroll
+        for (int i = 0; i < OWN<EXACT>; i++) {
+            int t = own_row<EXACT>(i);
+            if (t >= entries[c][1]) continue;
+            float *to = a.down + (int64_t)entries[c][2 + t] * m.rows + item.at * DOWN_ROWS + lane / 4;
+            if (!EXACT || lane % 2 == 0) to[0] = total[i].x;
+            if (!EXACT || lane % 2 == 1) to[8] = total[i].y;
+        }
     }
-    inputs.enter(run.n - 1, entries);
+    inputs.enter(run.n - 1);
     inputs.leave();
 #endif
 }
