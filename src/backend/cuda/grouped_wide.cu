@@ -6,7 +6,7 @@
  * products take turns, so that one is under way while the other's weights are decoded. For tiles of few slots, which take
  * fewer registers, four groups of 64 rows, of each eight rows of either half a warp; a panel, 64 columns of inputs, is
  * multiplied while the weights of the next one are decoded. One more group fills two rings, ahead and across items: a thread
- * has weights copied, 256 columns of all the item's rows at a time, three warps gather the slots' inputs, a panel at a time or,
+ * has weights copied, 256 columns of all the item's rows at a time, three or four warps gather the slots' inputs, a panel at a time or,
  * where slots are few, four; those of down a thread has copied. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prefill.h"
@@ -15,7 +15,6 @@
 namespace {
 
 [[maybe_unused]] constexpr int STEPS = PANEL / 16; /* of the instruction, a panel */
-[[maybe_unused]] constexpr int GATHERERS = 3 * LANES;
 constexpr int ITEM_ROWS = 256, ITEM_TILES = ITEM_ROWS / 8; /* tiles: of parts.h */
 constexpr int HALF_TILES = ITEM_TILES / 2, UNIT = ITEM_TILES * FP4_UNIT_BYTES; /* an item's weights of a unit of columns */
 
@@ -34,6 +33,7 @@ template <int MOST> struct wide_form {
     static constexpr bool MANY = MOST > 32;
     static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
     static constexpr int BLOCK = (MULTIPLIERS + TEAM_WARPS) * LANES;
+    static constexpr int GATHERERS = (MANY ? 4 : 3) * LANES; /* threads; where all four warps gather one of them has weights copied too */
     static constexpr int PANELS = MANY ? 1 : FP4_UNIT_COLS / PANEL; /* of a stage: what is gathered, awaited and left at once */
     static constexpr int STAGES = MANY ? 6 : 3, UNITS = MANY ? 3 : 4;
     enum {
@@ -293,17 +293,51 @@ __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w,
     }
 }
 
-/* The warps that gather rows. A stage is announced when LAG more have been asked for. */
+/* Items' weights, by one thread, a unit of columns at a time. */
+template <int MOST, bool DOWN_ROWS> struct wide_asker {
+    const cuda_matrix &m;
+    const wide_maps &maps;
+    const wide_work *work;
+    uint32_t to;
+    wide_ring<wide_form<MOST>::UNITS> &ring;
+    ring_place place;
+
+    __device__ __forceinline__ void ask(int item, int unit)
+    {
+        constexpr int MAPS = DOWN_ROWS ? 1 : 2;
+        int tile = (work[item].expert * m.rows + work[item].row0) / 8;
+        uint64_t *full = &ring.full[place.slot];
+        barrier_wait(&ring.empty[place.slot], place.phase);
+        barrier_expect(full, UNIT);
+#pragma unroll
+        for (int i = 0; i < MAPS; i++)
+            copy_tensor(to + place.slot * UNIT + i * (UNIT / MAPS), &maps.weights[i], unit * (FP4_UNIT_BYTES / 8), tile, full);
+        place.advance(wide_form<MOST>::UNITS);
+    }
+    __device__ __forceinline__ void ask_all(int items)
+    {
+#pragma unroll 1
+        for (int item = 0; item < items; item++)
+#pragma unroll 1
+            for (int unit = 0; unit < m.cols / FP4_UNIT_COLS; unit++) ask(item, unit);
+    }
+};
+
+/* The warps that gather rows. A stage is announced when LAG more have been asked for. Where slots are many the first thread asks for a
+ * unit of weights as the gathering of the one before it begins: its place in the ring is left once panels are multiplied that have
+ * been announced, those up to the fifth before. */
 template <int MOST>
 __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_work *work, int n, uint32_t to,
-                                              wide_ring<wide_form<MOST>::STAGES> &ring)
+                                              wide_ring<wide_form<MOST>::STAGES> &ring, wide_asker<MOST, false> &weights)
 {
     using form = wide_form<MOST>;
-    constexpr int STEP = GATHERERS / 8, EACH = 4, LAG = form::STAGES / 2;
+    constexpr int GATHERERS = form::GATHERERS, STEP = GATHERERS / 8, EACH = 4, LAG = form::STAGES / 2;
     static_assert(STEP % 4 == 0, "four rows on, a place's number differs in one bit");
     int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
+    bool asks = form::MANY && threadIdx.x % GATHERERS == 0;
+    if (asks && n > 0) weights.ask(0, 0);
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const int *rows = p.s.slot_row + work[item].first;
@@ -311,6 +345,10 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
         int tokens = work[item].tokens;
 #pragma unroll 1
         for (int c = 0; c < cols; c += form::PANELS * PANEL) {
+            if (asks && c % FP4_UNIT_COLS == 0) {
+                bool same = c + FP4_UNIT_COLS < cols;
+                if (same || item + 1 < n) weights.ask(item + !same, same ? c / FP4_UNIT_COLS + 1 : 0);
+            }
             barrier_wait(&ring.empty[ask.slot], ask.phase);
             uint32_t stage = to + ask.slot * form::STAGE + (piece ^ row % 8) * 16;
 #pragma unroll 1
@@ -373,28 +411,6 @@ __device__ __forceinline__ void copy_inputs(const CUtensorMap &x, const wide_wor
     }
 }
 
-/* Items' weights, by one thread. */
-template <int MOST, bool DOWN_ROWS>
-__device__ __forceinline__ void copy_weights(const cuda_matrix &m, const wide_maps &maps, const wide_work *work, int n, uint32_t to,
-                                             wide_ring<wide_form<MOST>::UNITS> &ring)
-{
-    constexpr int MAPS = DOWN_ROWS ? 1 : 2;
-    ring_place ask = { 0, 1 };
-#pragma unroll 1
-    for (int item = 0; item < n; item++) {
-        int tile = (work[item].expert * m.rows + work[item].row0) / 8;
-#pragma unroll 1
-        for (int c = 0; c < m.cols / FP4_UNIT_COLS; c++) {
-            uint64_t *full = &ring.full[ask.slot];
-            barrier_wait(&ring.empty[ask.slot], ask.phase);
-            barrier_expect(full, UNIT);
-#pragma unroll
-            for (int i = 0; i < MAPS; i++)
-                copy_tensor(to + ask.slot * UNIT + i * (UNIT / MAPS), &maps.weights[i], c * (FP4_UNIT_BYTES / 8), tile, full);
-            ask.advance(wide_form<MOST>::UNITS);
-        }
-    }
-}
 #endif
 
 template <int MOST, bool DOWN_ROWS>
@@ -410,7 +426,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
     int each = m.rows / (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2);
     if (threadIdx.x == 0) {
-        rings.inputs.init(DOWN_ROWS ? 1 : GATHERERS, form::MULTIPLIERS);
+        rings.inputs.init(DOWN_ROWS ? 1 : form::GATHERERS, form::MULTIPLIERS);
         rings.weights.init(1, form::MULTIPLIERS);
         barriers_ready();
     }
@@ -427,13 +443,16 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
         int helper = threadIdx.x - form::MULTIPLIERS * LANES;
-        if (helper == GATHERERS) copy_weights<MOST, DOWN_ROWS>(m, maps, work, n, at + form::WEIGHTS_AT, rings.weights);
-        if (helper >= GATHERERS) return;
-        if (DOWN_ROWS) wait_for_previous();
-        if (!DOWN_ROWS)
-            gather_inputs<MOST>(p, work, n, at, rings.inputs);
-        else if (helper == 0)
+        wide_asker<MOST, DOWN_ROWS> weights = { m, maps, work, at + form::WEIGHTS_AT, rings.weights, { 0, 1 } };
+        if constexpr (DOWN_ROWS) {
+            if (helper == LANES) weights.ask_all(n);
+            if (helper > 0) return;
+            wait_for_previous();
             copy_inputs<MOST>(maps.hidden, work, n, m.cols, at, rings.inputs);
+        } else {
+            if (helper == form::GATHERERS) weights.ask_all(n);
+            if (helper < form::GATHERERS) gather_inputs<MOST>(p, work, n, at, rings.inputs, weights);
+        }
     } else {
         more_registers<form::MORE>();
         wide_reader<MOST, DOWN_ROWS> reader = { rings, shared, m.cols / FP4_UNIT_COLS, { 0, 0 }, { 0, 0 } };
