@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 #include "backend/cuda/parts.h"
-/* ROWS_FEW: product.cu too reads the weights once for them. Of a chunk of picks of one expert: rows, for up to ROWS_EXACT
- * CHUNK_EXACT, each of several slots; numbers of its entry in the list. */
+/* ROWS_FEW: product.cu too reads the weights once for them. Of a chunk of picks of one expert: rows, for up
+ * to ROWS_EXACT CHUNK_EXACT, each of several slots; numbers of its entry in the list. */
 enum { ROWS_FEW = 4, ROWS_BATCH = 128, CHUNK_SLOTS = 8, CHUNK_EXACT = 2, CHUNK_ENTRY = 2 + CHUNK_SLOTS };
 struct arena;
 void cuda_batch_layout(struct queue *q, struct arena *a);

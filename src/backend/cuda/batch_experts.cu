@@ -149,8 +149,8 @@ struct chunk_run {
     }
 };
 
-/* A warp's items of the run, of CREW warps every CREW-th: chunk of the run, and place among the `each` of a chunk. */
-template <int CREW> struct chunk_item {
+/* A warp's items of the run, of N warps every N-th: chunk of the run, and place among the `each` of a chunk. */
+template <int N> struct chunk_item {
     int chunk, at, left; /* left: of the run, from this one on */
 
     __device__ __forceinline__ chunk_item(const chunk_run &run, int each)
@@ -160,12 +160,12 @@ template <int CREW> struct chunk_item {
     }
     __device__ __forceinline__ void advance(int each)
     {
-        go(CREW, each);
+        go(N, each);
     }
-    __device__ __forceinline__ void go(int n, int each)
+    __device__ __forceinline__ void go(int by, int each)
     {
-        left -= n;
-        for (at += n; at >= each; at -= each) chunk++;
+        left -= by;
+        for (at += by; at >= each; at -= each) chunk++;
     }
 };
 
@@ -206,16 +206,15 @@ struct pair_words {
     }
 };
 
-/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. FIND: where those begin.
- * Warps go through their rings in step but for the last item, which some do not have: the compiler is to see that. */
-template <int CREW, class FIND> struct chunk_weights {
+/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. FIND: where those begin. */
+template <int N, class FIND> struct chunk_weights {
     const uint8_t *ring, *tile[2]; /* tile: of the item asked for */
     uint32_t ring_at, come;
     FIND find;
-    chunk_item<CREW> item;
+    chunk_item<N> item;
     int each, units, asked, slot, phase; /* asked: units of the item; slot: used next */
 
-    __device__ __forceinline__ chunk_weights(const uint8_t *at, uint64_t *barriers, FIND f, const chunk_item<CREW> &first, int of_a_chunk,
+    __device__ __forceinline__ chunk_weights(const uint8_t *at, uint64_t *barriers, FIND f, const chunk_item<N> &first, int of_a_chunk,
                                              int of_a_tile)
         : ring(at), ring_at(shared_at(at)), come(shared_at(barriers)), find(f), item(first), each(of_a_chunk), units(of_a_tile),
           asked(0), slot(0), phase(0)
@@ -301,6 +300,7 @@ template <int BUFFERS> struct chunk_buffers {
     }
     __device__ __forceinline__ void leave()
     {
+        __syncwarp(); /* no lane waits for it still */
         if (current >= 0 && threadIdx.x % LANES == 0) barrier_arrive(&empty[current % BUFFERS]);
     }
     /* The copier: until buffer of chunk c is free. */
@@ -310,14 +310,14 @@ template <int BUFFERS> struct chunk_buffers {
     }
 };
 
-template <int BUFFERS, int CREW>
-__device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers, uint64_t (&come)[CREW][DEPTH])
+template <int BUFFERS, int N>
+__device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers, uint64_t (&come)[N][DEPTH])
 {
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    if (warp < CREW && lane < DEPTH) barrier_init(&come[warp][lane], 1);
+    if (warp < N && lane < DEPTH) barrier_init(&come[warp][lane], 1);
     if (threadIdx.x < BUFFERS) {
         barrier_init(&barriers[threadIdx.x], copiers);
-        barrier_init(&barriers[BUFFERS + threadIdx.x], CREW);
+        barrier_init(&barriers[BUFFERS + threadIdx.x], N);
     }
     barriers_ready();
 }
@@ -405,10 +405,8 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
     chunk_weights<UP_CREW, decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES,
                                                     come[warp], find, item, each, units);
     float2 unit = {};
-    int rounds = (run.end - run.begin + UP_CREW - 1) / UP_CREW;
 #pragma unroll 1
-    for (int round = 0; round < rounds; round++, item.advance(each)) {
-        if (item.left <= 0) break;
+    for (; item.left > 0; item.advance(each)) {
         int c = item.chunk;
         float2 total[OWN<EXACT>] = {};
         if (inputs.current < c) {
@@ -470,10 +468,8 @@ template <bool EXACT> __global__ void __launch_bounds__(block_of(DOWN_CREW), 1) 
     chunk_weights<DOWN_CREW, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp],
                                                       find, item, each, units);
     wait_for_previous();
-    int rounds = (run.end - run.begin + DOWN_CREW - 1) / DOWN_CREW;
 #pragma unroll 1
-    for (int round = 0; round < rounds; round++, item.advance(each)) {
-        if (item.left <= 0) break;
+    for (; item.left > 0; item.advance(each)) {
         int c = item.chunk;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
@@ -510,7 +506,8 @@ bool takes(struct queue *q, const cuda_experts &e, const struct moe_run *r)
     if (e.n > EXPERTS_MAX || r->picks->k > PICKS_MAX) return false;
     for (int i = 0; i < 3; i++)
         if (e.m[i].format != WEIGHT_NVFP4 || e.m[i].input != INPUT_AS_IS || e.m[i].cols % FP4_UNIT_COLS != 0) return false;
-    if (down.rows % DOWN_ROWS != 0 || up.rows % UP_ROWS != 0 || up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
+    if (down.rows % DOWN_ROWS != 0 || up.rows % UP_ROWS != 0) return false;
+    if (up.cols > b.cols || up.rows > b.intermediate || down.rows > b.width) return false;
     if (picked > b.picked || chunks > b.chunks_most || chunks / q->sms + 3 > CHUNKS_MOST) return false;
     size_t most = (size_t)q->shared_max - sizeof(int[CHUNKS_MOST][ENTRY]) - 2048; /* 2048: barriers, alignment */
     if (up_bytes(up.cols) > most || down_bytes(down.cols) > most) return false;

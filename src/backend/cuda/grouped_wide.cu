@@ -33,7 +33,8 @@ template <int MOST> struct wide_form {
     static constexpr bool MANY = MOST > 32;
     static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
     static constexpr int BLOCK = (MULTIPLIERS + TEAM_WARPS) * LANES;
-    static constexpr int GATHERERS = (MANY ? 4 : 3) * LANES; /* threads; where all four warps gather one of them has weights copied too */
+    static constexpr bool ASKS = MANY; /* a warp that multiplies has weights copied, since all others are busy */
+    static constexpr int GATHERERS = (MANY ? 4 : 3) * LANES; /* threads */
     static constexpr int PANELS = MANY ? 1 : FP4_UNIT_COLS / PANEL; /* of a stage: what is gathered, awaited and left at once */
     static constexpr int STAGES = MANY ? 6 : 3, UNITS = MANY ? 3 : 4;
     enum {
@@ -79,12 +80,54 @@ template <int MOST> struct wide_rings {
     wide_ring<wide_form<MOST>::UNITS> weights;
 };
 
+/* What of the items' weights is to be asked for next; in shared memory, for a thread at a time. */
+struct wide_next {
+    int item, unit;
+    ring_place place;
+};
+
+/* Items' weights, by one thread, a unit of columns at a time. */
+template <int MOST, bool DOWN_ROWS> struct wide_asker {
+    const cuda_matrix &m;
+    const wide_maps &maps;
+    const wide_work *work;
+    int items;
+    uint32_t to;
+    wide_ring<wide_form<MOST>::UNITS> &ring;
+    wide_next &next;
+
+    /* The next unit; false: there is none. */
+    __device__ __forceinline__ bool ask() const
+    {
+        constexpr int MAPS = DOWN_ROWS ? 1 : 2;
+        wide_next n = next;
+        if (n.item == items) return false;
+        int tile = (work[n.item].expert * m.rows + work[n.item].row0) / 8;
+        uint64_t *full = &ring.full[n.place.slot];
+        barrier_wait(&ring.empty[n.place.slot], n.place.phase);
+        barrier_expect(full, UNIT);
+#pragma unroll
+        for (int i = 0; i < MAPS; i++)
+            copy_tensor(to + n.place.slot * UNIT + i * (UNIT / MAPS), &maps.weights[i], n.unit * (FP4_UNIT_BYTES / 8), tile, full);
+        n.place.advance(wide_form<MOST>::UNITS);
+        if (++n.unit == m.cols / FP4_UNIT_COLS) n.unit = 0, n.item++;
+        next = n;
+        return true;
+    }
+    __device__ __forceinline__ void ask_all() const
+    {
+        while (ask()) {
+        }
+    }
+};
+
 /* What a multiplying warp reads: of weights sixteen rows a product. */
 template <int MOST, bool DOWN_ROWS> struct wide_reader {
     using form = wide_form<MOST>;
     /* From a product's first eight rows to the next. */
     static constexpr int NEXT = (form::MANY || DOWN_ROWS ? 1 : HALF_TILES) * FP4_UNIT_BYTES;
     wide_rings<MOST> &rings;
+    const wide_asker<MOST, DOWN_ROWS> &asker;
     const uint8_t *shared;
     int units; /* of a row */
     ring_place input, weight;
@@ -162,6 +205,7 @@ template <int N> struct wide_product {
 template <int N, int MOST, bool DOWN_ROWS>
 __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b, wide_reader<MOST, DOWN_ROWS> &r)
 {
+    using form = wide_form<MOST>;
     constexpr int SECOND = (DOWN_ROWS ? 2 * TEAM_WARPS : HALF_TILES) * FP4_UNIT_BYTES; /* from a's weights to those of b */
     uint32_t f[STEPS][4], g[STEPS][4];
     int last = -1; /* stage that instructions may still read */
@@ -188,6 +232,8 @@ __device__ __forceinline__ void item_sums(wide_product<N> &a, wide_product<N> &b
             b.ask(g, x);
             wide_wait<1>();
             a.hold(f);
+            /* the place of the unit before this one, which all warps have left by now or soon */
+            if (panel == 2 && form::ASKS && threadIdx.x < LANES && elected()) r.asker.ask();
         }
         __syncwarp();
         r.rings.weights.leave(weights);
@@ -293,42 +339,10 @@ __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w,
     }
 }
 
-/* Items' weights, by one thread, a unit of columns at a time. */
-template <int MOST, bool DOWN_ROWS> struct wide_asker {
-    const cuda_matrix &m;
-    const wide_maps &maps;
-    const wide_work *work;
-    uint32_t to;
-    wide_ring<wide_form<MOST>::UNITS> &ring;
-    ring_place place;
-
-    __device__ __forceinline__ void ask(int item, int unit)
-    {
-        constexpr int MAPS = DOWN_ROWS ? 1 : 2;
-        int tile = (work[item].expert * m.rows + work[item].row0) / 8;
-        uint64_t *full = &ring.full[place.slot];
-        barrier_wait(&ring.empty[place.slot], place.phase);
-        barrier_expect(full, UNIT);
-#pragma unroll
-        for (int i = 0; i < MAPS; i++)
-            copy_tensor(to + place.slot * UNIT + i * (UNIT / MAPS), &maps.weights[i], unit * (FP4_UNIT_BYTES / 8), tile, full);
-        place.advance(wide_form<MOST>::UNITS);
-    }
-    __device__ __forceinline__ void ask_all(int items)
-    {
-#pragma unroll 1
-        for (int item = 0; item < items; item++)
-#pragma unroll 1
-            for (int unit = 0; unit < m.cols / FP4_UNIT_COLS; unit++) ask(item, unit);
-    }
-};
-
-/* The warps that gather rows. A stage is announced when LAG more have been asked for. Where slots are many the first thread asks for a
- * unit of weights as the gathering of the one before it begins: its place in the ring is left once panels are multiplied that have
- * been announced, those up to the fifth before. */
+/* The warps that gather rows. A stage is announced when LAG more have been asked for. */
 template <int MOST>
 __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_work *work, int n, uint32_t to,
-                                              wide_ring<wide_form<MOST>::STAGES> &ring, wide_asker<MOST, false> &weights)
+                                              wide_ring<wide_form<MOST>::STAGES> &ring)
 {
     using form = wide_form<MOST>;
     constexpr int GATHERERS = form::GATHERERS, STEP = GATHERERS / 8, EACH = 4, LAG = form::STAGES / 2;
@@ -336,8 +350,6 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
     int row = threadIdx.x % GATHERERS / 8, piece = threadIdx.x % 8, cols = p.e.m[GATE].cols;
     ring_place ask = { 0, 1 }, tell = { 0, 0 };
     int ahead = 0;
-    bool asks = form::MANY && threadIdx.x % GATHERERS == 0;
-    if (asks && n > 0) weights.ask(0, 0);
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const int *rows = p.s.slot_row + work[item].first;
@@ -345,10 +357,6 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
         int tokens = work[item].tokens;
 #pragma unroll 1
         for (int c = 0; c < cols; c += form::PANELS * PANEL) {
-            if (asks && c % FP4_UNIT_COLS == 0) {
-                bool same = c + FP4_UNIT_COLS < cols;
-                if (same || item + 1 < n) weights.ask(item + !same, same ? c / FP4_UNIT_COLS + 1 : 0);
-            }
             barrier_wait(&ring.empty[ask.slot], ask.phase);
             uint32_t stage = to + ask.slot * form::STAGE + (piece ^ row % 8) * 16;
 #pragma unroll 1
@@ -421,6 +429,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     using form = wide_form<MOST>;
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ wide_rings<MOST> rings;
+    __shared__ wide_next next;
     wide_work *work = (wide_work *)(shared + form::ITEMS_AT);
     const cuda_matrix &m = p.e.m[DOWN_ROWS ? DOWN : GATE];
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
@@ -428,6 +437,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     if (threadIdx.x == 0) {
         rings.inputs.init(DOWN_ROWS ? 1 : form::GATHERERS, form::MULTIPLIERS);
         rings.weights.init(1, form::MULTIPLIERS);
+        next = { 0, 0, { 0, 1 } };
         barriers_ready();
     }
     if (!DOWN_ROWS) wait_for_previous();
@@ -440,22 +450,23 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     }
     __syncthreads();
     uint32_t at = shared_at(shared);
+    wide_asker<MOST, DOWN_ROWS> asker = { m, maps, work, n, at + form::WEIGHTS_AT, rings.weights, next };
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
         int helper = threadIdx.x - form::MULTIPLIERS * LANES;
-        wide_asker<MOST, DOWN_ROWS> weights = { m, maps, work, at + form::WEIGHTS_AT, rings.weights, { 0, 1 } };
+        if (!form::ASKS && helper == TEAM_WARPS * LANES - 1) asker.ask_all();
         if constexpr (DOWN_ROWS) {
-            if (helper == LANES) weights.ask_all(n);
             if (helper > 0) return;
             wait_for_previous();
             copy_inputs<MOST>(maps.hidden, work, n, m.cols, at, rings.inputs);
         } else {
-            if (helper == form::GATHERERS) weights.ask_all(n);
-            if (helper < form::GATHERERS) gather_inputs<MOST>(p, work, n, at, rings.inputs, weights);
+            if (helper < form::GATHERERS) gather_inputs<MOST>(p, work, n, at, rings.inputs);
         }
     } else {
         more_registers<form::MORE>();
-        wide_reader<MOST, DOWN_ROWS> reader = { rings, shared, m.cols / FP4_UNIT_COLS, { 0, 0 }, { 0, 0 } };
+        wide_reader<MOST, DOWN_ROWS> reader = { rings, asker, shared, m.cols / FP4_UNIT_COLS, { 0, 0 }, { 0, 0 } };
+        if (form::ASKS && threadIdx.x < LANES && elected()) /* one more at each unit's third panel */
+            for (int i = 0; i + 1 < form::UNITS; i++) asker.ask();
 #pragma unroll 1
         for (int i = 0; i < n; i++) {
             const wide_work &w = work[i];
