@@ -7,8 +7,8 @@
  *
  * FP4 words. Eight codes of a row, columns 0..7, in one 32-bit word; pairs of an even and an odd column come out side by side,
  * in the lower and the upper half, as BF16 numbers of value * 2^-126: sign in bit 15, e1 e0 m in bits 8..6. Pair 0 lies so; pairs
- * 1 and 2 do once the word is turned right by 3 and 6 bits; of pair 3 s e1 e0 m are in bits 1, 0, 4 and 3, from where one multiplication brings
- * them to their places. */
+ * 1 and 2 do once the word is turned right by 3 and 6 bits; of pair 3 s e1 e0 m are in bits 1, 0, 4 and 3, from where one
+ * multiplication brings them to their places. */
 #ifndef BACKEND_CUDA_DEVICE_CUH
 #define BACKEND_CUDA_DEVICE_CUH
 #include "backend/cuda/parts.h"
