@@ -223,5 +223,18 @@ struct fp4_scales {
 };
 constexpr float FP4_UNIT = 0x1p8f;
 
+/* The pairs of a word, decoded. */
+struct fp4_pairs {
+    uint32_t v[4];
+
+    __device__ __forceinline__ fp4_pairs(uint32_t word, __nv_bfloat162 s)
+    {
+        v[0] = bf16_pair_product(fp4_pair<0>(word), s);
+        v[1] = bf16_pair_product(fp4_pair<1>(word), s);
+        v[2] = bf16_pair_product(fp4_pair<2>(word), s);
+        v[3] = bf16_pair_product(fp4_pair<3>(word), s);
+    }
+};
+
 } /* namespace */
 #endif

@@ -72,19 +72,6 @@ __device__ __forceinline__ void choose_or_take(const mat &logits, const picks &p
         }
 }
 
-/* Pairs of columns of an FP4 word, decoded. */
-struct four_pairs {
-    uint32_t v[4];
-
-    __device__ __forceinline__ four_pairs(uint32_t word, __nv_bfloat162 s)
-    {
-        v[0] = bf16_pair_product(fp4_pair<0>(word), s);
-        v[1] = bf16_pair_product(fp4_pair<1>(word), s);
-        v[2] = bf16_pair_product(fp4_pair<2>(word), s);
-        v[3] = bf16_pair_product(fp4_pair<3>(word), s);
-    }
-};
-
 /* This lane's part of a unit. */
 struct fp4_unit {
     uint4 code[2];
@@ -97,11 +84,11 @@ struct fp4_unit {
     {
     }
 
-    __device__ __forceinline__ four_pairs pairs(int i) const
+    __device__ __forceinline__ fp4_pairs pairs(int i) const
     {
         const uint4 &c = code[i / 4];
         uint32_t word = i % 4 == 0 ? c.x : i % 4 == 1 ? c.y : i % 4 == 2 ? c.z : c.w;
-        return four_pairs(word, (i / 4 ? high : low).of(i % 4));
+        return fp4_pairs(word, (i / 4 ? high : low).of(i % 4));
     }
 };
 
@@ -119,7 +106,7 @@ __device__ __forceinline__ void work_two(float (&sum)[2], const uint8_t *first, 
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             uint4 in = *(const uint4 *)(x + i * 32);
-            four_pairs p = v.pairs(i), q = w.pairs(i);
+            fp4_pairs p = v.pairs(i), q = w.pairs(i);
             mma(a, p.v[0], q.v[0], p.v[1], q.v[1], in.x, in.y);
             mma(b, p.v[2], q.v[2], p.v[3], q.v[3], in.z, in.w);
         }
@@ -272,7 +259,7 @@ __device__ __forceinline__ void work_one(float (&a)[4], float (&b)[4], const uin
         fp4_unit unit(tile + u * FP4_UNIT_BYTES);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            four_pairs v = unit.pairs(i);
+            fp4_pairs v = unit.pairs(i);
             stream<TILED, 1>::template two<1>(a, b, x + i * 32, 0, v.v[0], v.v[1], v.v[2], v.v[3]);
         }
     }
@@ -400,7 +387,7 @@ __global__ void __launch_bounds__(BLOCK, 2) fp4_down(const __grid_constant__ dow
         fp4_unit unit(from);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            four_pairs p = unit.pairs(i);
+            fp4_pairs p = unit.pairs(i);
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 ahead[i][n] = p.v[n];

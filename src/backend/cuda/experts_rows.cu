@@ -155,25 +155,16 @@ __device__ __forceinline__ void add_eight(float (&a)[4], float (&b)[4], const ui
     mma(b, p[2], q[2], p[3], q[3], w.z, w.w);
 }
 
-__device__ __forceinline__ void decode(uint32_t (&p)[4], uint32_t word, __nv_bfloat162 scale)
-{
-    p[0] = bf16_pair_product(fp4_pair<0>(word), scale);
-    p[1] = bf16_pair_product(fp4_pair<1>(word), scale);
-    p[2] = bf16_pair_product(fp4_pair<2>(word), scale);
-    p[3] = bf16_pair_product(fp4_pair<3>(word), scale);
-}
-
 /* A lane's part of one half of a unit of NVFP4 of two tiles. */
 __device__ __forceinline__ void add_half(float (&a)[4], float (&b)[4], uint4 u, uint4 v, uint32_t scale, uint32_t other,
                                          uint32_t x)
 {
-    uint32_t words[4] = { u.x, u.y, u.z, u.w }, others[4] = { v.x, v.y, v.z, v.w }, p[4], q[4];
+    uint32_t words[4] = { u.x, u.y, u.z, u.w }, others[4] = { v.x, v.y, v.z, v.w };
     fp4_scales first(scale), second(other);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        decode(p, words[i], first.of(i));
-        decode(q, others[i], second.of(i));
-        add_eight(a, b, p, q, x + i * 64);
+        fp4_pairs p(words[i], first.of(i)), q(others[i], second.of(i));
+        add_eight(a, b, p.v, q.v, x + i * 64);
     }
 }
 
@@ -193,6 +184,18 @@ __device__ __forceinline__ void add_next(float (&a)[4], float (&b)[4], pair_ring
     ring.advance();
     add_half(a, b, u, v, scale.x, other.x, x);
     add_half(a, b, p, q, scale.y, other.y, x + FP4_UNIT_COLS);
+}
+
+/* The ring's next units, against a row's slots from x to end. */
+template <class MORE>
+__device__ __forceinline__ void add_units(float (&a)[4], float (&b)[4], pair_ring &ring, const pair_source &of, uint32_t &x,
+                                          uint32_t end, MORE &&more)
+{
+#pragma unroll 1
+    do {
+        add_next(a, b, ring, of, x, more);
+        x += UNIT_SLOT_BYTES;
+    } while (x < end);
 }
 
 /* Where a lane reads a row's slots: lane 4 g + t column g of the operand. Columns that are no slot's come to nothing, and all of
@@ -277,11 +280,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_up_rows(const __grid_constan
             for (; x < end; to += TOGETHER * 16) {
                 uint32_t share_end = min(x + a.each * UNIT_SLOT_BYTES, end);
                 float p[4] = {}, q[4] = {};
-#pragma unroll 1
-                do {
-                    add_next(p, q, ring, a.w, x, more);
-                    x += UNIT_SLOT_BYTES;
-                } while (x < share_end);
+                add_units(p, q, ring, a.w, x, share_end, more);
                 float2 sum = three_slots(p, q);
                 if (lane % 4 == 0) *(float2 *)to = sum;
             }
@@ -525,11 +524,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down_rows(const __grid_const
     for (int jobs = ((int)kept_pairs * k - warp + CREW - 1) / CREW; jobs > 0; jobs--) {
         uint32_t end = x + a.t.units * UNIT_SLOT_BYTES;
         float p[4] = {}, q[4] = {};
-#pragma unroll 1
-        do {
-            add_next(p, q, ring, a.pairs, x, more);
-            x += UNIT_SLOT_BYTES;
-        } while (x < end);
+        add_units(p, q, ring, a.pairs, x, end, more);
         float2 sum = three_slots(p, q);
         if (lane % 4 == 0) to[0] = sum.x, to[a.sums] = sum.y;
         job.pick += a.by;
