@@ -21,7 +21,6 @@ struct batch_args {
     int first[NORM_PRODUCTS_MAX + 1]; /* item at which a matrix begins */
     int n, each, rounds;              /* matrices; tiles of sixteen rows side by side, and how often, an item */
     int rows, crew, splits;           /* shares of the columns; blocks of a cluster, which divide the shares */
-    bool by_turns;                    /* without an asker */
     int stages, stage_bytes, weights_at; /* of the ring; of a stage, whose inputs come first */
     unsigned inverse;                    /* 2^32 / outputs of a row of an item */
     const uint8_t *parts, *quantized;
@@ -40,10 +39,10 @@ struct batch_maps {
 /* G: groups of eight rows; more than four: rounded, one part and one accumulator. */
 template <int G> constexpr bool BATCH_EXACT = 8 * G <= ROWS_EXACT;
 
-/* ASKER: a ninth warp asks for all that comes; with many sums it is one of a group of warps that gives its registers to the others.
- * Else warps ask by turns, and a multiprocessor has room for two blocks. */
-template <int G> constexpr bool ASKER_GROUP = G > 1;
-template <int G, bool ASKER> constexpr int BATCH_BLOCK = (WORKERS + (!ASKER ? 0 : ASKER_GROUP<G> ? TEAM_WARPS : 1)) * LANES;
+/* ASKER: a warp besides asks for all that comes, one of a group that gives its registers to the others. Of up to eight rows warps
+ * ask by turns: so eight of 128 registers are half of a multiprocessor's, and the block of the kernel before or after has room. */
+template <int G> constexpr bool ASKER = G > 1;
+template <int G> constexpr int BATCH_BLOCK = (WORKERS + (ASKER<G> ? TEAM_WARPS : 0)) * LANES;
 [[maybe_unused]] constexpr int ASKER_REGISTERS = 24, WORKER_REGISTERS = 240;
 
 template <int FORMAT, int G> struct batch_form {
@@ -178,11 +177,11 @@ template <int FORMAT, int G> __device__ __forceinline__ void ask_all(const batch
 
 /* This warp has read the next unit. Without an asker the place of the one before is filled again, which all have left by now or
  * soon. */
-template <int FORMAT, int G, bool ASKER>
+template <int FORMAT, int G>
 __device__ __forceinline__ void batch_leave(const batch_args &p, const cuda_matrix &m, batch_flow &flow, int workers)
 {
     if (threadIdx.x % LANES == 0) barrier_arrive(&flow.empty[flow.place.slot]);
-    if constexpr (!ASKER) {
+    if constexpr (!ASKER<G>) {
         if (flow.before.slot >= 0 && flow.left > 0) {
             if (threadIdx.x == flow.turn * LANES) ask_next<FORMAT, G>(p, m, flow, flow.before);
             __syncwarp();
@@ -216,7 +215,7 @@ template <int FORMAT> __device__ __forceinline__ void batch_load(words16<FORMAT>
 
 /* Sixteen weight rows of each warp past this block's columns. Sums of shares, [share][row][weight row], if the columns are divided
  * over a cluster, else of all: shares are added one after the other. */
-template <int FORMAT, int G, bool ASKER>
+template <int FORMAT, int G>
 __device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matrix &m, batch_flow &flow, const uint8_t *shared,
                                            float *sums, int share)
 {
@@ -261,7 +260,7 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matri
         }
         acc.end(f);
         if constexpr (Q + 1 == PANELS) {
-            batch_leave<FORMAT, G, ASKER>(p, m, flow, workers);
+            batch_leave<FORMAT, G>(p, m, flow, workers);
             u++;
             if (--left > 0 && u < flow.units) return;
             left = share;
@@ -292,65 +291,96 @@ __device__ __forceinline__ void batch_work(const batch_args &p, const cuda_matri
     if (p.splits == 1) leave_sums();
 }
 
-/* All have left their sums: outputs of the item, in turn by all warps. */
-template <int G>
-__device__ __forceinline__ void batch_store(const batch_args &p, const float *sums, const batch_shares &shares, int k, int tile0)
+/* Four neighbouring numbers, of which there are n; the others come to nothing, or stay. */
+__device__ __forceinline__ float4 load_few(const float *p, int n)
 {
-    constexpr int EACH = 4; /* outputs of a lane at once */
-    const cuda_matrix &m = p.m[k];
-    const mat &out = p.out[k];
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x % p.splits;
-    int width = p.each * 16, n = p.rows * width, end = shares.each * (8 * G * SUM_ROW);
-    bool adds = p.add.data && k == 0, scaled = m.input == INPUT_FP8_ROW;
-#pragma unroll 1
-    for (int first = (warp * p.splits + rank) * EACH * LANES; first < n; first += WORKERS * p.splits * EACH * LANES) {
-        int row[EACH], r[EACH];
-        const float *from[EACH];
-        bool in[EACH];
-        float sum[EACH], old[EACH], picked[EACH], unit[EACH], scale[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            int i = first + lane + j * LANES;
-            row[j] = (int)((uint64_t)i * p.inverse >> 32);
-            r[j] = tile0 * 16 + i - row[j] * width;
-            in[j] = i < n && r[j] < m.rows;
-            from[j] = sums + (in[j] ? row[j] * SUM_ROW + i - row[j] * width : 0);
-            sum[j] = picked[j] = 0;
-            old[j] = adds && in[j] ? __ldcg(p.add.data + row[j] * p.add.stride + r[j]) : 0;
-            scale[j] = scaled && in[j] ? __ldcg(p.input_scale + row[j]) : 1;
-            unit[j] = in[j] ? unit_of(m, 0, r[j], m.global) : 0;
-            if (p.down) unit[j] *= in[j] ? sigmoid(__ldcg(p.gate.data + row[j] * p.gate.stride)) : 0;
-        }
-        if (p.down) {
-#pragma unroll(G > 2 ? 8 : 1)
-            for (int i = 0; i < p.k; i++)
-#pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    int pick = row[j] * p.k + i;
-                    if (in[j]) picked[j] = fmaf(__ldcg(p.factor + pick), __ldcg(p.down + (int64_t)pick * m.rows + r[j]), picked[j]);
-                }
-        }
-        if (p.splits == 1) {
-#pragma unroll
-            for (int j = 0; j < EACH; j++) sum[j] = *from[j];
-        } else {
+    if (n == 4 && (uintptr_t)p % 16 == 0) return __ldcg((const float4 *)p);
+    float4 x = {};
+    if (n > 0) x.x = __ldcg(p);
+    if (n > 1) x.y = __ldcg(p + 1);
+    if (n > 2) x.z = __ldcg(p + 2);
+    if (n > 3) x.w = __ldcg(p + 3);
+    return x;
+}
+
+__device__ __forceinline__ void store_few(float *p, float4 x, int n)
+{
+    if (n == 4 && (uintptr_t)p % 16 == 0) {
+        *(float4 *)p = x;
+        return;
+    }
+    if (n > 0) p[0] = x.x;
+    if (n > 1) p[1] = x.y;
+    if (n > 2) p[2] = x.z;
+    if (n > 3) p[3] = x.w;
+}
+
+/* Four neighbouring outputs of a row, what becomes of their sums, and where these are. */
+template <int G> struct batch_outputs {
+    const float *from;
+    float4 old, picked, unit;
+    float scale;
+    int row, r, n; /* n: how many there are */
+
+    /* Number `at` of an item. All but the sums is asked for. */
+    __device__ __forceinline__ batch_outputs(const batch_args &p, const float *sums, int k, int tile0, int at)
+    {
+        const cuda_matrix &m = p.m[k];
+        int width = p.each * 16;
+        row = (int)((uint64_t)(4 * at) * p.inverse >> 32);
+        int c = 4 * at - row * width, left = m.rows - (tile0 * 16 + c);
+        r = tile0 * 16 + c;
+        n = row >= p.rows || left < 0 ? 0 : left < 4 ? left : 4;
+        from = sums + (n > 0 ? row * SUM_ROW + c : 0);
+        old = load_few(p.add.data + row * p.add.stride + r, p.add.data && k == 0 ? n : 0);
+        scale = m.input == INPUT_FP8_ROW && n > 0 ? __ldcg(p.input_scale + row) : 1;
+        picked = {};
+        unit.x = n > 0 ? unit_of(m, 0, r, m.global) : 0;
+        unit.y = n > 1 ? unit_of(m, 0, r + 1, m.global) : 0;
+        unit.z = n > 2 ? unit_of(m, 0, r + 2, m.global) : 0;
+        unit.w = n > 3 ? unit_of(m, 0, r + 3, m.global) : 0;
+        if (!p.down || n == 0) return;
+        float gate = sigmoid(__ldcg(p.gate.data + row * p.gate.stride));
+        unit.x *= gate, unit.y *= gate, unit.z *= gate, unit.w *= gate;
+        const float *down = p.down + (int64_t)row * p.k * m.rows + r, *factor = p.factor + row * p.k;
 #pragma unroll 8
-            for (int s = 0, at = 0, block = 0; s < shares.n; s++) {
-#pragma unroll
-                for (int j = 0; j < EACH; j++) sum[j] += load_of(from[j] + at, block);
+        for (int i = 0; i < p.k; i++, down += m.rows) {
+            float4 x = load_few(down, n);
+            float f = __ldcg(factor + i);
+            picked.x = fmaf(f, x.x, picked.x);
+            picked.y = fmaf(f, x.y, picked.y);
+            picked.z = fmaf(f, x.z, picked.z);
+            picked.w = fmaf(f, x.w, picked.w);
+        }
+    }
+    /* Shares of the columns are added one after the other. */
+    __device__ __forceinline__ void store(const batch_args &p, const batch_shares &shares, int k) const
+    {
+        float4 s = {};
+        if (p.splits == 1) {
+            s = *(const float4 *)from;
+        } else {
+            int end = shares.each * (8 * G * SUM_ROW);
+#pragma unroll 8
+            for (int i = 0, at = 0, block = 0; i < shares.n; i++) {
+                float4 x = load_four_of(from + at, block);
+                s.x += x.x, s.y += x.y, s.z += x.z, s.w += x.w;
                 at += 8 * G * SUM_ROW;
                 if (at == end) at = 0, block++;
             }
         }
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            if (!in[j]) continue;
-            float x = scaled ? sum[j] * scale[j] : sum[j], y = p.down ? fmaf(unit[j], x, picked[j]) : x * unit[j];
-            out.data[row[j] * out.stride + r[j]] = y;
-            if (adds) p.add.data[row[j] * p.add.stride + r[j]] = old[j] + y;
-        }
+        if (p.m[k].input == INPUT_FP8_ROW) s.x *= scale, s.y *= scale, s.z *= scale, s.w *= scale;
+        float4 y = { output(p, s.x, unit.x, picked.x), output(p, s.y, unit.y, picked.y), output(p, s.z, unit.z, picked.z),
+                     output(p, s.w, unit.w, picked.w) };
+        store_few(p.out[k].data + row * p.out[k].stride + r, y, n);
+        if (!p.add.data || k != 0) return;
+        store_few(p.add.data + row * p.add.stride + r, { old.x + y.x, old.y + y.y, old.z + y.z, old.w + y.w }, n);
     }
-}
+    static __device__ __forceinline__ float output(const batch_args &p, float sum, float unit, float picked)
+    {
+        return p.down ? fmaf(unit, sum, picked) : sum * unit;
+    }
+};
 
 template <class F> __device__ __forceinline__ void by_format(int format, F f)
 {
@@ -373,8 +403,8 @@ __device__ __forceinline__ void batch_meet(const batch_args &p)
 #endif
 
 /* Shared memory: ring, sums. Grid: items times splits. */
-template <int G, bool ASKER>
-__global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
+template <int G>
+__global__ void __launch_bounds__(BATCH_BLOCK<G>, ASKER<G> ? 1 : 2)
     batch_products(const __grid_constant__ batch_args p, const __grid_constant__ batch_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -406,8 +436,8 @@ __global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
     }
     __syncthreads();
     if (warp >= WORKERS) {
-        if constexpr (ASKER && ASKER_GROUP<G>) fewer_registers<ASKER_REGISTERS>();
-        if (ASKER && threadIdx.x == WORKERS * LANES)
+        if constexpr (ASKER<G>) fewer_registers<ASKER_REGISTERS>();
+        if (ASKER<G> && threadIdx.x == WORKERS * LANES)
             by_format(m.format, [&](auto format) { ask_all<format.value, G>(p, m, flow); });
         __syncwarp();
         if (p.splits > 1) {
@@ -415,8 +445,9 @@ __global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
             cluster_meet();
         }
     } else {
-        if constexpr (ASKER && ASKER_GROUP<G>) more_registers<WORKER_REGISTERS>();
-        if constexpr (!ASKER) {
+        if constexpr (ASKER<G>) {
+            more_registers<WORKER_REGISTERS>();
+        } else {
             by_format(m.format, [&](auto format) { ask_first<format.value, G>(p, m, flow, threadIdx.x == 0); });
             __syncwarp();
         }
@@ -424,23 +455,32 @@ __global__ void __launch_bounds__((BATCH_BLOCK<G, ASKER>), ASKER ? 1 : 2)
 #pragma unroll 1
         for (int round = 0; round < flow.rounds; round++, tile0 += p.each) {
             if (warp < workers_of(p) && flow.units > 0)
-                by_format(m.format, [&](auto format) { batch_work<format.value, G, ASKER>(p, m, flow, shared, sums, shares.share); });
+                by_format(m.format, [&](auto format) { batch_work<format.value, G>(p, m, flow, shared, sums, shares.share); });
+            /* the warps that have not worked are first to ask for what becomes of the sums */
+            int turn = (warp + WORKERS - workers_of(p)) % WORKERS;
+            int at = (turn * p.splits + rank) * LANES + (int)threadIdx.x % LANES, n = p.rows * p.each * 4;
+            batch_outputs<G> outputs(p, sums, k, tile0, at);
             batch_meet(p);
-            batch_store<G>(p, sums, shares, k, tile0);
+#pragma unroll 1
+            while (at < n) {
+                outputs.store(p, shares, k);
+                at += WORKERS * p.splits * LANES;
+                if (at < n) outputs = batch_outputs<G>(p, sums, k, tile0, at);
+            }
             batch_meet(p); /* till all have read */
         }
     }
 #endif
 }
 
-__global__ void __launch_bounds__(BLOCK) prepare_inputs(const __grid_constant__ prepare_args p)
+template <prepare_kind KIND> __global__ void __launch_bounds__(BLOCK, 2) prepare_inputs(const __grid_constant__ prepare_args p)
 {
     let_next_start();
     if (blockIdx.y > 0) {
         wait_for_previous();
         advance_states(p);
     } else {
-        prepare_row(p, blockIdx.x);
+        prepare_row<KIND>(p, blockIdx.x);
     }
 }
 
@@ -521,7 +561,7 @@ template <int G> size_t batch_shared(const struct queue *q, batch_args &a, enum 
 /* START; or only say whether there is room for it, and for all of its clusters at once. */
 enum batch_want { ROOM, AT_ONCE, START };
 
-template <int G, bool ASKER> bool start(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
+template <int G> bool start(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     batch_maps maps = {};
     for (int i = 0; i < a.n; i++) a.first[i + 1] = a.first[i] + items_of(a, i);
@@ -532,42 +572,44 @@ template <int G, bool ASKER> bool start(struct queue *q, const char *operation, 
         if (m.format != WEIGHT_NVFP4 && !tensor_map(q->map_maker, &maps.m[i], m.data, m.rows, pairs, pairs, a.each * 16)) bytes = 0;
     }
     if (bytes == 0) return false;
-    cluster_launch l(q, BATCH_BLOCK<G, ASKER>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes);
-    if (want == START) l.start(q, operation, batch_products<G, ASKER>, a, maps);
-    return want != AT_ONCE || l.at_once(q, operation, batch_products<G, ASKER>) >= a.first[a.n];
+    cluster_launch l(q, BATCH_BLOCK<G>, (unsigned)(a.first[a.n] * a.splits), (unsigned)a.splits, bytes);
+    if (want == START) l.start(q, operation, batch_products<G>, a, maps);
+    return want != AT_ONCE || l.at_once(q, operation, batch_products<G>) >= a.first[a.n];
 }
 
 bool run(struct queue *q, const char *operation, batch_args &a, enum side side, batch_want want)
 {
     switch (groups_of(a.rows)) {
-    case 1: return a.by_turns ? start<1, false>(q, operation, a, side, want) : start<1, true>(q, operation, a, side, want);
-    case 2: return start<2, true>(q, operation, a, side, want);
-    case 4: return start<4, true>(q, operation, a, side, want);
-    case 8: return start<8, true>(q, operation, a, side, want);
-    default: return start<16, true>(q, operation, a, side, want);
+    case 1: return start<1>(q, operation, a, side, want);
+    case 2: return start<2>(q, operation, a, side, want);
+    case 4: return start<4>(q, operation, a, side, want);
+    case 8: return start<8>(q, operation, a, side, want);
+    default: return start<16>(q, operation, a, side, want);
     }
 }
 
-/* Blocks a cluster, and with up to eight rows by turns or not: so that all clusters run at once. */
+/* Blocks a cluster: as many as let all clusters run at once. */
 bool split(struct queue *q, const char *operation, batch_args &a, enum side side)
 {
     int most = a.splits;
     bool exact = a.rows <= ROWS_EXACT;
     for (; a.splits > 1 && a.splits >= SPLITS_LEAST; a.splits--) {
         a.crew = exact ? CREW : a.splits;
-        for (int turns = 0; turns < (a.rows > 8 ? 1 : 2); turns++) {
-            a.by_turns = turns;
-            if (run(q, operation, a, side, AT_ONCE)) return true;
-        }
+        if (run(q, operation, a, side, AT_ONCE)) return true;
     }
     a.splits = most;
-    a.by_turns = false;
     a.crew = exact ? CREW : a.splits;
     return run(q, operation, a, side, ROOM);
 }
 
+template <prepare_kind KIND> void prepare(struct queue *q, const char *operation, const prepare_args &in)
+{
+    launch<BLOCK>(q, operation, true, prepare_inputs<KIND>, dim3((unsigned)in.x.rows, in.conv ? 1 + ADVANCERS : 1),
+                  prepare_shared(in.cols), in);
+}
+
 /* Inputs of the matrices of a, and their product. */
-bool product(struct queue *q, const char *operation, batch_args &a, prepare_args &in)
+template <prepare_kind KIND> bool product(struct queue *q, const char *operation, batch_args &a, prepare_args &in)
 {
     struct cuda_batch &b = q->batch;
     a.rows = (int)in.x.rows;
@@ -585,9 +627,8 @@ bool product(struct queue *q, const char *operation, batch_args &a, prepare_args
             in.quantized = (uint8_t *)b.quantized, in.scale = b.scale;
         else
             in.parts = (uint8_t *)b.parts;
-    if (in.parts) b.known = in.kind == PREPARE_NORMED ? in.made.data : nullptr;
-    launch<BLOCK>(q, operation, true, prepare_inputs, dim3((unsigned)a.rows, in.conv ? 1 + ADVANCERS : 1),
-                  prepare_shared(in.cols), in);
+    if (in.parts) b.known = KIND == PREPARE_NORMED ? in.made.data : nullptr;
+    prepare<KIND>(q, operation, in);
     return run(q, operation, a, side, START);
 }
 
@@ -596,13 +637,12 @@ bool product(struct queue *q, const char *operation, batch_args &a, prepare_args
 void cuda_batch_prepare(struct queue *q, struct mat x)
 {
     prepare_args in = {};
-    in.kind = PREPARE_RAW;
     in.x = x;
     in.cols = (int)x.cols;
     prepare_for(in, x.rows);
     in.parts = (uint8_t *)q->batch.parts;
     q->batch.known = nullptr;
-    launch<BLOCK>(q, "experts", true, prepare_inputs, dim3((unsigned)x.rows), prepare_shared(in.cols), in);
+    prepare<PREPARE_RAW>(q, "experts", in);
 }
 
 bool cuda_batch_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m)
@@ -612,9 +652,8 @@ bool cuda_batch_product(struct queue *q, struct mat y, struct mat x, const struc
     a.n = 1;
     a.m[0] = *m;
     a.out[0] = y;
-    in.kind = PREPARE_RAW;
     in.x = x;
-    return product(q, "matmul", a, in);
+    return product<PREPARE_RAW>(q, "matmul", a, in);
 }
 
 bool cuda_batch_norm_products(struct queue *q, const struct norm_products *r)
@@ -629,12 +668,11 @@ bool cuda_batch_norm_products(struct queue *q, const struct norm_products *r)
     /* whatever is done now, h will be another */
     q->batch.known = q->prefill.known = nullptr;
     if (r->x.rows > ROWS_EXACT && !is_few(q, a.m, a.n)) return false; /* dense.cu is faster */
-    in.kind = PREPARE_NORMED;
     in.x = r->x;
     in.made = r->h;
     in.gain = r->gain;
     in.eps = r->eps;
-    return product(q, "norm_products", a, in);
+    return product<PREPARE_NORMED>(q, "norm_products", a, in);
 }
 
 bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance)
@@ -645,7 +683,6 @@ bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const stru
     a.m[0] = cuda_matrix_of(r->out);
     a.out[0] = r->y;
     a.add = r->x;
-    in.kind = PREPARE_GATED;
     in.x = r->raw;
     in.z = r->z;
     in.made = r->o;
@@ -656,7 +693,7 @@ bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const stru
     in.rows = *rows;
     in.u = r->u;
     in.keep = r->shape->kernel - 1;
-    return product(q, "delta_run", a, in);
+    return product<PREPARE_GATED>(q, "delta_run", a, in);
 }
 
 bool cuda_batch_attention_out(struct queue *q, const struct attention_run *r)
@@ -667,9 +704,8 @@ bool cuda_batch_attention_out(struct queue *q, const struct attention_run *r)
     a.m[0] = cuda_matrix_of(r->o);
     a.out[0] = r->y;
     a.add = r->x;
-    in.kind = PREPARE_RAW;
     in.x = r->att;
-    return product(q, "attention_run", a, in);
+    return product<PREPARE_RAW>(q, "attention_run", a, in);
 }
 
 bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask)

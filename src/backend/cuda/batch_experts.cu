@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(BLOCK) batch_route(const __grid_constant__ rou
     let_next_start();
     wait_for_previous();
     if (threadIdx.x < LANES) choose(expert, weight, keys, a.logits.data + (int64_t)row * a.logits.stride, a.n_experts, k);
-    prepare_row(shared_row, row);
+    prepare_row<PREPARE_SILU>(shared_row, row);
     __syncthreads();
     for (int j = threadIdx.x; j < k; j += BLOCK) {
         a.p.expert[row * k + j] = expert[j];
@@ -528,7 +528,6 @@ bool cuda_batch_moe(struct queue *q, const struct moe_run *r)
     int chunk = exact ? CHUNK<true> : CHUNK<false>;
     route_args route = { r->logits, *r->picks, e.n, e.globals + DOWN * e.n, b.factor, b.chunks, chunk };
     prepare_args in = {};
-    in.kind = PREPARE_SILU;
     in.x = r->gate;
     in.z = r->up;
     in.made = r->hidden;

@@ -9,7 +9,6 @@ namespace {
 enum prepare_kind { PREPARE_RAW, PREPARE_NORMED, PREPARE_GATED, PREPARE_SILU };
 
 struct prepare_args {
-    prepare_kind kind;
     mat x, z, made; /* made: f32, what the products see; data NULL: nowhere */
     const float *gain;
     float eps;
@@ -59,16 +58,19 @@ __device__ __forceinline__ float prepare_pair(const prepare_args &p, float2 *kep
 }
 
 /* What does not come from the kernel before is asked for before it is done. */
+template <prepare_kind KIND>
 __device__ __forceinline__ float prepare_plain(const prepare_args &p, float2 *kept, int row, float *part)
 {
-    constexpr int AHEAD = 4; /* pairs a thread keeps; of wider rows the others are read twice */
+    /* pairs a thread keeps; of wider rows the others are read later, or twice. No more than it takes: code that was not run for a
+     * while has to come from far */
+    constexpr int AHEAD = KIND == PREPARE_RAW ? 4 : KIND == PREPARE_NORMED ? 2 : 1;
+    constexpr bool NORMED = KIND == PREPARE_NORMED;
     const float *x = p.x.data + (int64_t)row * p.x.stride, *z = p.z.data + (int64_t)row * p.z.stride;
     float2 v[AHEAD], gain[AHEAD];
     float scale = 1, top = 0, sum = 0;
-    bool normed = p.kind == PREPARE_NORMED;
     auto made = [&](int c, float2 y, float2 g) {
-        if (normed) y = make_float2(y.x * scale * g.x, y.y * scale * g.y);
-        if (p.kind == PREPARE_SILU) {
+        if (NORMED) y = make_float2(y.x * scale * g.x, y.y * scale * g.y);
+        if (KIND == PREPARE_SILU) {
             float2 up = load_pair(z, c);
             y = make_float2(silu(y.x) * up.x, silu(y.y) * up.y);
         }
@@ -77,7 +79,7 @@ __device__ __forceinline__ float prepare_plain(const prepare_args &p, float2 *ke
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
         int c = 2 * (threadIdx.x + i * BLOCK);
-        gain[i] = normed && c < p.cols ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
+        gain[i] = NORMED && c < p.cols ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
     }
     wait_for_previous();
 #pragma unroll
@@ -85,7 +87,7 @@ __device__ __forceinline__ float prepare_plain(const prepare_args &p, float2 *ke
         int c = 2 * (threadIdx.x + i * BLOCK);
         v[i] = c < p.cols ? load_pair(x, c) : float2{};
     }
-    if (normed) {
+    if (NORMED) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
 #pragma unroll 1
@@ -102,7 +104,7 @@ __device__ __forceinline__ float prepare_plain(const prepare_args &p, float2 *ke
     }
 #pragma unroll 1
     for (int c = 2 * (threadIdx.x + AHEAD * BLOCK); c < p.cols; c += 2 * BLOCK)
-        made(c, load_pair(x, c), normed ? make_float2(p.gain[c], p.gain[c + 1]) : float2{});
+        made(c, load_pair(x, c), NORMED ? make_float2(p.gain[c], p.gain[c + 1]) : float2{});
     return top;
 }
 
@@ -140,12 +142,16 @@ __device__ __forceinline__ float prepare_heads(const prepare_args &p, float2 *ke
 }
 
 /* BLOCK threads; shared memory: prepare_shared(cols). */
-__device__ __forceinline__ void prepare_row(const prepare_args &p, int row)
+template <prepare_kind KIND> __device__ __forceinline__ void prepare_row(const prepare_args &p, int row)
 {
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ float part[2 * CREW];
     float2 *kept = (float2 *)shared;
-    float top = p.kind == PREPARE_GATED ? prepare_heads(p, kept, row) : prepare_plain(p, kept, row, part);
+    float top;
+    if constexpr (KIND == PREPARE_GATED)
+        top = prepare_heads(p, kept, row);
+    else
+        top = prepare_plain<KIND>(p, kept, row, part);
     if (!p.quantized) return;
     float scale = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / scale;
 #pragma unroll 4

@@ -282,13 +282,13 @@ __device__ __forceinline__ void cluster_meet()
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/* A float of shared memory of block `rank` of the cluster. */
-__device__ __forceinline__ float load_of(const float *x, int rank)
+/* Four floats of shared memory of block `rank` of the cluster. */
+__device__ __forceinline__ float4 load_four_of(const float *x, int rank)
 {
     uint32_t at;
-    float y;
+    float4 y;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_at(x)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(at));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "r"(at));
     return y;
 }
 

@@ -117,7 +117,7 @@ inline uint32_t turned(uint32_t x)
 /* ---- clusters ---- */
 
 inline void cluster_meet() { emulator::cluster_meets(); }
-inline float load_of(const float *x, int rank) { return *(const float *)emulator::shared_of(shared_at(x), rank, 4); }
+inline float4 load_four_of(const float *x, int rank) { return *(const float4 *)emulator::shared_of(shared_at(x), rank, 16); }
 
 /* ---- the wide instruction ---- */
 
