@@ -1,7 +1,7 @@
 /* Dense products of several rows (batch.cuh) in two kernels. prepare_inputs makes the inputs, a block a row: taken as they are,
- * normed, or gated and normed, split into parts or quantized. In batch_products weights and inputs come unit after unit into a ring
- * that eight warps read, sixteen weight rows each of an item of up to 128. A matrix of few rows is divided along its columns over a
- * cluster of blocks, whose sums meet in their shared memory.
+ * normed, or gated and normed, split into parts or quantized; gated ones delta_batch.cu may have made before. In batch_products
+ * weights and inputs come unit after unit into a ring that eight warps read, sixteen weight rows each of an item of up to 128. A
+ * matrix of few rows is divided along its columns over a cluster of blocks, whose sums meet in their shared memory.
  * Moves: the weights once; the inputs once for each item, from the second cache. */
 #include "backend/cuda/batch.cuh"
 #include "backend/cuda/prepare.cuh"
@@ -602,21 +602,33 @@ bool split(struct queue *q, const char *operation, batch_args &a, enum side side
     return run(q, operation, a, side, ROOM);
 }
 
+/* Of clusters two have room on a multiprocessor. */
+enum side side_of(const batch_args &a)
+{
+    return a.splits > 1 ? RIGHT : LEFT;
+}
+
+/* How the matrices of a are divided for so many rows; false: there is no kernel for them. */
+bool plan(struct queue *q, const char *operation, batch_args &a, int64_t rows)
+{
+    a.rows = (int)rows;
+    if (!takes(q, a.m, a.n, rows)) return false;
+    divide(q, a);
+    return split(q, operation, a, side_of(a));
+}
+
 template <prepare_kind KIND> void prepare(struct queue *q, const char *operation, const prepare_args &in)
 {
     launch<BLOCK>(q, operation, true, prepare_inputs<KIND>, dim3((unsigned)in.x.rows, in.conv ? 1 + ADVANCERS : 1),
                   prepare_shared(in.cols), in);
 }
 
-/* Inputs of the matrices of a, and their product. */
-template <prepare_kind KIND> bool product(struct queue *q, const char *operation, batch_args &a, prepare_args &in)
+/* Inputs of the matrices of a, unless they are `there`, and their product. */
+template <prepare_kind KIND>
+bool product(struct queue *q, const char *operation, batch_args &a, prepare_args &in, bool there = false)
 {
     struct cuda_batch &b = q->batch;
-    a.rows = (int)in.x.rows;
-    if (!takes(q, a.m, a.n, a.rows)) return false;
-    divide(q, a);
-    enum side side = a.splits > 1 ? RIGHT : LEFT; /* of clusters two have room on a multiprocessor */
-    if (!split(q, operation, a, side)) return false;
+    if (!plan(q, operation, a, in.x.rows)) return false;
     a.parts = (const uint8_t *)b.parts;
     a.quantized = (const uint8_t *)b.quantized;
     a.input_scale = b.scale;
@@ -628,8 +640,8 @@ template <prepare_kind KIND> bool product(struct queue *q, const char *operation
         else
             in.parts = (uint8_t *)b.parts;
     if (in.parts) b.known = KIND == PREPARE_NORMED ? in.made.data : nullptr;
-    prepare<KIND>(q, operation, in);
-    return run(q, operation, a, side, START);
+    if (!there) prepare<KIND>(q, operation, in);
+    return run(q, operation, a, side_of(a), START);
 }
 
 } /* namespace */
@@ -675,25 +687,27 @@ bool cuda_batch_norm_products(struct queue *q, const struct norm_products *r)
     return product<PREPARE_NORMED>(q, "norm_products", a, in);
 }
 
-bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, bool advance)
+bool cuda_batch_delta_out_takes(struct queue *q, const struct delta_run *r)
 {
     batch_args a = {};
-    prepare_args in = {};
+    a.n = 1;
+    a.m[0] = cuda_matrix_of(r->out);
+    return a.m[0].input != INPUT_FP8_ROW && plan(q, "delta_run", a, r->raw.rows);
+}
+
+bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows, enum delta_done done)
+{
+    batch_args a = {};
+    prepare_args in = prepare_gated(r);
     a.n = 1;
     a.m[0] = cuda_matrix_of(r->out);
     a.out[0] = r->y;
     a.add = r->x;
-    in.x = r->raw;
-    in.z = r->z;
-    in.made = r->o;
-    in.gain = r->gain;
-    in.eps = r->eps;
-    in.dim = r->shape->value_dim;
-    in.conv = advance ? r->state->conv : nullptr;
+    in.conv = done == DELTA_TO_ADVANCE ? r->state->conv : nullptr;
     in.rows = *rows;
     in.u = r->u;
     in.keep = r->shape->kernel - 1;
-    return product<PREPARE_GATED>(q, "delta_run", a, in);
+    return product<PREPARE_GATED>(q, "delta_run", a, in, done == DELTA_INPUTS);
 }
 
 bool cuda_batch_attention_out(struct queue *q, const struct attention_run *r)

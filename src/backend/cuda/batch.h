@@ -16,17 +16,23 @@ void cuda_batch_layout(struct queue *q, struct arena *a);
 /* batch.cu */
 bool cuda_batch_product(struct queue *q, struct mat y, struct mat x, const struct cuda_matrix *m);
 bool cuda_batch_norm_products(struct queue *q, const struct norm_products *r);
+/* What has been done of a DeltaNet layer before its output matrix: not even the convolution's states are
+ * moved on; raw is there, and they are; besides, the product's inputs are, in queue.batch.parts, not raw. */
+enum delta_done { DELTA_TO_ADVANCE, DELTA_RAW, DELTA_INPUTS };
 bool cuda_batch_delta_out(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows,
-                          bool advance);
+                          enum delta_done done);
+/* Whether it would, with inputs as they are. */
+bool cuda_batch_delta_out_takes(struct queue *q, const struct delta_run *r);
 bool cuda_batch_attention_out(struct queue *q, const struct attention_run *r);
 /* x's rows into queue.batch.parts. */
 void cuda_batch_prepare(struct queue *q, struct mat x);
 /* The shared expert's second product, and with it the sum of what the picks gave, weighted, and the residual.
  * ask: only say whether it would. */
 bool cuda_batch_shared_down(struct queue *q, const struct moe_run *r, bool ask);
-/* delta_batch.cu: conv and delta of a step in which every span is a row, on any GPU; both states are moved
- * on, and what conv gives is normed where it is a query or a key */
-bool cuda_batch_delta(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
+/* delta_batch.cu: conv and delta of a step in which every span is a row, on any GPU, and the gated norm where
+ * cuda_batch_delta_out takes what it gives; both states are moved on, and what conv gives is normed where it
+ * is a query or a key. DELTA_TO_ADVANCE: nothing done. */
+enum delta_done cuda_batch_delta(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows);
 /* batch_experts.cu */
 bool cuda_batch_moe(struct queue *q, const struct moe_run *r);
 #ifdef __cplusplus

@@ -76,8 +76,9 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
     if (!device_rows) return;
     if (!r->lean) out.h = r->o;
     bool logs = queue_logs(rows);
-    bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows)
-                        : !rows->prompts && rows->n_spans == rows->n && cuda_batch_delta(q, r, device_rows);
+    enum delta_done done = DELTA_TO_ADVANCE;
+    if (!logs && !rows->prompts && rows->n_spans == rows->n) done = cuda_batch_delta(q, r, device_rows);
+    bool decoded = logs ? cuda_delta_run_logged(q, r, device_rows) : done != DELTA_TO_ADVANCE;
     /* by nothing but cuda_dense */
     bool narrow = r->raw.stride % 2 == 0 && (uintptr_t)r->raw.data % 8 == 0 &&
                   (rows->prompts || r->x.rows > ROWS_BATCH) && cuda_dense_takes(q, &out);
@@ -87,7 +88,8 @@ void cuda_delta_many(struct queue *q, const struct delta_run *r, const struct st
         cuda_ops.conv(q, r->conv, r->u, r->conv_weight, r->state, r->shape, rows);
         cuda_ops.delta(q, r->raw, r->conv, r->a, r->b, r->A_log, r->dt_bias, r->state, r->shape, rows);
     }
-    if ((!rows->prompts && cuda_batch_delta_out(q, r, device_rows, false)) || cuda_dense(q, &out)) return;
+    if (done == DELTA_TO_ADVANCE) done = DELTA_RAW; /* by the others */
+    if ((!rows->prompts && cuda_batch_delta_out(q, r, device_rows, done)) || cuda_dense(q, &out)) return;
     if (queue_few(q, r->x.rows) && r->shape->value_dim <= 128 && cuda_streams(q, &out.m[0])) {
         cuda_delta_out(q, r, device_rows, false);
         return;

@@ -30,7 +30,21 @@ inline void prepare_for(prepare_args &p, int64_t rows)
     p.n_parts = rows > ROWS_EXACT ? 1 : PARTS;
 }
 
-constexpr int ADVANCERS = 4; /* blocks that do so for a row */
+/* Of DeltaNet's output matrix. */
+inline prepare_args prepare_gated(const delta_run *r)
+{
+    prepare_args p = {};
+    p.x = r->raw;
+    p.z = r->z;
+    if (!r->lean) p.made = r->o;
+    p.gain = r->gain;
+    p.eps = r->eps;
+    p.dim = r->shape->value_dim;
+    return p;
+}
+
+constexpr int HEAD_PAIRS = 2; /* of a gated head a lane's, 2 LANES columns apart */
+constexpr int ADVANCERS = 4;  /* blocks that move a row's states on */
 
 __host__ __device__ inline size_t prepare_shared(int cols)
 {
@@ -108,35 +122,42 @@ __device__ __forceinline__ float prepare_plain(const prepare_args &p, float2 *ke
     return top;
 }
 
-/* Heads, each normed and gated by a warp. */
+/* A head of a row, dim == p.dim, normed and gated by a warp; gate: SiLU(z); gain: of a head's columns. */
+__device__ __forceinline__ float prepare_head(const prepare_args &p, float2 *kept, int row, int head, int dim,
+                                              const float2 (&x)[HEAD_PAIRS], const float2 (&gate)[HEAD_PAIRS], const float *gain)
+{
+    int lane = threadIdx.x % LANES;
+    float sum = 0, top = 0;
+#pragma unroll
+    for (int i = 0; i < HEAD_PAIRS; i++) sum = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, sum));
+    float scale = rsqrtf(warp_sum(sum) / (float)dim + p.eps);
+#pragma unroll
+    for (int i = 0; i < HEAD_PAIRS; i++) {
+        int d = 2 * (lane + i * LANES);
+        if (d >= dim) continue;
+        float2 y = make_float2(x[i].x * scale * gain[d] * gate[i].x, x[i].y * scale * gain[d + 1] * gate[i].y);
+        top = fmaxf(top, prepare_pair(p, kept, row, head * dim + d, y));
+    }
+    return top;
+}
+
 __device__ __forceinline__ float prepare_heads(const prepare_args &p, float2 *kept, int row)
 {
-    constexpr int PAIRS = 2;
     const float *x = p.x.data + (int64_t)row * p.x.stride, *z = p.z.data + (int64_t)row * p.z.stride;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float top = 0;
     wait_for_previous();
 #pragma unroll 2
     for (int head = warp; head * p.dim < p.cols; head += CREW) {
-        float2 v[PAIRS], gate[PAIRS];
-        float sum = 0;
+        float2 v[HEAD_PAIRS], gate[HEAD_PAIRS];
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
+        for (int i = 0; i < HEAD_PAIRS; i++) {
             int d = 2 * (lane + i * LANES), c = head * p.dim + d;
             v[i] = d < p.dim ? load_pair(x, c) : float2{};
             gate[i] = d < p.dim ? load_pair(z, c) : float2{};
+            gate[i] = make_float2(silu(gate[i].x), silu(gate[i].y));
         }
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
-        float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            int d = 2 * (lane + i * LANES), c = head * p.dim + d;
-            if (d >= p.dim) continue;
-            float2 y = make_float2(v[i].x * scale * p.gain[d] * silu(gate[i].x),
-                                   v[i].y * scale * p.gain[d + 1] * silu(gate[i].y));
-            top = fmaxf(top, prepare_pair(p, kept, row, c, y));
-        }
+        top = fmaxf(top, prepare_head(p, kept, row, head, p.dim, v, gate, p.gain));
     }
     return top;
 }

@@ -252,9 +252,10 @@ static void delta_run(struct queue *q, const struct delta_run *r, const struct s
         cuda_delta_many(q, r, step);
         return;
     }
-    bool advanced = cuda_batch_delta(q, r, rows);
-    if (!advanced) cuda_delta_decode(q, r, rows);
-    if (!cuda_batch_delta_out(q, r, rows, !advanced)) cuda_delta_out(q, r, rows, !advanced);
+    enum delta_done done = cuda_batch_delta(q, r, rows);
+    bool advance = done == DELTA_TO_ADVANCE;
+    if (advance) cuda_delta_decode(q, r, rows);
+    if (!cuda_batch_delta_out(q, r, rows, done)) cuda_delta_out(q, r, rows, advance);
 }
 
 static void attention_run(struct queue *q, const struct attention_run *r, const struct step_rows *step)
