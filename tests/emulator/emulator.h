@@ -326,12 +326,6 @@ template <class T, class U> T atomicAdd(T *p, U x)
     *p = (T)(before + (T)x);
     return before;
 }
-inline unsigned atomicInc(unsigned *p, unsigned last)
-{
-    unsigned before = *p;
-    *p = before >= last ? 0 : before + 1;
-    return before;
-}
 template <class T, class U> T atomicMax(T *p, U x)
 {
     T before = *p;

@@ -4,8 +4,8 @@
  * batch_route: a block a row chooses, and makes the shared expert's hidden row; the last of them puts picks in chunks by expert.
  * batch_up: items of eight gate and the same eight up rows of a chunk. batch_down: items of sixteen rows. They are the sixteen rows
  * of a tensor-core instruction whose columns are the chunk's slots, and a warp has an item from the first weight column to
- * the last. Blocks take equal runs of all items, of which only the device knows how many there are, and a block's warps
- * take its one by one. What remains is cuda_batch_shared_down: it adds up what the picks gave.
+ * the last. Blocks take equal runs of all items, of which only the device knows how many there are. What remains is
+ * cuda_batch_shared_down: it adds up what the picks gave.
  *
  * A chunk's inputs are eight slots. Of up to ROWS_EXACT rows two are a chunk, with the sums of experts.cu to the bit: of row t
  * slots 4 t, 4 t + 1 and 4 t + 2 have the high, middle and low parts. Of more rows, whose inputs are BF16, eight are. */
@@ -134,32 +134,38 @@ __host__ __device__ inline size_t down_bytes(int cols)
 enum shares { UNIT, UNITS, ONE };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* The block's items, [begin, end), counted from its first chunk's first, `each` a chunk; and the entries of their chunks. next: the
- * first that is nobody's, once each of `crew` warps has its own. */
+/* The block's items, [begin, end) of all, `each` a chunk, and the entries of their chunks. */
 struct chunk_run {
     int begin, end, first, n; /* first chunk, chunks */
-    __device__ __forceinline__ chunk_run(const int *chunks, int each, int (*entries)[ENTRY], unsigned *next, int crew)
+    __device__ __forceinline__ chunk_run(const int *chunks, int each, int (*entries)[ENTRY])
     {
         int64_t items = (int64_t)__ldcg(chunks) * each;
         begin = (int)(items * blockIdx.x / gridDim.x);
         end = (int)(items * (blockIdx.x + 1) / gridDim.x);
         first = begin / each;
         n = end > begin ? (end - 1) / each - first + 1 : 0;
-        begin -= first * each;
-        end -= first * each;
-        if (threadIdx.x == 0) *next = (unsigned)(begin + crew);
         for (int i = threadIdx.x; i < n * ENTRY; i += (int)blockDim.x) entries[0][i] = __ldcg(chunks + (1 + first) * ENTRY + i);
         __syncthreads();
     }
 };
 
-/* Of an item of the run: its chunk, and its place among the `each` of that. A warp's items increase. */
-struct chunk_item {
-    int chunk, at;
+/* A warp's items of the run, of N warps every N-th: chunk of the run, and place among the `each` of a chunk. */
+template <int N> struct chunk_item {
+    int chunk, at, left; /* left: of the run, from this one on */
 
-    __device__ __forceinline__ void go_to(int item, int each)
+    __device__ __forceinline__ chunk_item(const chunk_run &run, int each)
+        : chunk(0), at(run.begin - run.first * each), left(run.end - run.begin)
     {
-        for (at = item - chunk * each; at >= each; at -= each) chunk++;
+        go(threadIdx.x / LANES, each);
+    }
+    __device__ __forceinline__ void advance(int each)
+    {
+        go(N, each);
+    }
+    __device__ __forceinline__ void go(int by, int each)
+    {
+        left -= by;
+        for (at += by; at >= each; at -= each) chunk++;
     }
 };
 
@@ -200,67 +206,35 @@ struct pair_words {
     }
 };
 
-/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. The first item is the warp's
- * own, each other the next that nobody has, taken when a stage is free for it: warps get on unevenly. FIND: where tiles begin. */
-template <class FIND> struct chunk_weights {
+/* A warp's weights ahead of their use across items: stages of up to STAGE units of an item's two tiles. FIND: where those begin. */
+template <int N, class FIND> struct chunk_weights {
     const uint8_t *ring, *tile[2]; /* tile: of the item asked for */
     uint32_t ring_at, come;
-    unsigned *next;
     FIND find;
-    chunk_item place; /* of the item asked for */
-    int each, units, end, item, asked, slot, phase; /* item: asked for, from `end` on none; asked: units of it; slot: used next */
-    int even, odd; /* items whose units begin in stage 0, in stage 1 */
-    static_assert(DEPTH == 2, "two stages, each the first of an item at most");
+    chunk_item<N> item;
+    int each, units, asked, slot, phase; /* asked: units of the item; slot: used next */
 
-    __device__ __forceinline__ chunk_weights(const uint8_t *at, uint64_t *barriers, FIND f, const chunk_run &run, unsigned *of_nobody,
-                                             int of_a_chunk, int of_a_tile)
-        : ring(at), ring_at(shared_at(at)), come(shared_at(barriers)), next(of_nobody), find(f), place{},
-          each(of_a_chunk), units(of_a_tile), end(run.end), asked(0), slot(0), phase(0), even(0), odd(0)
+    __device__ __forceinline__ chunk_weights(const uint8_t *at, uint64_t *barriers, FIND f, const chunk_item<N> &first, int of_a_chunk,
+                                             int of_a_tile)
+        : ring(at), ring_at(shared_at(at)), come(shared_at(barriers)), find(f), item(first), each(of_a_chunk), units(of_a_tile),
+          asked(0), slot(0), phase(0)
     {
-        begin(0, run.begin + threadIdx.x / LANES);
-        fill(0);
-        for (int i = 1; i < DEPTH; i++) ask(i);
+        for (int i = 0; i < DEPTH; i++) ask(i);
     }
-    __device__ __forceinline__ void begin(int to, int number)
+    __device__ __forceinline__ void ask(int to)
     {
-        item = number;
-        if (to == 0)
-            even = item;
-        else
-            odd = item;
-        if (item >= end) return;
-        place.go_to(item, each);
-        find(tile, place);
-    }
-    __device__ __forceinline__ int take() const
-    {
-        int number = 0; /* atomicAdd would count the lanes first */
-        if (threadIdx.x % LANES == 0) number = (int)atomicInc(next, 1u << 30);
-        return __shfl_sync(ALL, number, 0);
-    }
-    __device__ __forceinline__ void fill(int to)
-    {
-        if (item >= end) return;
         int n = units - asked < STAGE ? units - asked : STAGE, bytes = n * FP4_UNIT_BYTES;
-        if (elected()) {
+        if (asked == 0 && item.left > 0) find(tile, item);
+        if (item.left > 0 && elected()) {
             uint32_t at = ring_at + to * STAGE_BYTES, barrier = come + to * 8;
             barrier_expect(barrier, 2 * bytes);
             copy_bulk(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
             copy_bulk(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
         }
         asked += n;
-        if (asked == units) asked = 0;
-    }
-    __device__ __forceinline__ void ask(int to)
-    {
-        if (asked == 0 && item < end) begin(to, take());
-        fill(to);
-    }
-    /* The item to use next, whose stage has been asked for; false: there is none. */
-    __device__ __forceinline__ bool more(int &number) const
-    {
-        number = slot == 0 ? even : odd;
-        return number < end;
+        if (asked < units) return;
+        asked = 0;
+        item.advance(each);
     }
     __device__ __forceinline__ const uint8_t *await() const
     {
@@ -376,8 +350,8 @@ __device__ __forceinline__ void await_gathered()
 }
 
 /* Sums of an item's `units` units. x: where the lane reads its first panel. */
-template <bool EXACT, shares SHARES, class FIND>
-__device__ __forceinline__ void sum_item(float2 (&total)[OWN<EXACT>], chunk_weights<FIND> &weights, uint32_t x, int units)
+template <bool EXACT, shares SHARES, int N, class FIND>
+__device__ __forceinline__ void sum_item(float2 (&total)[OWN<EXACT>], chunk_weights<N, FIND> &weights, uint32_t x, int units)
 {
     int lane = threadIdx.x % LANES, share = share_of(units, CREW / 2), left = share;
     float a[4] = {}, b[4] = {};
@@ -414,7 +388,6 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * UP_BUFFERS], come[UP_CREW][DEPTH];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
-    __shared__ unsigned next;
     const cuda_matrix &gate = a.e.m[GATE];
     unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS, hidden_panels = gate.rows / PANEL;
@@ -422,7 +395,7 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
     chunk_barriers<UP_BUFFERS>(barriers, UP_CREW, come);
     wait_for_previous();
     let_next_start(); /* which may count on the chunks */
-    chunk_run run(a.chunks, each, entries, &next, UP_CREW);
+    chunk_run run(a.chunks, each, entries);
     chunk_buffers<UP_BUFFERS> inputs(barriers);
     if (warp == UP_CREW) {
         for (int c = UP_BUFFERS; c < run.n; c++) {
@@ -437,20 +410,19 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
 #pragma unroll 1
     for (int c = 0; c < first; c++)
         gather_rows<EXACT, UP_CREW * LANES>(buffers + c * panels * PANEL_BYTES, a, entries[c], panels, threadIdx.x);
-    auto find = [&](const uint8_t *(&tile)[2], const chunk_item &x) {
+    auto find = [&](const uint8_t *(&tile)[2], const chunk_item<UP_CREW> &x) {
         for (int side = 0; side < 2; side++) tile[side] = tile_at(a.e.m[side], entries[x.chunk][0], x.at);
     };
     int units = gate.cols / FP4_UNIT_COLS;
-    chunk_weights<decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES, come[warp],
-                                          find, run, &next, each, units);
+    chunk_item<UP_CREW> item(run, each);
+    chunk_weights<UP_CREW, decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES,
+                                                    come[warp], find, item, each, units);
     await_gathered();
     if (lane == 0)
         for (int c = 0; c < first; c++) barrier_arrive(&barriers[c]);
     float2 unit = {};
-    chunk_item item = {};
 #pragma unroll 1
-    for (int number; weights.more(number);) {
-        item.go_to(number, each);
+    for (; item.left > 0; item.advance(each)) {
         int c = item.chunk;
         float2 total[OWN<EXACT>] = {};
         if (inputs.current < c) {
@@ -485,14 +457,13 @@ template <bool EXACT> __global__ void __launch_bounds__(block_of(DOWN_CREW), 1) 
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t barriers[2 * DOWN_BUFFERS], come[DOWN_CREW][DEPTH];
     __shared__ int entries[CHUNKS_MOST][ENTRY];
-    __shared__ unsigned next;
     const cuda_matrix &m = a.e.m[DOWN];
     unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     int each = m.rows / DOWN_ROWS, bytes = m.cols / PANEL * PANEL_BYTES;
     uint32_t buffers = shared_at(shared);
     chunk_barriers<DOWN_BUFFERS>(barriers, 1, come);
     let_next_start();
-    chunk_run run(a.chunks, each, entries, &next, DOWN_CREW);
+    chunk_run run(a.chunks, each, entries);
     chunk_buffers<DOWN_BUFFERS> inputs(barriers);
     if (warp == DOWN_CREW) {
         wait_for_previous();
@@ -504,18 +475,17 @@ template <bool EXACT> __global__ void __launch_bounds__(block_of(DOWN_CREW), 1) 
         }
         return;
     }
-    auto find = [&](const uint8_t *(&tile)[2], const chunk_item &x) {
+    auto find = [&](const uint8_t *(&tile)[2], const chunk_item<DOWN_CREW> &x) {
         tile[0] = tile_at(m, entries[x.chunk][0], 2 * x.at);
         tile[1] = tile[0] + tile_bytes(m);
     };
     int units = m.cols / FP4_UNIT_COLS;
-    chunk_weights<decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp], find, run,
-                                          &next, each, units);
+    chunk_item<DOWN_CREW> item(run, each);
+    chunk_weights<DOWN_CREW, decltype(find)> weights(shared + DOWN_BUFFERS * bytes + warp * DEPTH * STAGE_BYTES, come[warp],
+                                                      find, item, each, units);
     wait_for_previous();
-    chunk_item item = {};
 #pragma unroll 1
-    for (int number; weights.more(number);) {
-        item.go_to(number, each);
+    for (; item.left > 0; item.advance(each)) {
         int c = item.chunk;
         float2 total[OWN<EXACT>] = {};
         inputs.enter(c);
