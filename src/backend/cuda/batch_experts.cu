@@ -280,9 +280,7 @@ template <bool EXACT> __device__ __forceinline__ int chunk_byte(unsigned t, unsi
     return panel_byte(EXACT ? 4 * t + p : t, place);
 }
 
-/* Buffers of chunks' inputs: chunk c of the run in buffer c % BUFFERS. Every working warp leaves every chunk once. In batch_up the
- * working warps bring the first BUFFERS chunks themselves, before they ask for weights, which would keep a warp's few waiting; so
- * `full` has as many arrivals as there are of them. */
+/* Buffers of chunks' inputs: chunk c of the run in buffer c % BUFFERS. Every working warp leaves every chunk once. */
 template <int BUFFERS> struct chunk_buffers {
     uint64_t *full, *empty;
     int current; /* chunk of the run a warp is in */
@@ -324,29 +322,23 @@ __device__ __forceinline__ void chunk_barriers(uint64_t *barriers, int copiers, 
     barriers_ready();
 }
 
-/* Asks for rows of a chunk from the panels of all rows, by BY threads of which this is one. */
-template <bool EXACT, int BY>
-__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels, int thread)
+/* Rows of a chunk from the panels of all rows, by a warp; `full` is told when they lie there. */
+template <bool EXACT>
+__device__ __forceinline__ void gather_rows(uint32_t to, const chunk_args &a, const int *entry, int panels, uint64_t *full)
 {
     constexpr int N = EXACT ? PARTS : 1;
+    int lane = threadIdx.x % LANES;
     for (int t = 0; t < entry[1]; t++) {
         int row = entry[2 + t] / a.k, r = row % 8;
         const uint8_t *from = a.parts + row / 8 * (N * PANEL_BYTES);
-#pragma unroll(BY > LANES ? 1 : 4)
-        for (int i = thread; i < panels * N * 8; i += BY) {
+#pragma unroll 4
+        for (int i = lane; i < panels * N * 8; i += LANES) {
             int place = i % 8 * 8, part = i / 8 % N, c = i / (8 * N);
             copy_async16(to + c * PANEL_BYTES + chunk_byte<EXACT>(t, part, place),
                          from + ((int64_t)c * a.groups * N + part) * PANEL_BYTES + panel_byte(r, place), true);
         }
     }
-}
-
-/* What the warp has asked for lies there. */
-__device__ __forceinline__ void await_gathered()
-{
-    copy_commit();
-    copy_wait<0>();
-    __syncwarp();
+    barrier_arrive_copied(full);
 }
 
 /* Sums of an item's `units` units. x: where the lane reads its first panel. */
@@ -392,24 +384,19 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
     unsigned warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     int panels = gate.cols / PANEL, each = gate.rows / UP_ROWS, hidden_panels = gate.rows / PANEL;
     uint32_t buffers = shared_at(shared);
-    chunk_barriers<UP_BUFFERS>(barriers, UP_CREW, come);
+    chunk_barriers<UP_BUFFERS>(barriers, LANES, come);
     wait_for_previous();
     let_next_start(); /* which may count on the chunks */
     chunk_run run(a.chunks, each, entries);
     chunk_buffers<UP_BUFFERS> inputs(barriers);
     if (warp == UP_CREW) {
-        for (int c = UP_BUFFERS; c < run.n; c++) {
+        for (int c = 0; c < run.n; c++) {
             inputs.reserve(c);
-            gather_rows<EXACT, LANES>(buffers + c % UP_BUFFERS * panels * PANEL_BYTES, a, entries[c], panels, lane);
-            await_gathered();
-            if (lane < UP_CREW) barrier_arrive(&barriers[c % UP_BUFFERS]);
+            gather_rows<EXACT>(buffers + c % UP_BUFFERS * panels * PANEL_BYTES, a, entries[c], panels, &barriers[c % UP_BUFFERS]);
         }
+        copy_wait<0>();
         return;
     }
-    int first = run.n < UP_BUFFERS ? run.n : UP_BUFFERS;
-#pragma unroll 1
-    for (int c = 0; c < first; c++)
-        gather_rows<EXACT, UP_CREW * LANES>(buffers + c * panels * PANEL_BYTES, a, entries[c], panels, threadIdx.x);
     auto find = [&](const uint8_t *(&tile)[2], const chunk_item<UP_CREW> &x) {
         for (int side = 0; side < 2; side++) tile[side] = tile_at(a.e.m[side], entries[x.chunk][0], x.at);
     };
@@ -417,9 +404,6 @@ template <bool EXACT, shares SHARES> __global__ void __launch_bounds__(block_of(
     chunk_item<UP_CREW> item(run, each);
     chunk_weights<UP_CREW, decltype(find)> weights(shared + UP_BUFFERS * panels * PANEL_BYTES + warp * DEPTH * STAGE_BYTES,
                                                     come[warp], find, item, each, units);
-    await_gathered();
-    if (lane == 0)
-        for (int c = 0; c < first; c++) barrier_arrive(&barriers[c]);
     float2 unit = {};
 #pragma unroll 1
     for (; item.left > 0; item.advance(each)) {
