@@ -8,7 +8,8 @@
 
 namespace {
 
-enum input_kind { INPUT_RAW, INPUT_NORMED, INPUT_GATED };
+/* INPUT_ANY: a kernel that makes each of them. */
+enum input_kind { INPUT_RAW, INPUT_NORMED, INPUT_GATED, INPUT_ANY };
 
 /* One of the matrices, as a block works through their tiles. */
 struct product_matrix {
@@ -125,32 +126,40 @@ __device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slo
     return put_parts_at(slots, stride, at, v);
 }
 
-/* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head.
- */
-constexpr int EACH = 4, GAINS = 2;
-__device__ __forceinline__ void load_gains(const product_args &p, float2 (&gain)[GAINS])
+template <input_kind KIND> __device__ __forceinline__ bool is(const product_args &p, input_kind kind)
 {
-    int n = p.kind == INPUT_NORMED ? p.cols : p.kind == INPUT_GATED ? p.dim : 0;
+    return (KIND == INPUT_ANY ? p.kind : KIND) == kind;
+}
+
+/* Pairs of columns of a row that a thread keeps. No more than it takes: code that was not run for a while has to come from far. */
+template <input_kind KIND> constexpr int EACH = KIND == INPUT_RAW ? 4 : 2;
+
+/* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head. */
+constexpr int GAINS = 2;
+template <input_kind KIND> __device__ __forceinline__ void load_gains(const product_args &p, float2 (&gain)[GAINS])
+{
+    int n = is<KIND>(p, INPUT_NORMED) ? p.cols : is<KIND>(p, INPUT_GATED) ? p.dim : 0;
 #pragma unroll
     for (int i = 0; i < GAINS; i++) {
-        int c = p.kind == INPUT_GATED ? 2 * (threadIdx.x % LANES + i * LANES) : 2 * (threadIdx.x + i * BLOCK);
+        int c = is<KIND>(p, INPUT_GATED) ? 2 * (threadIdx.x % LANES + i * LANES) : 2 * (threadIdx.x + i * BLOCK);
         gain[i] = c < n ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
     }
 }
 
 /* A row as it is, or normed: EACH pairs of columns of a thread are kept, of wider rows the others are read
  * again. What they are quantized by goes to *input_scale. */
+template <input_kind KIND>
 __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
                                           const float2 (&gain)[GAINS], float *part, float *input_scale)
 {
-    constexpr int STEP = 2 * BLOCK;
+    constexpr int STEP = 2 * BLOCK, N = EACH<KIND>;
     const float *x = p.x.data + row * p.x.stride;
-    float2 v[EACH];
+    float2 v[N];
     float scale = 1, top = 0;
     int c0 = 2 * threadIdx.x, at0 = slot_place(c0);
-    bool normed = p.kind == INPUT_NORMED, aligned = ((size_t)x & 7) == 0;
+    bool normed = is<KIND>(p, INPUT_NORMED), aligned = ((size_t)x & 7) == 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
+    for (int i = 0; i < N; i++) {
         v[i] = float2{};
         if (i * STEP >= p.cols) continue;
         const float *from = x + c0 + i * STEP;
@@ -160,17 +169,17 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
     if (normed) {
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++)
+        for (int i = 0; i < N; i++)
             if (i * STEP < p.cols) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
 #pragma unroll 1
-        for (int c = c0 + EACH * STEP; c < p.cols; c += STEP) {
+        for (int c = c0 + N * STEP; c < p.cols; c += STEP) {
             float2 y = load_pair(x, c);
             sum = fmaf(y.x, y.x, fmaf(y.y, y.y, sum));
         }
         scale = rsqrtf(block_sum<CREW>(sum, part) / (float)p.cols + p.eps);
     }
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
+    for (int i = 0; i < N; i++) {
         int c = c0 + i * STEP;
         if (i * STEP >= p.cols || c >= p.cols) continue;
         if (normed) {
@@ -180,7 +189,7 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
         top = fmaxf(top, place(p, slots, stride, row, c, at0 + i * STEP, v[i]));
     }
 #pragma unroll 1
-    for (int c = c0 + EACH * STEP; c < p.cols; c += STEP) {
+    for (int c = c0 + N * STEP; c < p.cols; c += STEP) {
         float2 y = load_pair(x, c);
         if (normed) y = make_float2(y.x * scale * p.gain[c], y.y * scale * p.gain[c + 1]);
         top = fmaxf(top, place(p, slots, stride, row, c, slot_place(c), y));
@@ -188,10 +197,10 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
     if (!p.quantize) return;
     float by = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / by;
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
+    for (int i = 0; i < N; i++)
         if (i * STEP < p.cols && c0 + i * STEP < p.cols) put_quantized_at(slots, stride, at0 + i * STEP, v[i], by, inverse);
 #pragma unroll 1
-    for (int c = c0 + EACH * STEP; c < p.cols; c += STEP)
+    for (int c = c0 + N * STEP; c < p.cols; c += STEP)
         put_quantized(slots, stride, c, parts_sum(slots, stride, c), by, inverse);
     if (threadIdx.x == 0) *input_scale = by;
 }
@@ -241,39 +250,40 @@ __device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16
 }
 
 /* Row `row` into four slots. */
+template <input_kind KIND>
 __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
                                            const float2 (&gain)[GAINS], float *part, float *input_scale)
 {
-    if (p.kind == INPUT_GATED)
+    if (is<KIND>(p, INPUT_GATED))
         place_heads(p, slots, stride, row, gain, part, input_scale);
     else
-        place_row(p, slots, stride, row, gain, part, input_scale);
+        place_row<KIND>(p, slots, stride, row, gain, part, input_scale);
 }
 
 /* N rows at a time, with the sums and maxima of place_row and place_heads: what a row waits for, it waits for with the
  * others. part: of each row, [2][CREW]. */
-template <int N, int ROWS>
+template <int N, int ROWS, input_kind KIND>
 __device__ __forceinline__ void place_rows(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
                                            const float2 (&gain)[GAINS], float (*part)[2 * CREW], float (&top)[ROWS])
 {
-    constexpr int STEP = 2 * BLOCK;
-    float2 v[N][EACH];
+    constexpr int STEP = 2 * BLOCK, PAIRS = EACH<KIND>;
+    float2 v[N][PAIRS];
     float scale[N];
     int c0 = 2 * threadIdx.x, at0 = slot_place(c0), warp = threadIdx.x / LANES;
 #pragma unroll
     for (int a = 0; a < N; a++)
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
+        for (int i = 0; i < PAIRS; i++) {
             v[a][i] = float2{};
             if (a < rows && i * STEP < p.cols && c0 + i * STEP < p.cols)
                 v[a][i] = load_pair(p.x.data + (row0 + a) * p.x.stride, c0 + i * STEP);
         }
-    if (p.kind == INPUT_NORMED) {
+    if (is<KIND>(p, INPUT_NORMED)) {
 #pragma unroll
         for (int a = 0; a < N; a++) {
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < EACH; i++)
+            for (int i = 0; i < PAIRS; i++)
                 if (i * STEP < p.cols) sum = fmaf(v[a][i].x, v[a][i].x, fmaf(v[a][i].y, v[a][i].y, sum));
             sum = warp_sum(sum);
             if (threadIdx.x % LANES == 0) part[a][warp] = sum;
@@ -288,15 +298,15 @@ __device__ __forceinline__ void place_rows(const product_args &p, __nv_bfloat16 
         }
     }
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
+    for (int i = 0; i < PAIRS; i++) {
         int c = c0 + i * STEP;
         if (i * STEP >= p.cols || c >= p.cols) continue;
-        float2 g = p.kind != INPUT_NORMED ? float2{} : i < GAINS ? gain[i] : make_float2(p.gain[c], p.gain[c + 1]);
+        float2 g = !is<KIND>(p, INPUT_NORMED) ? float2{} : i < GAINS ? gain[i] : make_float2(p.gain[c], p.gain[c + 1]);
 #pragma unroll
         for (int a = 0; a < N; a++) {
             if (a >= rows) continue;
             float2 y = v[a][i];
-            if (p.kind == INPUT_NORMED) y = make_float2(y.x * scale[a] * g.x, y.y * scale[a] * g.y);
+            if (is<KIND>(p, INPUT_NORMED)) y = make_float2(y.x * scale[a] * g.x, y.y * scale[a] * g.y);
             top[a] = fmaxf(top[a], place(p, slots + a * SLOTS * stride, stride, row0 + a, c, at0 + i * STEP, y));
         }
     }
@@ -348,23 +358,23 @@ __device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16
 }
 
 /* Rows row0 .. row0 + rows - 1, each into four slots. */
-template <int ROWS>
+template <int ROWS, input_kind KIND>
 __device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
                                             const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
 {
     float top[ROWS] = {};
-    if (ROWS == 1 || p.cols > EACH * 2 * BLOCK) {
+    if (ROWS == 1 || p.cols > EACH<KIND> * 2 * BLOCK) {
 #pragma unroll 1
         for (int a = 0; a < rows; a++)
-            make_input(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
+            make_input<KIND>(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
         return;
     }
-    if (p.kind == INPUT_GATED)
+    if (is<KIND>(p, INPUT_GATED))
         place_heads<ROWS>(p, slots, stride, row0, rows, gain, top);
     else if (rows <= 2)
-        place_rows<ROWS < 2 ? ROWS : 2, ROWS>(p, slots, stride, row0, rows, gain, part, top);
+        place_rows<ROWS < 2 ? ROWS : 2, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
     else
-        place_rows<ROWS, ROWS>(p, slots, stride, row0, rows, gain, part, top);
+        place_rows<ROWS, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
     if (!p.quantize) return;
 #pragma unroll
     for (int a = 0; a < ROWS; a++) {
@@ -443,7 +453,7 @@ __device__ __forceinline__ void ask_for(const product_args &p, const tile_ring &
 #endif
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. LONG: a ring of tiles. */
-template <int ROWS, int KINDS, bool LONG>
+template <int ROWS, int KINDS, bool LONG, input_kind KIND>
 __global__ void __launch_bounds__(BLOCK, ROWS == 1 && !LONG ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
 #if __CUDA_ARCH__ < 900
@@ -476,14 +486,14 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && !LONG ? 2 : 1) stream_prod
         for (int i = 0; i < RING; i++) weights.ask(next);
     prefetch_scales(p);
     float2 gain[GAINS];
-    load_gains(p, gain);
+    load_gains<KIND>(p, gain);
 #pragma unroll 1
     for (int a = 0; a < rows; a++) put_padding(slots + a * SLOTS * stride, stride, p.cols, threadIdx.x, BLOCK);
     for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
         slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
     wait_for_previous();
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
-    make_inputs<ROWS>(p, slots, stride, row0, rows, gain, scratch, input_scale);
+    make_inputs<ROWS, KIND>(p, slots, stride, row0, rows, gain, scratch, input_scale);
     __syncthreads();
     int number = blockIdx.x, end = 0, format = 0, row_bytes = 0;
     bool quantized = false;
@@ -551,18 +561,31 @@ void add_matrix(product_args &a, const cuda_matrix &m, mat out)
     for (int i = a.n - 1; i < NORM_PRODUCTS_MAX; i++) a.m[i].end = a.tiles;
 }
 
+/* A step of one row runs the same code four times a layer, which stays near; three kernels for it made a step 90 us slower. Of more
+ * rows what each kind takes is so much code that it has to come from far each time: there a kernel has what it takes. */
+template <int ROWS, int KINDS> auto kernel_of(input_kind kind)
+{
+    if constexpr (ROWS == 1)
+        return stream_product<1, KINDS, false, INPUT_ANY>;
+    else
+        return kind == INPUT_RAW    ? stream_product<ROWS, KINDS, false, INPUT_RAW>
+             : kind == INPUT_NORMED ? stream_product<ROWS, KINDS, false, INPUT_NORMED>
+                                    : stream_product<ROWS, KINDS, false, INPUT_GATED>;
+}
+
 template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, product_args a)
 {
     for (int i = 0; i < a.n; i++) a.stage = (int)a.m[i].tile > a.stage ? (int)a.m[i].tile : a.stage;
     a.stage = (a.stage + 127) / 128 * 128;
     size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols);
-    if (q->has_pdl && a.kinds == WHOLE && a.each >= LONG_TILES && shared + OWN_SHARED <= (size_t)q->shared_max) {
-        launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true>, grid, shared, a);
+    bool is_long = a.kinds == WHOLE && a.kind == INPUT_RAW && a.each >= LONG_TILES;
+    if (q->has_pdl && is_long && shared + OWN_SHARED <= (size_t)q->shared_max) {
+        launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true, INPUT_RAW>, grid, shared, a);
         return;
     }
     enum side side = ROWS > 1 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
     launch_side<BLOCK>(q, operation, side,
-                       a.kinds == WHOLE ? stream_product<ROWS, WHOLE, false> : stream_product<ROWS, CUT | TILED, false>, grid,
+                       a.kinds == WHOLE ? kernel_of<ROWS, WHOLE>(a.kind) : kernel_of<ROWS, CUT | TILED>(a.kind), grid,
                        product_shared(ROWS, a.cols, a.kinds & TILED), a);
 }
 
