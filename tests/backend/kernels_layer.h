@@ -263,7 +263,8 @@ static void several_rows(void)
         product_case(formats[f], ns[random_below(8)], 6400 + random_below(200), 256,
                      f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
     moe_run_case(WEIGHT_NVFP4, 2 + random_below(31), 256, 256, 3, false);
-    moe_run_case(WEIGHT_NVFP4, 9 + random_below(8), 512 + 256 * random_below(4), 256, 3, false); /* items of several stages */
+    moe_run_case(WEIGHT_NVFP4, 9 + random_below(8), 512 + 256 * random_below(4), 256, 3,
+                 false); /* items of several stages */
     for (int i = 0; i < 8; i++) layer_alone_case(WEIGHT_BF16, WEIGHT_FP8, WEIGHT_NVFP4, ns[i], NULL);
     moe_run_case(WEIGHT_NVFP4, 33 + random_below(32), 256, 256, 3, false);
     moe_run_case(WEIGHT_NVFP4, 65 + random_below(64), 256, 256, 3, true);
