@@ -60,7 +60,7 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
  * two of the same, some multiprocessors would get two and others none, and everybody would wait for the former: 8 us a layer,
  * measured. So every other kernel is a LEFT one and asks for more than half of the shared memory; all take more than a quarter
  * of the registers and no more than half. One LEFT and one other fit; two LEFT ones do not, nor two others beside one. */
-constexpr size_t LEFT_SHARED = 114 * 1024;
+constexpr size_t LEFT_SHARED = 113 * 1024; /* and what a kernel has besides: two take more than there is */
 
 template <int SIZE, class... P, class... A>
 void launch_side(struct queue *q, const char *operation, enum side side, void (*kernel)(P...), dim3 grid, size_t shared,
@@ -69,7 +69,7 @@ void launch_side(struct queue *q, const char *operation, enum side side, void (*
     bool alone = !q->has_pdl || grid.x * grid.y > (unsigned)q->sms || shared > LEFT_SHARED ||
                  (size_t)q->shared_max < 2 * LEFT_SHARED - 2048;
     launch<SIZE>(q, operation, true, kernel, grid, side == LEFT && !alone ? LEFT_SHARED : shared, arguments...);
-    q->side = alone ? ALONE : side;
+    q->side = shared > LEFT_SHARED ? LEFT : alone ? ALONE : side; /* a larger one fills the left side too */
 }
 
 inline unsigned blocks(int64_t n, int64_t each = THREADS)

@@ -132,7 +132,7 @@ template <input_kind KIND> __device__ __forceinline__ bool is(const product_args
 }
 
 /* Pairs of columns of a row that a thread keeps. No more than it takes: code that was not run for a while has to come from far. */
-template <input_kind KIND> constexpr int EACH = KIND == INPUT_RAW ? 4 : 2;
+template <input_kind KIND> constexpr int EACH = KIND == INPUT_RAW || KIND == INPUT_GATED ? 4 : 2;
 
 /* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head. */
 constexpr int GAINS = 2;
@@ -371,7 +371,7 @@ __device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16
     }
     if (is<KIND>(p, INPUT_GATED))
         place_heads<ROWS>(p, slots, stride, row0, rows, gain, top);
-    else if (rows <= 2)
+    else if (ROWS <= 2 || rows <= 2)
         place_rows<ROWS < 2 ? ROWS : 2, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
     else
         place_rows<ROWS, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
@@ -454,7 +454,7 @@ __device__ __forceinline__ void ask_for(const product_args &p, const tile_ring &
 
 /* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. LONG: a ring of tiles. */
 template <int ROWS, int KINDS, bool LONG, input_kind KIND>
-__global__ void __launch_bounds__(BLOCK, ROWS == 1 && !LONG ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+__global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_product(const __grid_constant__ product_args p)
 {
 #if __CUDA_ARCH__ < 900
     constexpr bool RINGED = false;
@@ -528,7 +528,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS == 1 && !LONG ? 2 : 1) stream_prod
             if (!RINGED) weights.template work<ROWS>(sum, format, s, slots, stride, quantized, next);
             float *to = sums + half * HALF + warp * 16 * 8 + i * 8 + lane % 4 * 2;
             if (lane % 16 < 4 && (ROWS > 1 || lane < 4)) *(float2 *)(to + lane / 16 * CHUNK<ROWS> * 8) = make_float2(sum[0], sum[1]);
-            if (lane % 16 < 4 && ROWS > 1) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
+            if (lane % 16 < 4 && ROWS > 2) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
         }
         store_tiles<ROWS>(p, sums + half * HALF, first, count, row0, rows, input_scale);
     }
@@ -561,12 +561,12 @@ void add_matrix(product_args &a, const cuda_matrix &m, mat out)
     for (int i = a.n - 1; i < NORM_PRODUCTS_MAX; i++) a.m[i].end = a.tiles;
 }
 
-/* A step of one row runs the same code four times a layer, which stays near; three kernels for it made a step 90 us slower. Of more
- * rows what each kind takes is so much code that it has to come from far each time: there a kernel has what it takes. */
+/* A step of one or two rows runs the same code three times a layer, which stays near: with three kernels it took 90 and 270 us more.
+ * Of more rows what each kind takes is so much that it does not: there a kernel has what it takes. */
 template <int ROWS, int KINDS> auto kernel_of(input_kind kind)
 {
-    if constexpr (ROWS == 1)
-        return stream_product<1, KINDS, false, INPUT_ANY>;
+    if constexpr (ROWS <= 2)
+        return stream_product<ROWS, KINDS, false, INPUT_ANY>;
     else
         return kind == INPUT_RAW    ? stream_product<ROWS, KINDS, false, INPUT_RAW>
              : kind == INPUT_NORMED ? stream_product<ROWS, KINDS, false, INPUT_NORMED>
@@ -583,7 +583,7 @@ template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid
         launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true, INPUT_RAW>, grid, shared, a);
         return;
     }
-    enum side side = ROWS > 1 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
+    enum side side = ROWS > 2 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
     launch_side<BLOCK>(q, operation, side,
                        a.kinds == WHOLE ? kernel_of<ROWS, WHOLE>(a.kind) : kernel_of<ROWS, CUT | TILED>(a.kind), grid,
                        product_shared(ROWS, a.cols, a.kinds & TILED), a);
@@ -596,7 +596,9 @@ void run(struct queue *q, const char *operation, product_args a)
     if (n == 0) return;
     a.each = a.tiles / grid;
     a.extra = a.tiles % grid;
-    if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
+    if (n == 2 && product_shared(2, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
+        start<2>(q, operation, dim3((unsigned)grid), a);
+    else if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<4>(q, operation, dim3((unsigned)grid, blocks(n, 4)), a);
     else
         start<1>(q, operation, dim3((unsigned)grid, (unsigned)n), a);

@@ -285,7 +285,7 @@ template <int KINDS, int RING> struct stream {
                                                uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3)
     {
         uint4 low = *(const uint4 *)x;
-        if (ROWS == 1) { /* rows 8.. of a and 0.. of b come to nothing and are not looked at */
+        if (ROWS <= 2) { /* rows 8.. of a and 0.. of b come to nothing and are not looked at */
             mma(a, low.x, low.y, low.z, low.w, b0, b1);
             mma(b, low.x, low.y, low.z, low.w, b2, b3);
         } else {
@@ -339,11 +339,11 @@ template <int KINDS, int RING> struct stream {
             piece<ROWS, FORMAT>(a, b, high, scale.y, x + COLS / 2, 8 * stride);
             ask(next);
         }
-        for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS == 1 ? i ^ 2 : i];
+        for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS <= 2 ? i ^ 2 : i];
     }
 
     /* Units of a matrix of `format` against slots [SLOTS * ROWS][stride]. Lanes 0..3 get the sums of columns
-     * 2 t and 2 t + 1 of row 0, with ROWS 4 of row 2 too in [2], [3]; lanes 16..19 those of rows 1 and 3.
+     * 2 t and 2 t + 1 of row 0, with ROWS 4 of row 2 too in [2], [3]; lanes 16..19 those of rows 1 and 3 where there are such.
      * quantized: of the fourth slot, else of the others. */
     template <int ROWS, class NEXT>
     __device__ __forceinline__ void work(float (&sum)[4], int format, share s, const __nv_bfloat16 *slots, int stride,
@@ -364,7 +364,7 @@ template <int KINDS, int RING> struct stream {
     template <int ROWS> static __device__ __forceinline__ void collect(float (&sum)[4], bool counts)
     {
 #pragma unroll
-        for (int k = 0; k < (ROWS > 1 ? 4 : 2); k++) {
+        for (int k = 0; k < (ROWS > 2 ? 4 : 2); k++) {
             sum[k] = counts ? sum[k] : 0;
             sum[k] += __shfl_xor_sync(ALL, sum[k], 4);
             sum[k] += __shfl_xor_sync(ALL, sum[k], 8);

@@ -70,13 +70,13 @@ __device__ __forceinline__ void work_units(float (&sum)[4], const uint8_t *tile,
     float a[4] = {}, b[4] = {};
     x += s.first * COLS + lane % 4 * LANE_COLS;
     tile += lane / 4 * row_bytes + s.first * UNIT_BYTES;
-#pragma unroll(FORMAT == WEIGHT_BF16 && ROWS == 1 ? 2 : 1)
+#pragma unroll(FORMAT == WEIGHT_BF16 && ROWS <= 2 ? 2 : 1)
     for (int u = 0; u < s.n; u++, x += COLS, tile += UNIT_BYTES) {
         uint4 one = *(const uint4 *)(tile + place), other = *(const uint4 *)(tile + (place ^ PIECE));
         words::template piece<ROWS, FORMAT>(a, b, odd ? other : one, 0, x, 8 * stride);
         words::template piece<ROWS, FORMAT>(a, b, odd ? one : other, 0, x + COLS / 2, 8 * stride);
     }
-    for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS == 1 ? i ^ 2 : i];
+    for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS <= 2 ? i ^ 2 : i];
 }
 
 /* As stream::work. */
