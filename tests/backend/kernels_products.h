@@ -86,11 +86,13 @@ static void products(void)
     static const int64_t cols[] = { 16, 32, 48, 256, 272, 528 }, odd[] = { 1, 7, 100, 257 };
     static const int64_t blocks[] = { 1, 127, 128, 129, 300 };
     reserve(140, 1024, 64, 2, 4);
-    /* many tiles a block: of heads */
+    /* many tiles a block: of heads; two rows have kernels of their own */
     if (on_device()) product_case(WEIGHT_BF16, 1, 8 * 64 * 150, 128, INPUT_AS_IS);
     if (on_device()) product_case(WEIGHT_FP8, 1, 8 * 64 * 150, 128, INPUT_FP8_ROW);
-    if (on_device()) product_case(WEIGHT_BF16, 2 + random_below(3), 8 * 64 * 150, 256, INPUT_AS_IS);
-    if (on_device()) product_case(WEIGHT_FP8, 2 + random_below(3), 8 * 64 * 150, 128, INPUT_FP8_ROW);
+    for (int n = 2; on_device() && n <= 4; n++) {
+        product_case(WEIGHT_BF16, n, 8 * 64 * 150, 256, INPUT_AS_IS);
+        product_case(WEIGHT_FP8, n, 8 * 64 * 150, 128, INPUT_FP8_ROW);
+    }
     for (size_t i = 0; i < sizeof ns / sizeof *ns; i++)
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             enum weight_format f = (enum weight_format)random_below(6);

@@ -141,6 +141,7 @@ __device__ __forceinline__ float prepare_head(const prepare_args &p, float2 *kep
     return top;
 }
 
+/* Heads of a row, each by a warp. */
 __device__ __forceinline__ float prepare_heads(const prepare_args &p, float2 *kept, int row)
 {
     const float *x = p.x.data + (int64_t)row * p.x.stride, *z = p.z.data + (int64_t)row * p.z.stride;

@@ -131,7 +131,8 @@ template <input_kind KIND> __device__ __forceinline__ bool is(const product_args
     return (KIND == INPUT_ANY ? p.kind : KIND) == kind;
 }
 
-/* Pairs of columns of a row that a thread keeps. No more than it takes: code that was not run for a while has to come from far. */
+/* Pairs of columns of a row that a thread keeps; wider rows are made one by one, gated ones too. No more than it takes: code that was
+ * not run for a while has to come from far. */
 template <input_kind KIND> constexpr int EACH = KIND == INPUT_RAW || KIND == INPUT_GATED ? 4 : 2;
 
 /* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head. */
