@@ -114,6 +114,11 @@ static float *vector(int64_t n, float value)
     return p;
 }
 
+static void join(int n, struct weight **list)
+{
+    backend.ops->weights_join(backend.queue, list, n);
+}
+
 static void make_layer(struct layer *l, enum weight_format delta, enum weight_format dense,
                        enum weight_format expert)
 {
@@ -142,6 +147,11 @@ static void make_layer(struct layer *l, enum weight_format delta, enum weight_fo
                                    .gate = make(dense, INNER, HIDDEN, false),
                                    .up = make(dense, INNER, HIDDEN, false),
                                    .down = make(dense, HIDDEN, INNER, false) };
+    if (l->kind == LAYER_FULL_ATTENTION)
+        join(3, (struct weight *[]){ l->attention.q, l->attention.k, l->attention.v });
+    else
+        join(4, (struct weight *[]){ l->delta.qkv, l->delta.z, l->delta.a, l->delta.b });
+    join(2, (struct weight *[]){ l->moe.gate, l->moe.up });
     struct experts *x = &l->moe.experts;
     x->n_experts = EXPERTS;
     x->gate = calloc(3 * EXPERTS, sizeof *x->gate);
@@ -205,7 +215,7 @@ static struct step_rows prompt_of(int n)
         rows[i] = (struct row){ .token = (int32_t)(next() % VOCAB), .position = { i, i, i } };
     for (int32_t i = 0; i < PROMPT / KV_PAGE; i++) pages[i] = i;
     span = (struct span){ .n = n, .pages = pages };
-    return (struct step_rows){ rows, n, &span, 1, false };
+    return (struct step_rows){ rows, n, &span, 1, true };
 }
 
 /* Rows of sequences that have `depth` tokens. */
@@ -223,6 +233,7 @@ static struct step_rows rows_at(int n, int64_t depth)
         span.logged = true;
         span.kept = n;
         round.spans = &span;
+        round.prompts = false;
         return round;
     }
     int64_t each = (depth + 1 + KV_PAGE - 1) / KV_PAGE;

@@ -7,6 +7,7 @@ void host_memory_free(struct queue *q, void *memory);
 void host_copy(struct queue *q, void *to, const void *from, uint64_t bytes);
 bool host_experts_bind(struct queue *q, struct experts *x, struct err *e);
 void host_experts_unbind(struct queue *q, struct experts *x);
+void host_weights_join(struct queue *q, struct weight **list, int n);
 bool host_wait(struct queue *q, struct err *e);
 uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits);
 double host_read_speed(struct queue *q);

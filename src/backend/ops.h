@@ -316,6 +316,10 @@ struct ops {
      * says whose the error is. */
     bool (*weights_create)(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                            int *failed, struct err *e);
+    /* Puts matrices that are read with the same inputs below one another, so that a product of many rows with
+     * all of them is one: neighbours of the list whose formats and shapes allow it, where there is room. The
+     * first of such has the memory of all, and none is used once it is freed. Changes nothing on a CPU. */
+    void (*weights_join)(struct queue *q, struct weight **list, int n);
     void (*weight_free)(struct queue *q, struct weight *w); /* NULL is fine */
     bool (*memory_create)(struct queue *q, void **out, uint64_t bytes,
                           struct err *e); /* zeroed, 64-byte aligned */

@@ -185,6 +185,11 @@ static bool weights_create(struct queue *q, struct weight **out, const struct we
     return trace_of(q)->op->weights_create(trace_of(q)->q, out, src, n, failed, e);
 }
 
+static void weights_join(struct queue *q, struct weight **list, int n)
+{
+    trace_of(q)->op->weights_join(trace_of(q)->q, list, n);
+}
+
 static void weight_free(struct queue *q, struct weight *w)
 {
     trace_of(q)->op->weight_free(trace_of(q)->q, w);
@@ -615,6 +620,7 @@ static const struct ops trace_ops = {
     .name = "trace",
     .weight_create = weight_create,
     .weights_create = weights_create,
+    .weights_join = weights_join,
     .weight_free = weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,

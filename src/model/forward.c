@@ -18,6 +18,20 @@ static struct mat take(struct arena *a, int64_t rows, int64_t cols)
     return mat_of(data, rows, cols);
 }
 
+/* Matrices whose rows are parts of longer rows, in their order. */
+static void take_beside(struct arena *a, int64_t rows, int n, struct mat *const *out, const int64_t *cols)
+{
+    enum { ROUND = 16 };
+    int64_t all = 0;
+    for (int i = 0; i < n; i++) all += (cols[i] + ROUND - 1) / ROUND * ROUND;
+    struct mat whole = take(a, rows, all);
+    float *at = whole.data;
+    for (int i = 0; i < n; i++) {
+        *out[i] = (struct mat){ at, rows, cols[i], all };
+        if (at) at += (cols[i] + ROUND - 1) / ROUND * ROUND; /* NULL while bytes are counted */
+    }
+}
+
 static void layout(struct step *s, struct arena *a)
 {
     const struct config *c = s->model->config;
@@ -28,20 +42,16 @@ static void layout(struct step *s, struct arena *a)
     s->x = take(a, n, hidden);
     s->h = take(a, n, hidden);
     s->y = take(a, n, hidden);
-    s->qg = take(a, n, 2 * heads);
-    s->k = take(a, n, kv);
-    s->v = take(a, n, kv);
+    take_beside(a, n, 3, (struct mat *[]){ &s->qg, &s->k, &s->v }, (int64_t[]){ 2 * heads, kv, kv });
     s->att = take(a, n, heads);
-    s->u = take(a, n, channels);
+    take_beside(a, n, 4, (struct mat *[]){ &s->u, &s->z, &s->a, &s->b },
+                (int64_t[]){ channels, values, c->linear_value_heads, c->linear_value_heads });
     s->conv = take(a, n, channels);
-    s->z = take(a, n, values);
-    s->a = take(a, n, c->linear_value_heads);
-    s->b = take(a, n, c->linear_value_heads);
     s->raw = take(a, n, values);
     s->o = take(a, n, values);
     s->router = take(a, n, c->n_experts);
-    s->gate = take(a, n, c->shared_intermediate);
-    s->up = take(a, n, c->shared_intermediate);
+    take_beside(a, n, 2, (struct mat *[]){ &s->gate, &s->up },
+                (int64_t[]){ c->shared_intermediate, c->shared_intermediate });
     s->hidden = take(a, n, c->shared_intermediate);
     s->shared = take(a, n, hidden);
     s->shared_gate = take(a, n, 1);

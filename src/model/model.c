@@ -31,6 +31,14 @@ static const char *at(struct names *n, const char *module)
     return n->text;
 }
 
+/* What is read with the same inputs. */
+static bool join(struct model *m, int n, struct weight **list)
+{
+    const struct backend *b = m->backend;
+    b->ops->weights_join(b->queue, list, n);
+    return true;
+}
+
 static bool bind_attention(struct model *m, struct attention_weights *w, struct names n, struct err *e)
 {
     const struct config *c = m->config;
@@ -38,6 +46,7 @@ static bool bind_attention(struct model *m, struct attention_weights *w, struct 
     return bind_linear(m, &w->q, at(&n, "self_attn.q_proj"), 2 * heads * dim, hidden, e) &&
            bind_linear(m, &w->k, at(&n, "self_attn.k_proj"), kv * dim, hidden, e) &&
            bind_linear(m, &w->v, at(&n, "self_attn.v_proj"), kv * dim, hidden, e) &&
+           join(m, 3, (struct weight *[]){ w->q, w->k, w->v }) &&
            bind_linear(m, &w->o, at(&n, "self_attn.o_proj"), hidden, heads * dim, e) &&
            bind_vector(m, &w->q_norm, at(&n, "self_attn.q_norm.weight"), dim, 1, e) &&
            bind_vector(m, &w->k_norm, at(&n, "self_attn.k_norm.weight"), dim, 1, e);
@@ -52,6 +61,7 @@ static bool bind_delta(struct model *m, struct delta_weights *w, struct names n,
            bind_linear(m, &w->z, at(&n, "linear_attn.in_proj_z"), values, hidden, e) &&
            bind_linear(m, &w->a, at(&n, "linear_attn.in_proj_a"), heads, hidden, e) &&
            bind_linear(m, &w->b, at(&n, "linear_attn.in_proj_b"), heads, hidden, e) &&
+           join(m, 4, (struct weight *[]){ w->qkv, w->z, w->a, w->b }) &&
            bind_linear(m, &w->out, at(&n, "linear_attn.out_proj"), hidden, values, e) &&
            bind_conv(m, &w->conv, at(&n, "linear_attn.conv1d.weight"), 2 * keys + values, c->conv_kernel,
                      e) &&
@@ -117,6 +127,7 @@ static bool bind_moe(struct model *m, struct moe_weights *w, struct names n, str
     m->packs = packs;
     ok = ok && bind_linear(m, &w->gate, at(&n, "mlp.shared_expert.gate_proj"), shared, hidden, e) &&
          bind_linear(m, &w->up, at(&n, "mlp.shared_expert.up_proj"), shared, hidden, e) &&
+         join(m, 2, (struct weight *[]){ w->gate, w->up }) &&
          bind_linear(m, &w->down, at(&n, "mlp.shared_expert.down_proj"), hidden, shared, e) &&
          find_input_globals(&g, m, n, e);
     ok = ok && bind_later(m, e);

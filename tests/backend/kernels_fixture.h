@@ -82,17 +82,34 @@ static const uint32_t POISON = 0x7fc0dead;
 struct guarded {
     struct mat m;
     uint32_t *all;
-    int64_t n;
+    int64_t n, width; /* width: columns of each row that may be written */
 };
 
 static struct guarded guarded(int64_t rows, int64_t cols, int64_t pad)
 {
     struct guarded g;
     g.n = rows * (cols + pad) + 2 * GUARD;
+    g.width = cols;
     g.all = take((size_t)g.n * 4);
     for (int64_t i = 0; i < g.n; i++) g.all[i] = POISON;
     g.m = (struct mat){ (float *)g.all + GUARD, rows, cols, cols + pad };
     return g;
+}
+
+/* Matrices of `rows` rows; where `joined` each row is a part of a longer one, in their order, and the first
+ * has the memory of all. */
+static void guarded_beside(bool joined, int64_t rows, int n, struct guarded *const *out, const int64_t *cols)
+{
+    int64_t all = 0;
+    for (int i = 0; i < n; i++) all += cols[i];
+    for (int i = 0; i < n; i++)
+        if (!joined || i == 0) {
+            *out[i] = guarded(rows, joined ? all : cols[i], i % 2 + 1);
+            out[i]->m.cols = cols[i];
+        } else {
+            struct mat before = out[i - 1]->m;
+            *out[i] = (struct guarded){ .m = { before.data + before.cols, rows, cols[i], before.stride } };
+        }
 }
 
 static void fill(struct mat m, float scale)
@@ -126,7 +143,7 @@ static void check_guards(const struct guarded *g, const char *what)
     finish();
     for (int64_t i = 0; i < g->n; i++) {
         int64_t at = i - GUARD;
-        bool inside = at >= 0 && at < g->m.rows * g->m.stride && at % g->m.stride < g->m.cols;
+        bool inside = at >= 0 && at < g->m.rows * g->m.stride && at % g->m.stride < g->width;
         if (!inside && g->all[i] != POISON) fail_msg("%s on %s wrote outside at %d", what, cpu.name, (int)at);
     }
 }

@@ -15,7 +15,8 @@ enum {
 };
 
 struct layer_case {
-    bool lean; /* heads of DeltaNet are not wanted */
+    bool lean;   /* heads of DeltaNet are not wanted */
+    bool joined; /* what has the same inputs: weights below one another, results side by side */
     struct made qkv, z, a, b, out, q, k, v, o, router, shared_gate, gate, up, down, expert[3][LAYER_EXPERTS];
     struct experts experts;
     struct weight *lists[3][LAYER_EXPERTS];
@@ -89,14 +90,22 @@ static struct layer_trace make_trace(uint64_t seed, int64_t rows)
     return t;
 }
 
+static void join_layer(struct layer_case *l)
+{
+    l->joined = true;
+    join(4, (struct weight *[]){ l->qkv.cpu, l->z.cpu, l->a.cpu, l->b.cpu });
+    join(3, (struct weight *[]){ l->q.cpu, l->k.cpu, l->v.cpu });
+    join(2, (struct weight *[]){ l->gate.cpu, l->up.cpu });
+}
+
 static void layer_mixers(struct layer_case *l, struct layer_trace *t, struct mat *x, struct mat heads,
                          const struct step_rows *rows)
 {
     int64_t n = rows->n;
-    struct guarded u = guarded(n, 512, 1), z = guarded(n, 256, 0), a = guarded(n, 2, 0), b = guarded(n, 2, 0),
-                   y = guarded(n, LAYER_HIDDEN, 0), conv = guarded(n, 512, 0), raw = guarded(n, 256, 0),
-                   qg = guarded(n, 1024, 0), k = guarded(n, 256, 0), v = guarded(n, 256, 0),
-                   att = guarded(n, 512, 0);
+    struct guarded y = guarded(n, LAYER_HIDDEN, 0), conv = guarded(n, 512, 0), raw = guarded(n, 256, 0),
+                   att = guarded(n, 512, 0), u, z, a, b, qg, k, v;
+    guarded_beside(l->joined, n, 4, (struct guarded *[]){ &u, &z, &a, &b }, (int64_t[]){ 512, 256, 2, 2 });
+    guarded_beside(l->joined, n, 3, (struct guarded *[]){ &qg, &k, &v }, (int64_t[]){ 1024, 256, 256 });
     struct delta_shape shape = { 1, 2, 128, 128, 4 };
     struct delta_state state = { .matrix = t->matrix.m.data, .conv = t->conv.m.data };
     struct kv_cache kv = { t->keys.m.data, t->values.m.data, KV_F32, 1, 256 };
@@ -134,9 +143,10 @@ static void layer_experts(struct layer_case *l, struct mat h, struct mat *x)
 {
     int64_t n = h.rows;
     struct guarded router = guarded(n, LAYER_EXPERTS, 0), one = guarded(n, 1, 0),
-                   gate = guarded(n, LAYER_INNER, 0), up = guarded(n, LAYER_INNER, 2),
                    hidden = guarded(n, LAYER_INNER, 0), y = guarded(n, LAYER_HIDDEN, 0),
-                   shared = guarded(n, LAYER_HIDDEN, 0);
+                   shared = guarded(n, LAYER_HIDDEN, 0), gate, up;
+    guarded_beside(l->joined, n, 2, (struct guarded *[]){ &gate, &up },
+                   (int64_t[]){ LAYER_INNER, LAYER_INNER });
     int32_t *id = take((size_t)n * 3 * 4);
     float *weight = take((size_t)n * 3 * 4);
     struct picks picks = { id, weight, 3 };
@@ -216,9 +226,10 @@ static void layer_alone_case(enum weight_format delta, enum weight_format dense,
 {
     int n_rows = lengths ? 0 : n;
     for (int i = 0; lengths && i < n; i++) n_rows += lengths[i];
-    struct layer_case l;
+    struct layer_case l = { 0 };
     make_layer_case(&l, delta, dense, expert);
     l.lean = lengths || n % 4 == 0;
+    if (random_below(2)) join_layer(&l);
     uint64_t seed = state_of_random;
     struct layer_trace together = make_trace(seed, lengths ? n_rows : SEQUENCES),
                        alone = make_trace(seed, lengths ? n_rows : SEQUENCES);

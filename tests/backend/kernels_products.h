@@ -113,6 +113,11 @@ static void products(void)
                      128 + random_below(12), 80, 64, f == 1 ? INPUT_FP8_ROW : INPUT_AS_IS);
 }
 
+static void join(int n, struct weight **list)
+{
+    cpu.ops->weights_join(cpu.queue, list, n);
+}
+
 static void bind(struct experts *x)
 {
     struct err e = { 0 };

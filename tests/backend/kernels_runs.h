@@ -178,6 +178,8 @@ static void moe_run_case(enum weight_format f, int64_t n, int64_t hidden, int64_
                    logits = filled(n, EXPERTS, 1, 3);
     struct guarded out[2][8];
     const struct backend *all[] = { &ref, &cpu };
+    bool joined = random_below(2);
+    if (joined) join(2, (struct weight *[]){ dense[1].cpu, dense[2].cpu });
     for (int b = 0; b < 2; b++) {
         struct experts list = { EXPERTS, lists[b][0], lists[b][1], lists[b][2], NULL };
         struct err e = { 0 };
@@ -185,6 +187,10 @@ static void moe_run_case(enum weight_format f, int64_t n, int64_t hidden, int64_
         struct guarded *o = out[b];
         o[0] = copy_of(&x);
         for (int i = 1; i < 8; i++) o[i] = guarded(n, i < 4 ? hidden : i < 7 ? inner : 1, 4);
+        if (joined) {
+            drop(&o[4]), drop(&o[5]);
+            guarded_beside(true, n, 2, (struct guarded *[]){ &o[4], &o[5] }, (int64_t[]){ inner, inner });
+        }
         int32_t *id = take((size_t)(n * k) * 4);
         float *weight = take((size_t)(n * k) * 4);
         struct picks picks = { id, weight, k };

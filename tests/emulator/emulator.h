@@ -366,6 +366,10 @@ inline float __fmul_rn(float x, float y)
 {
     return x * y;
 }
+inline float __expf(float x)
+{
+    return expf(x);
+}
 inline float __fdividef(float x, float y)
 {
     return x / y;

@@ -181,6 +181,7 @@ static const struct ops null_ops = {
     .name = "null",
     .weight_create = null_weight_create,
     .weights_create = weights_create,
+    .weights_join = host_weights_join,
     .weight_free = null_weight_free,
     .memory_create = null_memory_create,
     .memory_free = null_memory_free,

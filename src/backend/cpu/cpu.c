@@ -151,6 +151,7 @@ const struct ops cpu_ops = {
     .name = "cpu",
     .weight_create = cpu_weight_create,
     .weights_create = weights_create,
+    .weights_join = host_weights_join,
     .weight_free = cpu_weight_free,
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,

@@ -93,14 +93,18 @@ __device__ __forceinline__ void turn_pair(float *head, int n, int j, float2 turn
 __global__ void norm_rope_heads(mat x, int n_heads, int head_stride, int dim, const float *gain, float eps, rope rope,
                                 cuda_rows rows)
 {
-    int head = blockIdx.x * WARPS + threadIdx.x / LANES;
+    __shared__ float2 turn[HEAD_MAX / 2];
+    int head = blockIdx.x * WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    if ((int)threadIdx.x < rope.n) turn[threadIdx.x] = rope_turn(rope, rows.rows[blockIdx.y].position, threadIdx.x);
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
     if (head >= n_heads) return;
     float *at = x.data + blockIdx.y * x.stride + (int64_t)head * head_stride;
     head_values values;
     values.load(at, dim);
     values.store(at, dim, gain, eps);
-    for (int j = threadIdx.x % LANES; j < rope.n; j += LANES)
-        turn_pair(at, rope.n, j, rope_turn(rope, rows.rows[blockIdx.y].position, j));
+    for (int j = lane; j < rope.n; j += LANES) turn_pair(at, rope.n, j, turn[j]);
 }
 
 __device__ int64_t kv_line(const kv_cache &kv, const cuda_rows &rows, int span, int token)
@@ -581,7 +585,7 @@ __global__ void __launch_bounds__(THREADS) append_heads(const __grid_constant__ 
     let_next_start();
     int span = a.rows.rows[row].span, token = a.rows.spans[span].past + (int)row - a.rows.spans[span].first;
     int64_t line = kv_line(a.kv, a.rows, span, token) + head;
-    float2 turn = lane < a.rope.n ? rope_turn(a.rope, a.rows.rows[row].position, lane) : float2{};
+    float2 turn = threadIdx.x < LANES && lane < a.rope.n ? rope_turn(a.rope, a.rows.rows[row].position, lane) : float2{};
     wait_for_previous();
     float value = d < dim ? __ldcg(a.v.data + row * a.v.stride + head + d) : 0;
     if (threadIdx.x < LANES) {
@@ -637,7 +641,7 @@ void cuda_norm_rope(struct queue *q, struct mat x, int n_heads, int head_stride,
     if (head_dim > HEAD_MAX)
         queue_refuse(q, "norm_rope", "heads wider than 256 are not supported on a GPU");
     else if (rows)
-        launch(q, "norm_rope", false, norm_rope_heads, dim3(blocks(n_heads, WARPS), (unsigned)x.rows), 0, x, n_heads,
+        launch(q, "norm_rope", true, norm_rope_heads, dim3(blocks(n_heads, WARPS), (unsigned)x.rows), 0, x, n_heads,
                head_stride, head_dim, gain, eps, *rope, *rows);
 }
 
@@ -687,11 +691,19 @@ void cuda_attention_decode(struct queue *q, const struct attention_run *r, const
     run(q, r->att, args_of(r, rows), rows->n);
 }
 
+void cuda_attention_append(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
+{
+    attention_args a = args_of(r, rows);
+    if (r->kv->head_dim > HEAD_MAX)
+        queue_refuse(q, "attention", "heads wider than 256 are not supported on a GPU");
+    else
+        launch(q, "attention", true, append_heads, dim3((unsigned)r->kv->n_kv_heads, (unsigned)rows->n), 0, a);
+}
+
 void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows)
 {
     attention_args a = args_of(r, rows);
-    if (r->kv->head_dim <= HEAD_MAX)
-        launch(q, "attention", true, append_heads, dim3((unsigned)r->kv->n_kv_heads, (unsigned)rows->n), 0, a);
+    cuda_attention_append(q, r, rows);
     a.k_gain = nullptr;
     run(q, r->att, a, rows->n);
 }

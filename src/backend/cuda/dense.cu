@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int ROW_MOST = 12 * 1024, HEAD = 128; /* columns of a row, of a head */
+constexpr int ROW_MOST = 12 * 1024, HEAD = 128, LINE = 32; /* columns of a row, of a head, of a line of the second cache */
 
 struct input_args {
     mat x, up, h; /* as in cuda_products */
@@ -32,9 +32,9 @@ __device__ __forceinline__ void load4(float (&v)[4], const float *from)
     }
 }
 
-__device__ __forceinline__ void load4(float (&v)[4], const __nv_bfloat16 *from)
+/* Four BF16 numbers. */
+__device__ __forceinline__ void widen(float (&v)[4], uint2 w)
 {
-    uint2 w = *(const uint2 *)from;
     v[0] = __uint_as_float(w.x << 16), v[1] = __uint_as_float(w.x & 0xffff0000u);
     v[2] = __uint_as_float(w.y << 16), v[3] = __uint_as_float(w.y & 0xffff0000u);
 }
@@ -49,29 +49,37 @@ __device__ __forceinline__ void store4(__nv_bfloat16 *row, int c, const float (&
 /* A block a row; a thread EACH times four neighbouring columns, a warp 128 of them: a head. */
 template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_args a)
 {
-    wait_for_previous();
-    let_next_start();
     __shared__ float part[3 * WARPS];
     int64_t r = blockIdx.x;
     int n = (int)a.x.cols;
+    for (int c = LINE * threadIdx.x; c < n; c += LINE * THREADS) { /* no kernel writes these */
+        if (a.gain && !a.head) prefetch(a.gain + c);
+        if (a.one) prefetch(a.one + c);
+    }
+    wait_for_previous();
+    let_next_start();
     const float *x = a.x.data + r * a.x.stride, *up = a.up.data + r * a.up.stride;
-    float v[EACH][4], top = 0, sum = 0;
+    float v[EACH][4] = {}, z[EACH][4] = {}, top = 0, sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) { /* all at once */
+        int c = 4 * (threadIdx.x + i * THREADS);
+        if (c >= n) break;
+        if (a.narrow)
+            widen(v[i], *(const uint2 *)((const __nv_bfloat16 *)x + c));
+        else
+            load4(v[i], x + c);
+        if (a.up.data) load4(z[i], up + c);
+    }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int c = 4 * (threadIdx.x + i * THREADS);
-        float z[4] = {}, own = 0;
-        for (int k = 0; k < 4; k++) v[i][k] = 0;
-        if (c < n && a.narrow)
-            load4(v[i], (const __nv_bfloat16 *)x + c);
-        else if (c < n)
-            load4(v[i], x + c);
-        if (c < n && a.up.data) load4(z, up + c);
+        float own = 0;
         for (int k = 0; k < 4; k++) own = fmaf(v[i][k], v[i][k], own);
         if (a.head) {
             float scale = 1.0f / sqrtf(warp_sum(own) / (float)HEAD + a.eps);
-            for (int k = 0; k < 4; k++) v[i][k] = v[i][k] * scale * a.gain[c % HEAD + k] * silu(z[k]);
+            for (int k = 0; k < 4; k++) v[i][k] = v[i][k] * scale * a.gain[c % HEAD + k] * silu(z[i][k]);
         } else if (a.up.data) {
-            for (int k = 0; k < 4; k++) v[i][k] = silu(v[i][k]) * z[k];
+            for (int k = 0; k < 4; k++) v[i][k] = silu(v[i][k]) * z[i][k];
         }
         sum += own;
     }
@@ -89,7 +97,7 @@ template <int EACH> __global__ void prepare_rows(const __grid_constant__ input_a
         for (int i = 0; i < EACH; i++) {
             int c = 4 * (threadIdx.x + i * THREADS);
             if (c >= n) break;
-            load4(w, a.one + c);
+            widen(w, *(const uint2 *)(a.one + c));
             for (int k = 0; k < 4; k++) dot = fmaf(v[i][k], w[k], dot);
         }
         dot = block_sum(dot, part + 2 * WARPS);
@@ -228,95 +236,18 @@ template <int TOKENS> void start(struct queue *q, const dense_args &a, int64_t n
     launch(q, "matmul", true, dense_tiles<TOKENS>, dim3(a.first[a.n], blocks(n, TOKENS)), bytes, a);
 }
 
-/* ---- BF16 matrices of few rows: both that share the inputs at once ---- */
-
-constexpr int GROUP_ROWS = 16, GROUPS_MOST = 4; /* weight rows; groups of them */
-constexpr int SMALL_MANY = 1024;                /* tokens: more are read once, by blocks with all groups */
-
-struct small_args {
-    const __nv_bfloat16 *x; /* [tokens][cols] */
-    int tokens, cols, n;    /* n: groups */
-    const __nv_bfloat16 *w[GROUPS_MOST];
-    float *y[GROUPS_MOST];
-    int64_t stride[GROUPS_MOST]; /* of y */
-};
-
-/* Grid: tiles of 16 TILES tokens, groups by GROUPS. A warp multiplies an eighth of the columns; their sums are added in order.
- * Of 32 columns lane t of four takes 8 t to 8 t + 7. */
-template <int TILES, int GROUPS> __global__ void __launch_bounds__(THREADS, 1) small_products(const __grid_constant__ small_args p)
-{
-    constexpr int ROWS = 16 * TILES, COLS = GROUP_ROWS * GROUPS;
-    SHARED_MEMORY(float, part, 16); /* [WARPS][ROWS][COLS] */
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-    int token0 = blockIdx.x * ROWS, group0 = blockIdx.y * GROUPS, share = p.cols / WARPS, from = warp * share + 8 * t;
-    const __nv_bfloat16 *x[TILES][2], *w[GROUPS][2];
-    float sum[TILES][2 * GROUPS][4] = {};
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            int row = token0 + m * 16 + g + 8 * h;
-            x[m][h] = p.x + (int64_t)(row < p.tokens ? row : p.tokens - 1) * p.cols + from;
-        }
-#pragma unroll
-        for (int n = 0; n < GROUPS; n++) w[n][h] = p.w[group0 + n < p.n ? group0 + n : p.n - 1] + (int64_t)(g + 8 * h) * p.cols + from;
-    }
-    wait_for_previous();
-    let_next_start();
-#pragma unroll(TILES == 1 ? 4 : 1)
-    for (int c = 0; c < share; c += 32) {
-        uint4 a[TILES][2], b[GROUPS][2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int m = 0; m < TILES; m++) a[m][h] = __ldcg((const uint4 *)(x[m][h] + c));
-#pragma unroll
-            for (int n = 0; n < GROUPS; n++) b[n][h] = *(const uint4 *)(w[n][h] + c);
-        }
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int n = 0; n < 2 * GROUPS; n++) {
-                const uint4 &v = b[n / 2][n % 2];
-                mma(sum[m][n], a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y, v.x, v.y);
-                mma(sum[m][n], a[m][0].z, a[m][1].z, a[m][0].w, a[m][1].w, v.z, v.w);
-            }
-    }
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int n = 0; n < 2 * GROUPS; n++)
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-                *(float2 *)(part + (warp * ROWS + m * 16 + g + 8 * h) * COLS + n * 8 + 2 * t) = make_float2(sum[m][n][2 * h], sum[m][n][2 * h + 1]);
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
-        int row = token0 + i / COLS, group = group0 + i % COLS / GROUP_ROWS;
-        float y = part[i];
-        for (int k = 1; k < WARPS; k++) y += part[k * ROWS * COLS + i];
-        if (row < p.tokens && group < p.n) p.y[group][row * p.stride[group] + i % GROUP_ROWS] = y;
-    }
-}
-
-template <int TILES, int GROUPS> void start_small(struct queue *q, const small_args &a)
-{
-    launch(q, "matmul", true, small_products<TILES, GROUPS>, dim3(blocks(a.tokens, 16 * TILES), blocks(a.n, GROUPS)),
-           (size_t)WARPS * 16 * TILES * GROUP_ROWS * GROUPS * sizeof(float), a);
-}
-
 bool takes(const struct queue *q, const cuda_matrix &m)
 {
     return tile_takes(m, q->prefill.cols < ROW_MOST ? q->prefill.cols : ROW_MOST);
 }
 
-/* Of FP8 only what is worth the library's own launch. */
 /* FP8 only where it is worth it; for prompts as if they had 512 rows, see is_library. */
 bool library_takes(const struct queue *q, const cuda_matrix &m, const mat &y)
 {
-    constexpr int64_t WORTH = (int64_t)1 << 31; /* products of two numbers */
+    constexpr int64_t WORTH = (int64_t)1 << 29; /* products of two numbers */
     if (!q->blas || y.stride % 4 != 0 || (uintptr_t)y.data % 16 != 0) return false;
     if (m.format == WEIGHT_FP8)
-        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * (queue_prompts(q) ? 512 : y.rows) * m.cols > WORTH &&
+        return m.input == INPUT_FP8_ROW && blas_has_fp8(q->blas) && m.rows % 16 == 0 && m.cols % 16 == 0 && m.rows * (queue_prompts(q) ? 512 : y.rows) * m.cols >= WORTH &&
                (uintptr_t)m.scale % 16 == 0;
     return m.format == WEIGHT_BF16;
 }
@@ -328,20 +259,28 @@ bool is_one(const struct cuda_products *p, int i)
     return m.rows == 1 && m.format == WEIGHT_BF16 && m.cols % 4 == 0 && (uintptr_t)m.data % 8 == 0 && !(i == 0 && p->add.data);
 }
 
-/* Whether small_products multiplies it, so that a row has the same bits in all steps: whatever their rows. */
-bool is_small(const struct queue *q, const struct cuda_products *p, int i)
+/* Matrices that lie below one another, with results side by side, as one. */
+struct cuda_products joined(const struct cuda_products *p)
 {
-    int before = 0;
-    if (!q->prefill.straight) return false;
-    for (int k = 0; k <= i; k++) {
-        const cuda_matrix &m = p->m[k];
-        int groups = m.rows / GROUP_ROWS;
-        bool fits = m.format == WEIGHT_BF16 && m.rows % GROUP_ROWS == 0 && m.cols % (32 * WARPS) == 0 && (uintptr_t)m.data % 16 == 0 &&
-                    before + groups <= GROUPS_MOST && !(k == 0 && p->add.data);
-        if (k == i) return fits;
-        if (fits) before += groups;
+    struct cuda_products all = *p;
+    all.n = 0;
+    for (int i = 0; i < p->n; i++) {
+        const cuda_matrix &m = p->m[i];
+        cuda_matrix &last = all.m[all.n - (all.n > 0)];
+        mat &out = all.out[all.n - (all.n > 0)];
+        int64_t bytes = (int64_t)last.rows * last.cols * (m.format == WEIGHT_BF16 ? 2 : 1);
+        if (all.n && (m.format == WEIGHT_BF16 || m.format == WEIGHT_FP8) && m.format == last.format && m.input == last.input &&
+            m.cols == last.cols && m.data == (const uint8_t *)last.data + bytes &&
+            (m.format == WEIGHT_BF16 || m.scale == last.scale + last.rows) && p->out[i].data == out.data + out.cols &&
+            p->out[i].stride == out.stride) {
+            last.rows += m.rows;
+            out.cols += m.rows;
+            continue;
+        }
+        all.m[all.n] = m;
+        all.out[all.n++] = p->out[i];
     }
-    return false;
+    return all;
 }
 
 /* Few weight rows cost less as tiles beside others than as a call of the library. Who computes a product must not depend on
@@ -350,16 +289,16 @@ bool is_library(const struct queue *q, const struct cuda_products *p, int i)
 {
     constexpr int FEW_ROWS = 256;
     bool tiles = false;
-    for (int k = 0; k < p->n; k++) tiles = tiles || !library_takes(q, p->m[k], p->out[k]);
-    if (is_one(p, i) || is_small(q, p, i)) return false;
+    for (int k = 0; k < p->n; k++) tiles = tiles || !(library_takes(q, p->m[k], p->out[k]) || is_one(p, k));
+    if (is_one(p, i)) return false;
     bool few = tiles && p->m[i].rows <= FEW_ROWS;
     return !few && library_takes(q, p->m[i], p->out[i]);
 }
 
-/* Matrix i. False: the library refused. */
-bool by_library(struct queue *q, const struct cuda_products *p, int i)
+/* Matrix i. beside: in the other stream, where there is no scratch. False: the library refused. */
+bool by_library(struct queue *q, const struct cuda_products *p, int i, bool beside)
 {
-    size_t most = (size_t)32 << 20, bytes = q->quantized_bytes < most ? q->quantized_bytes : most;
+    size_t most = (size_t)32 << 20, bytes = beside ? 0 : q->quantized_bytes < most ? q->quantized_bytes : most;
     const cuda_matrix &m = p->m[i];
     bool fp8 = m.format == WEIGHT_FP8, adds = i == 0 && p->add.data, at_once = adds && p->lean && library_takes(q, m, p->add);
     struct blas_product r = {};
@@ -370,13 +309,13 @@ bool by_library(struct queue *q, const struct cuda_products *p, int i)
     r.w = m.data;
     r.w_scale = fp8 ? m.scale : nullptr;
     r.cols = m.cols;
-    if (!queue_failed(q) && !blas_product(q->blas, q->stream, &r, q->quantized, bytes)) return false;
+    if (!queue_failed(q) && !blas_product(q->blas, beside ? q->beside : q->stream, &r, q->quantized, bytes)) return false;
     if (adds && !at_once) cuda_add(q, p->add, p->out[0]);
     return true;
 }
 
 /* The matrices that are not the library's, by kernel, and what form of inputs all of them read. */
-void divide(struct queue *q, const struct cuda_products *p, dense_args &a, small_args &small, input_args &in)
+void divide(struct queue *q, const struct cuda_products *p, dense_args &a, input_args &in)
 {
     for (int i = 0; i < p->n; i++) {
         const cuda_matrix &m = p->m[i];
@@ -390,15 +329,6 @@ void divide(struct queue *q, const struct cuda_products *p, dense_args &a, small
         if (is_one(p, i) && !in.one) {
             in.one = (const __nv_bfloat16 *)m.data;
             in.one_out = p->out[i];
-            continue;
-        }
-        if (is_small(q, p, i)) {
-            in.straight = (__nv_bfloat16 *)q->prefill.straight;
-            for (int r = 0; r < m.rows; r += GROUP_ROWS, small.n++) {
-                small.w[small.n] = (const __nv_bfloat16 *)m.data + (int64_t)r * m.cols;
-                small.y[small.n] = p->out[i].data + r;
-                small.stride[small.n] = p->out[i].stride;
-            }
             continue;
         }
         if (i == 0) a.add = p->add;
@@ -434,17 +364,17 @@ bool cuda_dense_takes(const struct queue *q, const struct cuda_products *p)
     return true;
 }
 
-bool cuda_dense(struct queue *q, const struct cuda_products *p)
+bool cuda_dense(struct queue *q, const struct cuda_products *each)
 {
     dense_args a = {};
     input_args in = {};
-    if (!cuda_dense_takes(q, p)) return false;
+    if (!cuda_dense_takes(q, each)) return false;
+    struct cuda_products whole = joined(each), *p = &whole;
     a.cols = (int)p->x.cols;
     a.tokens = (int)p->x.rows;
     a.parts = in.parts = q->rounded ? 1 : EXACT_PARTS;
     a.lean = p->lean;
-    small_args small = {};
-    divide(q, p, a, small, in);
+    divide(q, p, a, in);
     in.x = p->x;
     in.up = p->up;
     if (!p->unread) in.h = p->h;
@@ -457,15 +387,11 @@ bool cuda_dense(struct queue *q, const struct cuda_products *p)
     if (normed) in.plain = (__nv_bfloat16 *)q->prefill.inputs;
     if (in.plain) q->prefill.known = normed ? p->h.data : nullptr;
     prepare(q, in);
-    small.x = (const __nv_bfloat16 *)q->prefill.straight;
-    small.tokens = a.tokens;
-    small.cols = a.cols;
-    if (small.n && a.tokens > SMALL_MANY)
-        start_small<4, GROUPS_MOST>(q, small);
-    else if (small.n)
-        start_small<1, 1>(q, small);
+    bool fork = p->choice && is_library(q, p, 0);
+    if (fork) queue_fork(q);
     for (int i = 0; i < p->n; i++) {
-        if (!is_library(q, p, i) || by_library(q, p, i)) continue;
+        if (!is_library(q, p, i) || by_library(q, p, i, fork && i == 0)) continue;
+        queue_join(q);
         struct blas *library = q->blas;
         if (p->m[i].format != WEIGHT_FP8) q->blas = nullptr; /* FP8 has been given up for good */
         bool done = cuda_dense(q, p);

@@ -368,7 +368,7 @@ __device__ __forceinline__ void group_meets()
 /* The queries of this thread's group, times 1 / sqrt(DIM), a power of two. */
 __device__ __forceinline__ void load_group(uint8_t *to, const flash_args &a, const flash_tile &tile, int kv_head, int pairs)
 {
-#pragma unroll 4
+#pragma unroll 16
     for (int i = threadIdx.x % 128; i < 64 * DIM / 4; i += 128) {
         int pair = threadIdx.x / 128 * 64 + i / (DIM / 4), d = i % (DIM / 4) * 4;
         uint2 v = make_uint2(0, 0);
@@ -437,11 +437,12 @@ __device__ __forceinline__ void attend_group(uint8_t *shared, const flash_args &
         int64_t row = tile.span.first + (tile.first + pair) / a.group, head = kv_head * a.group + (tile.first + pair) % a.group;
         const float *gate = a.qg.data + row * a.qg.stride + head * 2 * DIM + DIM + 2 * t;
         float *to = a.y.data + row * a.y.stride + head * DIM + 2 * t, inverse = 1.0f / total;
+        float2 open[DIM / 8];
 #pragma unroll
-        for (int n = 0; n < DIM / 8; n++) {
-            float2 open = *(const float2 *)(gate + n * 8);
-            *(float2 *)(to + n * 8) = make_float2(f.o[n][2 * h] * inverse * sigmoid(open.x), f.o[n][2 * h + 1] * inverse * sigmoid(open.y));
-        }
+        for (int n = 0; n < DIM / 8; n++) open[n] = __ldcg((const float2 *)(gate + n * 8));
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+            *(float2 *)(to + n * 8) = make_float2(f.o[n][2 * h] * inverse * sigmoid(open[n].x), f.o[n][2 * h + 1] * inverse * sigmoid(open[n].y));
     }
 }
 #endif

@@ -281,28 +281,38 @@ __device__ __forceinline__ void store_columns(float *to, const float (&x)[SUMMED
         if (i < n) to[i] = x[i];
 }
 
+/* Of the picks from `first` on, n at most. */
+__device__ __forceinline__ void load_slots(int (&slot)[SUMMED], const cuda_prefill &s, int64_t first, int n)
+{
+#pragma unroll
+    for (int j = 0; j < SUMMED; j++)
+        if (j < n) slot[j] = __ldcg(s.slot_of + first + j);
+}
+
 /* y = what the picks gave, weighted, in order, and the shared expert's behind its gate; add += y. y.data NULL: only
  * that. Grid: columns by eights, rows. */
 template <bool ROUNDED>
-__global__ void sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
+__global__ void __launch_bounds__(THREADS, ROUNDED ? 3 : 2) sum_picks(mat y, mat add, mat shared, mat gate, cuda_prefill s, picks p)
 {
-    wait_for_previous();
-    let_next_start();
     int64_t row = blockIdx.y, c = SUMMED * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     if (c >= y.cols) return;
     int n = y.cols - c < SUMMED ? (int)(y.cols - c) : SUMMED;
     float sum[SUMMED] = {}, other[SUMMED], before[SUMMED];
+    int slot[SUMMED];
+    load_slots(slot, s, row * p.k, p.k); /* there before the experts' last kernel let this one start */
+    wait_for_previous();
+    let_next_start();
     if (shared.data) load_columns(other, shared.data + row * shared.stride + c, n);
     if (add.data) load_columns(before, add.data + row * add.stride + c, n);
     for (int first = 0; first < p.k; first += SUMMED) {
         pick_values<ROUNDED> v[SUMMED];
         float weight[SUMMED];
+        if (first > 0) load_slots(slot, s, row * p.k + first, p.k - first);
 #pragma unroll
         for (int j = 0; j < SUMMED; j++) {
             if (first + j >= p.k) break;
-            int64_t pick = row * p.k + first + j;
-            weight[j] = p.weight[pick];
-            v[j].load(s.down, (int64_t)s.slot_of[pick] * y.cols + c);
+            weight[j] = p.weight[row * p.k + first + j];
+            v[j].load(s.down, (int64_t)slot[j] * y.cols + c);
         }
 #pragma unroll
         for (int j = 0; j < SUMMED; j++) {
@@ -368,10 +378,9 @@ bool takes(const struct queue *q, const cuda_experts &e, int64_t n, int k)
 
 } /* namespace */
 
-void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most)
+static void sort_all(struct queue *q, const struct picks *p, int picked, int most)
 {
     constexpr int ONE_BLOCK = 2 * SORTERS * AHEAD;
-    int picked = (int)(rows * p->k);
     if (picked <= ONE_BLOCK) {
         launch<SORTERS>(q, "experts", true, sort_picks, dim3(1), 0, q->prefill, *p, picked, most);
         return;
@@ -380,6 +389,15 @@ void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int m
         queue_check(q, cudaMemsetAsync(q->prefill.counts, 0, 2 * EXPERTS_MAX * sizeof *q->prefill.counts, q->stream), "experts");
     launch<SORTERS>(q, "experts", true, count_picks, dim3(blocks(picked, SORTERS * AHEAD)), 0, q->prefill, *p, picked);
     launch<SORTERS>(q, "experts", true, place_picks, dim3(blocks(picked, SORTERS * AHEAD)), 0, q->prefill, *p, picked, most);
+}
+
+void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most)
+{
+    if (q->forked) queue_other(q);
+    sort_all(q, p, (int)(rows * p->k), most);
+    if (!q->forked) return;
+    queue_other(q);
+    queue_join(q);
 }
 
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p)

@@ -21,6 +21,7 @@ constexpr int HALF_TILES = ITEM_TILES / 2, UNIT = ITEM_TILES * FP4_UNIT_BYTES; /
 struct wide_args {
     cuda_experts e;
     cuda_prefill s;
+    int tiles_most; /* there may be */
 };
 
 /* Of the matrices whose rows an item has, in boxes of an item's tiles; of what down multiplies. */
@@ -33,11 +34,11 @@ template <int MOST> struct wide_form {
     static constexpr bool MANY = MOST > 32;
     static constexpr int PRODUCTS = MANY ? 2 : 1, MULTIPLIERS = ITEM_ROWS / 16 / PRODUCTS; /* of a warp; warps */
     static constexpr int BLOCK = (MULTIPLIERS + TEAM_WARPS) * LANES;
-    static constexpr bool ASKS = MANY; /* a warp that multiplies has weights copied, since all others are busy */
-    static constexpr int GATHERERS = (MANY ? 4 : 3) * LANES; /* threads */
     static constexpr int PANELS = MANY ? 1 : FP4_UNIT_COLS / PANEL; /* of a stage: what is gathered, awaited and left at once */
-    static constexpr int STAGES = MANY ? 6 : 3, UNITS = MANY ? 3 : 4;
+    static constexpr int STAGES = MANY ? 6 : 5, UNITS = MANY ? 3 : 4;
     enum {
+        ASKS = MANY,                        /* a warp that multiplies has weights copied, since all others are busy */
+        GATHERERS = (MANY ? 4 : 3) * LANES, /* threads */
         FEWER = MANY ? 24 : 40,
         MORE = MANY ? 240 : 104, /* registers of those that gather, multiply */
         STEP = MANY ? 32 : 8,    /* slots are multiplied by multiples of */
@@ -46,10 +47,16 @@ template <int MOST> struct wide_form {
     static constexpr int WEIGHTS_AT = STAGES * STAGE, ITEMS_AT = WEIGHTS_AT + UNITS * UNIT;
 };
 
-/* Tile and rows of an item. */
+/* Tile and rows of an item, from row `part` times how many it has of a matrix; unit: what sums of the first and second matrix
+ * are multiplied by, here since at an item's end nobody should wait for it. */
 struct wide_work {
-    int expert, first, tokens, row0;
+    int first;
+    unsigned expert : 11, tokens : 8, part : 13;
+    float unit[2];
+
+    template <bool DOWN_ROWS> __device__ __forceinline__ int row0() const { return (int)part * (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2); }
 };
+static_assert(sizeof(wide_work) == 16 && EXPERTS_MAX < 1 << 11, "many items have room");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* A ring that one side fills and multiplying warps read. */
@@ -102,7 +109,7 @@ template <int MOST, bool DOWN_ROWS> struct wide_asker {
         constexpr int MAPS = DOWN_ROWS ? 1 : 2;
         wide_next n = next;
         if (n.item == items) return false;
-        int tile = (work[n.item].expert * m.rows + work[n.item].row0) / 8;
+        int tile = ((int)work[n.item].expert * m.rows + work[n.item].template row0<DOWN_ROWS>()) / 8;
         uint64_t *full = &ring.full[n.place.slot];
         barrier_wait(&ring.empty[n.place.slot], n.place.phase);
         barrier_expect(full, UNIT);
@@ -281,7 +288,7 @@ __device__ __forceinline__ void store_hidden(const wide_args &p, const wide_work
                                              const float (&up)[N / 8][4], int c)
 {
     int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4, inner = p.e.m[GATE].rows;
-    float u = FP4_UNIT / p.e.globals[w.expert], v = FP4_UNIT / p.e.globals[p.e.n + w.expert];
+    float u = w.unit[0], v = w.unit[1];
     __nv_bfloat16 *to = (__nv_bfloat16 *)p.s.hidden + (int64_t)(w.first + g) * inner + c / PANEL * PANEL + panel_place(c % PANEL + 2 * t, false);
 #pragma unroll
     for (int n = 0; n < N / 8; n++, to += 8 * (int64_t)inner) {
@@ -289,7 +296,7 @@ __device__ __forceinline__ void store_hidden(const wide_args &p, const wide_work
 #pragma unroll
         for (int h = 0; h < HALVES; h++)
             x[h] = turned(pack(silu(gate[n][2 * h] * u) * (up[n][UP + 2 * h] * v), silu(gate[n][2 * h + 1] * u) * (up[n][UP + 2 * h + 1] * v)));
-        if (n * 8 + g >= w.tokens) continue;
+        if (n * 8 + g >= (int)w.tokens) continue;
         if constexpr (HALVES == 2)
             *(uint2 *)to = make_uint2(x[0], x[1]); /* the second eight rows lie behind the first */
         else
@@ -303,7 +310,7 @@ __device__ __forceinline__ void store_down(const wide_args &p, const wide_work &
 {
     int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
     int width = p.e.m[DOWN].rows;
-    float unit = FP4_UNIT / p.e.globals[DOWN * p.e.n + w.expert];
+    float unit = w.unit[0];
     bool odd = t % 2;
     __nv_bfloat16 *to = (__nv_bfloat16 *)p.s.down + (int64_t)(w.first + g) * width + row + (odd ? 6 + 2 * t : 2 * t);
 #pragma unroll
@@ -312,14 +319,14 @@ __device__ __forceinline__ void store_down(const wide_args &p, const wide_work &
 #pragma unroll
         for (int h = 0; h < 2; h++) x[h] = turned(pack(sum[n][2 * h] * unit, sum[n][2 * h + 1] * unit));
         uint32_t other = __shfl_xor_sync(ALL, odd ? x[0] : x[1], 1);
-        if (n * 8 + g < w.tokens) *(uint2 *)to = odd ? make_uint2(other, x[1]) : make_uint2(x[0], other);
+        if (n * 8 + g < (int)w.tokens) *(uint2 *)to = odd ? make_uint2(other, x[1]) : make_uint2(x[0], other);
     }
 }
 
 template <int N, int MOST, bool DOWN_ROWS>
 __device__ __forceinline__ void run_item(const wide_args &p, const wide_work &w, wide_reader<MOST, DOWN_ROWS> &r)
 {
-    int row = w.row0 + r.row();
+    int row = w.template row0<DOWN_ROWS>() + r.row();
     wide_product<N> a;
     if constexpr (wide_form<MOST>::MANY) {
         wide_product<N> b;
@@ -354,7 +361,7 @@ __device__ __forceinline__ void gather_inputs(const wide_args &p, const wide_wor
     for (int item = 0; item < n; item++) {
         const int *rows = p.s.slot_row + work[item].first;
         const __nv_bfloat16 *x = (const __nv_bfloat16 *)p.s.inputs + piece * 8;
-        int tokens = work[item].tokens;
+        int tokens = (int)work[item].tokens;
 #pragma unroll 1
         for (int c = 0; c < cols; c += form::PANELS * PANEL) {
             barrier_wait(&ring.empty[ask.slot], ask.phase);
@@ -404,13 +411,14 @@ __device__ __forceinline__ void copy_inputs(const CUtensorMap &x, const wide_wor
 #pragma unroll 1
     for (int item = 0; item < n; item++) {
         const wide_work &w = work[item];
+        int tokens = (int)w.tokens;
 #pragma unroll 1
         for (int c = 0; c < cols; c += form::PANELS * PANEL) {
             uint32_t stage = to + ask.slot * form::STAGE;
             uint64_t *full = &ring.full[ask.slot];
             barrier_wait(&ring.empty[ask.slot], ask.phase);
-            barrier_expect(full, (w.tokens + form::STEP - 1) / form::STEP * form::STEP * 128 * form::PANELS);
-            for (int i = 0; i < w.tokens; i += form::STEP)
+            barrier_expect(full, (tokens + form::STEP - 1) / form::STEP * form::STEP * 128 * form::PANELS);
+            for (int i = 0; i < tokens; i += form::STEP)
 #pragma unroll
                 for (int k = 0; k < form::PANELS; k++)
                     copy_box(stage + k * form::PANEL_SIZE + i * 128, x, c + k * PANEL, w.first + i, full);
@@ -442,15 +450,26 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
     }
     if (!DOWN_ROWS) wait_for_previous();
     let_next_start(); /* which may count on the tiles */
+    int number = (int)blockIdx.x + (int)threadIdx.x * (int)gridDim.x;
+    int4 tile = number / each < p.tiles_most ? __ldcg((const int4 *)p.s.tiles + 1 + number / each) : int4{};
     int items = __ldcg(p.s.tiles) * each, n = ((int)gridDim.x - 1 - (int)blockIdx.x + items) / (int)gridDim.x;
-    for (int i = threadIdx.x; i < n; i += form::BLOCK) {
-        int number = blockIdx.x + i * gridDim.x;
-        int4 tile = __ldcg((const int4 *)p.s.tiles + 1 + number / each);
-        work[i] = { tile.x, tile.y, tile.z, number % each * (DOWN_ROWS ? ITEM_ROWS : ITEM_ROWS / 2) };
+    if ((int)threadIdx.x < n) {
+        wide_work &w = work[threadIdx.x];
+        w.first = tile.y;
+        w.expert = (unsigned)tile.x;
+        w.tokens = (unsigned)tile.z;
+        w.part = (unsigned)(number % each);
     }
     __syncthreads();
     uint32_t at = shared_at(shared);
     wide_asker<MOST, DOWN_ROWS> asker = { m, maps, work, n, at + form::WEIGHTS_AT, rings.weights, next };
+    if (warp == form::MULTIPLIERS) { /* before it announces inputs */
+#pragma unroll 1
+        for (int i = threadIdx.x % LANES; i < n; i += LANES)
+            for (int k = 0; k < (DOWN_ROWS ? 1 : 2); k++)
+                work[i].unit[k] = FP4_UNIT / p.e.globals[(DOWN_ROWS ? DOWN : k) * p.e.n + (int)work[i].expert];
+        __syncwarp();
+    }
     if (warp >= form::MULTIPLIERS) {
         fewer_registers<form::FEWER>();
         int helper = threadIdx.x - form::MULTIPLIERS * LANES;
@@ -471,7 +490,7 @@ __global__ void __launch_bounds__(wide_form<MOST>::BLOCK, 1)
         for (int i = 0; i < n; i++) {
             const wide_work &w = work[i];
             constexpr int STEP = form::STEP;
-            int n_of = (w.tokens + STEP - 1) / STEP;
+            int n_of = ((int)w.tokens + STEP - 1) / STEP;
             if (n_of <= 1)
                 run_item<STEP>(p, w, reader);
             else if (n_of == 2)
@@ -503,7 +522,7 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
     unsigned blocks = (unsigned)q->sms;
     int up = (int)(tiles * (e.m[GATE].rows / (ITEM_ROWS / 2)) / blocks + 1), down = (int)(tiles * (e.m[DOWN].rows / ITEM_ROWS) / blocks + 1);
     size_t most = (size_t)q->shared_max - 2048;
-    if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most) return false;
+    if (shared_of<MOST>(up) > most || shared_of<MOST>(down) > most || (up > down ? up : down) > wide_form<MOST>::BLOCK) return false;
     int inner = e.m[DOWN].cols;
     wide_maps of_up = {}, of_down = {};
     if (!weights_map(q, &of_up.weights[0], e, GATE, HALF_TILES) || !weights_map(q, &of_up.weights[1], e, UP, HALF_TILES) ||
@@ -511,7 +530,7 @@ template <int MOST> bool start(struct queue *q, const cuda_experts &e, const str
         !tensor_map(q->map_maker, &of_down.hidden, q->prefill.hidden, picked, inner, inner, wide_form<MOST>::STEP))
         return false;
     cuda_sort_picks(q, p, rows, MOST);
-    wide_args a = { e, q->prefill };
+    wide_args a = { e, q->prefill, (int)tiles };
     launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, false>, dim3(blocks), shared_of<MOST>(up), a, of_up);
     launch<wide_form<MOST>::BLOCK>(q, "experts", true, wide_experts<MOST, true>, dim3(blocks), shared_of<MOST>(down), a, of_down);
     return true;

@@ -42,7 +42,7 @@ struct cuda_weight {
     void *data;   /* device: as stored, but for NVFP4: see above */
     float *scale; /* device: FP8 [rows], FP8_BLOCK [rows / 128][cols / 128], rounded up */
     float global; /* NVFP4: divides the scales */
-    bool moved;   /* data and scale belong to the struct cuda_experts it is bound to */
+    bool moved;   /* data and scale belong to the struct cuda_experts it is bound to, or a weight it joins */
 };
 
 /* One matrix as kernels take it. */
@@ -130,7 +130,9 @@ struct cuda_graph {
 enum side { ALONE, LEFT, RIGHT };
 
 struct queue {
-    cudaStream_t stream;
+    cudaStream_t stream, beside; /* where work is put; see queue_fork */
+    cudaEvent_t here;            /* a place in one of them */
+    bool forked;
     enum side side;      /* of the kernel that was started last */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
@@ -190,6 +192,12 @@ static inline bool queue_few(const struct queue *q, int64_t rows)
 {
     return rows <= ROWS_EXACT && !queue_prompts(q);
 }
+/* From here on there are two streams, until what is queued then waits for both. In between queue_other
+ * changes to the other one and back; what they write must not meet, which scratch does. Not within recorded
+ * steps. */
+void queue_fork(struct queue *q);
+void queue_other(struct queue *q);
+void queue_join(struct queue *q);
 /* Every span is one row, not of a prompt, and no log is written or read. */
 bool queue_decodes(const struct step_rows *rows);
 bool queue_logs(const struct step_rows *rows);
@@ -207,6 +215,7 @@ bool cuda_has_kernels(int *version);
 bool cuda_weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                          int *failed, struct err *e);
 bool cuda_weight_create(struct queue *q, struct weight **out, const struct weight_source *src, struct err *e);
+void cuda_weights_join(struct queue *q, struct weight **list, int n);
 void cuda_weight_free(struct queue *q, struct weight *w);
 bool cuda_experts_bind(struct queue *q, struct experts *x, struct err *e);
 void cuda_experts_unbind(struct queue *q, struct experts *x);
@@ -292,6 +301,8 @@ void cuda_attention_some(struct queue *q, struct mat y, struct mat qg, int n_hea
                          const struct cuda_rows *rows, int64_t first, int64_t n);
 /* norm_rope, kv_append and attention of a step in which every row is a sequence of its own */
 void cuda_attention_decode(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
+/* norm_rope of r->k, which stays as it is, and kv_append */
+void cuda_attention_append(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* of one of up to ROWS_EXACT rows, several of a sequence; r->k stays as it is */
 void cuda_attention_rows(struct queue *q, const struct attention_run *r, const struct cuda_rows *rows);
 /* delta.cu */

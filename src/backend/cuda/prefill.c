@@ -53,6 +53,7 @@ bool cuda_norm_products_many(struct queue *q, const struct norm_products *r)
     struct cuda_products p = { .x = r->x, .gain = r->gain, .eps = r->eps, .n = r->n };
     if (!r->lean) p.h = r->h;
     p.unread = r->reader && knows(q, r->reader);
+    p.choice = p.unread && !q->recording;
     for (int i = 0; i < r->n; i++) {
         p.out[i] = r->out[i];
         p.m[i] = cuda_matrix_of(r->w[i]);
@@ -113,8 +114,7 @@ static void attend(struct queue *q, const struct attention_run *r, const struct 
         return;
     }
     cuda_ops.norm_rope(q, r->qg, r->n_heads, 2 * dim, dim, r->q_gain, r->eps, r->rope, step);
-    cuda_ops.norm_rope(q, r->k, r->kv->n_kv_heads, dim, dim, r->k_gain, r->eps, r->rope, step);
-    cuda_ops.kv_append(q, r->kv, r->k, r->v, step);
+    cuda_attention_append(q, r, rows);
     if (!cuda_flash(q, r->att, r->qg, r->n_heads, r->kv, step))
         cuda_ops.attention(q, r->att, r->qg, r->n_heads, r->kv, step);
 }
@@ -142,6 +142,10 @@ bool cuda_moe_many(struct queue *q, const struct moe_run *r)
         .x = r->gate, .up = r->up, .n = 1, .out = { r->shared }, .m = { cuda_matrix_of(r->w_down) }
     };
     if (!r->lean) out.h = r->hidden;
+    if (q->forked) queue_other(q);
     cuda_ops.route(q, r->picks, r->logits);
-    return cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
+    if (q->forked) queue_other(q);
+    bool done = cuda_dense(q, &out) && cuda_grouped(q, r->y, r->h, r->picks, r->experts->bound, r);
+    queue_join(q);
+    return done;
 }

@@ -21,6 +21,7 @@ struct cuda_products {
     int head;          /* 0: none */
     bool lean, narrow; /* narrow: x holds BF16, in the first half of each row's bytes */
     bool unread;       /* h is but a name for what lies in prefill.inputs */
+    bool choice;       /* the first product, and what goes by it, may come beside the others: queue_fork */
     int n;
     struct mat out[NORM_PRODUCTS_MAX];
     struct cuda_matrix m[NORM_PRODUCTS_MAX];
@@ -40,8 +41,8 @@ bool cuda_grouped_knows(const struct queue *q, const struct moe_run *run);
 /* grouped_wide.cu: the experts' products, from prefill.inputs to prefill.down in BF16, where shapes and
  * formats are its own. */
 bool cuda_grouped_wide(struct queue *q, const struct cuda_experts *e, const struct picks *p, int64_t rows);
-/* Puts the picks of `rows` rows in the order of their experts: slot_row, slot_of, and tiles of at most
- * `most`. */
+/* Where the choice was made: puts the picks of `rows` rows in the order of their experts: slot_row, slot_of,
+ * and tiles of at most `most`. */
 void cuda_sort_picks(struct queue *q, const struct picks *p, int64_t rows, int most);
 /* y = what the picks gave (f32 in prefill.down, by slot), weighted, in their order. */
 void cuda_sum_picks(struct queue *q, struct mat y, const struct picks *p);

@@ -52,6 +52,36 @@ static bool describe(struct queue *q, struct err *e)
     return true;
 }
 
+/* What is queued to the other stream from now on waits for this one's. */
+static void tell_other(struct queue *q, const char *operation)
+{
+    queue_check(q, cudaEventRecord(q->here, q->stream), operation);
+    queue_check(q, cudaStreamWaitEvent(q->beside, q->here, 0), operation);
+}
+
+void queue_fork(struct queue *q)
+{
+    if (queue_failed(q)) return;
+    tell_other(q, "fork");
+    q->forked = true;
+}
+
+void queue_other(struct queue *q)
+{
+    cudaStream_t s = q->stream;
+    q->stream = q->beside;
+    q->beside = s;
+}
+
+void queue_join(struct queue *q)
+{
+    if (!q->forked) return;
+    q->forked = false;
+    queue_other(q);
+    tell_other(q, "join");
+    queue_other(q);
+}
+
 /* Freed memory stays with the process: layers come and go during calibration. */
 static bool keep_memory(void)
 {
@@ -74,6 +104,8 @@ bool cuda_queue_create(struct queue **out, const struct backend_options *options
     bool ok = describe(q, e);
     if (ok) {
         status = cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking);
+        if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&q->beside, cudaStreamNonBlocking);
+        if (status == cudaSuccess) status = cudaEventCreateWithFlags(&q->here, cudaEventDisableTiming);
         ok = (status == cudaSuccess && keep_memory()) || refused(e, status);
     }
     if (ok)
@@ -93,6 +125,8 @@ void cuda_queue_free(struct queue *q)
         cudaStreamSynchronize(q->stream);
         cudaStreamDestroy(q->stream);
     }
+    if (q->beside) cudaStreamDestroy(q->beside);
+    if (q->here) cudaEventDestroy(q->here);
     blas_close(q->blas);
     cudaFreeHost(q->draw.answers);
     free(q->host_step);
@@ -282,6 +316,7 @@ const struct ops cuda_ops = {
     .name = "cuda",
     .weight_create = cuda_weight_create,
     .weights_create = cuda_weights_create,
+    .weights_join = cuda_weights_join,
     .weight_free = cuda_weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,

@@ -4,7 +4,8 @@
  * conv_heads: convolution, SiLU and, of q and k, the norm, to BF16. A warp a head, one token after the other.
  * chunk_parts: what a chunk needs of itself, for all chunks and value heads at once. With c the running sum of the log
  *   decay, A = beta_i (K_i . K_j) e^(c_i - c_j) below the diagonal, it solves (I + A) U = beta V and
- *   (I + A) W = beta e^c K, a thread one or two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal.
+ *   (I + A) W = beta e^c K, a thread two columns, and forms M = (Q_i . K_j) e^(c_i - c_j) on and below the diagonal. It also moves
+ *   the convolution's state on.
  * chunk_scan: chunk after chunk, a block for 32 columns of one head's state S, which stays in registers:
  *   N = U - W S; O = e^c Q S + M N; S = e^(c_last) S + (e^(c_last - c) K)^T N.
  * chunk_scan_wide: the same on compute capability 9.0a, 64 columns a block. */
@@ -68,41 +69,50 @@ __device__ chunk chunk_of(const cuda_rows &rows, int number)
 __device__ __forceinline__ void load4(float (&x)[4], const float *from)
 {
     if ((uintptr_t)from % 16 == 0) {
-        float4 v = *(const float4 *)from;
+        float4 v = __ldcg((const float4 *)from);
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     } else {
-        for (int i = 0; i < 4; i++) x[i] = from[i];
+        for (int i = 0; i < 4; i++) x[i] = __ldcg(from + i);
     }
 }
 
-/* Grid: parts of chunks, heads of q, k and v by eights. A lane has four neighbouring channels. */
-__global__ void conv_heads(const __grid_constant__ scan_args p, int parts)
+/* Grid: parts of chunks, heads of q, k and v by eights. A lane has four neighbouring channels, of AHEAD tokens at a time, and
+ * asks for as many more before it works on them. */
+__global__ void __launch_bounds__(THREADS, 2) conv_heads(const __grid_constant__ scan_args p, int parts)
 {
-    wait_for_previous();
-    let_next_start();
     constexpr int AHEAD = 8;
     chunk c = chunk_of(p.rows, blockIdx.x / parts);
     int keys = p.shape.key_heads, head = blockIdx.y * WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int begin = blockIdx.x % parts * (CHUNK / parts), end = begin + CHUNK / parts < c.n ? begin + CHUNK / parts : c.n;
-    if (begin >= end || head >= 2 * keys + p.shape.value_heads) return;
+    bool idle = begin >= end || head >= 2 * keys + p.shape.value_heads;
     int64_t channel = (int64_t)head * DIM + 4 * lane, channels = p.u.cols;
-    float weight[TAPS][4], x[TAPS - 1 + AHEAD][4];
+    float weight[TAPS][4], x[TAPS - 1 + AHEAD][4], next[AHEAD][4];
     const float *past = p.conv + (int64_t)c.span.slot * (TAPS - 1) * channels;
-    for (int j = 0; j < TAPS; j++) load4(weight[j], p.conv_weight + j * channels + channel);
-#pragma unroll
-    for (int j = 0; j < TAPS - 1; j++) {
-        int at = c.index * CHUNK + begin + j - (TAPS - 1);
-        load4(x[j], at >= 0 ? p.u.data + (c.span.first + at) * p.u.stride + channel : past + (at + TAPS - 1) * channels + channel);
+    int before = c.index * CHUNK + begin - (TAPS - 1); /* of the span's tokens, the first that is seen */
+    for (int j = 0; j < TAPS && !idle; j++) {
+        load4(weight[j], p.conv_weight + j * channels + channel);
+        if (j < TAPS - 1 && before + j < 0) load4(x[j], past + (before + j + TAPS - 1) * channels + channel);
     }
+    wait_for_previous();
+    let_next_start();
+    if (idle) return;
+#pragma unroll
+    for (int j = 0; j < TAPS - 1; j++)
+        if (before + j >= 0) load4(x[j], p.u.data + (c.span.first + before + j) * p.u.stride + channel);
     bool normed = head < 2 * keys;
     float scale = head < keys ? 1.0f / sqrtf((float)DIM) : 1;
     __nv_bfloat16 *to = normed ? p.qk + (int64_t)c.first * 2 * keys * DIM + channel
                                : p.v + (int64_t)c.first * p.shape.value_heads * DIM + channel - 2 * keys * DIM;
     int64_t step = (normed ? 2 * keys : p.shape.value_heads) * DIM;
+    const float *u = p.u.data + (int64_t)c.first * p.u.stride + channel;
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        if (begin + k < end) load4(x[TAPS - 1 + k], u + (begin + k) * p.u.stride);
+#pragma unroll 1
     for (int first = begin; first < end; first += AHEAD) {
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (first + k < end) load4(x[TAPS - 1 + k], p.u.data + (int64_t)(c.first + first + k) * p.u.stride + channel);
+            if (first + AHEAD + k < end) load4(next[k], u + (first + AHEAD + k) * p.u.stride);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             if (first + k >= end) break;
@@ -112,10 +122,10 @@ __global__ void conv_heads(const __grid_constant__ scan_args p, int parts)
                 float s = weight[TAPS - 1][i] * x[k + TAPS - 1][i];
 #pragma unroll
                 for (int j = 0; j < TAPS - 1; j++) s = fmaf(weight[j][i], x[k + j][i], s);
-                y[i] = silu(s);
+                y[i] = __fdividef(s, 1.0f + __expf(-s)); /* to be BF16 */
                 sum = fmaf(y[i], y[i], sum);
             }
-            float r = normed ? scale / sqrtf(warp_sum(sum) + 1e-6f) : 1;
+            float r = normed ? scale * rsqrtf(warp_sum(sum) + 1e-6f) : 1;
             __nv_bfloat162 pair[2] = { __floats2bfloat162_rn(y[0] * r, y[1] * r), __floats2bfloat162_rn(y[2] * r, y[3] * r) };
             *(uint2 *)(to + (first + k) * step) = *(uint2 *)pair;
         }
@@ -123,23 +133,26 @@ __global__ void conv_heads(const __grid_constant__ scan_args p, int parts)
         for (int j = 0; j < TAPS - 1; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) x[j][i] = x[AHEAD + j][i];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[TAPS - 1 + k][i] = next[k][i];
     }
 }
 
-/* The last TAPS - 1 inputs of each span. Grid: channels, spans. */
-__global__ void conv_advance(const __grid_constant__ scan_args p)
+/* The last TAPS - 1 inputs of a span are the next one's past: channels [first, end), by SIZE threads. */
+template <int SIZE> __device__ __forceinline__ void keep_last(const scan_args &p, const cuda_span &span, int first, int end)
 {
-    wait_for_previous();
-    let_next_start();
-    int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, channels = p.u.cols;
-    cuda_span span = p.rows.spans[blockIdx.y];
-    if (c >= channels) return;
-    float *past = p.conv + (int64_t)span.slot * (TAPS - 1) * channels + c, last[TAPS - 1];
-    for (int j = 0; j < TAPS - 1; j++) {
-        int at = span.n + j - (TAPS - 1);
-        last[j] = at >= 0 ? p.u.data[(int64_t)(span.first + at) * p.u.stride + c] : past[(at + TAPS - 1) * channels];
+    int64_t channels = p.u.cols;
+#pragma unroll 1
+    for (int c = first + threadIdx.x; c < end; c += SIZE) {
+        float *past = p.conv + (int64_t)span.slot * (TAPS - 1) * channels + c, last[TAPS - 1];
+        for (int j = 0; j < TAPS - 1; j++) {
+            int at = span.n + j - (TAPS - 1);
+            last[j] = at >= 0 ? p.u.data[(int64_t)(span.first + at) * p.u.stride + c] : past[(at + TAPS - 1) * channels];
+        }
+        for (int j = 0; j < TAPS - 1; j++) past[j * channels] = last[j];
     }
-    for (int j = 0; j < TAPS - 1; j++) past[j * channels] = last[j];
 }
 
 /* ---- matrices of CHUNK rows in shared memory: of 256 bytes as two halves, of 128, of 64; their 16-byte pieces permuted by row ---- */
@@ -232,7 +245,8 @@ __device__ __forceinline__ void init_copies(uint64_t *b, int n)
 
 constexpr int A_STRIDE = CHUNK + 4, PARTS_SHARED = 3 * BIG + CHUNK * A_STRIDE * 4 + 3 * CHUNK * 4;
 
-/* Running sums of the log decay, beta, and beta times the powers of e of the former. By one warp. */
+/* Running sums of the log decay, beta, and beta times the powers of e of the former. By one warp. a and b are there before the
+ * convolution, whose kernel lets this one start only once it has waited for them. */
 __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums, float *powers, float *beta)
 {
     constexpr int HALVES = CHUNK / LANES;
@@ -242,8 +256,8 @@ __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums,
     for (int half = 0; half < HALVES; half++) {
         int i = half * LANES + lane;
         a[half] = b[half] = 0;
-        if (i < c.n) a[half] = p.a.data[(int64_t)(c.first + i) * p.a.stride + head];
-        if (i < c.n) b[half] = p.b.data[(int64_t)(c.first + i) * p.b.stride + head];
+        if (i < c.n) a[half] = __ldcg(p.a.data + (int64_t)(c.first + i) * p.a.stride + head);
+        if (i < c.n) b[half] = __ldcg(p.b.data + (int64_t)(c.first + i) * p.b.stride + head);
     }
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
@@ -261,60 +275,62 @@ __device__ void gates(const scan_args &p, const chunk &c, int head, float *sums,
     }
 }
 
-/* Of (I + A) X = scale R so many columns from `column` on. X goes to a matrix of rows of 64 bytes, as at64 has them, or of
- * 128, as half of at256. */
-template <int COLUMNS>
+/* Of (I + A) X = scale R two columns from `column` on, TURN rows at a time: what they give is taken off all later rows, which move
+ * up, so that the code is a loop's. X goes to a matrix of rows of 64 bytes, as at64 has them, or of 128, as half of at256. */
 __device__ __forceinline__ void solve(uint8_t *to, bool by64, const float *A, const uint8_t *right, int column, const float *scale)
 {
-    float x[COLUMNS][CHUNK];
-    int piece = by64 ? column % SLICE / 8 : column / 8 % 8, row = by64 ? 64 : 128;
+    constexpr int TURN = 4;
+    float r[CHUNK][2];
+    int piece = by64 ? column % SLICE / 8 : column / 8 % 8, row = by64 ? 64 : 128, turned = by64 ? 1 : 0, mask = by64 ? 3 : 7;
     to += column % 8 * 2;
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
-        const __nv_bfloat16 *from = (const __nv_bfloat16 *)(right + at256(i, column / 8)) + column % 8;
-        uint8_t *at = to + i * row + (piece ^ (by64 ? i >> 1 & 3 : i & 7)) * 16;
-        float r[COLUMNS];
-        if constexpr (COLUMNS == 2) {
-            float2 both = __bfloat1622float2(*(const __nv_bfloat162 *)from);
-            r[0] = both.x * scale[i];
-            r[1] = both.y * scale[i];
-        } else {
-            r[0] = __bfloat162float(*from) * scale[i];
+        float2 both = __bfloat1622float2(*(const __nv_bfloat162 *)((const __nv_bfloat16 *)(right + at256(i, column / 8)) + column % 8));
+        r[i][0] = both.x * scale[i];
+        r[i][1] = both.y * scale[i];
+    }
+#pragma unroll 1
+    for (int first = 0; first < CHUNK; first += TURN, A += TURN * A_STRIDE + TURN) {
+        float x[TURN][2];
+#pragma unroll
+        for (int i = 0; i < TURN; i++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                x[i][c] = r[i][c];
+#pragma unroll
+                for (int j = 0; j < i; j++) x[i][c] = fmaf(-A[i * A_STRIDE + j], x[j][c], x[i][c]);
+            }
+            *(uint32_t *)(to + (first + i) * row + (piece ^ (first + i >> turned & mask)) * 16) = pair_of(x[i][0], x[i][1]);
         }
 #pragma unroll
-        for (int j = 0; j < i; j += 4) {
-            float4 a = *(const float4 *)(A + i * A_STRIDE + j);
-            const float above[4] = { a.x, a.y, a.z, a.w };
+        for (int i = TURN; i < CHUNK; i++) {
+            if (i % TURN == 0 && first + i >= CHUNK) break;
+            float4 a = *(const float4 *)(A + i * A_STRIDE);
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++)
-                    if (j + k < i) r[c] = fmaf(-above[k], x[c][j + k], r[c]);
+            for (int c = 0; c < 2; c++) {
+                float s = fmaf(-a.x, x[0][c], r[i][c]);
+                s = fmaf(-a.y, x[1][c], s);
+                s = fmaf(-a.z, x[2][c], s);
+                r[i - TURN][c] = fmaf(-a.w, x[3][c], s);
+            }
         }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) x[c][i] = r[c];
-        if constexpr (COLUMNS == 2)
-            *(uint32_t *)at = pair_of(r[0], r[1]);
-        else
-            *(__nv_bfloat16 *)at = __float2bfloat16_rn(r[0]);
     }
 }
 
 /* Rows from n on. */
 template <int SIZE> __device__ __forceinline__ void clear_rows(uint8_t *to, int n)
 {
+#pragma unroll 1
     for (int i = n * 16 + threadIdx.x; i < CHUNK * 16; i += SIZE) *(uint4 *)(to + at256(i / 16, i % 16)) = make_uint4(0, 0, 0, 0);
 }
 
-/* COLUMNS: of U or W a thread; two read A half as often, one is sooner done. Grid: chunks, value heads. Shared memory: K, Q, V of
- * the chunk, A, c, beta e^c, beta. */
-template <int COLUMNS>
-__global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
+/* SIZE: threads. Half of 256 form A and half of them M, after which one half's registers are the other's, which solves; 128 do one
+ * after the other. Grid: chunks, value heads. Shared memory: K, Q, V of the chunk, A, c, beta e^c, beta. */
+template <int SIZE>
+__global__ void __launch_bounds__(SIZE, SIZE == DIM ? 3 : 2)
     chunk_parts(const __grid_constant__ scan_args p, const __grid_constant__ CUtensorMap qk, const __grid_constant__ CUtensorMap v)
 {
-    wait_for_previous();
-    let_next_start();
-    constexpr int SIZE = 2 * DIM / COLUMNS;
+    constexpr bool HALVES = SIZE > DIM;
     SHARED_MEMORY(uint8_t, shared, 1024);
     __shared__ uint64_t full;
     float *A = (float *)(shared + 3 * BIG), *sums = A + CHUNK * A_STRIDE, *powers = sums + CHUNK, *beta = powers + CHUNK;
@@ -325,13 +341,19 @@ __global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
     if (c.n == 0) return;
     uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
     if (threadIdx.x == 0) init_copies(&full, 1);
+    if (warp == 1) gates(p, c, head, sums, powers, beta);
+    wait_for_previous();
+    let_next_start();
     if (begin_copies(&full, 3 * BIG)) {
         copy_rows<SIZE>(base, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, (keys + key) * DIM, &full);
         copy_rows<SIZE>(base + BIG, qk, p.qk, 2 * keys * DIM, p.rows.n, c.first, key * DIM, &full);
         copy_rows<SIZE>(base + 2 * BIG, v, p.v, heads * DIM, p.rows.n, c.first, head * DIM, &full);
     }
     end_copies();
-    if (warp == 1) gates(p, c, head, sums, powers, beta);
+    if (c.first + c.n == c.span.first + c.span.n) {
+        int channels = (int)p.u.cols, each = (channels + heads - 1) / heads, end = (head + 1) * each;
+        keep_last<SIZE>(p, c.span, head * each, end < channels ? end : channels);
+    }
 #if __CUDA_ARCH__ < 900
     await_copies<0>(&full, 0);
 #endif
@@ -345,49 +367,54 @@ __global__ void __launch_bounds__(2 * DIM / COLUMNS, COLUMNS == 2 ? 3 : 2)
         __syncthreads();
     }
     if (threadIdx.x < CHUNK) p.sums[number * CHUNK + threadIdx.x] = sums[threadIdx.x];
-    /* 16 rows a warp of K K^T and Q K^T, or of one */
-    bool of_k = COLUMNS == 2 || warp < 4, of_q = COLUMNS == 2 || warp >= 4;
-    int tile_row = warp % 4, row0 = tile_row * 16, quarter = lane / 8, eighth = lane % 8;
-    float kk[8][4] = {}, qq[8][4] = {};
+    /* 16 rows a warp of K K^T and Q K^T, one after the other, or of one */
+#pragma unroll 1
+    for (int of_q = HALVES && warp >= 4; of_q < (HALVES && warp < 4 ? 1 : 2); of_q++) {
+        int tile_row = warp % 4, row0 = tile_row * 16, quarter = lane / 8, eighth = lane % 8;
+        float x[8][4] = {};
+#pragma unroll 2
+        for (int k = 0; k < DIM / 16; k++) {
+            uint32_t a[4];
+            matrices(a, base + of_q * BIG + at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2));
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) {
-        uint32_t a[4], q[4], from = at256(row0 + (quarter & 1) * 8 + eighth, 2 * k + quarter / 2);
-        if (of_k) matrices(a, base + from);
-        if (of_q) matrices(q, base + BIG + from);
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            uint32_t b[4];
-            if (n > tile_row) break;
-            matrices(b, base + at256(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
-            if (of_k) {
-                mma(kk[2 * n], a, b[0], b[1]);
-                mma(kk[2 * n + 1], a, b[2], b[3]);
+            for (int n = 0; n < 4; n++) {
+                uint32_t b[4];
+                if (n > tile_row) break;
+                matrices(b, base + at256(n * 16 + quarter / 2 * 8 + eighth, 2 * k + (quarter & 1)));
+                mma(x[2 * n], a, b[0], b[1]);
+                mma(x[2 * n + 1], a, b[2], b[3]);
             }
-            if (of_q) {
-                mma(qq[2 * n], q, b[0], b[1]);
-                mma(qq[2 * n + 1], q, b[2], b[3]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int i = row0 + g + 8 * h;
+            float own = sums[i], factor = beta[i];
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                int j = n * 8 + 2 * t;
+                float2 other = *(const float2 *)(sums + j);
+                float v = x[n][2 * h] * expf(fminf(own - other.x, 0)), w = x[n][2 * h + 1] * expf(fminf(own - other.y, 0));
+                if (of_q)
+                    *(uint32_t *)(p.M + number * SQUARE + at128(i, n) + 4 * t) = pair_of(j <= i ? v : 0, j < i ? w : 0);
+                else
+                    *(float2 *)(A + i * A_STRIDE + j) = make_float2(j < i ? factor * v : 0, j + 1 < i ? factor * w : 0);
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < 8; n++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int i = row0 + g + 8 * h, j = n * 8 + 2 * t;
-            float below[2], up_to[2];
-            for (int k = 0; k < 2; k++) {
-                float decay = j + k <= i ? expf(sums[i] - sums[j + k]) : 0;
-                below[k] = j + k < i ? kk[n][2 * h + k] * decay : 0;
-                up_to[k] = j + k <= i ? qq[n][2 * h + k] * decay : 0;
-            }
-            if (of_q) *(uint32_t *)(p.M + number * SQUARE + at128(i, n) + 4 * t) = pair_of(up_to[0], up_to[1]);
-            if (of_k) *(float2 *)(A + i * A_STRIDE + j) = make_float2(beta[i] * below[0], beta[i] * below[1]);
-        }
     __syncthreads();
-    int column = COLUMNS * threadIdx.x % DIM;
-    bool values = threadIdx.x < DIM / COLUMNS;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (HALVES) {
+        if (warp >= 4)
+            fewer_registers<40>();
+        else
+            more_registers<208>();
+    }
+#endif
+    if (warp >= 4) return;
+    int column = 2 * threadIdx.x % DIM;
+    bool values = threadIdx.x < DIM / 2;
     uint8_t *to = values ? p.U + number * BIG + column / SLICE * NARROW : p.W + number * BIG + column / 64 * (CHUNK * 128);
-    solve<COLUMNS>(to, values, A, shared + (values ? 2 * BIG : 0), column, values ? beta : powers);
+    solve(to, values, A, shared + (values ? 2 * BIG : 0), column, values ? beta : powers);
 }
 
 /* ---- chunk after chunk ---- */
@@ -740,11 +767,11 @@ __global__ void __launch_bounds__(WIDE_SCAN_THREADS, 1) chunk_scan_wide(const __
     int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, deep = warp * 16, g = lane / 4, t = lane % 4;
     if (threadIdx.x == 0) barriers.init();
     __syncthreads();
-    wait_for_previous();
-    let_next_start();
     cuda_span span = p.rows.spans[blockIdx.y];
     int chunks = (span.n + CHUNK - 1) / CHUNK;
     if (warp == WIDE_SCANNERS / LANES) {
+        wait_for_previous();
+        let_next_start();
         if (lane > 0) return;
         int64_t number = head;
         for (int s = 0; s < (int)blockIdx.y; s++) number += (int64_t)((p.rows.spans[s].n + CHUNK - 1) / CHUNK) * heads;
@@ -769,11 +796,16 @@ __global__ void __launch_bounds__(WIDE_SCAN_THREADS, 1) chunk_scan_wide(const __
         return;
     }
     float *matrix = p.matrix + ((int64_t)span.slot * heads + head) * DIM * DIM + (int64_t)(deep + g) * DIM + slice * WIDE_SLICE + 2 * t;
-    float S[8][4]; /* rows deep + g, + 8 */
+    float S[8][4]; /* rows deep + g, + 8; of the step before */
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) S[n][i] = matrix[(int64_t)(i / 2) * 8 * DIM + n * 8 + i % 2];
+        for (int i = 0; i < 4; i += 2) {
+            float2 v = __ldcg((const float2 *)(matrix + (int64_t)(i / 2) * 8 * DIM + n * 8));
+            S[n][i] = v.x, S[n][i + 1] = v.y;
+        }
+    wait_for_previous();
+    let_next_start();
     if (warp < 4)
         scan_group<false>(p, shared, barriers, span, S, chunks, head * DIM + slice * WIDE_SLICE);
     else
@@ -834,11 +866,10 @@ bool cuda_scan(struct queue *q, const struct delta_run *r, const struct step_row
     unsigned n = (unsigned)chunks, by_heads = blocks(2 * s->key_heads + heads, WARPS);
     int parts = n * by_heads < 4u * q->sms ? 4 : 1; /* so that all multiprocessors have some */
     launch(q, "conv", true, conv_heads, dim3(n * parts, by_heads), 0, p, parts);
-    launch(q, "conv", true, conv_advance, dim3(blocks(r->u.cols), (unsigned)step->n_spans), 0, p);
-    if (n * heads < 6 * q->sms)
-        launch<2 * DIM>(q, "delta", true, chunk_parts<1>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+    if (q->has_wide && n * heads < 6 * q->sms)
+        launch<2 * DIM>(q, "delta", true, chunk_parts<2 * DIM>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
     else
-        launch<DIM>(q, "delta", true, chunk_parts<2>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
+        launch<DIM>(q, "delta", true, chunk_parts<DIM>, dim3(n, (unsigned)heads), PARTS_SHARED, p, qk, v);
     if (q->has_wide && WIDE_SHARED + 1024 + (int)sizeof(uint64_t) * 16 <= q->shared_max)
         launch<WIDE_SCAN_THREADS>(q, "delta", true, chunk_scan_wide, dim3((unsigned)(heads * (DIM / WIDE_SLICE)), (unsigned)step->n_spans), WIDE_SHARED, p, qk);
     else

@@ -204,41 +204,66 @@ static bool all_alike(struct weight **list, int n, struct err *e)
     return true;
 }
 
-/* Room for one of the parts of every weight of the list; NULL where they have none. */
-static bool take_block(struct queue *q, struct weight **list, int n, uint64_t each, void **block,
+/* Bytes of one of a weight's parts. */
+typedef uint64_t part_bytes(const struct weight *w);
+
+/* Room for that part of every weight of the list; NULL where they have none. */
+static bool take_block(struct queue *q, struct weight **list, int n, part_bytes *bytes, void **block,
                        struct err *e)
 {
+    uint64_t all = 0;
     *block = NULL;
-    return each == 0 || queue_take(q, block, each * (uint64_t)n + tile_slack(list[0]), "experts", e);
+    for (int i = 0; i < n; i++) all += bytes(list[i]);
+    return all == 0 || queue_take(q, block, all + tile_slack(list[0]), "weights", e);
 }
 
 /* These parts, below one another in the block. */
-static void move_part(struct queue *q, struct weight **list, int n, size_t part, uint64_t each, void *block)
+static void move_part(struct queue *q, struct weight **list, int n, size_t part, part_bytes *bytes,
+                      void *block)
 {
+    char *to = block;
     for (int i = 0; block && i < n; i++) {
-        void **at = (void **)((char *)list[i] + part), *to = (char *)block + (uint64_t)i * each;
-        queue_check(q, cudaMemcpyAsync(to, *at, each, cudaMemcpyDeviceToDevice, q->stream), "experts");
+        void **at = (void **)((char *)list[i] + part);
+        queue_check(q, cudaMemcpyAsync(to, *at, bytes(list[i]), cudaMemcpyDeviceToDevice, q->stream),
+                    "weights");
         queue_give(q, *at);
         *at = to;
+        to += bytes(list[i]);
     }
 }
 
 /* Both parts or, where there is no room for one of them, neither. */
-static bool move_all(struct queue *q, struct cuda_matrix *m, struct weight **list, int n, struct err *e)
+static bool move_all(struct queue *q, struct weight **list, int n, struct err *e)
 {
     void *data = NULL, *scale = NULL;
-    const struct weight *w = list[0];
-    bool ok = all_alike(list, n, e) && take_block(q, list, n, data_bytes(w), &data, e) &&
-              take_block(q, list, n, scale_bytes(w), &scale, e);
+    bool ok = take_block(q, list, n, data_bytes, &data, e) && take_block(q, list, n, scale_bytes, &scale, e);
     if (!ok) {
         queue_give(q, data);
         return false;
     }
-    move_part(q, list, n, offsetof(struct cuda_weight, data), data_bytes(w), data);
-    move_part(q, list, n, offsetof(struct cuda_weight, scale), scale_bytes(w), scale);
+    move_part(q, list, n, offsetof(struct cuda_weight, data), data_bytes, data);
+    move_part(q, list, n, offsetof(struct cuda_weight, scale), scale_bytes, scale);
     for (int i = 0; i < n; i++) ((struct cuda_weight *)list[i])->moved = true;
-    *m = cuda_matrix_of(w);
     return true;
+}
+
+/* Kernels want parts that begin at 256 bytes, as what was allocated does. */
+static bool joins(const struct weight *a, const struct weight *b)
+{
+    return (a->format == WEIGHT_BF16 || a->format == WEIGHT_FP8) && a->format == b->format &&
+           a->cols == b->cols && a->input == b->input && !a->is_table && !b->is_table &&
+           data_bytes(a) % 256 == 0 && scale_bytes(a) % 256 == 0;
+}
+
+void cuda_weights_join(struct queue *q, struct weight **list, int n)
+{
+    struct err none = { 0 };
+    for (int first = 0, next; first < n; first = next) {
+        next = first + 1;
+        while (next < n && joins(list[next - 1], list[next])) next++;
+        if (next > first + 1 && move_all(q, list + first, next - first, &none))
+            ((struct cuda_weight *)list[first])->moved = false; /* it has the block */
+    }
 }
 
 static bool upload_globals(struct queue *q, struct cuda_experts *x, struct weight **lists[3], struct err *e)
@@ -270,7 +295,10 @@ bool cuda_experts_bind(struct queue *q, struct experts *list, struct err *e)
     if (!x) return err_memory(e, "experts", sizeof *x);
     x->n = list->n_experts;
     bool ok = true;
-    for (int i = 0; ok && i < 3; i++) ok = move_all(q, &x->m[i], lists[i], x->n, e);
+    for (int i = 0; ok && i < 3; i++) {
+        ok = all_alike(lists[i], x->n, e) && move_all(q, lists[i], x->n, e);
+        if (ok) x->m[i] = cuda_matrix_of(lists[i][0]);
+    }
     ok = ok && upload_globals(q, x, lists, e);
     return ok;
 }

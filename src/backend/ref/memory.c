@@ -153,6 +153,7 @@ const struct ops ref_ops = {
     .name = "ref",
     .weight_create = weight_create,
     .weights_create = weights_create,
+    .weights_join = host_weights_join,
     .weight_free = weight_free,
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,
