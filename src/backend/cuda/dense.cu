@@ -259,26 +259,29 @@ bool is_one(const struct cuda_products *p, int i)
     return m.rows == 1 && m.format == WEIGHT_BF16 && m.cols % 4 == 0 && (uintptr_t)m.data % 8 == 0 && !(i == 0 && p->add.data);
 }
 
-/* Matrices that lie below one another, with results side by side, as one. */
+/* Whether b lies below a, and its results beside those of a. */
+bool follows(const cuda_matrix &a, const mat &y, const cuda_matrix &b, const mat &z)
+{
+    if (b.format != WEIGHT_BF16 && b.format != WEIGHT_FP8) return false;
+    int64_t bytes = (int64_t)a.rows * a.cols * (b.format == WEIGHT_BF16 ? 2 : 1);
+    return a.format == b.format && a.input == b.input && a.cols == b.cols && b.data == (const uint8_t *)a.data + bytes &&
+           (b.format == WEIGHT_BF16 || b.scale == a.scale + a.rows) && z.data == y.data + y.cols && z.stride == y.stride;
+}
+
+/* Matrices that follow one another as one. */
 struct cuda_products joined(const struct cuda_products *p)
 {
     struct cuda_products all = *p;
-    all.n = 0;
-    for (int i = 0; i < p->n; i++) {
-        const cuda_matrix &m = p->m[i];
-        cuda_matrix &last = all.m[all.n - (all.n > 0)];
-        mat &out = all.out[all.n - (all.n > 0)];
-        int64_t bytes = (int64_t)last.rows * last.cols * (m.format == WEIGHT_BF16 ? 2 : 1);
-        if (all.n && (m.format == WEIGHT_BF16 || m.format == WEIGHT_FP8) && m.format == last.format && m.input == last.input &&
-            m.cols == last.cols && m.data == (const uint8_t *)last.data + bytes &&
-            (m.format == WEIGHT_BF16 || m.scale == last.scale + last.rows) && p->out[i].data == out.data + out.cols &&
-            p->out[i].stride == out.stride) {
-            last.rows += m.rows;
-            out.cols += m.rows;
-            continue;
+    all.n = 1;
+    for (int i = 1; i < p->n; i++) {
+        int last = all.n - 1;
+        if (follows(all.m[last], all.out[last], p->m[i], p->out[i])) {
+            all.m[last].rows += p->m[i].rows;
+            all.out[last].cols += p->out[i].cols;
+        } else {
+            all.m[all.n] = p->m[i];
+            all.out[all.n++] = p->out[i];
         }
-        all.m[all.n] = m;
-        all.out[all.n++] = p->out[i];
     }
     return all;
 }
