@@ -33,7 +33,9 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
             A... arguments)
 {
     cudaLaunchConfig_t c = {};
-    cudaLaunchAttribute attribute[1];
+    cudaLaunchAttribute attribute[2];
+    struct passing once = q->passing;
+    q->passing = {};
     if (queue_failed(q) || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     q->side = ALONE;
     c.gridDim = grid;
@@ -44,6 +46,16 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     c.attrs = attribute;
     c.numAttrs = overlap && q->has_pdl ? 1 : 0;
+    if (once.bytes) {
+        cudaLaunchAttribute &a = attribute[c.numAttrs++];
+        a.id = cudaLaunchAttributeAccessPolicyWindow;
+        a.val.accessPolicyWindow = {};
+        a.val.accessPolicyWindow.base_ptr = const_cast<void *>(once.from);
+        a.val.accessPolicyWindow.num_bytes = once.bytes;
+        a.val.accessPolicyWindow.hitRatio = 1;
+        a.val.accessPolicyWindow.hitProp = cudaAccessPropertyStreaming;
+        a.val.accessPolicyWindow.missProp = cudaAccessPropertyNormal;
+    }
     /* 48 KiB need no leave, with what the kernel has besides: 13 KiB at most where it asks for any */
     if (shared > 32 * 1024 &&
         !queue_check(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),

@@ -126,6 +126,12 @@ struct cuda_graph {
     cudaGraphExec_t exec;
 };
 
+/* Memory that a kernel reads once and nobody soon again: it leaves the second cache before what others left there. */
+struct passing {
+    const void *from;
+    size_t bytes;
+};
+
 /* Of two kernels that overlap: device.cuh. */
 enum side { ALONE, LEFT, RIGHT };
 
@@ -134,6 +140,8 @@ struct queue {
     cudaEvent_t here;            /* a place in one of them */
     bool forked;
     enum side side;      /* of the kernel that was started last */
+    struct passing passing; /* of the kernel that is started next */
+    size_t passing_most;    /* bytes; 0: the device knows no such memory */
     int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
     void *map_maker;     /* of tensor_map.h; NULL: none */

@@ -114,6 +114,30 @@ template <int KINDS> struct tiles_ahead {
     }
 };
 
+/* Sum and maximum over the block, of what is not negative; part: CREW floats at a multiple of 16 bytes, free again after the
+ * caller's next __syncthreads. */
+__device__ __forceinline__ float crew_sum(float x, float *part)
+{
+    x = warp_sum(x);
+    if (threadIdx.x % LANES == 0) part[threadIdx.x / LANES] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int i = 0; i < CREW / 4; i++) {
+        float4 four = ((const float4 *)part)[i];
+        x = (((x + four.x) + four.y) + four.z) + four.w;
+    }
+    return x;
+}
+
+__device__ __forceinline__ float crew_max(float x, float *part)
+{
+    x = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(x)));
+    if (threadIdx.x % LANES == 0) part[threadIdx.x / LANES] = x;
+    __syncthreads();
+    return __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(part[threadIdx.x % CREW])));
+}
+
 /* Two input values that go to `at` of their slots (slot_place of column c); returns the larger magnitude. */
 __device__ __forceinline__ float place(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, int at,
                                        float2 v)
@@ -177,7 +201,7 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
             float2 y = load_pair(x, c);
             sum = fmaf(y.x, y.x, fmaf(y.y, y.y, sum));
         }
-        scale = rsqrtf(block_sum<CREW>(sum, part) / (float)p.cols + p.eps);
+        scale = rsqrtf(crew_sum(sum, part) / (float)p.cols + p.eps);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -196,7 +220,7 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
         top = fmaxf(top, place(p, slots, stride, row, c, slot_place(c), y));
     }
     if (!p.quantize) return;
-    float by = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / by;
+    float by = fp8_input_scale(crew_max(top, part + CREW)), inverse = 1.0f / by;
 #pragma unroll
     for (int i = 0; i < N; i++)
         if (i * STEP < p.cols && c0 + i * STEP < p.cols) put_quantized_at(slots, stride, at0 + i * STEP, v[i], by, inverse);
@@ -243,7 +267,7 @@ __device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16
         }
     }
     if (!p.quantize) return;
-    float by = fp8_input_scale(block_max<CREW>(top, part + CREW)), inverse = 1.0f / by;
+    float by = fp8_input_scale(crew_max(top, part + CREW)), inverse = 1.0f / by;
 #pragma unroll 1
     for (int c = 2 * threadIdx.x; c < p.cols; c += 2 * BLOCK)
         put_quantized(slots, stride, c, parts_sum(slots, stride, c), by, inverse);
@@ -464,7 +488,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_prod
     __shared__ uint64_t full[STAGES], empty[STAGES];
 #endif
     SHARED_MEMORY(uint8_t, shared, 128);
-    __shared__ float scratch[ROWS][2 * CREW], input_scale[ROWS];
+    __shared__ __align__(16) float scratch[ROWS][2 * CREW], input_scale[ROWS];
     float *sums = (float *)(shared + (LONG ? STAGES * p.stage : ring_bytes(RING, KINDS & TILED)));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -574,8 +598,24 @@ template <int ROWS, int KINDS> auto kernel_of(input_kind kind)
                                     : stream_product<ROWS, KINDS, false, INPUT_GATED>;
 }
 
+/* The largest piece of memory that matrices fill which lie below one another. */
+struct passing weights_of(const struct queue *q, const product_args &a)
+{
+    struct passing most = {};
+    const uint8_t *from = nullptr, *to = nullptr;
+    for (int i = 0; i < a.n; i++) {
+        const product_matrix &m = a.m[i];
+        if (m.data != to) from = m.data;
+        to = m.data + (m.row_bytes ? (size_t)m.rows * m.row_bytes : (size_t)tiles_of(m.rows) * m.tile);
+        if ((size_t)(to - from) > most.bytes) most = { from, (size_t)(to - from) };
+    }
+    if (most.bytes > q->passing_most) most.bytes = q->passing_most;
+    return most;
+}
+
 template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, product_args a)
 {
+    q->passing = weights_of(q, a);
     for (int i = 0; i < a.n; i++) a.stage = (int)a.m[i].tile > a.stage ? (int)a.m[i].tile : a.stage;
     a.stage = (a.stage + 127) / 128 * 128;
     size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols);
@@ -625,7 +665,13 @@ void cuda_product(struct queue *q, struct mat y, struct mat x, const struct cuda
 void cuda_norm_products(struct queue *q, const struct norm_products *r)
 {
     product_args a = {};
-    for (int i = 0; i < r->n; i++) add_matrix(a, cuda_matrix_of(r->w[i]), r->out[i]);
+    /* a router's tiles take longest, and where there are more tiles than blocks some get another, of the last matrix: of the four
+     * (router, shared expert's gate for all, gate, up) the router's come second, so that nobody has one of them and another */
+    static const int router_second[] = { 2, 0, 1, 3 };
+    for (int i = 0; i < r->n; i++) {
+        int k = r->reader && r->n == 4 ? router_second[i] : i;
+        add_matrix(a, cuda_matrix_of(r->w[k]), r->out[k]);
+    }
     a.kind = INPUT_NORMED;
     a.x = r->x;
     a.made = r->h;

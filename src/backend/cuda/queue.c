@@ -44,6 +44,7 @@ static bool describe(struct queue *q, struct err *e)
     q->sms = p.multiProcessorCount;
     q->shared_max = (int)p.sharedMemPerBlockOptin;
     q->has_pdl = p.major >= 9;
+    q->passing_most = (size_t)p.accessPolicyMaxWindowSize;
     q->map_maker = p.major >= 9 ? tensor_map_maker() : NULL;
     q->has_wide = p.major == 9 && version == 90;
     if (q->rounded) q->blas = blas_open();
