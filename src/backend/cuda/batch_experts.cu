@@ -228,8 +228,8 @@ template <int N, class FIND> struct chunk_weights {
         if (item.left > 0 && elected()) {
             uint32_t at = ring_at + to * STAGE_BYTES, barrier = come + to * 8;
             barrier_expect(barrier, 2 * bytes);
-            copy_bulk(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
-            copy_bulk(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
+            copy_bulk_once(at, tile[0] + asked * FP4_UNIT_BYTES, bytes, barrier);
+            copy_bulk_once(at + STAGE_BYTES / 2, tile[1] + asked * FP4_UNIT_BYTES, bytes, barrier);
         }
         asked += n;
         if (asked < units) return;

@@ -48,8 +48,8 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     c.numAttrs = overlap && q->has_pdl ? 1 : 0;
     if (once.bytes) {
         cudaLaunchAttribute &a = attribute[c.numAttrs++];
+        a = {};
         a.id = cudaLaunchAttributeAccessPolicyWindow;
-        a.val.accessPolicyWindow = {};
         a.val.accessPolicyWindow.base_ptr = const_cast<void *>(once.from);
         a.val.accessPolicyWindow.num_bytes = once.bytes;
         a.val.accessPolicyWindow.hitRatio = 1;

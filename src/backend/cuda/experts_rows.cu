@@ -129,8 +129,8 @@ struct pair_ring {
         if (elected()) {
             const uint8_t *from = of.units + (uint64_t)next * FP4_UNIT_BYTES;
             barrier_expect(to + PAIR_BYTES, PAIR_BYTES);
-            copy_bulk(to, from, FP4_UNIT_BYTES, to + PAIR_BYTES);
-            copy_bulk(to + FP4_UNIT_BYTES, from + of.apart, FP4_UNIT_BYTES, to + PAIR_BYTES);
+            copy_bulk_once(to, from, FP4_UNIT_BYTES, to + PAIR_BYTES);
+            copy_bulk_once(to + FP4_UNIT_BYTES, from + of.apart, FP4_UNIT_BYTES, to + PAIR_BYTES);
         }
         next++;
     }

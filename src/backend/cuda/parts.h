@@ -126,7 +126,8 @@ struct cuda_graph {
     cudaGraphExec_t exec;
 };
 
-/* Memory that a kernel reads once and nobody soon again: it leaves the second cache before what others left there. */
+/* Memory that a kernel reads once and nobody soon again: it leaves the second cache before what others left
+ * there. */
 struct passing {
     const void *from;
     size_t bytes;
@@ -139,13 +140,13 @@ struct queue {
     cudaStream_t stream, beside; /* where work is put; see queue_fork */
     cudaEvent_t here;            /* a place in one of them */
     bool forked;
-    enum side side;      /* of the kernel that was started last */
+    enum side side;         /* of the kernel that was started last */
     struct passing passing; /* of the kernel that is started next */
     size_t passing_most;    /* bytes; 0: the device knows no such memory */
-    int sms, shared_max; /* multiprocessors; bytes of shared memory a block may have */
-    bool has_pdl;        /* programmatic dependent launch: compute capability 9.0 and later */
-    void *map_maker;     /* of tensor_map.h; NULL: none */
-    bool has_wide;       /* kernels for compute capability 9.0a, with its wide instruction */
+    int sms, shared_max;    /* multiprocessors; bytes of shared memory a block may have */
+    bool has_pdl;           /* programmatic dependent launch: compute capability 9.0 and later */
+    void *map_maker;        /* of tensor_map.h; NULL: none */
+    bool has_wide;          /* kernels for compute capability 9.0a, with its wide instruction */
     bool shared_memory;
     bool rounded; /* steps of more than ROWS_EXACT rows may round inputs of products to BF16 */
     char name[128];

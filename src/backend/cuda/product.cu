@@ -598,19 +598,19 @@ template <int ROWS, int KINDS> auto kernel_of(input_kind kind)
                                     : stream_product<ROWS, KINDS, false, INPUT_GATED>;
 }
 
-/* The largest piece of memory that matrices fill which lie below one another. */
+/* The longest run of matrices that follow one another in memory. */
 struct passing weights_of(const struct queue *q, const product_args &a)
 {
-    struct passing most = {};
+    struct passing longest = {};
     const uint8_t *from = nullptr, *to = nullptr;
     for (int i = 0; i < a.n; i++) {
         const product_matrix &m = a.m[i];
         if (m.data != to) from = m.data;
         to = m.data + (m.row_bytes ? (size_t)m.rows * m.row_bytes : (size_t)tiles_of(m.rows) * m.tile);
-        if ((size_t)(to - from) > most.bytes) most = { from, (size_t)(to - from) };
+        if ((size_t)(to - from) > longest.bytes) longest = { from, (size_t)(to - from) };
     }
-    if (most.bytes > q->passing_most) most.bytes = q->passing_most;
-    return most;
+    if (longest.bytes > q->passing_most) longest.bytes = q->passing_most;
+    return longest;
 }
 
 template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, product_args a)

@@ -70,6 +70,7 @@ inline bool elected()
 inline void barrier_expect(uint32_t b, int bytes) { emulator::barrier_arrive(b, bytes); }
 inline void barrier_expect(uint64_t *b, int bytes) { barrier_expect(shared_at(b), bytes); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t b) { emulator::copy_bulk(to, from, bytes, b); }
+inline void copy_bulk_once(uint32_t to, const void *from, int bytes, uint32_t b) { emulator::copy_bulk(to, from, bytes, b); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint64_t *b) { copy_bulk(to, from, bytes, shared_at(b)); }
 inline void copy_tensor(uint32_t to, const void *map, int column, int row, uint64_t *b)
 {
