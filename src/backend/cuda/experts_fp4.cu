@@ -19,8 +19,9 @@ struct up_args {
     unsigned matrix;  /* bytes of gate, or up, of an expert */
     int items, extra; /* of a block; blocks that have one more */
     cuda_matrix w;    /* shared down; rows 0: none */
-    mat gate, up, made, shared;    /* the shared expert's products, what becomes of the first two, and its own, not yet times its scales */
-    int tiles, tiles_extra;        /* of shared down, as items */
+    mat gate, up, made, shared; /* the shared expert's products, what becomes of the first two, and what down makes of that, not yet times
+                                   the scales of its rows */
+    int tiles, tiles_extra;     /* of shared down, as items */
 };
 
 struct down_args {

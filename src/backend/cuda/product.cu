@@ -114,7 +114,7 @@ template <int KINDS> struct tiles_ahead {
     }
 };
 
-/* Sum and maximum over the block, of what is not negative; part: CREW floats at a multiple of 16 bytes, free again after the
+/* block_sum<CREW> to the bit, and block_max<CREW> of what is not negative, waited for less; part: CREW floats at a multiple of 16 bytes, free again after the
  * caller's next __syncthreads. */
 __device__ __forceinline__ float crew_sum(float x, float *part)
 {
