@@ -33,9 +33,11 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
             A... arguments)
 {
     cudaLaunchConfig_t c = {};
-    cudaLaunchAttribute attribute[2];
+    cudaLaunchAttribute attribute[3];
     struct passing once = q->passing;
+    unsigned cluster = q->cluster;
     q->passing = {};
+    q->cluster = 0;
     if (queue_failed(q) || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     q->side = ALONE;
     c.gridDim = grid;
@@ -46,6 +48,13 @@ void launch(struct queue *q, const char *operation, bool overlap, void (*kernel)
     attribute[0].val.programmaticStreamSerializationAllowed = 1;
     c.attrs = attribute;
     c.numAttrs = overlap && q->has_pdl ? 1 : 0;
+    if (cluster) {
+        cudaLaunchAttribute &a = attribute[c.numAttrs++];
+        a = {};
+        a.id = cudaLaunchAttributeClusterDimension;
+        a.val.clusterDim.x = cluster;
+        a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    }
     if (once.bytes) {
         cudaLaunchAttribute &a = attribute[c.numAttrs++];
         a = {};

@@ -185,7 +185,7 @@ template <int KINDS> __global__ void __launch_bounds__(BLOCK, 2) experts_up(cons
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
         float sum[4];
-        weights.template work<1>(sum, gate.format, s, slots, stride, gate.input == INPUT_FP8_ROW, next);
+        weights.template work<1>(sum, gate.format, s, slots, stride, SLOTS, gate.input == INPUT_FP8_ROW, next);
         if (lane < 4) *(float2 *)(sums + (warp * UP_ITEMS + i) * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(BLOCK, 2) experts_down(const __grid_constant__
         int p = at % (k + TEAM);
         weights.template work<1>(sum, m.format, of_shared ? shared_share : whole,
                                  of_shared ? shared_slots : slots + (size_t)p * slots_each,
-                                 of_shared ? slot_stride(a.w.cols) : stride, m.input == INPUT_FP8_ROW, next);
+                                 of_shared ? slot_stride(a.w.cols) : stride, SLOTS, m.input == INPUT_FP8_ROW, next);
         if (lane < 4) *(float2 *)(sums + at * 8 + lane * 2) = make_float2(sum[0], sum[1]);
     }
     copy_wait<0>();

@@ -54,16 +54,21 @@ __global__ void conv_spans(mat y, mat u, const float *weight, const __grid_const
     }
 }
 
-/* What a block keeps of CHUNK rows. A warp's key rows, warp + 8 i, lie side by side: a key dimension at place(). */
-constexpr int CHUNK = 8, TAPS = 3; /* TAPS: earlier tokens a convolution looks at, kept in registers */
-template <int EACH> struct chunk_rows {
-    float q[CHUNK][EACH * WARPS], k[CHUNK][EACH * WARPS], v[CHUNK][COLUMNS], decay[CHUNK], beta[CHUNK];
-    float read[2][WARPS][COLUMNS], out[CHUNK][WARPS][COLUMNS];
+constexpr int TAPS = 3; /* earlier tokens a convolution looks at */
 
-    static __device__ __forceinline__ int place(int i)
-    {
-        return i % WARPS * EACH + i / WARPS;
-    }
+/* Where key dimension i lies: a warp's key rows, warp + 8 i, are side by side. */
+template <int EACH> __device__ __forceinline__ int place(int i)
+{
+    return i % WARPS * EACH + i / WARPS;
+}
+
+/* What a block keeps of CHUNK rows, no more than it has warps. Channels of the convolution, CHANNELS: queries, keys, columns. */
+template <int EACH, int CHUNK> struct chunk_rows {
+    static constexpr int WIDE = EACH * WARPS, CHANNELS = 2 * WIDE + COLUMNS, ITEMS = (2 * WIDE + THREADS - 1) / THREADS;
+    float q[CHUNK][WIDE], k[CHUNK][WIDE], v[CHUNK][COLUMNS], decay[CHUNK], beta[CHUNK];
+    float read[2][WARPS][COLUMNS], out[CHUNK][WARPS][COLUMNS];
+    float w[TAPS + 1][CHANNELS], old[TAPS][CHANNELS], u[CHUNK][CHANNELS]; /* its weights, what came before, inputs */
+    static_assert(CHUNK <= WARPS, "a warp makes the values of one row");
 };
 
 /* n numbers that lie at place(), by a warp. */
@@ -71,17 +76,11 @@ template <int EACH> __device__ __forceinline__ void normalise(float *x, int n, f
 {
     float sum = 0;
     for (int i = threadIdx.x % LANES; i < n; i += LANES) {
-        float y = x[chunk_rows<EACH>::place(i)];
+        float y = x[place<EACH>(i)];
         sum = fmaf(y, y, sum);
     }
     float r = scale / sqrtf(warp_sum(sum) + 1e-6f);
-    for (int i = threadIdx.x % LANES; i < n; i += LANES) x[chunk_rows<EACH>::place(i)] *= r;
-}
-
-__device__ float decay_of(const log_args &p, int64_t row, int head)
-{
-    float x = __ldcg(p.a.data + row * p.a.stride + head) + p.dt_bias[head];
-    return expf(-expf(p.A_log[head]) * (x > 20 ? x : log1pf(expf(x))));
+    for (int i = threadIdx.x % LANES; i < n; i += LANES) x[place<EACH>(i)] *= r;
 }
 
 /* This warp's part of a row of keys or queries. */
@@ -96,9 +95,9 @@ template <int EACH> __device__ __forceinline__ void take(float (&to)[EACH], cons
 }
 
 /* The rows of the span before this one that stay, applied to the state. */
-template <int EACH>
-__device__ __forceinline__ void apply_kept(const log_args &p, const cuda_span &span, chunk_rows<EACH> &rows, float (&s)[EACH],
-                                           int head, int key, int column)
+template <int EACH, int CHUNK>
+__device__ __forceinline__ void apply_kept(const log_args &p, const cuda_span &span, chunk_rows<EACH, CHUNK> &rows,
+                                           float (&s)[EACH], int head, int key, int column)
 {
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, dk = p.shape.key_dim, dv = p.shape.value_dim;
 #pragma unroll 1
@@ -106,7 +105,7 @@ __device__ __forceinline__ void apply_kept(const log_args &p, const cuda_span &s
         int n = span.kept - first < CHUNK ? span.kept - first : CHUNK;
         for (int t = warp; t < n; t += WARPS) {
             delta_log log = log_at(p, span.slot, first + t);
-            for (int i = lane; i < dk; i += LANES) rows.k[t][rows.place(i)] = __ldcg(log.key + (int64_t)key * dk + i);
+            for (int i = lane; i < dk; i += LANES) rows.k[t][place<EACH>(i)] = __ldcg(log.key + (int64_t)key * dk + i);
             rows.v[t][lane] = column < dv ? __ldcg(log.update + (int64_t)head * dv + column) : 0;
             if (lane == 0) rows.decay[t] = __ldcg(log.decay + head);
         }
@@ -123,13 +122,17 @@ __device__ __forceinline__ void apply_kept(const log_args &p, const cuda_span &s
 }
 
 /* A block holds 32 columns of one value head's state in registers, key rows warp + 8 i of column `lane` a thread, and takes the
- * span's rows one after the other: a row costs one meeting. FUSED: the convolution too, of up to TAPS + 1 tokens. What blocks
- * of a key head share of the log and of the convolution's state is written by the last of them to have read it. Moves: the
- * state in, and out where something stayed; the log of as many rows. Grid: columns of heads, spans. */
-template <int EACH, bool FUSED> __global__ void __launch_bounds__(THREADS, 2) delta_spans(const __grid_constant__ log_args p)
+ * span's rows one after the other, CHUNK at a time: a row costs one meeting. FUSED: the convolution too, of up to TAPS + 1
+ * tokens. What blocks of a key head share of the log and of the convolution's state is written by the last of them to have
+ * read it. No more than 80 registers, so that a block starts beside the product before it and has by then what lay there.
+ * Shared memory: decays [CHUNK][value heads of a key head]. Moves: the state in, and out where something stayed; the log of as
+ * many rows. Grid: columns of heads, spans. */
+template <int EACH, int CHUNK, bool FUSED>
+__global__ void __launch_bounds__(THREADS, EACH > 16 ? 2 : 3) delta_spans(const __grid_constant__ log_args p)
 {
-    constexpr int ITEMS = (2 * EACH * WARPS + COLUMNS + THREADS - 1) / THREADS; /* values of q, k and v a thread makes */
-    __shared__ __align__(16) chunk_rows<EACH> rows;
+    using chunk = chunk_rows<EACH, CHUNK>;
+    SHARED_MEMORY(float, decays, 16);
+    __shared__ __align__(16) chunk rows;
     __shared__ bool last;
     int dk = p.shape.key_dim, dv = p.shape.value_dim, slices = (dv + COLUMNS - 1) / COLUMNS;
     int group = p.shape.value_heads / p.shape.key_heads, head = blockIdx.x / slices, key = head / group;
@@ -140,81 +143,109 @@ template <int EACH, bool FUSED> __global__ void __launch_bounds__(THREADS, 2) de
     unsigned *arrived = p.arrived + blockIdx.y * p.shape.key_heads + key, before = 0;
     float *S = p.state.matrix + (((int64_t)span.slot * p.shape.value_heads + head) * dk + warp) * dv + column;
     float *past = p.state.conv + (int64_t)span.slot * keep * channels;
-    float s[EACH], w[ITEMS][TAPS + 1] = {}, old[ITEMS][TAPS] = {}, begin[ITEMS][TAPS];
-    int at[ITEMS];
+    float s[EACH];
+    auto channel_of = [&](int c) { /* -1: none */
+        if (c < 2 * dk) return c < dk ? key * dk + c : keys + key * dk + c - dk;
+        return c < 2 * dk + COLUMNS && first + c - 2 * dk < dv ? 2 * keys + head * dv + first + c - 2 * dk : -1;
+    };
 #pragma unroll
     for (int i = 0; i < EACH; i++) s[i] = warp + WARPS * i < dk && column < dv ? S[(int64_t)i * WARPS * dv] : 0;
+#pragma unroll 1
+    for (int c = threadIdx.x; FUSED && c < 2 * dk + COLUMNS; c += THREADS) {
+        int at = channel_of(c);
 #pragma unroll
-    for (int n = 0; n < ITEMS; n++) {
-        int i = threadIdx.x + n * THREADS;
-        at[n] = i < dk ? key * dk + i : i < 2 * dk ? keys + key * dk + i - dk : 2 * keys + head * dv + first + i - 2 * dk;
-        if (i >= 2 * dk + COLUMNS || (i >= 2 * dk && first + i - 2 * dk >= dv)) at[n] = -1;
-#pragma unroll
-        for (int j = 0; FUSED && j <= TAPS; j++) {
+        for (int j = 0; j <= TAPS; j++) {
             int tap = keep - TAPS + j, row = span.kept + tap - keep; /* of the log; negative: of the state */
-            if (at[n] < 0 || tap < 0) continue;
-            w[n][j] = p.weight[tap * channels + at[n]];
+            if (at < 0 || tap < 0) continue;
+            rows.w[j][c] = p.weight[tap * channels + at];
             if (j < TAPS)
-                old[n][j] = __ldcg(row >= 0 ? log_at(p, span.slot, row).u + at[n] : past + (keep + row) * channels + at[n]);
+                rows.old[j][c] = __ldcg(row >= 0 ? log_at(p, span.slot, row).u + at : past + (keep + row) * channels + at);
         }
-#pragma unroll
-        for (int j = 0; j < TAPS; j++) begin[n][j] = old[n][j];
     }
+    /* gates, by the last threads: of the value heads of this key head, a row each */
+    int turned = THREADS - 1 - threadIdx.x, member = turned % group;
+    float rate = -expf(p.A_log[key * group + member]), dt = p.dt_bias[key * group + member];
     for (int i = dk + threadIdx.x; i < EACH * WARPS; i += THREADS)
-        for (int t = 0; t < CHUNK; t++) rows.q[t][rows.place(i)] = rows.k[t][rows.place(i)] = 0;
+        for (int t = 0; t < CHUNK; t++) rows.q[t][place<EACH>(i)] = rows.k[t][place<EACH>(i)] = 0;
     if (lane + first >= dv)
         for (int t = warp; t < CHUNK; t += WARPS) rows.v[t][lane] = 0;
     __syncthreads();
-    apply_kept<EACH>(p, span, rows, s, head, key, column);
+    apply_kept<EACH, CHUNK>(p, span, rows, s, head, key, column);
     wait_for_previous();
     int from = 0;
     do {
         int n = span.n - from < CHUNK ? span.n - from : CHUNK;
+        int64_t row0 = span.first + from;
         const mat &in = FUSED ? p.u : p.qkv;
-        const float *x0 = in.data + (int64_t)(span.first + from) * in.stride;
-        float x[ITEMS][CHUNK];
+        /* what this thread makes: channels of queries and keys, and a column of the values of row `warp` */
+        float x[chunk::ITEMS][CHUNK], own[TAPS + 1];
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++)
+        for (int i = 0; i < chunk::ITEMS; i++)
 #pragma unroll
-            for (int t = 0; t < CHUNK; t++) x[i][t] = at[i] >= 0 && t < n ? __ldcg(x0 + t * in.stride + at[i]) : 0;
+            for (int t = 0; t < CHUNK; t++) {
+                int c = threadIdx.x + i * THREADS;
+                x[i][t] = c < 2 * dk && t < n ? __ldcg(in.data + (row0 + t) * in.stride + channel_of(c)) : 0;
+            }
+        int value = warp < n ? channel_of(2 * dk + lane) : -1;
+#pragma unroll
+        for (int j = 0; j <= TAPS; j++) {
+            int t = warp - TAPS + j;
+            own[j] = value >= 0 && t >= 0 && (FUSED || j == TAPS) ? __ldcg(in.data + (row0 + t) * in.stride + value) : 0;
+        }
+        for (int t = turned / group; t < n; t += THREADS / group) {
+            float a = __ldcg(p.a.data + (row0 + t) * p.a.stride + key * group + member) + dt;
+            float b = __ldcg(p.b.data + (row0 + t) * p.b.stride + key * group + member);
+            float decay = expf(rate * (a > 20 ? a : log1pf(expf(a))));
+            decays[t * group + member] = decay;
+            if (key * group + member == head) {
+                rows.decay[t] = decay;
+                rows.beta[t] = sigmoid(b);
+            }
+        }
         if (from == 0 && span.kept > 0 && span.logged)
 #pragma unroll
             for (int i = 0; i < EACH; i++)
                 if (warp + WARPS * i < dk && column < dv) S[(int64_t)i * WARPS * dv] = s[i];
-        if ((int)threadIdx.x >= THREADS - n) {
-            int t = THREADS - 1 - threadIdx.x;
-            int64_t row = span.first + from + t;
-            rows.decay[t] = decay_of(p, row, head);
-            rows.beta[t] = sigmoid(__ldcg(p.b.data + row * p.b.stride + head));
-        }
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
+        for (int i = 0; i < chunk::ITEMS; i++) {
             int c = threadIdx.x + i * THREADS;
-            if (at[i] < 0) continue;
-            float *to = c < dk       ? rows.q[0] + rows.place(c)
-                        : c < 2 * dk ? rows.k[0] + rows.place(c - dk)
-                                     : rows.v[0] + c - 2 * dk;
-            int step = c < 2 * dk ? EACH * WARPS : COLUMNS;
+            if (c >= 2 * dk) continue;
+            float *to = c < dk ? rows.q[0] + place<EACH>(c) : rows.k[0] + place<EACH>(c - dk), w[TAPS + 1], old[TAPS];
+#pragma unroll
+            for (int j = 0; FUSED && j <= TAPS; j++) w[j] = rows.w[j][c];
+#pragma unroll
+            for (int j = 0; FUSED && j < TAPS; j++) old[j] = rows.old[j][c];
 #pragma unroll
             for (int t = 0; t < CHUNK; t++) {
                 float y = x[i][t];
-                if (t >= n) break;
                 if (FUSED) {
-                    y *= w[i][TAPS];
+                    rows.u[t][c] = y;
+                    y *= w[TAPS];
 #pragma unroll
                     for (int j = 0; j < TAPS; j++)
-                        if (keep - TAPS + j >= 0) y = fmaf(w[i][j], old[i][j], y);
+                        if (keep - TAPS + j >= 0) y = fmaf(w[j], t + j >= TAPS ? x[i][t + j - TAPS] : old[t + j], y);
                     y = silu(y);
-#pragma unroll
-                    for (int j = 0; j + 1 < TAPS; j++) old[i][j] = old[i][j + 1];
-                    old[i][TAPS - 1] = x[i][t];
                 }
-                to[t * step] = y;
+                to[t * chunk::WIDE] = y;
             }
+        }
+        if (value >= 0) {
+            int c = 2 * dk + lane;
+            float y = own[TAPS];
+            if (FUSED) {
+                rows.u[warp][c] = y;
+                y *= rows.w[TAPS][c];
+#pragma unroll
+                for (int j = 0; j < TAPS; j++)
+                    if (keep - TAPS + j >= 0) y = fmaf(rows.w[j][c], warp - TAPS + j >= 0 ? own[j] : rows.old[warp + j][c], y);
+                y = silu(y);
+            }
+            rows.v[warp][lane] = y;
         }
         __syncthreads();
         /* all that was read of the log is in shared memory or has become part of what is */
         if (from == 0 && threadIdx.x == 0) before = atomicAdd(arrived, 1u);
+#pragma unroll 1
         for (int t = warp; t < 2 * n; t += WARPS)
             normalise<EACH>(t % 2 ? rows.k[t / 2] : rows.q[t / 2], dk, t % 2 ? 1 : 1.0f / sqrtf((float)dk));
         __syncthreads();
@@ -247,32 +278,48 @@ template <int EACH, bool FUSED> __global__ void __launch_bounds__(THREADS, 2) de
             if (last) *arrived = 0;
         }
         __syncthreads();
+#pragma unroll 1
         for (int t = warp; t < n; t += WARPS) {
             float out = 0;
 #pragma unroll
             for (int m = 0; m < WARPS; m++) out += rows.out[t][m][lane];
-            if (column < dv) p.o.data[(span.first + from + t) * p.o.stride + (int64_t)head * dv + column] = out;
-            if (!span.logged || !last) continue;
-            delta_log log = log_at(p, span.slot, from + t);
-            for (int i = lane; i < dk; i += LANES) log.key[(int64_t)key * dk + i] = rows.k[t][rows.place(i)];
-            for (int h = lane; h < group; h += LANES)
-                log.decay[key * group + h] = decay_of(p, span.first + from + t, key * group + h);
+            if (column < dv) p.o.data[(row0 + t) * p.o.stride + (int64_t)head * dv + column] = out;
         }
-#pragma unroll
-        for (int i = 0; FUSED && i < ITEMS; i++)
+        /* the log, and the convolution's state: of a logged span what it was before this step, else what it is after it */
+        bool ends = from + n == span.n, writes = FUSED && (span.logged ? from == 0 && span.kept > 0 : ends);
+        delta_log log = log_at(p, span.slot, from);
+        int64_t apart = log_at(p, span.slot, from + 1).u - log.u;
+        if (span.logged && last) {
+#pragma unroll 1
+            for (int t = warp; t < n; t += WARPS) {
+#pragma unroll 4
+                for (int i = lane; i < dk; i += LANES) log.key[t * apart + key * dk + i] = rows.k[t][place<EACH>(i)];
+#pragma unroll 1
+                for (int h = lane; h < group; h += LANES) log.decay[t * apart + key * group + h] = decays[t * group + h];
+            }
+        }
+#pragma unroll 1
+        for (int c = threadIdx.x; FUSED && c < 2 * dk + COLUMNS; c += THREADS) {
+            int at = channel_of(c);
+            bool mine = at >= 2 * keys || (at >= 0 && last);
 #pragma unroll
             for (int t = 0; t < CHUNK; t++)
-                if (span.logged && at[i] >= 0 && (at[i] >= 2 * keys || last) && t < n)
-                    log_at(p, span.slot, from + t).u[at[i]] = x[i][t];
+                if (span.logged && mine && t < n) log.u[t * apart + at] = rows.u[t][c];
+            if (!writes && ends) continue;
+            float after[TAPS];
+#pragma unroll
+            for (int j = 0; j < TAPS; j++) after[j] = n + j >= TAPS ? rows.u[n + j - TAPS][c] : rows.old[n + j][c];
+#pragma unroll
+            for (int j = 0; j < TAPS; j++) {
+                if (writes && mine && keep - TAPS + j >= 0)
+                    past[(keep - TAPS + j) * channels + at] = span.logged ? rows.old[j][c] : after[j];
+                rows.old[j][c] = after[j];
+            }
+        }
         from += CHUNK;
+        if (ends) break;
         __syncthreads();
-    } while (from < span.n);
-#pragma unroll
-    for (int i = 0; FUSED && i < ITEMS; i++)
-#pragma unroll
-        for (int j = 0; j < TAPS; j++)
-            if ((span.kept > 0 || !span.logged) && at[i] >= 0 && (at[i] >= 2 * keys || last) && keep - TAPS + j >= 0)
-                past[(keep - TAPS + j) * channels + at[i]] = span.logged ? begin[i][j] : old[i][j];
+    } while (true);
 #pragma unroll
     for (int i = 0; i < EACH; i++)
         if (!span.logged && warp + WARPS * i < dk && column < dv) S[(int64_t)i * WARPS * dv] = s[i];
@@ -282,8 +329,10 @@ template <int EACH, bool FUSED> __global__ void __launch_bounds__(THREADS, 2) de
 template <bool FUSED> void start(struct queue *q, log_args p, int64_t n_spans)
 {
     int64_t most = ROWS_EXACT * KV_HEADS_MAX / p.shape.key_heads;
-    auto *kernel = p.shape.key_dim <= 128 ? delta_spans<16, FUSED> : delta_spans<HEAD_MAX / WARPS, FUSED>;
-    if (p.shape.key_dim > HEAD_MAX || most < 1) {
+    bool wide = p.shape.key_dim > 128, few = p.rows.n <= 4 * n_spans;
+    auto *kernel = wide ? delta_spans<HEAD_MAX / WARPS, 4, FUSED> : few ? delta_spans<16, 4, FUSED> : delta_spans<16, 8, FUSED>;
+    size_t shared = (size_t)(wide || few ? 4 : 8) * (size_t)(p.shape.value_heads / p.shape.key_heads) * sizeof(float);
+    if (p.shape.key_dim > HEAD_MAX || most < 1 || p.shape.value_heads / p.shape.key_heads > THREADS) {
         queue_refuse(q, "delta", "key heads wider than 256, or so many, are not supported on a GPU");
         return;
     }
@@ -292,7 +341,7 @@ template <bool FUSED> void start(struct queue *q, log_args p, int64_t n_spans)
         dim3 grid((unsigned)(p.shape.value_heads * ((p.shape.value_dim + COLUMNS - 1) / COLUMNS)),
                   (unsigned)(n_spans - first < most ? n_spans - first : most));
         p.first_span = (int)first;
-        launch_side<THREADS>(q, "delta", RIGHT, kernel, grid, 0, p);
+        launch_side<THREADS>(q, "delta", RIGHT, kernel, grid, shared, p);
     }
 }
 

@@ -143,6 +143,7 @@ struct queue {
     enum side side;         /* of the kernel that was started last */
     struct passing passing; /* of the kernel that is started next */
     size_t passing_most;    /* bytes; 0: the device knows no such memory */
+    unsigned cluster;       /* blocks of a cluster of the kernel that is started next; 0: none */
     int sms, shared_max;    /* multiprocessors; bytes of shared memory a block may have */
     bool has_pdl;           /* programmatic dependent launch: compute capability 9.0 and later */
     void *map_maker;        /* of tensor_map.h; NULL: none */

@@ -50,16 +50,24 @@ struct product_args {
 constexpr int RING = 4, LONG_TILES = 64;
 constexpr size_t OWN_SHARED = 2 * 1024;              /* besides what a launch asks for */
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
+/* Blocks that make inputs for one another, a share of the rows each: a cluster. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int ROWS> constexpr int PARTNERS = 1;
+#else
+template <int ROWS> constexpr int PARTNERS = ROWS > 1 ? 2 : 1;
+#endif
 constexpr int HALF = CREW * 16 * 8;                  /* floats of a set of sums */
 
-__host__ __device__ inline size_t shared_with_ring(size_t ring, int rows, int cols)
+/* quantize: some products take quantized inputs. Only then rows have all SLOTS, of steps of more than two. */
+inline size_t shared_with_ring(size_t ring, int rows, int cols, bool quantize)
 {
-    return ring + 2 * HALF * sizeof(float) + (size_t)rows * SLOTS * slot_stride(cols) * 2;
+    int used = rows > 2 && !quantize ? SLOTS - 1 : SLOTS;
+    return ring + 2 * HALF * sizeof(float) + (size_t)rows * used * slot_stride(cols) * 2;
 }
 
-inline size_t product_shared(int rows, int cols, bool tiled)
+inline size_t product_shared(int rows, int cols, bool tiled, bool quantize = true)
 {
-    return shared_with_ring(ring_bytes(RING, tiled), rows, cols);
+    return shared_with_ring(ring_bytes(RING, tiled), rows, cols, quantize);
 }
 
 /* Where a tile belongs. */
@@ -285,140 +293,244 @@ __device__ __forceinline__ void make_input(const product_args &p, __nv_bfloat16 
         place_row<KIND>(p, slots, stride, row, gain, part, input_scale);
 }
 
-/* N rows at a time, with the sums and maxima of place_row and place_heads: what a row waits for, it waits for with the
- * others. part: of each row, [2][CREW]. */
+/* Partners, or the block. */
+template <int ROWS> __device__ __forceinline__ void meet()
+{
+#if __CUDA_ARCH__ >= 900
+    if (PARTNERS<ROWS> > 1) {
+        cluster_meet();
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+/* Where a block puts what it makes: its own slots, and its partner's. */
+template <int ROWS> struct both_slots {
+    __nv_bfloat16 *own;
+    int stride, used;
+    uint32_t there;
+
+    __device__ __forceinline__ both_slots(__nv_bfloat16 *slots, int stride_, int used_)
+        : own(slots), stride(stride_), used(used_), there(0)
+    {
+#if __CUDA_ARCH__ >= 900
+        if (PARTNERS<ROWS> > 1) there = address_in(shared_at(slots), (blockIdx.x & 1) ^ 1);
+#endif
+    }
+    /* Two values of a slot of row a, at slot_place of the first. */
+    __device__ __forceinline__ void put(int a, int slot, int at, uint32_t x) const
+    {
+        at += (a * used + slot) * stride;
+        *(uint32_t *)(own + at) = x;
+#if __CUDA_ARCH__ >= 900
+        if (PARTNERS<ROWS> > 1) store_there(there + at * 2, x);
+#endif
+    }
+    /* Parts of two values of row a; returns the larger magnitude. */
+    __device__ __forceinline__ float put_parts(int a, int at, float2 x) const
+    {
+        uint32_t high = pack(x.x, x.y);
+        float2 h = unpack(high), rest = make_float2(x.x - h.x, x.y - h.y);
+        uint32_t middle = pack(rest.x, rest.y);
+        float2 m = unpack(middle);
+        put(a, 0, at, high);
+        put(a, 1, at, middle);
+        put(a, 2, at, pack(rest.x - m.x, rest.y - m.y));
+        return fmaxf(fabsf(x.x), fabsf(x.y));
+    }
+};
+
+/* What rows are quantized by, from the largest magnitudes that the warps found; lane i % N works on row i. part: of a row its CREW
+ * maxima. Put where rows `first` on have theirs, here and there. */
+template <int N, int ROWS>
+__device__ __forceinline__ void input_scales(float (*part)[2 * CREW], float *input_scale, int first, float (&by)[N],
+                                             float (&inverse)[N])
+{
+    int lane = threadIdx.x % LANES;
+    float top = 0;
+#pragma unroll
+    for (int a = 0; a < N; a++) {
+        float most = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(part[a][CREW + lane % CREW])));
+        top = lane % N == a ? most : top;
+    }
+    float scale = fp8_input_scale(top), over = 1.0f / scale;
+#pragma unroll
+    for (int a = 0; a < N; a++) {
+        by[a] = __shfl_sync(ALL, scale, a);
+        inverse[a] = __shfl_sync(ALL, over, a);
+    }
+    if (threadIdx.x >= N) return;
+    input_scale[first + threadIdx.x] = scale;
+#if __CUDA_ARCH__ >= 900
+    if (PARTNERS<ROWS> > 1)
+        store_there(address_in(shared_at(&input_scale[first + threadIdx.x]), (blockIdx.x & 1) ^ 1), __float_as_uint(scale));
+#endif
+}
+
+/* Rows `first` on, with the sums and maxima of place_row: what a row waits for, it waits for with the others. Rows from `rows`
+ * on are zeros. part: of each row, [2][CREW]. */
 template <int N, int ROWS, input_kind KIND>
-__device__ __forceinline__ void place_rows(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
-                                           const float2 (&gain)[GAINS], float (*part)[2 * CREW], float (&top)[ROWS])
+__device__ __forceinline__ void place_rows(const product_args &p, const both_slots<ROWS> &to, int64_t row0, int first, int rows,
+                                           const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
 {
     constexpr int STEP = 2 * BLOCK, PAIRS = EACH<KIND>;
     float2 v[N][PAIRS];
-    float scale[N];
-    int c0 = 2 * threadIdx.x, at0 = slot_place(c0), warp = threadIdx.x / LANES;
+    int c0 = 2 * threadIdx.x, at0 = slot_place(c0), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const float *x = p.x.data + (row0 + first) * p.x.stride + c0;
+    bool aligned = ((size_t)x & 7) == 0 && p.x.stride % 2 == 0;
 #pragma unroll
     for (int a = 0; a < N; a++)
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
+            const float *from = x + a * p.x.stride + i * STEP;
             v[a][i] = float2{};
-            if (a < rows && i * STEP < p.cols && c0 + i * STEP < p.cols)
-                v[a][i] = load_pair(p.x.data + (row0 + a) * p.x.stride, c0 + i * STEP);
+            if (first + a < rows && c0 + i * STEP < p.cols)
+                v[a][i] = aligned ? __ldcg((const float2 *)from) : make_float2(__ldcg(from), __ldcg(from + 1));
         }
     if (is<KIND>(p, INPUT_NORMED)) {
 #pragma unroll
         for (int a = 0; a < N; a++) {
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++)
-                if (i * STEP < p.cols) sum = fmaf(v[a][i].x, v[a][i].x, fmaf(v[a][i].y, v[a][i].y, sum));
+            for (int i = 0; i < PAIRS; i++) sum = fmaf(v[a][i].x, v[a][i].x, fmaf(v[a][i].y, v[a][i].y, sum));
             sum = warp_sum(sum);
-            if (threadIdx.x % LANES == 0) part[a][warp] = sum;
+            if (lane == 0) part[a][warp] = sum;
         }
         __syncthreads();
 #pragma unroll
         for (int a = 0; a < N; a++) {
-            float sum = part[a][0];
+            float sum = 0;
 #pragma unroll
-            for (int w = 1; w < CREW; w++) sum += part[a][w];
-            scale[a] = rsqrtf(sum / (float)p.cols + p.eps);
+            for (int i = 0; i < CREW / 4; i++) {
+                float4 four = ((const float4 *)part[a])[i];
+                sum = (((sum + four.x) + four.y) + four.z) + four.w;
+            }
+            float scale = rsqrtf(sum / (float)p.cols + p.eps);
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                int c = c0 + i * STEP;
+                float2 g = i < GAINS ? gain[i] : c < p.cols ? make_float2(p.gain[c], p.gain[c + 1]) : float2{};
+                v[a][i] = make_float2(v[a][i].x * scale * g.x, v[a][i].y * scale * g.y);
+            }
         }
     }
+    if (p.made.data && blockIdx.x < PARTNERS<ROWS>)
+#pragma unroll
+        for (int a = 0; a < N; a++)
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                float *made = p.made.data + (row0 + first + a) * p.made.stride + c0 + i * STEP;
+                if (first + a < rows && c0 + i * STEP < p.cols) made[0] = v[a][i].x, made[1] = v[a][i].y;
+            }
+    float top[N] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        int c = c0 + i * STEP;
-        if (i * STEP >= p.cols || c >= p.cols) continue;
-        float2 g = !is<KIND>(p, INPUT_NORMED) ? float2{} : i < GAINS ? gain[i] : make_float2(p.gain[c], p.gain[c + 1]);
+        if (c0 + i * STEP >= p.cols) continue;
 #pragma unroll
-        for (int a = 0; a < N; a++) {
-            if (a >= rows) continue;
-            float2 y = v[a][i];
-            if (is<KIND>(p, INPUT_NORMED)) y = make_float2(y.x * scale[a] * g.x, y.y * scale[a] * g.y);
-            top[a] = fmaxf(top[a], place(p, slots + a * SLOTS * stride, stride, row0 + a, c, at0 + i * STEP, y));
-        }
+        for (int a = 0; a < N; a++) top[a] = fmaxf(top[a], to.put_parts(first + a, at0 + i * STEP, v[a][i]));
+    }
+    if (!p.quantize) return;
+#pragma unroll
+    for (int a = 0; a < N; a++) {
+        float most = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(top[a])));
+        if (lane == 0) part[a][CREW + warp] = most;
+    }
+    __syncthreads();
+    float by[N], inverse[N];
+    input_scales<N, ROWS>(part, input_scale, first, by, inverse);
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        if (c0 + i * STEP >= p.cols) continue;
+#pragma unroll
+        for (int a = 0; a < N; a++)
+            to.put(first + a, 3, at0 + i * STEP, quantized_pair(v[a][i], by[a], inverse[a]));
     }
 }
 
-template <int ROWS>
-__device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
-                                            const float2 (&gain)[GAINS], float (&top)[ROWS])
+/* Heads of rows `first` on, as place_rows. */
+template <int N, int ROWS>
+__device__ __forceinline__ void place_heads(const product_args &p, const both_slots<ROWS> &to, int64_t row0, int first, int rows,
+                                            const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
 {
-    constexpr int HEADS = 2, TWO = 2; /* heads of so many rows at once */
+    constexpr int HEADS = 2; /* at once */
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-#pragma unroll
-    for (int a = 0; a < ROWS; a += TWO)
+    float top[N] = {};
 #pragma unroll 1
-        for (int first = warp; a < rows && first * p.dim < p.cols; first += HEADS * CREW) {
-            float2 v[TWO][HEADS][GAINS], gate[TWO][HEADS][GAINS];
+    for (int head = warp; head * p.dim < p.cols; head += HEADS * CREW) {
+        float2 v[N][HEADS][GAINS], gate[N][HEADS][GAINS];
 #pragma unroll
-            for (int b = 0; b < TWO; b++)
+        for (int b = 0; b < N; b++)
 #pragma unroll
-                for (int h = 0; h < HEADS; h++)
+            for (int h = 0; h < HEADS; h++)
 #pragma unroll
-                    for (int i = 0; i < GAINS; i++) {
-                        int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
-                        bool in = a + b < rows && c < p.cols && d < p.dim;
-                        v[b][h][i] = in ? load_pair(p.x.data + (row0 + a + b) * p.x.stride, c) : float2{};
-                        gate[b][h][i] = in ? load_pair(p.z.data + (row0 + a + b) * p.z.stride, c) : float2{};
-                    }
+                for (int i = 0; i < GAINS; i++) {
+                    int d = 2 * (lane + i * LANES), c = (head + h * CREW) * p.dim + d;
+                    bool in = first + b < rows && c < p.cols && d < p.dim;
+                    v[b][h][i] = in ? load_pair(p.x.data + (row0 + first + b) * p.x.stride, c) : float2{};
+                    gate[b][h][i] = in ? load_pair(p.z.data + (row0 + first + b) * p.z.stride, c) : float2{};
+                }
 #pragma unroll
-            for (int b = 0; b < TWO; b++)
+        for (int b = 0; b < N; b++)
 #pragma unroll
-                for (int h = 0; h < HEADS; h++) {
-                    float sum = 0;
-                    if (a + b >= rows) continue;
+            for (int h = 0; h < HEADS; h++) {
+                float sum = 0;
+                if (first + b >= rows) continue;
 #pragma unroll
-                    for (int i = 0; i < GAINS; i++)
-                        sum = fmaf(v[b][h][i].x, v[b][h][i].x, fmaf(v[b][h][i].y, v[b][h][i].y, sum));
-                    float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
+                for (int i = 0; i < GAINS; i++)
+                    sum = fmaf(v[b][h][i].x, v[b][h][i].x, fmaf(v[b][h][i].y, v[b][h][i].y, sum));
+                float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
 #pragma unroll
-                    for (int i = 0; i < GAINS; i++) {
-                        int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
-                        if (c >= p.cols || d >= p.dim) continue;
-                        float2 y = make_float2(v[b][h][i].x * scale * gain[i].x * silu(gate[b][h][i].x),
-                                               v[b][h][i].y * scale * gain[i].y * silu(gate[b][h][i].y));
-                        top[a + b] = fmaxf(top[a + b], place(p, slots + (a + b) * SLOTS * stride, stride, row0 + a + b, c,
-                                                             slot_place(c), y));
+                for (int i = 0; i < GAINS; i++) {
+                    int d = 2 * (lane + i * LANES), c = (head + h * CREW) * p.dim + d;
+                    if (c >= p.cols || d >= p.dim) continue;
+                    float2 y = make_float2(v[b][h][i].x * scale * gain[i].x * silu(gate[b][h][i].x),
+                                           v[b][h][i].y * scale * gain[i].y * silu(gate[b][h][i].y));
+                    top[b] = fmaxf(top[b], to.put_parts(first + b, slot_place(c), y));
+                    if (p.made.data && blockIdx.x < PARTNERS<ROWS>) {
+                        float *made = p.made.data + (row0 + first + b) * p.made.stride + c;
+                        made[0] = y.x;
+                        made[1] = y.y;
                     }
                 }
+            }
+    }
+    if (!p.quantize) return;
+#pragma unroll
+    for (int a = 0; a < N; a++) {
+        float most = warp_max(top[a]);
+        if (lane == 0) part[a][CREW + warp] = most;
+    }
+    __syncthreads();
+    float by[N], inverse[N];
+    input_scales<N, ROWS>(part, input_scale, first, by, inverse);
+#pragma unroll
+    for (int a = 0; a < N; a++)
+#pragma unroll 1
+        for (int c = 2 * threadIdx.x; first + a < rows && c < p.cols; c += 2 * BLOCK) {
+            float2 x = parts_sum(to.own + (first + a) * to.used * to.stride, to.stride, c);
+            to.put(first + a, 3, slot_place(c), quantized_pair(x, by[a], inverse[a]));
         }
 }
 
-/* Rows row0 .. row0 + rows - 1, each into four slots. */
+/* Rows row0 .. row0 + rows - 1, each into four slots; partners meet. */
 template <int ROWS, input_kind KIND>
-__device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row0, int rows,
-                                            const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
+__device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16 *slots, int stride, int used, int64_t row0,
+                                            int rows, const float2 (&gain)[GAINS], float (*part)[2 * CREW], float *input_scale)
 {
-    float top[ROWS] = {};
+    constexpr int N = ROWS / PARTNERS<ROWS>;
+    int first = PARTNERS<ROWS> > 1 ? N * (blockIdx.x & 1) : 0;
+    both_slots<ROWS> to(slots, stride, used);
     if (ROWS == 1 || p.cols > EACH<KIND> * 2 * BLOCK) {
 #pragma unroll 1
         for (int a = 0; a < rows; a++)
-            make_input<KIND>(p, slots + a * SLOTS * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
-        return;
+            make_input<KIND>(p, slots + a * used * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
+    } else if (is<KIND>(p, INPUT_GATED)) {
+        place_heads<N, ROWS>(p, to, row0, first, rows, gain, part, input_scale);
+    } else {
+        place_rows<N, ROWS, KIND>(p, to, row0, first, rows, gain, part, input_scale);
     }
-    if (is<KIND>(p, INPUT_GATED))
-        place_heads<ROWS>(p, slots, stride, row0, rows, gain, top);
-    else if (ROWS <= 2 || rows <= 2)
-        place_rows<ROWS < 2 ? ROWS : 2, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
-    else
-        place_rows<ROWS, ROWS, KIND>(p, slots, stride, row0, rows, gain, part, top);
-    if (!p.quantize) return;
-#pragma unroll
-    for (int a = 0; a < ROWS; a++) {
-        if (a >= rows) continue;
-        float most = warp_max(top[a]);
-        if (threadIdx.x % LANES == 0) part[a][CREW + threadIdx.x / LANES] = most;
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int a = 0; a < rows; a++) {
-        float most = part[a][CREW];
-        for (int w = 1; w < CREW; w++) most = fmaxf(most, part[a][CREW + w]);
-        float by = fp8_input_scale(most), inverse = 1.0f / by;
-        __nv_bfloat16 *to = slots + a * SLOTS * stride;
-#pragma unroll 4
-        for (int c = 2 * threadIdx.x; c < p.cols; c += 2 * BLOCK)
-            put_quantized(to, stride, c, parts_sum(to, stride, c), by, inverse);
-        if (threadIdx.x == 0) input_scale[a] = by;
-    }
+    meet<ROWS>();
 }
 
 /* By the last blocks first: they have the fewest tiles. */
@@ -477,9 +589,13 @@ __device__ __forceinline__ void ask_for(const product_args &p, const tile_ring &
 }
 #endif
 
-/* Shared memory: ring, two sets of sums, slots [SLOTS * ROWS][stride]. LONG: a ring of tiles. */
+/* 88 registers a thread, as if blocks were that large: DeltaNet's kernel of logged rows, of 80, has room beside it. */
+constexpr int BESIDE = 736;
+
+/* Shared memory: ring, two sets of sums, slots [ROWS][used][stride]. LONG: a ring of tiles. */
 template <int ROWS, int KINDS, bool LONG, input_kind KIND>
-__global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_product(const __grid_constant__ product_args p)
+__global__ void __launch_bounds__(ROWS > 2 && KIND == INPUT_GATED ? BESIDE : BLOCK, ROWS <= 2 && !LONG ? 2 : 1)
+    stream_product(const __grid_constant__ product_args p)
 {
 #if __CUDA_ARCH__ < 900
     constexpr bool RINGED = false;
@@ -492,6 +608,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_prod
     float *sums = (float *)(shared + (LONG ? STAGES * p.stage : ring_bytes(RING, KINDS & TILED)));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int used = ROWS > 2 && !p.quantize ? SLOTS - 1 : SLOTS; /* slots of a row */
     int64_t row0 = (int64_t)blockIdx.y * ROWS;
     int rows = ROWS == 1 || p.x.rows - row0 >= ROWS ? ROWS : (int)(p.x.rows - row0);
     int tiles = p.each + ((int)blockIdx.x < p.extra);
@@ -513,13 +630,13 @@ __global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_prod
     float2 gain[GAINS];
     load_gains<KIND>(p, gain);
 #pragma unroll 1
-    for (int a = 0; a < rows; a++) put_padding(slots + a * SLOTS * stride, stride, p.cols, threadIdx.x, BLOCK);
-    for (int c = threadIdx.x; c < (ROWS - rows) * SLOTS * stride; c += BLOCK)
-        slots[rows * SLOTS * stride + c] = __float2bfloat16_rn(0);
+    for (int a = 0; a < rows; a++) put_padding(slots + a * used * stride, stride, p.cols, threadIdx.x, BLOCK, used);
+    for (int c = threadIdx.x; c < (ROWS - rows) * used * stride; c += BLOCK)
+        slots[rows * used * stride + c] = __float2bfloat16_rn(0);
+    if (PARTNERS<ROWS> > 1) meet<ROWS>(); /* each is there when the other writes to it */
     wait_for_previous();
     if (p.conv) let_next_start(); /* which may count on the kernel that wrote the states */
-    make_inputs<ROWS, KIND>(p, slots, stride, row0, rows, gain, scratch, input_scale);
-    __syncthreads();
+    make_inputs<ROWS, KIND>(p, slots, stride, used, row0, rows, gain, scratch, input_scale);
     int number = blockIdx.x, end = 0, format = 0, row_bytes = 0;
     bool quantized = false;
     share s = {};
@@ -539,7 +656,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_prod
             }
 #if __CUDA_ARCH__ >= 900
             if (RINGED) {
-                work_whole_tile<ROWS>(sum, format, ring.wait(), row_bytes, s, slots, stride, quantized);
+                work_whole_tile<ROWS>(sum, format, ring.wait(), row_bytes, s, slots, stride, used, quantized);
                 ring.leave();
                 int coming = number + STAGES * gridDim.x;
                 if (turn == 0 && coming < p.tiles) {
@@ -550,7 +667,7 @@ __global__ void __launch_bounds__(BLOCK, ROWS <= 2 && !LONG ? 2 : 1) stream_prod
                 ring.next.advance(STAGES);
             }
 #endif
-            if (!RINGED) weights.template work<ROWS>(sum, format, s, slots, stride, quantized, next);
+            if (!RINGED) weights.template work<ROWS>(sum, format, s, slots, stride, used, quantized, next);
             float *to = sums + half * HALF + warp * 16 * 8 + i * 8 + lane % 4 * 2;
             if (lane % 16 < 4 && (ROWS > 1 || lane < 4)) *(float2 *)(to + lane / 16 * CHUNK<ROWS> * 8) = make_float2(sum[0], sum[1]);
             if (lane % 16 < 4 && ROWS > 2) *(float2 *)(to + (2 + lane / 16) * CHUNK<ROWS> * 8) = make_float2(sum[2], sum[3]);
@@ -615,10 +732,17 @@ struct passing weights_of(const struct queue *q, const product_args &a)
 
 template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid, product_args a)
 {
+    if (PARTNERS<ROWS> > 1 && q->has_pdl) { /* whole pairs, of which some may have nothing to do */
+        grid.x = (grid.x + 1) & ~1u;
+        if (grid.x > (unsigned)q->sms) grid.x -= 2;
+        q->cluster = PARTNERS<ROWS>;
+    }
+    a.each = a.tiles / (int)grid.x;
+    a.extra = a.tiles % (int)grid.x;
     q->passing = weights_of(q, a);
     for (int i = 0; i < a.n; i++) a.stage = (int)a.m[i].tile > a.stage ? (int)a.m[i].tile : a.stage;
     a.stage = (a.stage + 127) / 128 * 128;
-    size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols);
+    size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols, a.quantize);
     bool is_long = a.kinds == WHOLE && a.kind == INPUT_RAW && a.each >= LONG_TILES;
     if (q->has_pdl && is_long && shared + OWN_SHARED <= (size_t)q->shared_max) {
         launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true, INPUT_RAW>, grid, shared, a);
@@ -627,7 +751,7 @@ template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid
     enum side side = ROWS > 2 ? ALONE : q->side == LEFT ? RIGHT : LEFT;
     launch_side<BLOCK>(q, operation, side,
                        a.kinds == WHOLE ? kernel_of<ROWS, WHOLE>(a.kind) : kernel_of<ROWS, CUT | TILED>(a.kind), grid,
-                       product_shared(ROWS, a.cols, a.kinds & TILED), a);
+                       product_shared(ROWS, a.cols, a.kinds & TILED, a.quantize), a);
 }
 
 void run(struct queue *q, const char *operation, product_args a)
@@ -635,8 +759,6 @@ void run(struct queue *q, const char *operation, product_args a)
     int grid = a.tiles < q->sms ? a.tiles : q->sms;
     int64_t n = a.x.rows;
     if (n == 0) return;
-    a.each = a.tiles / grid;
-    a.extra = a.tiles % grid;
     if (n == 2 && product_shared(2, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)
         start<2>(q, operation, dim3((unsigned)grid), a);
     else if (n > 1 && product_shared(4, a.cols, a.kinds & TILED) <= (size_t)q->shared_max)

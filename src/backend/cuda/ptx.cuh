@@ -284,7 +284,7 @@ __device__ __forceinline__ uint32_t turned(uint32_t x)
     return y;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if __CUDA_ARCH__ >= 900
 /* ---- clusters ---- */
 
 __device__ __forceinline__ void cluster_meet()
@@ -292,12 +292,27 @@ __device__ __forceinline__ void cluster_meet()
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/* Where an address in shared memory lies in block `rank` of the cluster. */
+__device__ __forceinline__ uint32_t address_in(uint32_t at, int rank)
+{
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    return there;
+}
+
+/* At what address_in gave, or some bytes on. */
+__device__ __forceinline__ void store_there(uint32_t at, uint32_t x)
+{
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Four floats of shared memory of block `rank` of the cluster. */
 __device__ __forceinline__ float4 load_four_of(const float *x, int rank)
 {
-    uint32_t at;
+    uint32_t at = address_in(shared_at(x), rank);
     float4 y;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_at(x)), "r"(rank));
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "r"(at));
     return y;
 }

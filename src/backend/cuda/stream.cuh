@@ -90,13 +90,19 @@ __device__ __forceinline__ float divided(float x, float scale, float inverse)
     return fmaf(fmaf(-q, scale, x), inverse, q);
 }
 
-__device__ __forceinline__ void put_quantized_at(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale,
-                                                 float inverse)
+/* Two values as FP8 has them, in BF16. */
+__device__ __forceinline__ uint32_t quantized_pair(float2 x, float scale, float inverse)
 {
     float2 q = make_float2(divided(x.x, scale, inverse), divided(x.y, scale, inverse));
     __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3), __NV_E4M3);
     float2 y = __half22float2(*reinterpret_cast<__half2 *>(&h));
-    *(uint32_t *)(slots + 3 * stride + c) = pack(y.x, y.y);
+    return pack(y.x, y.y);
+}
+
+__device__ __forceinline__ void put_quantized_at(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale,
+                                                 float inverse)
+{
+    *(uint32_t *)(slots + 3 * stride + c) = quantized_pair(x, scale, inverse);
 }
 
 __device__ __forceinline__ void put_quantized(__nv_bfloat16 *slots, int stride, int c, float2 x, float scale, float inverse)
@@ -153,6 +159,14 @@ template <bool TURNED> __device__ __forceinline__ void place_eight(uint32_t slot
         }
         store_shared(slots + s * stride * 2, part);
     }
+}
+
+/* A lane's row of slots, of the first two rows where there are more. used: slots of a row, where ROWS are more than two; for
+ * one that is not there another is read, whose sums do not count. */
+template <int ROWS> __device__ __forceinline__ const __nv_bfloat16 *lane_slot(const __nv_bfloat16 *slots, int stride, int used)
+{
+    int g = threadIdx.x % LANES / 4;
+    return slots + (ROWS > 2 ? g / SLOTS * used + min(g % SLOTS, used - 1) : ROWS > 1 ? g : g % SLOTS) * stride;
 }
 
 /* ---- weights ---- */
@@ -322,7 +336,7 @@ template <int KINDS, int RING> struct stream {
     /* `units` units from unit `first` of a row on against x, this lane's row of slots, asking for another
      * after each. */
     template <int ROWS, int FORMAT, class NEXT>
-    __device__ __forceinline__ void run(float (&sum)[4], int first, int units, const __nv_bfloat16 *x, int stride,
+    __device__ __forceinline__ void run(float (&sum)[4], int first, int units, const __nv_bfloat16 *x, int stride8,
                                         NEXT &&next)
     {
         constexpr int COLS = unit_cols(FORMAT), LANE_COLS = FORMAT == WEIGHT_FP8 ? 16 : 8;
@@ -335,29 +349,29 @@ template <int KINDS, int RING> struct stream {
             uint4 low = *(const uint4 *)from_ring, high = *(const uint4 *)(from_ring + 512);
             uint2 scale = uint2{};
             if (FORMAT == WEIGHT_NVFP4) scale = *(const uint2 *)(from_ring + 1024 - 8 * (threadIdx.x % LANES));
-            piece<ROWS, FORMAT>(a, b, low, scale.x, x, 8 * stride);
-            piece<ROWS, FORMAT>(a, b, high, scale.y, x + COLS / 2, 8 * stride);
+            piece<ROWS, FORMAT>(a, b, low, scale.x, x, stride8);
+            piece<ROWS, FORMAT>(a, b, high, scale.y, x + COLS / 2, stride8);
             ask(next);
         }
         for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS <= 2 ? i ^ 2 : i];
     }
 
-    /* Units of a matrix of `format` against slots [SLOTS * ROWS][stride]. Lanes 0..3 get the sums of columns
+    /* Units of a matrix of `format` against slots [ROWS][used][stride]. Lanes 0..3 get the sums of columns
      * 2 t and 2 t + 1 of row 0, with ROWS 4 of row 2 too in [2], [3]; lanes 16..19 those of rows 1 and 3 where there are such.
      * quantized: of the fourth slot, else of the others. */
     template <int ROWS, class NEXT>
     __device__ __forceinline__ void work(float (&sum)[4], int format, share s, const __nv_bfloat16 *slots, int stride,
-                                         bool quantized, NEXT &&next)
+                                         int used, bool quantized, NEXT &&next)
     {
-        int g = threadIdx.x % LANES / 4;
+        int g = threadIdx.x % LANES / 4, stride8 = (ROWS > 2 ? 2 * used : 8) * stride;
         bool counts = quantized == (g % SLOTS == SLOTS - 1);
-        const __nv_bfloat16 *x = slots + (ROWS > 1 ? g : g % SLOTS) * stride;
+        const __nv_bfloat16 *x = lane_slot<ROWS>(slots, stride, used);
         if (KINDS == TILED || ((KINDS & TILED) && format == WEIGHT_NVFP4))
-            run<ROWS, WEIGHT_NVFP4>(sum, s.first, s.n, x, stride, next);
+            run<ROWS, WEIGHT_NVFP4>(sum, s.first, s.n, x, stride8, next);
         else if (format == WEIGHT_BF16)
-            run<ROWS, WEIGHT_BF16>(sum, s.first, s.n, x, stride, next);
+            run<ROWS, WEIGHT_BF16>(sum, s.first, s.n, x, stride8, next);
         else
-            run<ROWS, WEIGHT_FP8>(sum, s.first, s.n, x, stride, next);
+            run<ROWS, WEIGHT_FP8>(sum, s.first, s.n, x, stride8, next);
         collect<ROWS>(sum, counts);
     }
 

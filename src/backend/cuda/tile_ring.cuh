@@ -61,7 +61,7 @@ struct tile_ring {
  * begin in the same bank. */
 template <int ROWS, int FORMAT>
 __device__ __forceinline__ void work_units(float (&sum)[4], const uint8_t *tile, int row_bytes, share s,
-                                           const __nv_bfloat16 *x, int stride)
+                                           const __nv_bfloat16 *x, int stride8)
 {
     constexpr int COLS = unit_cols(FORMAT), LANE_COLS = FORMAT == WEIGHT_FP8 ? 16 : 8;
     using words = stream<WHOLE, 1>;
@@ -73,8 +73,8 @@ __device__ __forceinline__ void work_units(float (&sum)[4], const uint8_t *tile,
 #pragma unroll(FORMAT == WEIGHT_BF16 && ROWS <= 2 ? 2 : 1)
     for (int u = 0; u < s.n; u++, x += COLS, tile += UNIT_BYTES) {
         uint4 one = *(const uint4 *)(tile + place), other = *(const uint4 *)(tile + (place ^ PIECE));
-        words::template piece<ROWS, FORMAT>(a, b, odd ? other : one, 0, x, 8 * stride);
-        words::template piece<ROWS, FORMAT>(a, b, odd ? one : other, 0, x + COLS / 2, 8 * stride);
+        words::template piece<ROWS, FORMAT>(a, b, odd ? other : one, 0, x, stride8);
+        words::template piece<ROWS, FORMAT>(a, b, odd ? one : other, 0, x + COLS / 2, stride8);
     }
     for (int i = 0; i < 4; i++) sum[i] = a[i] + b[ROWS <= 2 ? i ^ 2 : i];
 }
@@ -83,14 +83,14 @@ __device__ __forceinline__ void work_units(float (&sum)[4], const uint8_t *tile,
 template <int ROWS>
 __device__ __forceinline__ void work_whole_tile(float (&sum)[4], int format, const uint8_t *tile,
                                                 int row_bytes, share s, const __nv_bfloat16 *slots,
-                                                int stride, bool quantized)
+                                                int stride, int used, bool quantized)
 {
-    int g = threadIdx.x % LANES / 4;
-    const __nv_bfloat16 *x = slots + (ROWS > 1 ? g : g % SLOTS) * stride;
+    int g = threadIdx.x % LANES / 4, stride8 = (ROWS > 2 ? 2 * used : 8) * stride;
+    const __nv_bfloat16 *x = lane_slot<ROWS>(slots, stride, used);
     if (format == WEIGHT_BF16)
-        work_units<ROWS, WEIGHT_BF16>(sum, tile, row_bytes, s, x, stride);
+        work_units<ROWS, WEIGHT_BF16>(sum, tile, row_bytes, s, x, stride8);
     else
-        work_units<ROWS, WEIGHT_FP8>(sum, tile, row_bytes, s, x, stride);
+        work_units<ROWS, WEIGHT_FP8>(sum, tile, row_bytes, s, x, stride8);
     stream<WHOLE, 1>::template collect<ROWS>(sum, quantized == (g % SLOTS == SLOTS - 1));
 }
 

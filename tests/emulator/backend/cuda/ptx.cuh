@@ -118,6 +118,8 @@ inline uint32_t turned(uint32_t x)
 /* ---- clusters ---- */
 
 inline void cluster_meet() { emulator::cluster_meets(); }
+inline uint32_t address_in(uint32_t at, int rank) { return at + ((uint32_t)rank << 28); }
+inline void store_there(uint32_t at, uint32_t x) { *(uint32_t *)emulator::shared_of(at & 0xfffffff, (int)(at >> 28), 4) = x; }
 inline float4 load_four_of(const float *x, int rank) { return *(const float4 *)emulator::shared_of(shared_at(x), rank, 16); }
 
 /* ---- the wide instruction ---- */
