@@ -4,6 +4,7 @@
 #include "backend/host.h"
 #include "base/arena.h"
 #include <stdlib.h>
+#include <string.h>
 
 const struct cpu_kernels *cpu_kernels_select(enum cpu_isa isa)
 {
@@ -96,13 +97,14 @@ static void layout(struct queue *q, struct arena *a)
 
 static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
 {
-    struct step_limits *have = &q->limits;
+    struct step_limits *have = &q->limits, had = *have;
     have->rows = largest(have->rows, l->rows);
     have->cols = largest(have->cols, l->cols);
     have->context = largest(have->context, l->context);
     have->intermediate = largest(have->intermediate, l->intermediate);
     have->picks = (int)largest(have->picks, l->picks);
     have->n_experts = (int)largest(have->n_experts, l->n_experts);
+    if (q->memory && memcmp(&had, have, sizeof had) == 0) return true;
     if (!q->threads) q->threads = calloc((size_t)pool_threads(q->pool), sizeof *q->threads);
     if (!q->threads) return err_memory(e, "CPU backend", 0);
     free(q->memory);
