@@ -1,7 +1,7 @@
 /* Products of up to ROWS_EXACT rows, at the speed of reading the weights. One block a multiprocessor: a tile of eight weight
  * rows is split along its columns over the warps, which stream their parts (stream.cuh) and meet once for several tiles. The
- * inputs are made in the block: taken as they are, normed, or gated and normed; so a norm costs no pass of its own. The
- * first units of weights are asked for before the kernel that makes the input is done.
+ * inputs are made in the block, of several rows by two blocks for one another: taken as they are, normed, or gated and normed;
+ * so a norm costs no pass of its own. The first units of weights are asked for before the kernel that makes the input is done.
  * Moves: the weights once for every ROWS rows; everything else is small and in the second cache. */
 #include "backend/cuda/tile_ring.cuh"
 #include "backend/fused.h"
@@ -50,7 +50,8 @@ struct product_args {
 constexpr int RING = 4, LONG_TILES = 64;
 constexpr size_t OWN_SHARED = 2 * 1024;              /* besides what a launch asks for */
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
-/* Blocks that make inputs for one another, a share of the rows each: a cluster. */
+/* Blocks that make inputs for one another, a share of the rows each: a cluster. Of rows wider than a thread keeps (EACH) every
+ * block makes all, one by one: of two rows, those of 4,096 columns. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <int ROWS> constexpr int PARTNERS = 1;
 #else
@@ -122,6 +123,18 @@ template <int KINDS> struct tiles_ahead {
     }
 };
 
+/* Of what the warps left, in their order. */
+__device__ __forceinline__ float crew_total(const float *part)
+{
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CREW / 4; i++) {
+        float4 four = ((const float4 *)part)[i];
+        sum = (((sum + four.x) + four.y) + four.z) + four.w;
+    }
+    return sum;
+}
+
 /* block_sum<CREW> to the bit, and block_max<CREW> of what is not negative, waited for less; part: CREW floats at a multiple of 16 bytes, free again after the
  * caller's next __syncthreads. */
 __device__ __forceinline__ float crew_sum(float x, float *part)
@@ -129,13 +142,7 @@ __device__ __forceinline__ float crew_sum(float x, float *part)
     x = warp_sum(x);
     if (threadIdx.x % LANES == 0) part[threadIdx.x / LANES] = x;
     __syncthreads();
-    x = 0;
-#pragma unroll
-    for (int i = 0; i < CREW / 4; i++) {
-        float4 four = ((const float4 *)part)[i];
-        x = (((x + four.x) + four.y) + four.z) + four.w;
-    }
-    return x;
+    return crew_total(part);
 }
 
 __device__ __forceinline__ float crew_max(float x, float *part)
@@ -400,13 +407,7 @@ __device__ __forceinline__ void place_rows(const product_args &p, const both_slo
         __syncthreads();
 #pragma unroll
         for (int a = 0; a < N; a++) {
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < CREW / 4; i++) {
-                float4 four = ((const float4 *)part[a])[i];
-                sum = (((sum + four.x) + four.y) + four.z) + four.w;
-            }
-            float scale = rsqrtf(sum / (float)p.cols + p.eps);
+            float scale = rsqrtf(crew_total(part[a]) / (float)p.cols + p.eps);
 #pragma unroll
             for (int i = 0; i < PAIRS; i++) {
                 int c = c0 + i * STEP;
