@@ -2,11 +2,11 @@
  * usage: bench_cuda [card|bf16|fast] [LAYERS] [one [bf16|f32|fp8] | batch [ROWS] | verify | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
- * head, argmax and the round trip to the host; the others are all layers' kernels of one kind, one after the
- * other. one: one sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128
- * only, or ROWS. verify: 1 to 5 rows of one sequence that may be taken back, with a head for each, as a round
- * of speculation checks its drafts. prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of
- * 2 steps. */
+ * "choice", the likeliest token by the head, with the round trip to the host; "head" is all logits; the
+ * others are all layers' kernels of one kind, one after the other. one: one sequence only, with keys and
+ * values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one
+ * sequence that may be taken back, with a head for each, as a round of speculation checks its drafts.
+ * prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -71,6 +71,20 @@ static void make_pool(void)
     for (int i = 0; i < 16384; i++) scales[i] = 0.02f;
 }
 
+/* Rows that differ, unlike the pool's: which may be the likeliest depends on how many come close. */
+static const void *head_values(void)
+{
+    uint16_t *values = malloc(POOL);
+    uint64_t x = 7;
+    if (!values) exit(1);
+    for (uint64_t i = 0; i < POOL / 2; i++) {
+        if (i % 3 == 0) x = x * 6364136223846793005u + 1442695040888963407u;
+        uint64_t r = x >> (16 + i % 3 * 16);
+        values[i] = (uint16_t)((r & 0x80bf) | (118 + (r >> 8 & 3)) << 7);
+    }
+    return values;
+}
+
 static double bytes_of(enum weight_format f)
 {
     return f == WEIGHT_BF16 ? 2 : f == WEIGHT_FP8 ? 1 : 0.5625;
@@ -88,12 +102,13 @@ static struct weight *make(enum weight_format f, int64_t rows, int64_t cols, boo
         for (int i = 0; i < 1 << 20; i++) groups[i] = (uint8_t)(0x30 + (next() & 15));
     }
     uint64_t offset = (next() % 1024) * 4096;
-    bool fp8 = f == WEIGHT_FP8;
+    bool fp8 = f == WEIGHT_FP8, head = rows == VOCAB && !table;
     struct weight_source src = { .format = f,
                                  .rows = rows,
                                  .cols = cols,
-                                 .data =
-                                     f == WEIGHT_BF16 ? pool + (rows == VOCAB ? 0 : offset) : codes + offset,
+                                 .data = f != WEIGHT_BF16 ? codes + offset
+                                         : head           ? head_values()
+                                                          : pool + (rows == VOCAB ? 0 : offset),
                                  .scale = fp8 ? (void *)scales : groups,
                                  .global = 200,
                                  .input = fp8 ? INPUT_FP8_ROW : INPUT_AS_IS,
@@ -202,6 +217,7 @@ static void make_model(int n_layers)
     }
     model.embed = make(WEIGHT_BF16, VOCAB, HIDDEN, true);
     model.head = make(of_head, VOCAB, HIDDEN, false);
+    backend.ops->weight_coarsen(backend.queue, model.head);
     model.final_norm = vector(HIDDEN, 1);
 }
 
@@ -290,18 +306,26 @@ static void whole_step(const struct step_rows *rows)
     step_run(step, rows, states);
 }
 
+static const struct draw greedy[ROWS];
+
 static void token(const struct step_rows *rows)
 {
     int64_t index[ROWS];
     int32_t best[ROWS];
     for (int i = 0; i < rows->n; i++) index[i] = i;
-    struct mat l = step_logits(step, step_run(step, rows, states), index, rows->n);
-    backend.ops->argmax(backend.queue, best, l);
+    step_draw(step, best, step_run(step, rows, states), index, rows->n, NULL, greedy);
 }
 
 static void head(const struct step_rows *rows)
 {
     step->op->matmul(step->q, mat_rows(step->logits, rows->n), mat_rows(step->h, rows->n), model.head);
+}
+
+static void choice(const struct step_rows *rows)
+{
+    int32_t best[ROWS];
+    step->op->draw_product(step->q, best, mat_rows(step->logits, rows->n), mat_rows(step->h, rows->n),
+                           model.head, NULL, greedy);
 }
 
 /* The kernels of one kind of all layers; state from the layers' own. */
@@ -483,7 +507,7 @@ static void check_recorded(void)
 
 /* Bytes that must move, experts of different rows taken as different ones with even odds. */
 struct bytes {
-    double delta_in, delta_mix, attention_in, attention_mix, router, moe, head;
+    double delta_in, delta_mix, attention_in, attention_mix, router, moe, head, choice;
 };
 
 /* Recurrent states read and written; of logged rows the log instead of what follows each state. */
@@ -507,6 +531,8 @@ static struct bytes bytes_for(int n, int64_t depth)
         .router = config.n_layers * HIDDEN * (257.0 * 2 + 2 * INNER * d),
         .moe = config.n_layers * INNER * HIDDEN * (d + 3.0 * EXPERTS * (1 - miss) * bytes_of(of_expert)),
         .head = (double)VOCAB * HIDDEN * bytes_of(of_head),
+        .choice = draws_coarse(model.head, n, greedy) ? (double)model.head->coarse_bytes
+                                                      : (double)VOCAB * HIDDEN * bytes_of(of_head),
     };
 }
 
@@ -515,7 +541,7 @@ static void measure_all(int n, int64_t depth, bool parts)
     struct bytes b = bytes_for(n, depth);
     double all = b.delta_in + b.delta_mix + b.attention_in + b.attention_mix + b.router + b.moe;
     measure("step", whole_step, false, n, depth, all);
-    measure("token", token, false, n, depth, all + b.head);
+    measure("token", token, false, n, depth, all + b.choice);
     if (!parts) return;
     measure("delta in", delta_in, true, n, depth, b.delta_in);
     measure("delta and out", delta_mix, true, n, depth, b.delta_mix);
@@ -524,6 +550,7 @@ static void measure_all(int n, int64_t depth, bool parts)
     measure("router", router, true, n, depth, b.router);
     measure("experts", moe, true, n, depth, b.moe);
     measure("head", head, false, n, depth, b.head);
+    measure("choice", choice, false, n, depth, b.choice);
 }
 
 /* Tokens a second go where the bytes go: what moves is not the bound. */

@@ -17,6 +17,13 @@ bool fused_weights(const struct ops *op, struct queue *q, struct weight **out,
     return true;
 }
 
+void fused_draw_product(const struct ops *op, struct queue *q, int32_t *out, struct mat y, struct mat x,
+                        const struct weight *w, const uint32_t *allowed, const struct draw *draws)
+{
+    op->matmul(q, y, x, w);
+    op->draw(q, out, y, allowed, draws);
+}
+
 void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r)
 {
     op->rmsnorm(q, r->h, r->x, r->gain, r->eps);

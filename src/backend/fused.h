@@ -5,6 +5,8 @@
 /* weights_create by weight_create. */
 bool fused_weights(const struct ops *op, struct queue *q, struct weight **out,
                    const struct weight_source *src, int n, int *failed, struct err *e);
+void fused_draw_product(const struct ops *op, struct queue *q, int32_t *out, struct mat y, struct mat x,
+                        const struct weight *w, const uint32_t *allowed, const struct draw *draws);
 void fused_norm_products(const struct ops *op, struct queue *q, const struct norm_products *r);
 void fused_delta(const struct ops *op, struct queue *q, const struct delta_run *r,
                  const struct step_rows *rows);

@@ -61,6 +61,17 @@ void host_weights_join(struct queue *q, struct weight **list, int n)
     (void)q, (void)list, (void)n;
 }
 
+uint64_t host_coarse_bytes(struct queue *q, enum weight_format format, int64_t rows, int64_t cols)
+{
+    (void)q, (void)format, (void)rows, (void)cols;
+    return 0;
+}
+
+void host_weight_coarsen(struct queue *q, struct weight *w)
+{
+    (void)q, (void)w;
+}
+
 uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits)
 {
     (void)q, (void)limits;

@@ -8,6 +8,8 @@ void host_copy(struct queue *q, void *to, const void *from, uint64_t bytes);
 bool host_experts_bind(struct queue *q, struct experts *x, struct err *e);
 void host_experts_unbind(struct queue *q, struct experts *x);
 void host_weights_join(struct queue *q, struct weight **list, int n);
+uint64_t host_coarse_bytes(struct queue *q, enum weight_format format, int64_t rows, int64_t cols);
+void host_weight_coarsen(struct queue *q, struct weight *w);
 bool host_wait(struct queue *q, struct err *e);
 uint64_t host_reserve_bytes(struct queue *q, const struct step_limits *limits);
 double host_read_speed(struct queue *q);

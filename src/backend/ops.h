@@ -68,7 +68,18 @@ struct weight {
     enum weight_input input;
     float input_global;
     bool is_table;
+    uint64_t coarse_bytes; /* of its coarse copy; 0: none */
 };
+
+/* Whether draw_product of such rows takes w's coarse copy. */
+enum { COARSE_ROWS = 8, COARSE_TOP_K = 64 };
+static inline bool draws_coarse(const struct weight *w, int64_t rows, const struct draw *draws)
+{
+    bool all = w->coarse_bytes > 0 && rows <= COARSE_ROWS;
+    for (int64_t i = 0; all && i < rows; i++)
+        all = draws[i].scale == 0 || (draws[i].top_k > 0 && draws[i].top_k <= COARSE_TOP_K);
+    return all;
+}
 
 /* The routed experts of one layer. gate, up: [intermediate x hidden]; down: [hidden x intermediate]. */
 struct experts {
@@ -320,6 +331,10 @@ struct ops {
      * all of them is one: neighbours of the list whose formats and shapes allow it, where there is room. The
      * first of such has the memory of all, and none is used once it is freed. Changes nothing on a CPU. */
     void (*weights_join)(struct queue *q, struct weight **list, int n);
+    /* A copy in fewer bits, by which draw_product tells which rows need not be read: made where there is
+     * room, freed with w. Bytes of one; 0: none for such a matrix, and none on a CPU. */
+    uint64_t (*coarse_bytes)(struct queue *q, enum weight_format format, int64_t rows, int64_t cols);
+    void (*weight_coarsen)(struct queue *q, struct weight *w);
     void (*weight_free)(struct queue *q, struct weight *w); /* NULL is fine */
     bool (*memory_create)(struct queue *q, void **out, uint64_t bytes,
                           struct err *e); /* zeroed, 64-byte aligned */
@@ -447,6 +462,9 @@ struct ops {
      * host. */
     void (*draw)(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
                  const struct draw *draws);
+    /* matmul(y, x, w); draw(out, y, allowed, draws). y may be used up. */
+    void (*draw_product)(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                         const uint32_t *allowed, const struct draw *draws);
 
     void (*norm_products)(struct queue *q, const struct norm_products *r);
     void (*delta_run)(struct queue *q, const struct delta_run *r, const struct step_rows *rows);

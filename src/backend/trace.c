@@ -195,6 +195,17 @@ static void weight_free(struct queue *q, struct weight *w)
     trace_of(q)->op->weight_free(trace_of(q)->q, w);
 }
 
+static uint64_t coarse_bytes(struct queue *q, enum weight_format format, int64_t rows, int64_t cols)
+{
+    const struct trace *t = trace_of(q);
+    return t->op->coarse_bytes(t->q, format, rows, cols);
+}
+
+static void weight_coarsen(struct queue *q, struct weight *w)
+{
+    trace_of(q)->op->weight_coarsen(trace_of(q)->q, w);
+}
+
 static bool memory_create(struct queue *q, void **out, uint64_t bytes, struct err *e)
 {
     return trace_of(q)->op->memory_create(trace_of(q)->q, out, bytes, e);
@@ -567,6 +578,19 @@ static void draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *al
     end(t, OP_DRAW, start, 0, 0);
 }
 
+/* What is read of a matrix with a coarse copy is that, and few rows besides. */
+static void draw_product(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                         const uint32_t *allowed, const struct draw *draws)
+{
+    struct trace *t = trace_of(q);
+    double start = begin(t);
+    t->op->draw_product(t->q, out, y, x, w, allowed, draws);
+    if (t->mode != TRACE_OFF)
+        end(t, entry_of(t, w), start,
+            draws_coarse(w, x.rows, draws) ? w->coarse_bytes : trace_weight_bytes(w),
+            2 * (uint64_t)x.rows * (uint64_t)w->rows * (uint64_t)w->cols);
+}
+
 /* Runs are counted operation by operation. */
 
 static const struct ops trace_ops;
@@ -621,6 +645,8 @@ static const struct ops trace_ops = {
     .weight_create = weight_create,
     .weights_create = weights_create,
     .weights_join = weights_join,
+    .coarse_bytes = coarse_bytes,
+    .weight_coarsen = weight_coarsen,
     .weight_free = weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,
@@ -665,6 +691,7 @@ static const struct ops trace_ops = {
     .mask = mask,
     .edit = edit,
     .draw = draw,
+    .draw_product = draw_product,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

@@ -31,6 +31,16 @@ static uint64_t weights_of(const struct plan_options *o)
     return bytes;
 }
 
+/* What a GPU keeps of the head besides (weight_coarsen). */
+static uint64_t coarse_of(const struct plan_options *o)
+{
+    const struct config *c = &o->checkpoint->config;
+    const struct backend *b = o->backend;
+    const struct tensor *head = checkpoint_find(o->checkpoint, "lm_head.weight");
+    if (!b->memory || (head && head->dtype != DTYPE_BF16)) return 0;
+    return b->ops->coarse_bytes(b->queue, WEIGHT_BF16, c->vocab_size, c->hidden_size);
+}
+
 static uint64_t page_of(const struct plan_options *o, uint64_t full_layers)
 {
     const struct config *c = &o->checkpoint->config;
@@ -66,7 +76,7 @@ static int64_t pages_for(int64_t tokens)
 
 static uint64_t fixed_of(const struct plan *p)
 {
-    return p->weights + p->steps + p->reserve + p->encoder_cache;
+    return p->weights + p->coarse + p->steps + p->reserve + p->encoder_cache;
 }
 
 /* What pages and states may take. */
@@ -173,6 +183,7 @@ bool plan_make(struct plan *p, const struct plan_options *o, struct err *e)
                         .sequences = o->sequences,
                         .budget = budget_of(o),
                         .weights = weights_of(o),
+                        .coarse = coarse_of(o),
                         .steps = steps_of(o),
                         .reserve = o->backend->memory ? RESERVE_DEVICE : RESERVE_HOST,
                         .encoder_cache = o->backend->memory ? 0 : o->encoder_cache,
@@ -205,6 +216,7 @@ void plan_print(const struct plan *p, const struct plan_options *o)
     fprintf(stderr, "memory, of a budget of %s:\n", common_bytes(text, sizeof text, p->budget));
     print_row("weights", "", p->weights - vision);
     if (vision) print_row("vision tower", "when the first image comes", vision);
+    if (p->coarse) print_row("head", "a coarse copy, read for most tokens", p->coarse);
     snprintf(text, sizeof text, "%lld tokens in %s", (long long)p->pages * KV_PAGE, common_kv_name(o->kv));
     print_row("keys and values", text, (uint64_t)p->pages * p->page);
     snprintf(text, sizeof text, "%lld sequences", (long long)p->sequences);

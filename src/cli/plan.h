@@ -22,8 +22,9 @@ struct plan_options {
 /* Sequences share the pages: each may take `context` tokens of them, all together what there is. */
 struct plan {
     int64_t context, sequences, pages, snapshots;
-    uint64_t budget, weights, steps, reserve; /* bytes; steps: buffers of a step on a device */
-    uint64_t encoder_cache;                   /* of the budget: 0 where that is a device's */
+    uint64_t budget, weights, coarse, steps,
+        reserve;            /* bytes; coarse: of a copy of the head, steps: buffers of a step, on a device */
+    uint64_t encoder_cache; /* of the budget: 0 where that is a device's */
     uint64_t page, state, snapshot_state; /* bytes of one; a sequence's state has a log of drafts besides */
 };
 

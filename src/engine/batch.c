@@ -288,26 +288,40 @@ static void score_prompt(struct batch *b, struct request *r, int64_t row, const 
     request_post(r, &event);
 }
 
-/* Rows [first, first + n) of those that logits are wanted of: what the backend is to draw. */
-static bool ask(struct batch *b, struct mat logits, int64_t first, int64_t n, struct err *e)
+/* Rows [first, first + n) of those that logits are wanted of: what the backend is to draw. *any: something;
+ * *alone: and nobody will ask for the logits, or change them. */
+static void list_draws(struct batch *b, int64_t first, int64_t n, bool *any, bool *alone)
 {
-    bool any = false;
-    for (int k = 0; k < ROUNDS; k++) b->edits[k].n = 0;
+    *any = false;
+    *alone = true;
     for (int64_t i = 0; i < n; i++) {
         struct request *r = b->of[first + i];
         int64_t row = b->index[first + i] - r->first, at = r->n_answer - r->right;
+        bool drawn = is_drawn(r, row);
         b->draws[i] = (struct draw){ 0 };
-        if (r->ended || !is_drawn(r, row)) continue;
-        any = true;
+        if (r->ended) continue;
+        *alone &= drawn &&
+                  !(is_first(r, row) ? logits_rules_change(&r->rules) : logits_rules_may_change(&r->rules));
+        if (!drawn) continue;
+        *any = true;
         b->draws[i] = sampling_draw(&r->o.sampling, (uint64_t)(is_first(r, row) ? at : at + row));
-        if (!is_first(r, row) || !logits_rules_change(&r->rules) || logits_rules_forced(&r->rules) >= 0)
+    }
+}
+
+static bool change_logits(struct batch *b, struct mat logits, int64_t first, int64_t n, struct err *e)
+{
+    for (int k = 0; k < ROUNDS; k++) b->edits[k].n = 0;
+    for (int64_t i = 0; i < n; i++) {
+        struct request *r = b->of[first + i];
+        int64_t row = b->index[first + i] - r->first;
+        if (r->ended || !is_drawn(r, row) || !is_first(r, row) || !logits_rules_change(&r->rules) ||
+            logits_rules_forced(&r->rules) >= 0)
             continue;
         const uint32_t *mask = logits_rules_mask(&r->rules);
         if (mask) engine_mask(b->engine, logits, i, mask);
         if (!logits_rules_edits(&r->rules, (int32_t)i, b->edits, e)) return false;
     }
     for (int k = 0; k < ROUNDS; k++) engine_edit(b->engine, logits, b->edits[k].items, b->edits[k].n);
-    if (any) engine_draw(b->engine, b->drawn, logits, b->draws);
     return true;
 }
 
@@ -331,9 +345,18 @@ static bool take_row(struct batch *b, struct mat logits, int64_t i, int64_t row,
 static bool take_rows(struct batch *b, struct mat hidden, int64_t begin, int64_t first, int64_t n,
                       struct err *e)
 {
+    struct mat logits = { 0 };
+    bool any, alone;
     for (int64_t i = 0; i < n; i++) b->at[i] = b->index[first + i] - begin;
-    struct mat logits = engine_logits(b->engine, hidden, b->at, n);
-    if (!ask(b, logits, first, n, e) || !engine_wait(b->engine, e)) return false;
+    list_draws(b, first, n, &any, &alone);
+    if (any && alone) {
+        engine_draw_rows(b->engine, b->drawn, hidden, b->at, n, b->draws);
+    } else {
+        logits = engine_logits(b->engine, hidden, b->at, n);
+        if (!change_logits(b, logits, first, n, e)) return false;
+        if (any) engine_draw(b->engine, b->drawn, logits, b->draws);
+    }
+    if (!engine_wait(b->engine, e)) return false;
     for (int64_t i = 0; i < n; i++) {
         struct request *r = b->of[first + i];
         if (!r->ended && !take_row(b, logits, i, b->index[first + i] - r->first, r, e)) return false;

@@ -483,6 +483,12 @@ void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct
     g->model->backend->ops->draw(g->model->backend->queue, out, logits, g->allowed, draws);
 }
 
+void engine_draw_rows(struct engine *g, int32_t *out, struct mat hidden, const int64_t *index, int64_t n,
+                      const struct draw *draws)
+{
+    step_draw(g->step, out, hidden, index, n, g->allowed, draws);
+}
+
 bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e)
 {
     const struct backend *b = g->model->backend;

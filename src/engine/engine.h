@@ -65,7 +65,10 @@ const float *engine_logits_host(struct engine *g, struct mat hidden, const int64
  * which costs the host nothing. -1: none may come. */
 const float *engine_fetch(struct engine *g, struct mat logits, int64_t first, int64_t n);
 void engine_draw(struct engine *g, int32_t *out, struct mat logits, const struct draw *draws);
-/* What engine_draw may give from now on: bits as in num/draw.h, copied; NULL: everything, as at first. */
+/* The same from chosen rows of `hidden`, where nobody wants their logits: which may cost less. */
+void engine_draw_rows(struct engine *g, int32_t *out, struct mat hidden, const int64_t *index, int64_t n,
+                      const struct draw *draws);
+/* What draws may give from now on: bits as in num/draw.h, copied; NULL: everything, as at first. */
 bool engine_allow(struct engine *g, const uint32_t *allowed, struct err *e);
 /* Changes of rows before that, see ops.h: tokens that must not come next in one row; n edits. */
 void engine_mask(struct engine *g, struct mat logits, int64_t row, const uint32_t *allowed);

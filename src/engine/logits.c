@@ -67,6 +67,11 @@ bool logits_rules_change(const struct logits_rules *l)
            (l->n_answer < o->min_tokens && o->n_stop_tokens);
 }
 
+bool logits_rules_may_change(const struct logits_rules *l)
+{
+    return logits_rules_change(l) || l->o->constraint;
+}
+
 const uint32_t *logits_rules_mask(struct logits_rules *l)
 {
     const struct request_options *o = l->o;

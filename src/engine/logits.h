@@ -27,6 +27,8 @@ void logits_rules_deinit(struct logits_rules *l); /* accepts a zeroed one */
 
 /* Whether a row is changed at all. */
 bool logits_rules_change(const struct logits_rules *l);
+/* Whether it or one of a later token may be. */
+bool logits_rules_may_change(const struct logits_rules *l);
 /* The tokens that may come next as far as `allowed` and the constraint say, bits as in num/draw.h; NULL: all.
  * Valid until the next call. */
 const uint32_t *logits_rules_mask(struct logits_rules *l);

@@ -110,7 +110,7 @@ bool speculation_run(struct speculation *s, struct engine *g, struct engine_draf
         draws[i] = sampling_draw(sampling, counter + (uint64_t)i);
     }
     if (!engine_step(g, &run, 1, &hidden, e)) return false;
-    engine_draw(g, ids, engine_logits(g, hidden, index, run.n), draws);
+    engine_draw_rows(g, ids, hidden, index, run.n, draws);
     bool ok = engine_wait(g, e);
     *seconds = clock_seconds() - begin;
     return ok;

@@ -47,7 +47,9 @@ struct bench {
     int *handles;            /* [sequences] */
     struct engine_run *runs; /* [sequences] */
     struct row *rows;        /* [step_rows] */
-    int64_t *last;           /* [sequences] rows of the step whose logits are wanted */
+    int64_t *last;           /* [sequences] rows of the step after which a token is wanted */
+    int32_t *drawn;          /* [sequences] */
+    struct draw *greedy;     /* [sequences] zeros */
     int64_t step_rows;
     double flops[WEIGHT_FORMATS]; /* a token */
 };
@@ -71,16 +73,12 @@ static void add_rows(struct bench *b, struct row *rows, int sequence, int64_t at
     }
 }
 
-/* Logits of n rows of the step; waits until they are there, as a sampler would. */
-static void want_logits(struct bench *b, struct mat hidden, int64_t n)
+/* The likeliest token after n rows of the step, in the host's memory. */
+static void want_tokens(struct bench *b, struct mat hidden, int64_t n)
 {
-    const struct backend *backend = b->o->model->backend;
     int64_t most = engine_logits_rows(b->engine);
-    for (int64_t i = 0; i < n; i += most) {
-        struct mat logits = engine_logits(b->engine, hidden, b->last + i, n - i < most ? n - i : most);
-        float first;
-        backend->ops->download(backend->queue, &first, logits.data, sizeof first);
-    }
+    for (int64_t i = 0; i < n; i += most)
+        engine_draw_rows(b->engine, b->drawn, hidden, b->last + i, n - i < most ? n - i : most, b->greedy);
 }
 
 /* Prompts of all sequences one after the other, steps filled up; logits of each prompt's last row. */
@@ -105,7 +103,7 @@ static bool run_prompts(struct bench *b, struct err *e)
         }
         struct mat hidden;
         if (!engine_step(b->engine, b->runs, n_runs, &hidden, e)) return false;
-        want_logits(b, hidden, n_last);
+        want_tokens(b, hidden, n_last);
     }
     return true;
 }
@@ -120,7 +118,7 @@ static bool run_generation(struct bench *b, struct err *e)
         }
         struct mat hidden;
         if (!engine_step(b->engine, b->runs, b->t->sequences, &hidden, e)) return false;
-        want_logits(b, hidden, b->t->sequences);
+        want_tokens(b, hidden, b->t->sequences);
     }
     return true;
 }
@@ -255,9 +253,11 @@ static bool prepare(struct bench *b, struct bench_result *r, struct err *e)
     b->handles = calloc(n, sizeof *b->handles);
     b->runs = calloc(n + 1, sizeof *b->runs);
     b->last = calloc(n, sizeof *b->last);
+    b->drawn = calloc(n, sizeof *b->drawn);
+    b->greedy = calloc(n, sizeof *b->greedy);
     b->rows = calloc((size_t)b->step_rows, sizeof *b->rows);
     r->seconds = calloc((size_t)b->o->repetitions, sizeof *r->seconds);
-    if (!b->handles || !b->runs || !b->last || !b->rows || !r->seconds)
+    if (!b->handles || !b->runs || !b->last || !b->drawn || !b->greedy || !b->rows || !r->seconds)
         return err_memory(e, "bench", n * sizeof *b->runs);
     return engine_create(&b->engine, b->o->model, &options, e);
 }
@@ -272,6 +272,8 @@ bool bench_run(struct bench_result *r, const struct bench_test *t, const struct 
     free(b.handles);
     free(b.runs);
     free(b.last);
+    free(b.drawn);
+    free(b.greedy);
     free(b.rows);
     if (!ok) bench_result_deinit(r);
     return ok;

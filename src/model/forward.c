@@ -208,12 +208,24 @@ static bool are_first(const int64_t *index, int64_t n)
     return true;
 }
 
-struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
+static struct mat choose_rows(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
 {
-    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n),
-               logits = mat_rows(s->logits, n);
+    struct mat chosen = mat_rows(are_first(index, n) ? hidden : s->chosen, n);
     assert(n <= s->logits_max);
     if (chosen.data != hidden.data) s->op->gather(s->q, chosen, hidden, index);
-    s->op->matmul(s->q, logits, chosen, s->model->head);
+    return chosen;
+}
+
+struct mat step_logits(struct step *s, struct mat hidden, const int64_t *index, int64_t n)
+{
+    struct mat logits = mat_rows(s->logits, n);
+    s->op->matmul(s->q, logits, choose_rows(s, hidden, index, n), s->model->head);
     return logits;
+}
+
+void step_draw(struct step *s, int32_t *out, struct mat hidden, const int64_t *index, int64_t n,
+               const uint32_t *allowed, const struct draw *draws)
+{
+    s->op->draw_product(s->q, out, mat_rows(s->logits, n), choose_rows(s, hidden, index, n), s->model->head,
+                        allowed, draws);
 }

@@ -242,6 +242,7 @@ bool model_bind_all(struct model *m, struct err *e)
         report_progress(m->report, "load", (uint64_t)i, (uint64_t)n);
     }
     if (!bind_head(m, e)) return err_note(e, "%s", m->checkpoint->path);
+    m->backend->ops->weight_coarsen(m->backend->queue, m->head);
     report_progress(m->report, "load", (uint64_t)n, (uint64_t)n);
     return true;
 }

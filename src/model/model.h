@@ -124,6 +124,10 @@ struct mat step_mtp(struct step *s, const struct step_rows *rows, struct mat hid
                     const struct layer_state *state);
 void step_mtp_see(struct step *s, const struct step_rows *rows, struct mat hidden, const int64_t *index,
                   const struct layer_state *state);
+/* Tokens drawn from these logits, where they themselves are not wanted; allowed: in the backend's memory or
+ * NULL, draws and out in host memory. */
+void step_draw(struct step *s, int32_t *out, struct mat hidden, const int64_t *index, int64_t n,
+               const uint32_t *allowed, const struct draw *draws);
 /* The likeliest token by each of chosen rows of what step_mtp returned; n <= logits_max. index and tokens in
  * host memory. */
 void step_draft(struct step *s, int32_t *tokens, struct mat hidden, const int64_t *index, int64_t n);

@@ -151,12 +151,19 @@ static void a_backend_without_int8_caches_refuses_them(void **state)
     demo.backend.kv_int8 = true;
 }
 
+static uint64_t coarse(struct queue *q, enum weight_format format, int64_t rows, int64_t cols)
+{
+    (void)q;
+    return format == WEIGHT_BF16 ? (uint64_t)(rows * cols) : 0;
+}
+
 /* A server's: the whole budget is given out, and never more. */
 static void a_server_fills_its_budget(void **state)
 {
     (void)state;
     struct ops device = *plain;
     device.reserve_bytes = scratch;
+    device.coarse_bytes = coarse;
     demo.backend.ops = &device;
     for (uint64_t size = 600ull << 20; size < 20ull << 30; size += size / 3) {
         struct plan_options o = { .checkpoint = &demo.checkpoint,
@@ -172,7 +179,9 @@ static void a_server_fills_its_budget(void **state)
             assert_true(size < 700ull << 20);
             continue;
         }
-        uint64_t all = p.weights + p.reserve + state_and_steps(&p) + (uint64_t)p.snapshots * p.snapshot_state;
+        assert_int_equal(p.coarse, 2048 * 256);
+        uint64_t all =
+            p.weights + p.coarse + p.reserve + state_and_steps(&p) + (uint64_t)p.snapshots * p.snapshot_state;
         assert_true(all <= (uint64_t)((double)size * 0.92));
         assert_true(p.context >= KV_PAGE && p.sequences >= 1 && p.pages * KV_PAGE >= p.context);
     }

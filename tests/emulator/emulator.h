@@ -73,7 +73,8 @@ void copy_wait(int groups);
 void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier);
 void copy_tensor(uint32_t to, const void *map, int column, int row, uint32_t barrier);
 
-meeting shuffle, vote, reduce_max, reduce_min, reduce_add, nothing, mma, load_matrices, turn_matrix, wide_mma;
+meeting shuffle, vote, reduce_max, reduce_min, reduce_add, nothing, mma, mma_bytes, load_matrices,
+    turn_matrix, wide_mma;
 
 struct shuffle_operands {
     uint64_t value, result;
@@ -87,6 +88,11 @@ struct reduce_operands {
 
 struct mma_operands {
     float *d;
+    uint32_t a[4], b[2];
+};
+
+struct mma_bytes_operands {
+    int *d;
     uint32_t a[4], b[2];
 };
 
@@ -251,6 +257,9 @@ template <class T> void __stcs(T *p, T x)
     *p = x;
 }
 
+inline void __threadfence_system()
+{
+}
 inline void __threadfence()
 {
 }
@@ -313,6 +322,16 @@ inline int __reduce_min_sync(uint32_t who, int x)
 inline int __reduce_add_sync(uint32_t who, int x)
 {
     return (int)emulator::reduced(emulator::reduce_add, who, x);
+}
+
+inline int __float2int_rn(float x)
+{
+    return x != x ? 0 : (int)lrintf(x);
+}
+
+inline int __popc(uint32_t x)
+{
+    return __builtin_popcount(x);
 }
 
 inline int __ffs(int x)

@@ -141,6 +141,21 @@ void mma(void **o, uint32_t who)
             of<mma_operands>(o, lane).d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+void mma_bytes(void **o, uint32_t who)
+{
+    whole_warp(who);
+    int8_t a[16][32], b[8][32];
+    for (int lane = 0; lane < 32; lane++) {
+        const mma_bytes_operands &x = of<mma_bytes_operands>(o, lane);
+        for (int i = 0; i < 4; i++) memcpy(&a[lane / 4 + i % 2 * 8][lane % 4 * 4 + i / 2 * 16], &x.a[i], 4);
+        for (int i = 0; i < 2; i++) memcpy(&b[lane / 4][lane % 4 * 4 + i * 16], &x.b[i], 4);
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++)
+            for (int k = 0; k < 32; k++)
+                of<mma_bytes_operands>(o, lane).d[i] += a[lane / 4 + i / 2 * 8][k] * b[lane % 4 * 2 + i % 2][k];
+}
+
 /* A matrix in shared memory as its descriptor says: 128-byte swizzle. Number (row, k) of rows of 64, of which an instruction
  * takes 16 numbers; turned: k is the row, of panels of 64 columns. */
 struct described {

@@ -171,6 +171,12 @@ static void null_moe_run(struct queue *q, const struct moe_run *r)
     fused_moe(&null_ops, q, r);
 }
 
+static void null_draw_product(struct queue *q, int32_t *out, struct mat y, struct mat x,
+                              const struct weight *w, const uint32_t *allowed, const struct draw *draws)
+{
+    (void)q, (void)out, (void)y, (void)x, (void)w, (void)allowed, (void)draws;
+}
+
 static bool weights_create(struct queue *q, struct weight **out, const struct weight_source *src, int n,
                            int *failed, struct err *e)
 {
@@ -182,6 +188,8 @@ static const struct ops null_ops = {
     .weight_create = null_weight_create,
     .weights_create = weights_create,
     .weights_join = host_weights_join,
+    .coarse_bytes = host_coarse_bytes,
+    .weight_coarsen = host_weight_coarsen,
     .weight_free = null_weight_free,
     .memory_create = null_memory_create,
     .memory_free = null_memory_free,
@@ -204,6 +212,7 @@ static const struct ops null_ops = {
     .gated_norm = null_12,
     .route = null_route,
     .experts = null_13,
+    .draw_product = null_draw_product,
     .experts_bind = host_experts_bind,
     .experts_unbind = host_experts_unbind,
     .wait = host_wait,

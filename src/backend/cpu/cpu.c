@@ -117,6 +117,12 @@ static bool reserve(struct queue *q, const struct step_limits *l, struct err *e)
     return true;
 }
 
+static void draw_product(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                         const uint32_t *allowed, const struct draw *draws)
+{
+    fused_draw_product(&cpu_ops, q, out, y, x, w, allowed, draws);
+}
+
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
     cpu_rmsnorm(q, r->h, r->x, r->gain, r->eps);
@@ -154,6 +160,8 @@ const struct ops cpu_ops = {
     .weight_create = cpu_weight_create,
     .weights_create = weights_create,
     .weights_join = host_weights_join,
+    .coarse_bytes = host_coarse_bytes,
+    .weight_coarsen = host_weight_coarsen,
     .weight_free = cpu_weight_free,
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,
@@ -198,6 +206,7 @@ const struct ops cpu_ops = {
     .mask = host_mask,
     .edit = host_edit,
     .draw = cpu_draw,
+    .draw_product = draw_product,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

@@ -181,7 +181,7 @@ bool cpu_weight_create(struct queue *q, struct weight **out, const struct weight
     struct cpu_weight *w = calloc(1, sizeof *w);
     if (!w) return err_memory(e, "weight", sizeof *w);
     w->head =
-        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
+        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table, 0 };
     w->panels = (src->rows + PANEL - 1) / PANEL;
     w->global = src->global;
     w->table = src->data;

@@ -3,7 +3,7 @@
  * a count of the tokens, or of their weights, by the first digit of their places, which tells the few digits that all the
  * rest is about; a list of the tokens that have them, from which the last block draws. Sums are of integers, so who comes
  * first changes nothing. A draw leaves its counters at zero. */
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/draw.cuh"
 
 namespace {
 
@@ -34,23 +34,9 @@ struct draw_list {
     draw d[ROWS];
 };
 
-__device__ __forceinline__ bool allows(const uint32_t *allowed, int64_t c)
-{
-    return !allowed || (allowed[c / 32] >> c % 32 & 1);
-}
-
-/* Orders values, of equals the first column first; 0: not to be drawn. */
-__device__ __forceinline__ unsigned long long key_of(float x, int64_t c)
-{
-    uint32_t u = __float_as_uint(x == 0 ? 0.0f : x);
-    u = u & 0x80000000u ? ~u : u | 0x80000000u;
-    return x > -INFINITY ? (unsigned long long)u << 32 | (uint32_t)~c : 0;
-}
-
 __device__ __forceinline__ float value_of(unsigned long long key)
 {
-    uint32_t u = (uint32_t)(key >> 32);
-    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
+    return of_order((uint32_t)(key >> 32));
 }
 
 /* What an earlier kernel wrote. */
@@ -95,18 +81,6 @@ __device__ part part_of(const mat &x, const uint32_t *allowed, int64_t each)
 {
     int64_t first = blockIdx.x * each, end = first + each < x.cols ? first + each : x.cols;
     return { x.data + blockIdx.y * x.stride, allowed, first, end, x.cols };
-}
-
-/* Whether this block is the last of its row; then what the others wrote can be read past the first cache. */
-__device__ bool is_last(unsigned *arrived)
-{
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(arrived, 1) == gridDim.x - 1;
-    __syncthreads();
-    __threadfence();
-    return last;
 }
 
 /* ---- sums over bins, by a block ---- */
@@ -182,16 +156,14 @@ __global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed
         unsigned long long key = key_of(v, c);
         if (key > best && allows(allowed, c)) best = key;
     });
-    for (int o = LANES / 2; o > 0; o /= 2) {
-        unsigned long long other = __shfl_xor_sync(ALL, best, o);
-        best = other > best ? other : best;
-    }
+    best = warp_largest(best);
     if (threadIdx.x % LANES == 0) atomicMax(&r->best, best);
     if (!is_last(&r->arrived[0]) || threadIdx.x > 0) return;
     best = atomicMax(&r->best, 0ull);
-    out[blockIdx.y] = best ? (int)~(uint32_t)best : -1;
     r->arrived[0] = 0;
-    if (draws.d[blockIdx.y].scale == 0) r->best = 0;
+    if (draws.d[blockIdx.y].scale > 0 && best) return; /* another kernel's answer */
+    r->best = 0;
+    answer(out + blockIdx.y, column_of(best));
 }
 
 /* ---- what the rest is about ---- */
@@ -379,8 +351,8 @@ __global__ void draw_token_of(scratch s, int *out, mat x, const uint32_t *allowe
     uint32_t id = draw_from(t, bins, own, &m);
     for (int i = threadIdx.x; i < DRAW_BINS; i += THREADS) bins[i] = 0;
     if (threadIdx.x > 0) return;
-    out[blockIdx.y] = (int)id;
     *state = row_state{};
+    answer(out + blockIdx.y, (int)id);
 }
 
 __global__ void mask_rows(mat x, const uint32_t *allowed, int64_t first, int64_t end)
@@ -408,11 +380,39 @@ static bool upload_to(struct queue *q, void *to, const void *host, size_t bytes,
 
 void cuda_draw_sizes(struct cuda_draw *d)
 {
-    d->state_bytes = ROWS * (sizeof(row_state) + DRAW_BINS * sizeof(unsigned long long));
+    d->state_bytes = ROWS * (sizeof(row_state) + DRAW_BINS * sizeof(unsigned long long)) + COARSE_ROWS * sizeof(coarse_best);
     d->draws_bytes = ROWS * LIST * sizeof(token_place);
     d->edits_bytes = EDITS * sizeof(logit_edit);
     d->mask_bytes = MASK_WORDS * sizeof(uint32_t);
     d->answers_bytes = ROWS * sizeof(int);
+}
+
+bool cuda_draw_begin(struct queue *q, int64_t rows)
+{
+    for (int64_t i = 0; i < rows; i++) q->draw.answers[i] = NO_ANSWER;
+    if (!q->draw.is_used) return !queue_failed(q);
+    q->draw.is_used = false;
+    return queue_check(q, cudaMemsetAsync(q->draw.state, 0, q->draw.state_bytes, q->stream), "draw");
+}
+
+static bool is_answered(const volatile int *answers, int64_t rows)
+{
+    for (int64_t i = 0; i < rows; i++)
+        if (answers[i] == NO_ANSWER) return false;
+    return true;
+}
+
+void cuda_draw_end(struct queue *q, int32_t *out, int64_t rows)
+{
+    constexpr int LOOKS = 10000; /* before the stream is asked whether it still works at all */
+    cudaError_t status = cudaErrorNotReady;
+    for (int n = 0; !queue_failed(q) && !is_answered(q->draw.answers, rows); n++) {
+        if (n % LOOKS < LOOKS - 1) continue;
+        if (status != cudaErrorNotReady) queue_refuse(q, "draw", "no answer"); /* it had been done before this look */
+        status = cudaStreamQuery(q->stream);
+        if (status != cudaErrorNotReady) queue_check(q, status, "draw");
+    }
+    for (int64_t i = 0; i < rows; i++) out[i] = queue_failed(q) ? -1 : q->draw.answers[i];
 }
 
 static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allowed, const draw *draws)
@@ -427,15 +427,13 @@ static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allo
         list.d[i] = draws[i];
         any |= draws[i].scale > 0;
     }
-    if (q->draw.is_used && !queue_check(q, cudaMemsetAsync(s.rows, 0, q->draw.state_bytes, q->stream), "draw")) return;
-    q->draw.is_used = false;
+    if (!cuda_draw_begin(q, x.rows)) return;
     launch(q, "draw", true, draw_largest, grid, 0, s, q->draw.answers, x, allowed, list, each);
     if (any) {
         launch(q, "draw", true, draw_count, grid, 0, s, x, allowed, list, each);
         launch(q, "draw", true, draw_token_of, grid, 0, s, q->draw.answers, x, allowed, list, each);
     }
-    if (!queue_failed(q) && queue_check(q, cudaStreamSynchronize(q->stream), "draw"))
-        for (int64_t i = 0; i < x.rows; i++) out[i] = q->draw.answers[i];
+    cuda_draw_end(q, out, x.rows);
 }
 
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws)

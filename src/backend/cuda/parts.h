@@ -42,6 +42,7 @@ struct cuda_weight {
     void *data;   /* device: as stored, but for NVFP4: see above */
     float *scale; /* device: FP8 [rows], FP8_BLOCK [rows / 128][cols / 128], rounded up */
     float global; /* NVFP4: divides the scales */
+    void *coarse; /* device: coarse.cu; NULL: none */
     bool moved;   /* data and scale belong to the struct cuda_experts it is bound to, or a weight it joins */
 };
 
@@ -114,6 +115,7 @@ struct cuda_batch {
 struct cuda_draw {
     void *state, *draws, *edits, *mask;
     int *answers; /* host memory that the device writes */
+    float *least; /* coarse.cu */
     uint64_t state_bytes, draws_bytes, edits_bytes, mask_bytes, answers_bytes;
     bool is_used; /* state has to be cleared */
 };
@@ -288,11 +290,19 @@ bool cuda_packs(const struct queue *q, int64_t cols);
 void cuda_factor(struct queue *q, const struct factoring *f);
 void cuda_pack(struct queue *q, const struct packing_run *p);
 /* draw.cu */
-void cuda_draw_sizes(struct cuda_draw *d); /* sets the bytes that each pointer needs */
+void cuda_draw_sizes(struct cuda_draw *d);           /* sets the bytes that each pointer needs */
+bool cuda_draw_begin(struct queue *q, int64_t rows); /* before kernels that answer for rows; false: failed */
+void cuda_draw_end(struct queue *q, int32_t *out, int64_t rows); /* waits for the answers alone */
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
 void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
                const struct draw *draws);
+/* coarse.cu. False: not for these */
+uint64_t cuda_coarse_bytes(struct queue *q, enum weight_format format, int64_t rows, int64_t cols);
+void cuda_weight_coarsen(struct queue *q, struct weight *w);
+size_t cuda_coarse_scratch(const struct queue *q); /* bytes of struct cuda_draw's least */
+bool cuda_draw_coarse(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                      const uint32_t *allowed, const struct draw *draws);
 /* vision.cu */
 void cuda_layer_norm(struct queue *q, struct mat y, struct mat x, const float *gain, const float *bias,
                      float eps);

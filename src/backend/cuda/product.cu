@@ -522,15 +522,16 @@ __device__ __forceinline__ void make_inputs(const product_args &p, __nv_bfloat16
     constexpr int N = ROWS / PARTNERS<ROWS>;
     int first = PARTNERS<ROWS> > 1 ? N * (blockIdx.x & 1) : 0;
     both_slots<ROWS> to(slots, stride, used);
-    if (ROWS == 1 || p.cols > EACH<KIND> * 2 * BLOCK) {
+    if (ROWS == 1)
+        make_input<KIND>(p, slots, stride, row0, gain, part[0], input_scale);
+    else if (is<KIND>(p, INPUT_GATED))
+        place_heads<N, ROWS>(p, to, row0, first, rows, gain, part, input_scale);
+    else if (p.cols <= EACH<KIND> * 2 * BLOCK)
+        place_rows<N, ROWS, KIND>(p, to, row0, first, rows, gain, part, input_scale);
+    else
 #pragma unroll 1
         for (int a = 0; a < rows; a++)
-            make_input<KIND>(p, slots + a * used * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
-    } else if (is<KIND>(p, INPUT_GATED)) {
-        place_heads<N, ROWS>(p, to, row0, first, rows, gain, part, input_scale);
-    } else {
-        place_rows<N, ROWS, KIND>(p, to, row0, first, rows, gain, part, input_scale);
-    }
+            place_row<KIND>(p, slots + a * used * stride, stride, row0 + a, gain, part[a], &input_scale[a]);
     meet<ROWS>();
 }
 

@@ -248,6 +248,14 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* The same of bytes with signs, sums in integers; 32 columns of a, of which a lane has four where it has two of BF16. */
+__device__ __forceinline__ void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 /* Four matrices of 8 x 8; lane 8 i + r gives the address of row r of matrix i. Lane 4 g + t gets row g, columns 2 t and
  * 2 t + 1 of each; turned: rows 2 t and 2 t + 1, column g. */
 __device__ __forceinline__ void matrices(uint32_t (&x)[4], uint32_t at)

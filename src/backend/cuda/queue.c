@@ -239,6 +239,13 @@ static void matmul(struct queue *q, struct mat y, struct mat x, const struct wei
         cuda_product_plain(q, y, x, &m);
 }
 
+static void draw_product(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                         const uint32_t *allowed, const struct draw *draws)
+{
+    if (!cuda_draw_coarse(q, out, y, x, w, allowed, draws))
+        fused_draw_product(&cuda_ops, q, out, y, x, w, allowed, draws);
+}
+
 static void conv(struct queue *q, struct mat y, struct mat u, const float *weight,
                  const struct delta_state *state, const struct delta_shape *shape,
                  const struct step_rows *rows)
@@ -318,6 +325,8 @@ const struct ops cuda_ops = {
     .weight_create = cuda_weight_create,
     .weights_create = cuda_weights_create,
     .weights_join = cuda_weights_join,
+    .coarse_bytes = cuda_coarse_bytes,
+    .weight_coarsen = cuda_weight_coarsen,
     .weight_free = cuda_weight_free,
     .memory_create = memory_create,
     .memory_free = memory_free,
@@ -361,6 +370,7 @@ const struct ops cuda_ops = {
     .mask = cuda_mask,
     .edit = cuda_edit,
     .draw = cuda_draw,
+    .draw_product = draw_product,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

@@ -30,13 +30,14 @@ static struct step_layout layout_of(const struct step_limits *l, int64_t rows)
     return s;
 }
 
-static void draw_layout(struct cuda_draw *d, struct arena *a)
+static void draw_layout(const struct queue *q, struct cuda_draw *d, struct arena *a)
 {
     cuda_draw_sizes(d);
     d->state = arena_take(a, (int64_t)d->state_bytes, 1, 64);
     d->draws = arena_take(a, (int64_t)d->draws_bytes, 1, 64);
     d->edits = arena_take(a, (int64_t)d->edits_bytes, 1, 64);
     d->mask = arena_take(a, (int64_t)d->mask_bytes, 1, 64);
+    d->least = arena_take(a, (int64_t)cuda_coarse_scratch(q), 1, 64);
 }
 
 static void layout(struct queue *q, struct arena *a)
@@ -56,7 +57,7 @@ static void layout(struct queue *q, struct arena *a)
     q->embeddings = arena_take(a, l->rows * l->cols, sizeof(float), 64);
     cuda_prefill_layout(q, a);
     cuda_batch_layout(q, a);
-    draw_layout(&q->draw, a);
+    draw_layout(q, &q->draw, a);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 

@@ -121,7 +121,7 @@ static bool arrive(struct queue *q, struct arrival *all, struct load *list, int 
         struct cuda_weight *w = all[i].w = calloc(1, sizeof *w);
         const struct weight_source *s = all[i].src;
         if (!w) return err_memory(e, "weight", sizeof *w);
-        w->head = (struct weight){ s->format, s->rows, s->cols, s->input, s->input_global, s->is_table };
+        w->head = (struct weight){ s->format, s->rows, s->cols, s->input, s->input_global, s->is_table, 0 };
         w->global = s->global;
         if (!expect(q, &all[i], list, &n_loads, e)) return false;
     }
@@ -174,6 +174,7 @@ void cuda_weight_free(struct queue *q, struct weight *weight)
     if (!weight) return;
     cuda_forget_steps(q);
     give_parts(q, (struct cuda_weight *)weight);
+    queue_give(q, ((struct cuda_weight *)weight)->coarse);
     free(weight);
 }
 

@@ -59,7 +59,7 @@ static bool weight_create(struct queue *q, struct weight **out, const struct wei
     struct ref_weight *w = calloc(1, sizeof *w);
     if (!w) return err_memory(e, "weight", sizeof *w);
     w->head =
-        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table };
+        (struct weight){ src->format, src->rows, src->cols, src->input, src->input_global, src->is_table, 0 };
     w->table = src->data;
     bool ok = fits_mul((uint64_t)src->rows, (uint64_t)src->cols, &elements) && fits_mul(elements, 4, &bytes);
     if (ok && !src->is_table) {
@@ -118,6 +118,12 @@ void ref_queue_free(struct queue *q)
     free(q);
 }
 
+static void draw_product(struct queue *q, int32_t *out, struct mat y, struct mat x, const struct weight *w,
+                         const uint32_t *allowed, const struct draw *draws)
+{
+    fused_draw_product(&ref_ops, q, out, y, x, w, allowed, draws);
+}
+
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
     fused_norm_products(&ref_ops, q, r);
@@ -154,6 +160,8 @@ const struct ops ref_ops = {
     .weight_create = weight_create,
     .weights_create = weights_create,
     .weights_join = host_weights_join,
+    .coarse_bytes = host_coarse_bytes,
+    .weight_coarsen = host_weight_coarsen,
     .weight_free = weight_free,
     .memory_create = host_memory_create,
     .memory_free = host_memory_free,
@@ -197,6 +205,7 @@ const struct ops ref_ops = {
     .mask = host_mask,
     .edit = host_edit,
     .draw = ref_draw,
+    .draw_product = draw_product,
     .norm_products = norm_products,
     .delta_run = delta_run,
     .attention_run = attention_run,

@@ -87,6 +87,12 @@ inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
     emulator::warp_meets(emulator::mma, &o, 0xffffffffu);
 }
 
+inline void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    emulator::mma_bytes_operands o = { d, { a0, a1, a2, a3 }, { b0, b1 } };
+    emulator::warp_meets(emulator::mma_bytes, &o, 0xffffffffu);
+}
+
 inline void load_matrices(uint32_t *to, uint32_t at, int n, bool turned)
 {
     emulator::matrices_operands o = { at, to, n, turned };
