@@ -2,11 +2,11 @@
  * usage: bench_cuda [card|bf16|fast] [LAYERS] [one [bf16|f32|fp8] | batch [ROWS] | verify | prefill [TOKENS]]
  * CSV: what, rows, depth, microseconds (median of 5 runs of 20 steps), lowest, highest, MB that must move,
  * GB/s, share of the read bandwidth measured in this run. "step" is a token without the head; "token" adds
- * "choice", the likeliest token by the head, with the round trip to the host; "head" is all logits; the
- * others are all layers' kernels of one kind, one after the other. one: one sequence only, with keys and
- * values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128 only, or ROWS. verify: 1 to 5 rows of one
- * sequence that may be taken back, with a head for each, as a round of speculation checks its drafts.
- * prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
+ * "choice", the likeliest token by the head, with the round trip to the host; "sample" is one of the
+ * first 20, "head" all logits; the others are all layers' kernels of one kind, one after the other. one: one
+ * sequence only, with keys and values in BF16 as elsewhere, or f32, FP8. batch: 8, 32 and 128 only, or ROWS.
+ * verify: 1 to 5 rows of one sequence that may be taken back, with a head for each, as a round of speculation
+ * checks its drafts. prefill: one sequence's first 512 and 8,192 tokens as one step, 5 runs of 2 steps. */
 #include "base/clock.h"
 #include "model/step.h"
 #include <stdio.h>
@@ -37,6 +37,8 @@ static bool verify;   /* rows are one sequence's, logged, and those of the step 
 static uint8_t *pool; /* random bytes that all weights are views of */
 static const uint64_t POOL = (uint64_t)VOCAB * HIDDEN * 2;
 static float *scales;
+static const struct draw greedy[ROWS];
+static struct draw sampled[ROWS]; /* as the model's card has it: temperature 1, the first 20, of these 95 % */
 
 static void check(bool ok, const struct err *e)
 {
@@ -216,6 +218,9 @@ static void make_model(int n_layers)
         make_layer(&model.layers[i], of_delta, of_dense, of_expert);
     }
     model.embed = make(WEIGHT_BF16, VOCAB, HIDDEN, true);
+    for (int i = 0; i < ROWS; i++)
+        sampled[i] =
+            (struct draw){ .scale = 1, .reach = DRAW_REACH, .top_k = 20, .top_p = 0.95f, .uniform = 0.5 };
     model.head = make(of_head, VOCAB, HIDDEN, false);
     backend.ops->weight_coarsen(backend.queue, model.head);
     model.final_norm = vector(HIDDEN, 1);
@@ -306,8 +311,6 @@ static void whole_step(const struct step_rows *rows)
     step_run(step, rows, states);
 }
 
-static const struct draw greedy[ROWS];
-
 static void token(const struct step_rows *rows)
 {
     int64_t index[ROWS];
@@ -326,6 +329,13 @@ static void choice(const struct step_rows *rows)
     int32_t best[ROWS];
     step->op->draw_product(step->q, best, mat_rows(step->logits, rows->n), mat_rows(step->h, rows->n),
                            model.head, NULL, greedy);
+}
+
+static void sample(const struct step_rows *rows)
+{
+    int32_t drawn[ROWS];
+    step->op->draw_product(step->q, drawn, mat_rows(step->logits, rows->n), mat_rows(step->h, rows->n),
+                           model.head, NULL, sampled);
 }
 
 /* The kernels of one kind of all layers; state from the layers' own. */
@@ -551,6 +561,7 @@ static void measure_all(int n, int64_t depth, bool parts)
     measure("experts", moe, true, n, depth, b.moe);
     measure("head", head, false, n, depth, b.head);
     measure("choice", choice, false, n, depth, b.choice);
+    measure("sample", sample, false, n, depth, b.choice);
 }
 
 /* Tokens a second go where the bytes go: what moves is not the bound. */

@@ -50,8 +50,8 @@ struct product_args {
 constexpr int RING = 4, LONG_TILES = 64;
 constexpr size_t OWN_SHARED = 2 * 1024;              /* besides what a launch asks for */
 template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
-/* Blocks that make inputs for one another, a share of the rows each: a cluster. Of rows wider than a thread keeps (EACH) every
- * block makes all, one by one: of two rows, those of 4,096 columns. */
+/* Blocks that make inputs for one another, a share of the rows each: a cluster. Of rows wider than a thread keeps (EACH), but for
+ * gated ones, every block makes all, one by one: of two rows, attention's of 4,096 columns. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <int ROWS> constexpr int PARTNERS = 1;
 #else
@@ -170,8 +170,8 @@ template <input_kind KIND> __device__ __forceinline__ bool is(const product_args
     return (KIND == INPUT_ANY ? p.kind : KIND) == kind;
 }
 
-/* Pairs of columns of a row that a thread keeps; wider rows are made one by one, gated ones too. No more than it takes: code that was
- * not run for a while has to come from far. */
+/* Pairs of columns of a row that a thread keeps; wider rows are made one by one. No more than it takes: code that was not run for a while
+ * has to come from far. */
 template <input_kind KIND> constexpr int EACH = KIND == INPUT_RAW || KIND == INPUT_GATED ? 4 : 2;
 
 /* The gains of the first pairs of columns a thread takes, which are asked for early: of a row or of a head. */
@@ -603,11 +603,11 @@ __global__ void __launch_bounds__(ROWS > 2 && KIND == INPUT_GATED ? BESIDE : BLO
     constexpr bool RINGED = false;
 #else
     constexpr bool RINGED = LONG;
-    __shared__ uint64_t full[STAGES], empty[STAGES];
+    __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST];
 #endif
     SHARED_MEMORY(uint8_t, shared, 128);
     __shared__ __align__(16) float scratch[ROWS][2 * CREW], input_scale[ROWS];
-    float *sums = (float *)(shared + (LONG ? STAGES * p.stage : ring_bytes(RING, KINDS & TILED)));
+    float *sums = (float *)(shared + (LONG ? stages_of(p.stage) * p.stage : ring_bytes(RING, KINDS & TILED)));
     __nv_bfloat16 *slots = (__nv_bfloat16 *)(sums + 2 * HALF);
     int stride = slot_stride(p.cols), warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int used = ROWS > 2 && !p.quantize ? SLOTS - 1 : SLOTS; /* slots of a row */
@@ -616,11 +616,11 @@ __global__ void __launch_bounds__(ROWS > 2 && KIND == INPUT_GATED ? BESIDE : BLO
     int tiles = p.each + ((int)blockIdx.x < p.extra);
     if (!p.conv) let_next_start();
 #if __CUDA_ARCH__ >= 900
-    tile_ring ring{ shared, full, empty, p.stage, {} };
+    tile_ring ring{ shared, full, empty, p.stage, stages_of(p.stage), {} };
     int turn = warp; /* tiles until it is this warp's to ask for one */
     if (RINGED && threadIdx.x == 0) {
         ring.make();
-        for (int i = 0; i < STAGES && i < tiles; i++) ask_for(p, ring, i, blockIdx.x + i * gridDim.x);
+        for (int i = 0; i < ring.stages && i < tiles; i++) ask_for(p, ring, i, blockIdx.x + i * gridDim.x);
     }
 #endif
     stream<KINDS, RING> weights(shared);
@@ -660,13 +660,13 @@ __global__ void __launch_bounds__(ROWS > 2 && KIND == INPUT_GATED ? BESIDE : BLO
             if (RINGED) {
                 work_whole_tile<ROWS>(sum, format, ring.wait(), row_bytes, s, slots, stride, used, quantized);
                 ring.leave();
-                int coming = number + STAGES * gridDim.x;
+                int coming = number + ring.stages * gridDim.x;
                 if (turn == 0 && coming < p.tiles) {
                     ring.wait_for_all();
                     if (lane == 0) ask_for(p, ring, ring.next.slot, coming);
                 }
                 turn = turn ? turn - 1 : CREW - 1;
-                ring.next.advance(STAGES);
+                ring.next.advance(ring.stages);
             }
 #endif
             if (!RINGED) weights.template work<ROWS>(sum, format, s, slots, stride, used, quantized, next);
@@ -744,7 +744,7 @@ template <int ROWS> void start(struct queue *q, const char *operation, dim3 grid
     q->passing = weights_of(q, a);
     for (int i = 0; i < a.n; i++) a.stage = (int)a.m[i].tile > a.stage ? (int)a.m[i].tile : a.stage;
     a.stage = (a.stage + 127) / 128 * 128;
-    size_t shared = shared_with_ring((size_t)STAGES * a.stage, ROWS, a.cols, a.quantize);
+    size_t shared = shared_with_ring((size_t)stages_of(a.stage) * a.stage, ROWS, a.cols, a.quantize);
     bool is_long = a.kinds == WHOLE && a.kind == INPUT_RAW && a.each >= LONG_TILES;
     if (q->has_pdl && is_long && shared + OWN_SHARED <= (size_t)q->shared_max) {
         launch<BLOCK>(q, operation, true, stream_product<ROWS, WHOLE, true, INPUT_RAW>, grid, shared, a);

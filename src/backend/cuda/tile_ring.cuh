@@ -10,20 +10,27 @@
 
 namespace {
 
-constexpr int STAGES = 3; /* tiles of a ring */
+/* Tiles of a ring, and bytes that they are to have where they are so small. */
+constexpr int STAGES = 3, STAGES_MOST = 6, STAGES_BYTES = 96 * 1024;
+
+__host__ __device__ inline int stages_of(int stage)
+{
+    int n = STAGES_BYTES / stage;
+    return n < STAGES ? STAGES : n < STAGES_MOST ? n : STAGES_MOST;
+}
 
 #if __CUDA_ARCH__ >= 900
 
 struct tile_ring {
     uint8_t *ring;
-    uint64_t *full, *empty; /* [STAGES] */
-    int stage;              /* bytes of one */
+    uint64_t *full, *empty; /* [STAGES_MOST] */
+    int stage, stages;      /* bytes of one, how many */
     ring_place next;        /* to be read */
 
     /* By one thread, before all else; others use it once they have met that one. */
     __device__ __forceinline__ void make() const
     {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < stages; i++) {
             barrier_init(&full[i], 1);
             barrier_init(&empty[i], CREW);
         }
