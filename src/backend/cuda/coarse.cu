@@ -1,7 +1,8 @@
 /* Draws from the product of a few rows with a tall matrix, the head, without reading all of it. The matrix has a coarse copy of
  * half its bytes (int8, a scale a row), and how far the product with that is from the exact one is bounded. So one kernel multiplies
  * with the copy and leaves the most that each output can be; the next computes the few that may be drawn at all as product.cu
- * does, to the bit, takes the others for -inf, and the draw is that of all logits.
+ * does, to the bit. The last of its blocks has the likeliest, or a list to draw from; where that is too long all other outputs are taken
+ * for -inf and draw.cu draws. The token is that of all logits.
  *
  * The bound. A row is w = s q + d, q its codes: |x w - x s q| <= |x| |d| (Cauchy and Schwarz). x itself is multiplied as two codes, x =
  * t (a + b / 254) + r, |r| <= sqrt(n) t / 508 and t <= |x| / 127, which adds sqrt(n) / 64516 |x| |s q|. Sums in f32 on tensor cores,
@@ -268,7 +269,10 @@ struct refine_args {
     int rows, tiles, each, units;
     int top[COARSE_ROWS];     /* outputs at least that are to be drawn from */
     float slack[COARSE_ROWS]; /* and those so little below the last of them */
-    coarse_best *best; /* with `out`, where the likeliest is wanted of every row, and nothing else */
+    draw draws[COARSE_ROWS];
+    bool greedy; /* the likeliest is wanted of every row: y need not be told */
+    coarse_best *best;
+    token_place *lists; /* [rows][LIST_MOST] */
     int *out;
 };
 
@@ -288,6 +292,79 @@ __device__ __forceinline__ float reached_by(float x, int top, int (*part)[CREW])
     return at ? of_order(at) : -INFINITY;
 }
 
+/* ---- a draw from few tokens ---- */
+
+constexpr int LIST_MOST = BLOCK;
+
+struct few_tokens {
+    token_place found[LIST_MOST], sorted[LIST_MOST]; /* places; in their order, then that of the ids */
+    unsigned long long weight[LIST_MOST];            /* of the sorted */
+    float most[CREW];
+    int part[2][CREW], n;
+};
+
+/* The first of n tokens with which the weights reach `target`, by a warp; n: they do not. *sum: of the weights up to it, or all. */
+__device__ __forceinline__ int walk(const unsigned long long *weight, int n, unsigned long long target, unsigned long long *sum)
+{
+    int lane = threadIdx.x % LANES;
+    unsigned long long before = 0;
+#pragma unroll 1
+    for (int first = 0; first < n; first += LANES) {
+        unsigned long long up = first + lane < n ? weight[first + lane] : 0;
+        for (int o = 1; o < LANES; o *= 2) {
+            unsigned long long other = __shfl_up_sync(ALL, up, o);
+            if (lane >= o) up += other;
+        }
+        up += before;
+        uint32_t reached = __ballot_sync(ALL, first + lane < n && up >= target);
+        int at = reached ? __ffs(reached) - 1 : LANES - 1;
+        before = __shfl_sync(ALL, up, at);
+        *sum = before;
+        if (reached) return first + at;
+    }
+    return n;
+}
+
+/* As draw_token of a row whose only logits are the first n threads' x, of tokens `id`. top, slack: as struct refine_args has them. The block's first warp has the
+ * answer. */
+__device__ int draw_from_few(few_tokens *m, float x, uint32_t id, int n, const draw &d, int top, float slack)
+{
+    bool mine = (int)threadIdx.x < n;
+    float limit = -INFINITY, largest = block_max<CREW>(mine ? x : -INFINITY, m->most);
+    if (threadIdx.x == 0) m->n = 0;
+    if (n > top) limit = reached_by(mine ? x : -INFINITY, top, m->part) - slack;
+    __syncthreads();
+    uint32_t place = d.scale > 0 ? draw_place(largest, x, d.scale, d.reach) : draw_place(largest, x, 1, 0);
+    mine = mine && x >= limit && place != DRAW_OUT;
+    if (mine) m->found[atomicAdd(&m->n, 1)] = { place, id };
+    __syncthreads();
+    n = m->n;
+    if (mine) {
+        int rank = 0;
+#pragma unroll 4
+        for (int k = 0; k < n; k++) {
+            token_place other = m->found[k];
+            rank += other.place < place || (other.place == place && other.id < id);
+        }
+        m->sorted[rank] = { place, id };
+        m->weight[rank] = draw_weight(place);
+    }
+    __syncthreads();
+    if (threadIdx.x >= LANES) return 0;
+    if (n == 0) return -1;
+    if (d.scale == 0) return (int)m->sorted[0].id;
+    if (d.top_k > 0 && n > d.top_k) {
+        uint32_t last = m->sorted[d.top_k - 1].place;
+        int end = d.top_k;
+        while (end < n && m->sorted[end].place == last) end++;
+        n = end;
+    }
+    unsigned long long sum = 0;
+    walk(m->weight, n, UINT64_MAX, &sum);
+    if (d.top_p > 0 && d.top_p < 1) walk(m->weight, n, draw_share(d.top_p, sum), &sum);
+    return (int)m->sorted[walk(m->weight, n, draw_mark(d.uniform, sum), &sum)].id;
+}
+
 /* Outputs of row blockIdx.y, `each` tiles of eight a block. Shared memory: ring, slots [4][stride], two sets of sums [CREW][8], list of
  * tiles [each], which of a tile's outputs may be drawn [each]. */
 __global__ void __launch_bounds__(BLOCK, 2) refine(const __grid_constant__ refine_args p)
@@ -305,6 +382,8 @@ __global__ void __launch_bounds__(BLOCK, 2) refine(const __grid_constant__ refin
     share s = share_at(p.units, share_of(p.units, CREW), warp);
     int row_bytes = 2 * cols;
     unsigned long long best = 0;
+    coarse_best *own = p.best + row;
+    token_place *list_of = p.lists + row * LIST_MOST;
     let_next_start();
     put_padding(slots, stride, cols, threadIdx.x, BLOCK);
     /* Once for nothing, with the block's first tile, while the coarse product goes on: then the code is near. */
@@ -315,7 +394,7 @@ __global__ void __launch_bounds__(BLOCK, 2) refine(const __grid_constant__ refin
         float least = -INFINITY;
         for (int i = threadIdx.x; i < p.bounds; i += BLOCK) least = fmaxf(least, __ldcg(p.least + row * p.bounds + i));
         for (int c = 2 * threadIdx.x; c < cols; c += 2 * BLOCK) put_parts(slots, stride, c, load_pair(x, c));
-        float limit = p.out ? block_max<CREW>(least, most_of) : reached_by(least, p.top[row], part) - p.slack[row];
+        float limit = p.greedy ? block_max<CREW>(least, most_of) : reached_by(least, p.top[row], part) - p.slack[row];
         for (int tile = first + threadIdx.x; tile < end; tile += BLOCK) {
             uint32_t allowed = p.allowed ? p.allowed[tile / 4] >> tile % 4 * 8 : ALL;
             int mask = 0;
@@ -325,7 +404,7 @@ __global__ void __launch_bounds__(BLOCK, 2) refine(const __grid_constant__ refin
                 float most = r < p.rows ? __ldcg(y + r) : -INFINITY;
                 if (r < p.rows && (allowed >> i & 1) && !(most < limit))
                     mask |= 1 << i;
-                else if (r < p.rows && real && !p.out)
+                else if (r < p.rows && real && !p.greedy)
                     y[r] = -INFINITY;
             }
             if (real ? mask == 0 : tile > first) continue;
@@ -355,18 +434,32 @@ __global__ void __launch_bounds__(BLOCK, 2) refine(const __grid_constant__ refin
             int r = list[k] * 8 + threadIdx.x;
             unsigned long long key = key_of(total, r);
             if (key > best) best = key;
-            if (!p.out) y[r] = total;
+            if (p.greedy) continue;
+            y[r] = total;
+            unsigned at = key ? atomicAdd(&own->found, 1) : LIST_MOST;
+            if (at < LIST_MOST) list_of[at] = { __float_as_uint(total), (uint32_t)r };
         }
         copy_wait<0>();
         __syncthreads();
     }
-    if (!p.out) return;
-    coarse_best *own = p.best + row;
-    if (best) atomicMax(&own->key, best);
-    if (!is_last(&own->arrived) || threadIdx.x > 0) return;
-    best = atomicMax(&own->key, 0ull);
-    *own = coarse_best{};
-    answer(p.out + row, column_of(best));
+    if (p.greedy && best) atomicMax(&own->key, best);
+    if (!is_last(&own->arrived)) return;
+    if (p.greedy) {
+        if (threadIdx.x == 0) answer(p.out + row, column_of(__ldcg(&own->key)));
+        if (threadIdx.x == 0) *own = coarse_best{};
+        return;
+    }
+    int n = (int)__ldcg(&own->found), id = -1;
+    __syncthreads(); /* all have it */
+    if (n <= LIST_MOST) {
+        bool mine = (int)threadIdx.x < n;
+        float x = mine ? __uint_as_float(__ldcg(&list_of[threadIdx.x].place)) : 0;
+        id = draw_from_few((few_tokens *)shared, x, mine ? __ldcg(&list_of[threadIdx.x].id) : 0, n, p.draws[row], p.top[row],
+                           p.slack[row]);
+    }
+    if (threadIdx.x > 0) return;
+    *own = coarse_best{ 0, 0, 0, n <= LIST_MOST };
+    if (n <= LIST_MOST) answer(p.out + row, id);
 }
 
 size_t coarse_shared(int halves, int cols)
@@ -376,6 +469,7 @@ size_t coarse_shared(int halves, int cols)
 
 size_t refine_shared(int cols, int each)
 {
+    static_assert(sizeof(few_tokens) <= ring_bytes(RING, false), "they lie where the ring was");
     return ring_bytes(RING, false) + SLOTS * slot_stride(cols) * 2 + 2 * CREW * 8 * sizeof(float) + 2 * each * sizeof(int);
 }
 
@@ -422,6 +516,7 @@ bool cuda_draw_coarse(struct queue *q, int32_t *out, struct mat y, struct mat x,
 {
     struct cuda_matrix m = cuda_matrix_of(w);
     if (x.rows == 0 || !draws_coarse(w, x.rows, draws) || queue_prompts(q)) return false;
+    if (!cuda_draw_begin(q, x.rows)) return true;
     coarse_args a = {};
     const uint8_t *coarse = (const uint8_t *)((const struct cuda_weight *)w)->coarse;
     a.codes = coarse;
@@ -454,18 +549,16 @@ bool cuda_draw_coarse(struct queue *q, int32_t *out, struct mat y, struct mat x,
     for (int64_t i = 0; i < x.rows; i++) {
         r.top[i] = draws[i].scale > 0 ? draws[i].top_k : 1;
         r.slack[i] = slack_of(draws[i]);
+        r.draws[i] = draws[i];
         greedy = greedy && draws[i].scale == 0;
     }
-    if (greedy) {
-        r.best = (coarse_best *)((char *)q->draw.state + q->draw.state_bytes) - COARSE_ROWS;
-        r.out = q->draw.answers;
-        if (!cuda_draw_begin(q, x.rows)) return true;
-    }
+    r.greedy = greedy;
+    r.best = coarse_of(&q->draw);
+    r.lists = (token_place *)q->draw.draws;
+    r.out = q->draw.answers;
     launch<BLOCK>(q, "draw_product", true, refine, dim3(blocks(a.tiles, r.each), (unsigned)x.rows),
                   refine_shared(m.cols, r.each), r);
-    if (greedy)
-        cuda_draw_end(q, out, x.rows);
-    else
-        cuda_draw(q, out, y, allowed, draws);
+    if (!greedy) cuda_draw_rows(q, y, allowed, draws, true); /* of rows with too many for the list */
+    cuda_draw_end(q, out, x.rows);
     return true;
 }

@@ -20,10 +20,6 @@ struct row_state {
     unsigned arrived[3], listed;
 };
 
-struct token_place {
-    uint32_t place, id;
-};
-
 struct scratch {
     row_state *rows;          /* [ROWS] */
     unsigned long long *bins; /* [ROWS][DRAW_BINS] */
@@ -144,11 +140,14 @@ __device__ void clear(unsigned long long *bins)
 
 /* ---- the largest ---- */
 
-/* Grid of this and the others: parts of a row, rows. */
-__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, const __grid_constant__ draw_list draws, int64_t each)
+/* Grid of this and the others: parts of a row, rows. done: of rows that may have their token already, or NULL; without a largest logit the
+ * others do nothing. */
+__global__ void draw_largest(scratch s, int *out, mat x, const uint32_t *allowed, const __grid_constant__ draw_list draws, int64_t each,
+                             const coarse_best *done)
 {
     wait_for_previous();
     let_next_start();
+    if (done && __ldcg(&done[blockIdx.y].done)) return;
     row_state *r = s.rows + blockIdx.y;
     part p = part_of(x, allowed, each);
     unsigned long long best = 0;
@@ -415,7 +414,7 @@ void cuda_draw_end(struct queue *q, int32_t *out, int64_t rows)
     for (int64_t i = 0; i < rows; i++) out[i] = queue_failed(q) ? -1 : q->draw.answers[i];
 }
 
-static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allowed, const draw *draws)
+void cuda_draw_rows(struct queue *q, mat x, const uint32_t *allowed, const draw *draws, bool after_coarse)
 {
     scratch s = { (row_state *)q->draw.state, nullptr, (token_place *)q->draw.draws };
     s.bins = (unsigned long long *)(s.rows + ROWS);
@@ -427,20 +426,20 @@ static void draw_rows(struct queue *q, int32_t *out, mat x, const uint32_t *allo
         list.d[i] = draws[i];
         any |= draws[i].scale > 0;
     }
-    if (!cuda_draw_begin(q, x.rows)) return;
-    launch(q, "draw", true, draw_largest, grid, 0, s, q->draw.answers, x, allowed, list, each);
-    if (any) {
-        launch(q, "draw", true, draw_count, grid, 0, s, x, allowed, list, each);
-        launch(q, "draw", true, draw_token_of, grid, 0, s, q->draw.answers, x, allowed, list, each);
-    }
-    cuda_draw_end(q, out, x.rows);
+    launch(q, "draw", true, draw_largest, grid, 0, s, q->draw.answers, x, allowed, list, each,
+           after_coarse ? coarse_of(&q->draw) : (const coarse_best *)nullptr);
+    if (!any) return;
+    launch(q, "draw", true, draw_count, grid, 0, s, x, allowed, list, each);
+    launch(q, "draw", true, draw_token_of, grid, 0, s, q->draw.answers, x, allowed, list, each);
 }
 
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed, const struct draw *draws)
 {
     for (int64_t i = 0; i < x.rows && !queue_failed(q); i += ROWS) {
         mat some = { x.data + i * x.stride, x.rows - i < ROWS ? x.rows - i : ROWS, x.cols, x.stride };
-        draw_rows(q, out + i, some, allowed, draws + i);
+        if (!cuda_draw_begin(q, some.rows)) return;
+        cuda_draw_rows(q, some, allowed, draws + i, false);
+        cuda_draw_end(q, out + i, some.rows);
     }
 }
 

@@ -58,8 +58,19 @@ __device__ __forceinline__ bool is_last(unsigned *arrived)
 /* Of a row of a coarse product; zeros between draws. They lie behind all else that draws keep. */
 struct coarse_best {
     unsigned long long key;
-    unsigned arrived;
+    unsigned arrived, found;
+    unsigned done; /* not zero between draws: the last one had its token from what was found */
 };
+
+/* A token that may be drawn: its logit's bits or its place, and its number. */
+struct token_place {
+    uint32_t place, id;
+};
+
+inline coarse_best *coarse_of(const struct cuda_draw *d)
+{
+    return (coarse_best *)((char *)d->state + d->state_bytes) - COARSE_ROWS;
+}
 
 constexpr int NO_ANSWER = INT32_MIN;
 

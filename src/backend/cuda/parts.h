@@ -293,6 +293,9 @@ void cuda_pack(struct queue *q, const struct packing_run *p);
 void cuda_draw_sizes(struct cuda_draw *d);           /* sets the bytes that each pointer needs */
 bool cuda_draw_begin(struct queue *q, int64_t rows); /* before kernels that answer for rows; false: failed */
 void cuda_draw_end(struct queue *q, int32_t *out, int64_t rows); /* waits for the answers alone */
+/* In between; after_coarse: rows that have their answer from coarse.cu keep it. */
+void cuda_draw_rows(struct queue *q, struct mat x, const uint32_t *allowed, const struct draw *draws,
+                    bool after_coarse);
 void cuda_mask(struct queue *q, struct mat x, const uint32_t *allowed);
 void cuda_edit(struct queue *q, struct mat x, const struct logit_edit *edits, int64_t n);
 void cuda_draw(struct queue *q, int32_t *out, struct mat x, const uint32_t *allowed,
