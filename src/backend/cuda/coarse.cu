@@ -6,9 +6,9 @@
  *
  * The bound. A row is w = s q + d, q its codes: |x w - x s q| <= |x| |d| (Cauchy and Schwarz). x itself is multiplied as two codes, x =
  * t (a + b / 254) + r, |r| <= sqrt(n) t / 508 and t <= |x| / 127, which adds sqrt(n) / 64516 |x| |s q|. Sums in f32 on tensor cores,
- * at most 80 one after the other for COLS_MOST columns, each off by 2^-21 of |x| |w| at most, come within 10^-4 |x| |w|. What multiplies |x| is
- * kept with a row's scale. A row or an input with something that is no finite number has a bound that is none either, so its
- * outputs are computed.
+ * at most 80 one after the other for COLS_MOST columns, each off by 2^-21 of |x| |w| at most, come within 10^-4 |x| |w|. What
+ * multiplies |x| is kept with a row's scale. A row or an input with something that is no finite number has a bound that is none
+ * either, so its outputs are computed.
  *
  * Moves: the coarse copy once for up to eight rows; then eight rows of the matrix for each output that may be drawn. */
 #include "backend/cuda/barrier.cuh"
@@ -100,8 +100,8 @@ template <class F> __device__ __forceinline__ void each_pair(const float *x, int
     for (int c = 2 * ((int)threadIdx.x + EACH * BLOCK); c < cols; c += 2 * BLOCK) f(c, load_pair(x, c));
 }
 
-/* A warp's tiles, piece by piece. Where the device copies by itself they come through a ring of the warp's own; elsewhere they are loaded when
- * they are multiplied. */
+/* A warp's tiles, piece by piece. Where the device copies by itself they come through a ring of the warp's own; elsewhere they are
+ * loaded when they are multiplied. */
 struct coarse_stream {
     uint8_t *ring;
     uint64_t *full; /* [PIECES] */
@@ -111,7 +111,8 @@ struct coarse_stream {
 
     __device__ __forceinline__ coarse_stream(const coarse_args &p, uint8_t *shared, uint64_t (*barriers)[PIECES])
         : ring(shared + threadIdx.x / LANES * PIECES * PIECE_SIZE), full(barriers[threadIdx.x / LANES]), codes(p.codes), at(nullptr),
-          tile(blockIdx.x * CREW + threadIdx.x / LANES), step(gridDim.x * CREW), tiles(p.tiles), left(0), pieces(p.units / PIECE_UNITS), next{}
+          tile(blockIdx.x * CREW + threadIdx.x / LANES), step(gridDim.x * CREW), tiles(p.tiles), left(0),
+          pieces(p.units / PIECE_UNITS), next{}
     {
     }
 
@@ -194,7 +195,8 @@ template <int HALVES> __global__ void __launch_bounds__(BLOCK, 1) coarse_product
     for (int a = 0; a < N; a++) {
         if (a >= n) continue;
         float top = 0;
-        each_pair(p.x.data + a * p.x.stride, cols, kept[a], [&](int, float2 v) { top = fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y))); });
+        each_pair(p.x.data + a * p.x.stride, cols, kept[a],
+                  [&](int, float2 v) { top = fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y))); });
         top = warp_max(top);
         if (lane == 0) part[0][a][warp] = top;
     }
@@ -325,8 +327,8 @@ __device__ __forceinline__ int walk(const unsigned long long *weight, int n, uns
     return n;
 }
 
-/* As draw_token of a row whose only logits are the first n threads' x, of tokens `id`. top, slack: as struct refine_args has them. The block's first warp has the
- * answer. */
+/* As draw_token of a row whose only logits are the first n threads' x, of tokens `id`. top, slack: as struct refine_args has them.
+ * The block's first warp has the answer. */
 __device__ int draw_from_few(few_tokens *m, float x, uint32_t id, int n, const draw &d, int top, float slack)
 {
     bool mine = (int)threadIdx.x < n;

@@ -55,11 +55,11 @@ __device__ __forceinline__ bool is_last(unsigned *arrived)
     return last;
 }
 
-/* Of a row of a coarse product; zeros between draws. They lie behind all else that draws keep. */
+/* Of a row of a coarse product; zeros between draws, but for `done`. They lie behind all else that draws keep. */
 struct coarse_best {
     unsigned long long key;
     unsigned arrived, found;
-    unsigned done; /* not zero between draws: the last one had its token from what was found */
+    unsigned done; /* the last draw had its token from what was found */
 };
 
 /* A token that may be drawn: its logit's bits or its place, and its number. */
