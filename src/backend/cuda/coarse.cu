@@ -281,7 +281,7 @@ struct refine_args {
 /* Largest value that `top` threads' x reach, up to the last 12 bits; part: [2][CREW]. */
 __device__ __forceinline__ float reached_by(float x, int top, int (*part)[CREW])
 {
-    uint32_t mine = order_of(x), at = 0;
+    uint32_t mine = ordered(x), at = 0;
     int lane = threadIdx.x % LANES;
 #pragma unroll 1
     for (int bit = 31, turn = 0; bit >= 12; bit--, turn ^= 1) {
@@ -291,7 +291,7 @@ __device__ __forceinline__ float reached_by(float x, int top, int (*part)[CREW])
         n = __reduce_add_sync(ALL, lane < CREW ? part[turn][lane] : 0);
         if (n >= top) at |= 1u << bit;
     }
-    return at ? of_order(at) : -INFINITY;
+    return at ? unordered(at) : -INFINITY;
 }
 
 /* ---- a draw from few tokens ---- */

@@ -159,6 +159,18 @@ __device__ __forceinline__ float silu(float x)
     return __fdividef(x, 1.0f + expf(-x));
 }
 
+/* Larger floats as larger integers. */
+__device__ __forceinline__ uint32_t ordered(float x)
+{
+    uint32_t u = __float_as_uint(x);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+__device__ __forceinline__ float unordered(uint32_t u)
+{
+    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
+}
+
 /* ---- number formats ---- */
 
 __device__ __forceinline__ float e4m3_value(uint8_t b)

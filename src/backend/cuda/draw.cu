@@ -32,7 +32,7 @@ struct draw_list {
 
 __device__ __forceinline__ float value_of(unsigned long long key)
 {
-    return of_order((uint32_t)(key >> 32));
+    return unordered((uint32_t)(key >> 32));
 }
 
 /* What an earlier kernel wrote. */

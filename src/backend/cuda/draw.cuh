@@ -11,22 +11,10 @@ __device__ __forceinline__ bool allows(const uint32_t *allowed, int64_t c)
     return !allowed || (allowed[c / 32] >> c % 32 & 1);
 }
 
-/* Larger for larger numbers; 0 for -NaN only. */
-__device__ __forceinline__ uint32_t order_of(float x)
-{
-    uint32_t u = __float_as_uint(x);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-__device__ __forceinline__ float of_order(uint32_t u)
-{
-    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
-}
-
 /* Orders values, of equals the first column first; 0: not to be drawn. */
 __device__ __forceinline__ unsigned long long key_of(float x, int64_t c)
 {
-    return x > -INFINITY ? (unsigned long long)order_of(x == 0 ? 0.0f : x) << 32 | (uint32_t)~c : 0;
+    return x > -INFINITY ? (unsigned long long)ordered(x == 0 ? 0.0f : x) << 32 | (uint32_t)~c : 0;
 }
 
 __device__ __forceinline__ int column_of(unsigned long long key)

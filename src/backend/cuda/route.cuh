@@ -6,18 +6,6 @@
 namespace
 {
 
-/* Larger floats as larger integers. */
-__device__ uint32_t ordered(float x)
-{
-    uint32_t u = __float_as_uint(x);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-__device__ float unordered(uint32_t u)
-{
-    return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
-}
-
 /* As choose(), of no more than FEW * LANES logits and picks than lanes; false: two logits that count are the
  * same number, so that their order is for choose(). A lane has FEW that follow one another and sorts them; a
  * round looks at every lane's largest, and the lane whose it is moves up. */
