@@ -137,7 +137,7 @@ CXX_EMULATED := clang++ -std=c++17 -O1 -g -MMD -MP -Itests/emulator -Isrc -isyst
                 -ffp-contract=off -mavx2 -mfma -fno-exceptions -fno-rtti -fno-omit-frame-pointer
 EMULATED := $(CUDASRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATOR := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out %/first.cpp %/last.cpp,$(wildcard tests/emulator/*.cpp)))
-FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13 15 quantize
+FAMILIES ?= 0 1 2 3 4 5 6 7 8 9 10 11 12 13 15 16 quantize
 emulated: $(FAMILIES:%=emulated-%)
 emulated-quantize: $(BUILD)/emulated/tests/quantize/test_device
 	@QUENCH_DEVICE=cuda $< >$<.log 2>&1 && echo "emulated: calibrates and packs as the CPU does" || { cat $<.log; exit 1; }

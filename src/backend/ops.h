@@ -230,9 +230,11 @@ struct step_limits {
  * one by one. */
 
 struct moe_run;
+struct delta_run;
 
 /* rmsnorm(h, x); matmul(out[i], h, w[i]) for each i. reader: the run that comes next, who alone reads h;
- * NULL: anybody may. */
+ * mixer: the one that alone reads the results (u, z, a, b), which need not be there otherwise. NULL: anybody
+ * may. */
 struct norm_products {
     struct mat h, x;
     const float *gain;
@@ -242,6 +244,7 @@ struct norm_products {
     const struct weight *w[NORM_PRODUCTS_MAX];
     bool lean;
     const struct moe_run *reader;
+    const struct delta_run *mixer;
 };
 
 /* conv(conv, u); delta(raw, conv, a, b); gated_norm(o, raw, z); matmul(y, o, out); add(x, y). Results: o. */

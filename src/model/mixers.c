@@ -59,10 +59,15 @@ void step_delta(struct step *s, int layer, struct mat x, const struct step_rows 
                            .state = state,
                            .shape = &s->model->delta_shape,
                            .lean = !s->tap.call };
-    struct norm_products in = {
-        mat_rows(s->h, n), x, l->input_norm, eps, 4, { r.u, r.z, r.a, r.b }, { w->qkv, w->z, w->a, w->b },
-        .lean = r.lean
-    };
+    struct norm_products in = { mat_rows(s->h, n),
+                                x,
+                                l->input_norm,
+                                eps,
+                                4,
+                                { r.u, r.z, r.a, r.b },
+                                { w->qkv, w->z, w->a, w->b },
+                                .lean = r.lean,
+                                .mixer = r.lean ? &r : NULL };
     s->op->norm_products(s->q, &in);
     step_tap(s, "mixer.in", layer, in.h);
     s->op->delta_run(s->q, &r, rows);

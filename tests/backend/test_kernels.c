@@ -6,6 +6,7 @@
 #include "backend/kernels_calibration.h"
 #include "backend/kernels_head.h"
 #include "backend/kernels_layer.h"
+#include "backend/kernels_layers.h"
 #include "backend/kernels_products.h"
 #include "backend/kernels_rows.h"
 #include "backend/kernels_runs.h"
@@ -81,10 +82,10 @@ static void gdn_small(void **state)
     json_decref(root);
 }
 
-static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows,
-                                          delta_runs,   products,       experts,     fp4_experts,
-                                          rows,         sequences,      vision,      logged_rows,
-                                          prompt_rows,  calibration,    int8_caches, heads };
+static void (*const families[])(void) = { several_rows, attention_runs, moe_runs,    many_rows,   delta_runs,
+                                          products,     experts,        fp4_experts, rows,        sequences,
+                                          vision,       logged_rows,    prompt_rows, calibration, int8_caches,
+                                          heads,        layers };
 
 /* QUENCH_FAMILY: the place of one in families[], which alone is tested. */
 static bool is_wanted(void (*const *family)(void))
@@ -208,6 +209,7 @@ int main(void)
         cmocka_unit_test_prestate(family_on_device, (void *)&families[12]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[13]),
         cmocka_unit_test_prestate(family_on_device, (void *)&families[15]),
+        cmocka_unit_test_prestate(family_on_device, (void *)&families[16]),
     };
     int failed = on_device() ? cmocka_run_group_tests(device_tests, NULL, NULL)
                              : cmocka_run_group_tests(tests, NULL, NULL);

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int COLUMNS = LANES;
+constexpr size_t APART = 56 * 1024; /* shared memory, so that beside a LEFT block there is room for one only */
 
 struct conv_args {
     mat u;
@@ -57,6 +58,9 @@ struct delta_args {
     delta_shape shape;
     cuda_rows rows;
     conv_args conv; /* of delta_step; for the scan qkv has been convolved */
+    bool told;      /* u, a and b (parts.h) */
+    float *clears;  /* words that become ABSENT, for the next layer */
+    int words;
 };
 
 /* What a token brings to a head: q and k normalised, v, decay, beta. */
@@ -162,7 +166,8 @@ __device__ __forceinline__ void both_norms(float &q, float &k, float scale)
 }
 
 /* A token of every sequence, its convolution too. Nothing since the last token has touched either state: all but the token's
- * own inputs is asked for before the kernel that makes them is done. EXACT: heads of EACH * WARPS, a
+ * own inputs is asked for before the kernel that makes them is done. Where they are told that kernel goes on meanwhile, with what the one after
+ * this wants. EXACT: heads of EACH * WARPS, a
  * convolution of TAPS + 1. */
 template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) delta_step(const __grid_constant__ delta_args p)
 {
@@ -200,10 +205,27 @@ template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) de
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) u[n] = p.conv.u.data + span.first * p.conv.u.stride + at[n];
     float dt = p.dt_bias[head], rate = -expf(p.A_log[head]);
-    wait_for_previous();
-    float x[ITEMS], gate = warp == WARPS - 1 && lane < 2 ? __ldcg(ab) : 0;
+    float x[ITEMS], gate = 0;
+    bool gates_come = warp == WARPS - 1 && lane < 2;
+    if (p.told) { /* a and b come last of what is wanted: until then two lanes of a block ask, not all threads */
+        if (gates_come) do {
+                gate = hear(ab);
+            } while (absent(gate));
+        __syncthreads();
+        bool again;
+        do {
+            again = false;
 #pragma unroll
-    for (int n = 0; n < ITEMS; n++) x[n] = at[n] >= 0 ? __ldcg(u[n]) : 0;
+            for (int n = 0; n < ITEMS; n++) x[n] = at[n] >= 0 ? hear(u[n]) : 0;
+#pragma unroll
+            for (int n = 0; n < ITEMS; n++) again = again || absent(x[n]);
+        } while (again);
+    } else {
+        wait_for_previous();
+        if (gates_come) gate = __ldcg(ab);
+#pragma unroll
+        for (int n = 0; n < ITEMS; n++) x[n] = at[n] >= 0 ? __ldcg(u[n]) : 0;
+    }
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
         int i = threadIdx.x + n * THREADS, r = i < dk ? i : i - dk;
@@ -214,7 +236,7 @@ template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) de
         for (int j = 0; j < TAPS; j++) x[n] = fmaf(w[n][j], old[n][j], x[n]);
         *(i < 2 * dk ? &keys_of[i >= dk][r % WARPS][r / WARPS] : values + i - 2 * dk) = silu(x[n]);
     }
-    if (warp == WARPS - 1 && lane < 2) { /* decay, and beta */
+    if (gates_come) { /* decay, and beta */
         float a = gate + dt;
         gates[lane] = lane ? sigmoid(gate) : expf(rate * (a > 20 ? a : log1pf(expf(a))));
     }
@@ -259,6 +281,8 @@ template <int EACH, bool EXACT> __global__ void __launch_bounds__(THREADS, 2) de
         }
     }
     sums[1][warp][lane] = out;
+#pragma unroll 1
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.words; i += gridDim.x * THREADS) p.clears[i] = __uint_as_float(ABSENT);
     __syncthreads();
     if (warp > 0 || !inside) return;
     out = 0;
@@ -276,7 +300,8 @@ void start(struct queue *q, const delta_args &p, bool step)
         queue_refuse(q, "delta", "key heads wider than 256 are not supported on a GPU");
     else if (step)
         launch_side<THREADS>(q, "delta", RIGHT, exact ? delta_step<16, true> : narrow ? delta_step<16, false>
-                                                    : delta_step<HEAD_MAX / WARPS, false>, grid, 0, p);
+                                                    : delta_step<HEAD_MAX / WARPS, false>,
+                             grid, q->has_pdl && p.rows.n_spans == 1 ? APART : 0, p);
     else
         launch(q, "delta", false, narrow ? delta_heads<16> : delta_heads<HEAD_MAX / WARPS>, grid, 0, p);
 }
@@ -298,11 +323,19 @@ void cuda_delta(struct queue *q, struct mat o, struct mat qkv, struct mat a, str
                 const struct step_rows *step)
 {
     const struct cuda_rows *rows = queue_rows(q, step);
-    if (rows) start(q, delta_args{ o, qkv, a, b, A_log, dt_bias, state->matrix, *shape, *rows, {} }, false);
+    if (rows) start(q, delta_args{ o, qkv, a, b, A_log, dt_bias, state->matrix, *shape, *rows, {}, false, nullptr, 0 }, false);
 }
 
 void cuda_delta_decode(struct queue *q, const struct delta_run *r, const struct cuda_rows *rows)
 {
     conv_args c = { r->u, r->conv_weight, r->state->conv, r->shape->kernel };
-    start(q, delta_args{ r->raw, r->u, r->a, r->b, r->A_log, r->dt_bias, r->state->matrix, *r->shape, *rows, c }, true);
+    struct cuda_told *t = &q->told;
+    int64_t words = r->u.cols + r->z.cols + r->a.cols + r->b.cols;
+    bool goes_on = q->has_pdl && q->current && rows->n == 1 && words <= t->most;
+    t->absent = goes_on ? words : 0;
+    t->next = !goes_on ? nullptr : t->used && t->u.data == t->words ? t->words + t->most : t->words;
+    start(q,
+          delta_args{ r->raw, r->u, r->a, r->b, r->A_log, r->dt_bias, r->state->matrix, *r->shape, *rows, c, t->used, t->next,
+                      (int)t->absent },
+          true);
 }

@@ -171,6 +171,11 @@ __device__ __forceinline__ float unordered(uint32_t u)
     return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
 }
 
+__device__ __forceinline__ bool absent(float x)
+{
+    return __float_as_uint(x) == ABSENT;
+}
+
 /* ---- number formats ---- */
 
 __device__ __forceinline__ float e4m3_value(uint8_t b)

@@ -120,6 +120,19 @@ struct cuda_draw {
     bool is_used; /* state has to be cleared */
 };
 
+/* Results of products that DeltaNet's kernel, which runs beside them, reads word by word as they are written
+ * (ptx.cuh: ABSENT), so that it need not wait until all are. A step's layers take the halves by turns: a
+ * layer's DeltaNet makes those words absent that the next layer's products are told in, which the layer
+ * before is done with. So the first layer of a step is told nothing. */
+struct cuda_told {
+    float *words; /* [2][most] */
+    int64_t most;
+    float *next; /* the half of which `absent` words are ABSENT once what is queued is done; NULL: none */
+    int64_t absent;
+    bool used; /* by the norm_products before, for u, z, a and b of the delta_run to come */
+    struct mat u, z, a, b;
+};
+
 /* A recorded step, of the rows of so many spans; logs: queue_logs. */
 struct cuda_graph {
     const void *key;
@@ -167,6 +180,7 @@ struct queue {
     struct cuda_prefill prefill;
     struct cuda_batch batch;
     struct cuda_draw draw;
+    struct cuda_told told;
     struct loader *loader; /* load.c; NULL until something was loaded */
     struct blas *blas;     /* dense BF16 and FP8 products of many rows, where they may round; NULL: ours */
     size_t quantized_bytes;

@@ -34,6 +34,7 @@ struct product_args {
     int stage;       /* of a ring of tiles: bytes */
     bool quantize;   /* one of them takes quantized inputs */
     input_kind kind;
+    bool hears;           /* z is told (parts.h) */
     mat x, z, made;       /* input, its gate, and where block 0 leaves what the products saw (data NULL: nowhere) */
     const float *gain;
     float eps;
@@ -49,7 +50,7 @@ struct product_args {
 /* Units a warp has under way. From LONG_TILES tiles a block on, tiles come through one ring for all warps (tile_ring.cuh). */
 constexpr int RING = 4, LONG_TILES = 64;
 constexpr size_t OWN_SHARED = 2 * 1024;              /* besides what a launch asks for */
-template <int ROWS> constexpr int CHUNK = 16 / ROWS; /* tiles between meetings */
+template <int ROWS> constexpr int CHUNK = ROWS == 1 ? 8 : 16 / ROWS; /* tiles between meetings, which tell what has been done */
 /* Blocks that make inputs for one another, a share of the rows each: a cluster. Of rows wider than a thread keeps (EACH), but for
  * gated ones, every block makes all, one by one: of two rows, attention's of 4,096 columns. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -245,42 +246,83 @@ __device__ __forceinline__ void place_row(const product_args &p, __nv_bfloat16 *
     if (threadIdx.x == 0) *input_scale = by;
 }
 
-/* Heads, each normed and gated by a warp. */
+/* Pairs of columns of a head that this lane has, gated and normed by `scale`; the first is column c of the row and goes to `at`. n: columns
+ * of the head from there on. Returns the largest magnitude. */
+__device__ __forceinline__ float place_gated(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row, int c, int at, int n,
+                                             float scale, const float2 (&v)[GAINS], const float2 (&gate)[GAINS],
+                                             const float2 (&gain)[GAINS])
+{
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < GAINS; i++) {
+        if (2 * i * LANES >= n) continue;
+        float2 y = make_float2(v[i].x * scale * gain[i].x * silu(gate[i].x), v[i].y * scale * gain[i].y * silu(gate[i].y));
+        top = fmaxf(top, place(p, slots, stride, row, c + 2 * i * LANES, at + 2 * i * LANES, y));
+    }
+    return top;
+}
+
+/* Heads, each normed and gated by a warp; two of 128 columns a warp take fewer instructions, which every block issues before it can
+ * multiply. */
 __device__ __forceinline__ void place_heads(const product_args &p, __nv_bfloat16 *slots, int stride, int64_t row,
                                             const float2 (&gain)[GAINS], float *part, float *input_scale)
 {
-    constexpr int HEADS = 2; /* at once */
+    constexpr int HEADS = 2, WIDE = GAINS * 2 * LANES;
     const float *x = p.x.data + row * p.x.stride, *z = p.z.data + row * p.z.stride;
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float top = 0;
-#pragma unroll 1
-    for (int first = warp; first * p.dim < p.cols; first += HEADS * CREW) {
+    if (p.dim == WIDE && p.cols == HEADS * CREW * WIDE && (((size_t)x | (size_t)z) & 7) == 0) {
         float2 v[HEADS][GAINS], gate[HEADS][GAINS];
+        float sum[HEADS] = {};
+        int c = warp * WIDE + 2 * lane, at = slot_place(c);
+        bool again;
+        do {
+            again = false;
+#pragma unroll
+            for (int i = 0; i < HEADS * GAINS; i++) {
+                int k = i / GAINS * CREW * WIDE + i % GAINS * 2 * LANES;
+                v[i / GAINS][i % GAINS] = __ldcg((const float2 *)(x + c + k));
+                gate[i / GAINS][i % GAINS] = hear_pair(z + c + k);
+            }
+#pragma unroll
+            for (int i = 0; i < HEADS * GAINS; i++)
+                again = again || absent(gate[i / GAINS][i % GAINS].x) || absent(gate[i / GAINS][i % GAINS].y);
+        } while (p.hears && again);
 #pragma unroll
         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-            for (int i = 0; i < GAINS; i++) {
-                int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
-                bool in = c < p.cols && d < p.dim;
-                v[h][i] = in ? load_pair(x, c) : float2{};
-                gate[h][i] = in ? load_pair(z, c) : float2{};
-            }
+            for (int i = 0; i < GAINS; i++) sum[h] = fmaf(v[h][i].x, v[h][i].x, fmaf(v[h][i].y, v[h][i].y, sum[h]));
+#pragma unroll
+        for (int o = LANES / 2; o > 0; o /= 2) /* both heads' warp_sum, side by side */
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) sum[h] = __fadd_rn(sum[h], __shfl_xor_sync(ALL, sum[h], o));
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) sum[h] = rsqrtf(sum[h] / (float)WIDE + p.eps);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
+            int k = h * CREW * WIDE;
+            top = fmaxf(top, place_gated(p, slots, stride, row, c + k, at + k, WIDE, sum[h], v[h], gate[h], gain));
+        }
+    } else
+#pragma unroll 1
+        for (int first = warp; first * p.dim < p.cols; first += CREW) {
+            float2 v[GAINS], gate[GAINS];
+            int c = first * p.dim + 2 * lane, n = p.dim - 2 * lane;
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < GAINS; i++) sum = fmaf(v[h][i].x, v[h][i].x, fmaf(v[h][i].y, v[h][i].y, sum));
-            float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
-#pragma unroll
             for (int i = 0; i < GAINS; i++) {
-                int d = 2 * (lane + i * LANES), c = (first + h * CREW) * p.dim + d;
-                if (c >= p.cols || d >= p.dim) continue;
-                float2 y = make_float2(v[h][i].x * scale * gain[i].x * silu(gate[h][i].x),
-                                       v[h][i].y * scale * gain[i].y * silu(gate[h][i].y));
-                top = fmaxf(top, place(p, slots, stride, row, c, slot_place(c), y));
+                v[i] = gate[i] = float2{};
+                if (2 * i * LANES >= n) continue;
+                v[i] = load_pair(x, c + 2 * i * LANES);
+                do {
+                    gate[i] = hear_columns(z, c + 2 * i * LANES);
+                } while (p.hears && (absent(gate[i].x) || absent(gate[i].y)));
             }
+#pragma unroll
+            for (int i = 0; i < GAINS; i++) sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, sum));
+            float scale = rsqrtf(warp_sum(sum) / (float)p.dim + p.eps);
+            top = fmaxf(top, place_gated(p, slots, stride, row, c, slot_place(c), n, scale, v, gate, gain));
         }
-    }
     if (!p.quantize) return;
     float by = fp8_input_scale(crew_max(top, part + CREW)), inverse = 1.0f / by;
 #pragma unroll 1
@@ -811,7 +853,8 @@ void cuda_delta_out(struct queue *q, const struct delta_run *r, const struct cud
     a.kind = INPUT_GATED;
     a.x = r->raw;
     a.z = r->z;
-    a.made = r->o;
+    a.hears = q->told.used;
+    a.made = r->lean ? mat{} : r->o;
     a.gain = r->gain;
     a.eps = r->eps;
     a.dim = r->shape->value_dim;

@@ -52,6 +52,24 @@ __device__ __forceinline__ void wait_for_number(const unsigned *p, unsigned n)
     }
 }
 
+/* What another kernel writes while this one runs, word by word. Until a word has been written it is ABSENT, a NaN that no operation
+ * gives: theirs is 0x7fffffff. */
+constexpr uint32_t ABSENT = 0xffffffffu;
+
+__device__ __forceinline__ float hear(const float *from)
+{
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float2 hear_pair(const float *from)
+{
+    float2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
+    return x;
+}
+
 /* Threads of four warps, of eight, meet at barrier `id`. */
 __device__ __forceinline__ void meet_128(int id)
 {

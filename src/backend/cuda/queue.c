@@ -270,6 +270,42 @@ static void experts(struct queue *q, struct mat y, struct mat x, const struct pi
 
 /* Fused runs, where shapes allow; else the operations they stand for. */
 
+static bool delta_streams(const struct queue *q, const struct delta_run *r, const struct step_rows *step)
+{
+    struct cuda_matrix out = cuda_matrix_of(r->out);
+    return queue_decodes(step) && cuda_streams(q, &out) && r->shape->value_dim <= 128;
+}
+
+/* A mixer's inputs told, z last: it is not read by DeltaNet's kernel but by the one after. False: not in such
+ * a step. */
+static bool tell(struct queue *q, struct norm_products *to, const struct norm_products *r)
+{
+    struct cuda_told *t = &q->told;
+    const struct delta_run *m = r->mixer;
+    if (!t->next || !m || r->n != 4 || r->x.rows != 1 || !q->current || !delta_streams(q, m, q->current))
+        return false;
+    static const int last_z[] = { 0, 2, 3, 1 };
+    struct mat *const told[] = { &t->u, &t->z, &t->a, &t->b };
+    const struct mat *const wanted[] = { &m->u, &m->z, &m->a, &m->b };
+    int64_t words = 0;
+    for (int i = 0; i < 4; i++) {
+        if (r->out[i].data != wanted[i]->data) return false;
+        words += r->out[i].cols;
+    }
+    if (words > t->absent) return false;
+    float *at = t->next;
+    *to = *r;
+    for (int i = 0; i < 4; i++) {
+        int k = last_z[i];
+        *told[k] = mat_of(at, 1, r->out[k].cols);
+        to->out[i] = *told[k];
+        to->w[i] = r->w[k];
+        at += r->out[k].cols;
+    }
+    t->used = true;
+    return true;
+}
+
 static void norm_products(struct queue *q, const struct norm_products *r)
 {
     bool streams = queue_few(q, r->x.rows);
@@ -279,19 +315,27 @@ static void norm_products(struct queue *q, const struct norm_products *r)
         struct cuda_matrix m = cuda_matrix_of(r->w[i]);
         streams = cuda_streams(q, &m);
     }
+    struct norm_products told;
     if (streams)
-        cuda_norm_products(q, r);
+        cuda_norm_products(q, tell(q, &told, r) ? &told : r);
     else
         fused_norm_products(&cuda_ops, q, r);
 }
 
 static void delta_run(struct queue *q, const struct delta_run *r, const struct step_rows *step)
 {
-    struct cuda_matrix out = cuda_matrix_of(r->out);
     const struct cuda_rows *rows = queue_rows(q, step);
     if (!rows) return;
-    if (!queue_decodes(step) || !cuda_streams(q, &out) || r->shape->value_dim > 128) {
+    if (!delta_streams(q, r, step)) {
         cuda_delta_many(q, r, step);
+        return;
+    }
+    if (q->told.used) {
+        struct delta_run told = *r;
+        told.u = q->told.u, told.z = q->told.z, told.a = q->told.a, told.b = q->told.b;
+        cuda_delta_decode(q, &told, rows);
+        cuda_delta_out(q, &told, rows, true);
+        q->told.used = false;
         return;
     }
     enum delta_done done = cuda_batch_delta(q, r, rows);

@@ -58,6 +58,8 @@ static void layout(struct queue *q, struct arena *a)
     cuda_prefill_layout(q, a);
     cuda_batch_layout(q, a);
     draw_layout(q, &q->draw, a);
+    q->told.most = 3 * l->cols;
+    q->told.words = arena_take(a, 2 * q->told.most, sizeof *q->told.words, 64);
     q->step = arena_take(a, (int64_t)layout_of(l, rows).all + (int64_t)layout_of(l, 1).all, 1, 64);
 }
 
@@ -212,6 +214,8 @@ static bool same_kind(const struct cuda_graph *a, const struct cuda_graph *b)
 bool cuda_step_begin(struct queue *q, const void *key, const struct step_rows *step)
 {
     q->current = NULL;
+    q->told.used = false;
+    q->told.next = NULL;
     if (!queue_rows(q, step)) return false;
     q->current = step;
     struct cuda_graph kind = kind_of(key, step);

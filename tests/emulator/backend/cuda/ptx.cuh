@@ -11,6 +11,13 @@ inline void let_next_start() {}
 inline void wait_for_previous() {}
 template <class T> inline void now(T &) {}
 inline void now(float &, float &) {}
+constexpr uint32_t ABSENT = 0xffffffffu;
+inline float hear(const float *from) { emulator::check_global(from, 4, 4, "a load"); return *(const volatile float *)from; }
+inline float2 hear_pair(const float *from)
+{
+    emulator::check_global(from, 8, 8, "a load");
+    return { ((const volatile float *)from)[0], ((const volatile float *)from)[1] };
+}
 inline void prefetch(const void *p) { emulator::check_global(p, 1, 1, "a prefetch"); }
 inline void wait_for_number(const unsigned *p, unsigned n) { emulator::wait_for(p, n); }
 inline void meet_128(int id) { emulator::block_meets(id, 128); }
